@@ -1,0 +1,236 @@
+"""The contract of the ops on one page: schemas, fakes, autograd, flop counts. Kernels live in backends/.
+
+All tensors are 2-D here: x [M,K], weight [N,K], lora_a [r,K], lora_b [N,r], bias [N], y and base_out [M,N].
+seed is an int64 tensor of one element on x's device. s [M,r] and mask are what backward needs, both of size 0
+when not needed: save_s (dB will be asked for) and save_mask are decided above autograd, where it is known.
+
+    s = scaling * drop(x) A^T          y = x W^T + bias + s B^T         lora_add: y = base_out + s B^T
+    ds = scaling * dy B                dx = dy W + drop'(ds A)          dA = ds^T drop(x)     dB = dy^T s
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from lora_kernels import backends
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_LIBRARY = torch.library.Library("lora_kernels", "DEF")
+
+_ADAPTER = "Tensor lora_a, Tensor lora_b"
+_BRANCH = "float scaling, float dropout_p, Tensor? seed"
+_SCHEMAS = {
+    "lora_linear": f"(Tensor x, Tensor weight, {_ADAPTER}, Tensor? bias, {_BRANCH}, bool save_s,"
+    " bool save_mask) -> (Tensor y, Tensor s, Tensor mask)",
+    "lora_add": f"(Tensor base_out, Tensor x, {_ADAPTER}, {_BRANCH}, bool save_s, bool save_mask)"
+    " -> (Tensor y, Tensor s, Tensor mask)",
+    "lora_add_": f"(Tensor(a!) base_out, Tensor x, {_ADAPTER}, {_BRANCH}) -> ()",
+    "lora_linear_backward": f"(Tensor dy, Tensor x, Tensor weight, {_ADAPTER}, Tensor s, Tensor mask,"
+    f" {_BRANCH}, bool need_x, bool need_weight, bool need_a, bool need_b)"
+    " -> (Tensor dx, Tensor dweight, Tensor da, Tensor db)",
+    "lora_add_backward": f"(Tensor dy, Tensor x, {_ADAPTER}, Tensor s, Tensor mask, {_BRANCH},"
+    " bool need_x, bool need_a, bool need_b) -> (Tensor dx, Tensor da, Tensor db)",
+}
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=_TAGS)
+
+_ops = torch.ops.lora_kernels
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def _refuse_forward_mode(args: tuple) -> None:
+    """Below autograd a tangent would be dropped without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError("lora_kernels: forward-mode AD (jvp) is not supported")
+
+
+def _kernel(name: str):
+    def run(*args):
+        _refuse_forward_mode(args)
+        device = args[0].device.type
+        function = getattr(backends.choose(device).module, name)
+        if torch.is_autocast_enabled(device):
+            # Dtypes are settled above the op; ATen calls inside it must not be cast again.
+            with torch.autocast(device, enabled=False):
+                return function(*args)
+        return function(*args)
+
+    return run
+
+
+for _name in _SCHEMAS:
+    _LIBRARY.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
+
+
+# -------------------------------------------------------------------------------------------------- fakes
+
+
+def _saved(like: Tensor, rows: int, rank: int, save_s: bool) -> tuple[Tensor, Tensor]:
+    return like.new_empty(rows, rank) if save_s else like.new_empty(0), like.new_empty(0)
+
+
+def _lora_linear_fake(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask):
+    _refuse_forward_mode((x, weight, lora_a, lora_b, bias))
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, *_saved(x, x.shape[0], lora_a.shape[0], save_s)
+
+
+def _lora_add_fake(base_out, x, lora_a, lora_b, scaling, dropout_p, seed, save_s, save_mask):
+    _refuse_forward_mode((base_out, x, lora_a, lora_b))
+    y = base_out.new_empty(base_out.shape)
+    return y, *_saved(x, x.shape[0], lora_a.shape[0], save_s)
+
+
+def _gradient(like: Tensor, shape: tuple, needed: bool) -> Tensor:
+    return like.new_empty(shape if needed else 0)
+
+
+def _lora_linear_backward_fake(
+    dy, x, weight, lora_a, lora_b, s, mask, scaling, dropout_p, seed, need_x, need_weight, need_a, need_b
+):
+    return (
+        _gradient(dy, (dy.shape[0], lora_a.shape[1]), need_x),
+        _gradient(weight, weight.shape, need_weight),
+        _gradient(lora_a, lora_a.shape, need_a),
+        _gradient(lora_b, lora_b.shape, need_b),
+    )
+
+
+def _lora_add_backward_fake(
+    dy, x, lora_a, lora_b, s, mask, scaling, dropout_p, seed, need_x, need_a, need_b
+):
+    return (
+        _gradient(dy, (dy.shape[0], lora_a.shape[1]), need_x),
+        _gradient(lora_a, lora_a.shape, need_a),
+        _gradient(lora_b, lora_b.shape, need_b),
+    )
+
+
+for _name, _fake in {
+    "lora_linear": _lora_linear_fake,
+    "lora_add": _lora_add_fake,
+    "lora_add_": lambda *args: None,
+    "lora_linear_backward": _lora_linear_backward_fake,
+    "lora_add_backward": _lora_add_backward_fake,
+}.items():
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_LIBRARY)
+
+
+# ----------------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx, output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, need_input, save_s) -> None:
+    _, s, mask = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(s, mask)
+    if lora_b.requires_grad and not save_s:
+        raise RuntimeError("lora_kernels: lora_b requires grad, so the op must be called with save_s=True")
+    ctx.save_for_backward(x if need_input else None, weight, lora_a, lora_b, s, mask, seed)
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+
+
+def _lora_linear_context(ctx, inputs, output) -> None:
+    x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, _ = inputs
+    need_input = weight.requires_grad or lora_a.requires_grad
+    _save(ctx, output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, need_input, save_s)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _lora_linear_backward(ctx, dy, _ds, _dmask):
+    if dy is None:
+        return (None,) * 10
+    x, weight, lora_a, lora_b, s, mask, seed = ctx.saved_tensors
+    need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+    x = dy.new_empty(0) if x is None else x
+    dx, dweight, d_a, d_b = _ops.lora_linear_backward(
+        dy, x, weight, lora_a, lora_b, s, mask, ctx.scaling, ctx.dropout_p, seed,
+        need_x, need_weight, need_a, need_b,
+    )  # fmt: skip
+    return (
+        dx if need_x else None,
+        dweight if need_weight else None,
+        d_a if need_a else None,
+        d_b if need_b else None,
+        dy.sum(0).to(ctx.bias_dtype) if need_bias else None,
+        *(None,) * 5,
+    )
+
+
+def _lora_add_context(ctx, inputs, output) -> None:
+    _, x, lora_a, lora_b, scaling, dropout_p, seed, save_s, _ = inputs
+    need_input = lora_a.requires_grad
+    _save(ctx, output, x, None, lora_a, lora_b, scaling, dropout_p, seed, need_input, save_s)
+
+
+def _lora_add_backward(ctx, dy, _ds, _dmask):
+    if dy is None:
+        return (None,) * 9
+    x, _, lora_a, lora_b, s, mask, seed = ctx.saved_tensors
+    need_base, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+    dx = d_a = d_b = None
+    if need_x or need_a or need_b:
+        x = dy.new_empty(0) if x is None else x
+        dx, d_a, d_b = _ops.lora_add_backward(
+            dy, x, lora_a, lora_b, s, mask, ctx.scaling, ctx.dropout_p, seed, need_x, need_a, need_b
+        )
+    return (
+        dy if need_base else None,
+        dx if need_x else None,
+        d_a if need_a else None,
+        d_b if need_b else None,
+        *(None,) * 5,
+    )
+
+
+def _no_double_backward(ctx, *gradients):
+    raise NotImplementedError("lora_kernels: double backward is not supported")
+
+
+for _name, _backward, _context in (
+    ("lora_linear", _lora_linear_backward, _lora_linear_context),
+    ("lora_add", _lora_add_backward, _lora_add_context),
+    ("lora_linear_backward", _no_double_backward, None),
+    ("lora_add_backward", _no_double_backward, None),
+):
+    torch.library.register_autograd(
+        f"lora_kernels::{_name}", _backward, setup_context=_context, lib=_LIBRARY
+    )
+
+
+# -------------------------------------------------------------------------------------------- flop counts
+
+
+@register_flop_formula(_ops.lora_linear)
+def _lora_linear_flops(x, weight, lora_a, *args, out_shape=None, **kwargs) -> int:
+    (M, K), (N, _), (r, _) = x, weight, lora_a
+    return 2 * M * (K * N + r * (K + N))
+
+
+@register_flop_formula(_ops.lora_add)
+def _lora_add_flops(base_out, x, lora_a, *args, out_shape=None, **kwargs) -> int:
+    (M, N), (_, K), (r, _) = base_out, x, lora_a
+    return 2 * M * r * (K + N)
+
+
+def _branch_backward_flops(M: int, N: int, K: int, r: int, need_x: bool, need_a: bool, need_b: bool) -> int:
+    ds, dx, d_a, d_b = need_x or need_a, need_x, need_a, need_b
+    return 2 * M * r * (N * ds + K * dx + K * d_a + N * d_b)
+
+
+@register_flop_formula(_ops.lora_linear_backward)
+def _lora_linear_backward_flops(dy, x, weight, lora_a, *args, out_shape=None, **kwargs) -> int:
+    (M, N), (r, K) = dy, lora_a
+    need_x, need_weight, need_a, need_b = args[-4:]
+    return 2 * M * N * K * (need_x + need_weight) + _branch_backward_flops(M, N, K, r, need_x, need_a, need_b)
+
+
+@register_flop_formula(_ops.lora_add_backward)
+def _lora_add_backward_flops(dy, x, lora_a, *args, out_shape=None, **kwargs) -> int:
+    (M, N), (r, K) = dy, lora_a
+    return _branch_backward_flops(M, N, K, r, *args[-3:])
