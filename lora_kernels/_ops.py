@@ -1,11 +1,15 @@
-"""The contract of the ops on one page: schemas, fakes, autograd, flop counts. Kernels live in backends/.
+"""The contract of the ops on one page: schemas, fakes, autograd, flop counts. Kernels live in
+backends/.
 
-All tensors are 2-D here: x [M,K], weight [N,K], lora_a [r,K], lora_b [N,r], bias [N], y and base_out [M,N].
-seed is an int64 tensor of one element on x's device. s [M,r] and mask are what backward needs, both of size 0
-when not needed: save_s (dB will be asked for) and save_mask are decided above autograd, where it is known.
+All tensors are 2-D here: x [M,K], weight [N,K], lora_a [r,K], lora_b [N,r], bias [N], y and
+base_out [M,N]. seed is an int64 tensor of one element on x's device. s [M,r] and mask are what
+backward needs, both of size 0
+when not needed: save_s (dB will be asked for) and save_mask are decided above autograd, where it is
+known.
 
-    s = scaling * drop(x) A^T          y = x W^T + bias + s B^T         lora_add: y = base_out + s B^T
-    ds = scaling * dy B                dx = dy W + drop'(ds A)          dA = ds^T drop(x)     dB = dy^T s
+    s = scaling * drop(x) A^T          y = x W^T + bias + s B^T         lora_add: y = base_out + s
+    B^T ds = scaling * dy B                dx = dy W + drop'(ds A)          dA = ds^T drop(x)     dB
+    = dy^T s
 """
 
 import torch
@@ -26,8 +30,8 @@ _SCHEMAS = {
     "lora_add": f"(Tensor base_out, Tensor x, {_ADAPTER}, {_BRANCH}, bool save_s, bool save_mask)"
     " -> (Tensor y, Tensor s, Tensor mask)",
     "lora_add_": f"(Tensor(a!) base_out, Tensor x, {_ADAPTER}, {_BRANCH}) -> ()",
-    "lora_linear_backward": f"(Tensor dy, Tensor x, Tensor weight, {_ADAPTER}, Tensor s, Tensor mask,"
-    f" {_BRANCH}, bool need_x, bool need_weight, bool need_a, bool need_b)"
+    "lora_linear_backward": f"(Tensor dy, Tensor x, Tensor weight, {_ADAPTER}, Tensor s,"
+    f" Tensor mask, {_BRANCH}, bool need_x, bool need_weight, bool need_a, bool need_b)"
     " -> (Tensor dx, Tensor dweight, Tensor da, Tensor db)",
     "lora_add_backward": f"(Tensor dy, Tensor x, {_ADAPTER}, Tensor s, Tensor mask, {_BRANCH},"
     " bool need_x, bool need_a, bool need_b) -> (Tensor dx, Tensor da, Tensor db)",
@@ -38,7 +42,7 @@ for _name, _schema in _SCHEMAS.items():
 _ops = torch.ops.lora_kernels
 
 
-# ------------------------------------------------------------------------------------------------ kernels
+# ------------------------------------------------------------------------------------------ kernels
 
 
 def _refuse_forward_mode(args: tuple) -> None:
@@ -68,7 +72,7 @@ for _name in _SCHEMAS:
     _LIBRARY.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
 
 
-# -------------------------------------------------------------------------------------------------- fakes
+# -------------------------------------------------------------------------------------------- fakes
 
 
 def _saved(like: Tensor, rows: int, rank: int, save_s: bool) -> tuple[Tensor, Tensor]:
@@ -92,7 +96,20 @@ def _gradient(like: Tensor, shape: tuple, needed: bool) -> Tensor:
 
 
 def _lora_linear_backward_fake(
-    dy, x, weight, lora_a, lora_b, s, mask, scaling, dropout_p, seed, need_x, need_weight, need_a, need_b
+    dy,
+    x,
+    weight,
+    lora_a,
+    lora_b,
+    s,
+    mask,
+    scaling,
+    dropout_p,
+    seed,
+    need_x,
+    need_weight,
+    need_a,
+    need_b,
 ):
     return (
         _gradient(dy, (dy.shape[0], lora_a.shape[1]), need_x),
@@ -122,15 +139,19 @@ for _name, _fake in {
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_LIBRARY)
 
 
-# ----------------------------------------------------------------------------------------------- autograd
+# ----------------------------------------------------------------------------------------- autograd
 
 
-def _save(ctx, output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, need_input, save_s) -> None:
+def _save(
+    ctx, output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, need_input, save_s
+) -> None:
     _, s, mask = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(s, mask)
     if lora_b.requires_grad and not save_s:
-        raise RuntimeError("lora_kernels: lora_b requires grad, so the op must be called with save_s=True")
+        raise RuntimeError(
+            "lora_kernels: lora_b requires grad, so the op must be called with save_s=True"
+        )
     ctx.save_for_backward(x if need_input else None, weight, lora_a, lora_b, s, mask, seed)
     ctx.scaling, ctx.dropout_p = scaling, dropout_p
 
@@ -203,7 +224,7 @@ for _name, _backward, _context in (
     )
 
 
-# -------------------------------------------------------------------------------------------- flop counts
+# -------------------------------------------------------------------------------------- flop counts
 
 
 @register_flop_formula(_ops.lora_linear)
@@ -218,7 +239,9 @@ def _lora_add_flops(base_out, x, lora_a, *args, out_shape=None, **kwargs) -> int
     return 2 * M * r * (K + N)
 
 
-def _branch_backward_flops(M: int, N: int, K: int, r: int, need_x: bool, need_a: bool, need_b: bool) -> int:
+def _branch_backward_flops(
+    M: int, N: int, K: int, r: int, need_x: bool, need_a: bool, need_b: bool
+) -> int:
     ds, dx, d_a, d_b = need_x or need_a, need_x, need_a, need_b
     return 2 * M * r * (N * ds + K * dx + K * d_a + N * d_b)
 
@@ -227,7 +250,9 @@ def _branch_backward_flops(M: int, N: int, K: int, r: int, need_x: bool, need_a:
 def _lora_linear_backward_flops(dy, x, weight, lora_a, *args, out_shape=None, **kwargs) -> int:
     (M, N), (r, K) = dy, lora_a
     need_x, need_weight, need_a, need_b = args[-4:]
-    return 2 * M * N * K * (need_x + need_weight) + _branch_backward_flops(M, N, K, r, need_x, need_a, need_b)
+    return 2 * M * N * K * (need_x + need_weight) + _branch_backward_flops(
+        M, N, K, r, need_x, need_a, need_b
+    )
 
 
 @register_flop_formula(_ops.lora_add_backward)

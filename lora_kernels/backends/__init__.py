@@ -1,10 +1,11 @@
-"""Who computes. A backend is a module with the functions of `reference`; it knows nothing of autograd.
+"""Who computes. A backend is a module with the functions of `reference`; it knows nothing of
+autograd.
 
 `choose` names the backend of a call and the reason, which `python -m lora_kernels doctor` prints.
 """
 
-from typing import NamedTuple
 from types import ModuleType
+from typing import NamedTuple
 
 from lora_kernels import _env
 from lora_kernels.backends import reference

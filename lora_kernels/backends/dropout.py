@@ -1,4 +1,5 @@
-"""The dropout mask of the library, in plain torch: the definition every backend must match bit for bit.
+"""The dropout mask of the library, in plain torch: the definition every backend must match bit for
+bit.
 
 Element (m, k) of the flattened input owns one 16-bit half-word of a Philox4x32 block with 7 rounds
 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11):
@@ -21,7 +22,8 @@ _LOW = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """Number of the 65536 half-words that drop an element, at most 65535 so that some element is kept."""
+    """Number of the 65536 half-words that drop an element, at most 65535 so that some element is
+    kept."""
     return min(round(65536 * p), 65535)
 
 
@@ -31,7 +33,8 @@ def keep_scale(p: float) -> float:
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low half of a 32 x 32 bit product; int64 wraps, but its 64 bits are the right ones."""
+    """High and low half of a 32 x 32 bit product; int64 wraps, but its 64 bits are the right
+    ones."""
     product = word * constant
     return (product >> 32) & _LOW, product & _LOW
 
@@ -39,8 +42,8 @@ def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
 def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-7 of counters (c0, c1, 0, 0): four tensors of 32-bit words held in int64.
 
-    The counters broadcast. A row of c0 against a column of c1 stays a row and a column for two of the
-    seven rounds, which then cost next to nothing.
+    The counters broadcast. A row of c0 against a column of c1 stays a row and a column for two of
+    the seven rounds, which then cost next to nothing.
     """
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     c2 = c3 = torch.zeros((), dtype=torch.int64, device=seed.device)
@@ -55,7 +58,8 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor
 def keep_mask(seed: Tensor, first_row: int, rows: int, columns: int, p: float) -> Tensor:
     """Mask [rows, columns] (bool, True = kept) of the rows from `first_row` on.
 
-    `seed` is an int64 tensor with one element; the mask lies on its device. No host synchronisation.
+    `seed` is an int64 tensor with one element; the mask lies on its device. No host
+    synchronisation.
     """
     seed = seed.reshape(())
     block = torch.arange((columns + 7) // 8, dtype=torch.int64, device=seed.device)

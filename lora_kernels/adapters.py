@@ -1,0 +1,150 @@
+"""The adapters of a whole model: its LoRA layers and the modules trained in full beside them.
+
+A module trained in full (`modules_to_save`) keeps its original parameters in non-persistent buffers
+`_lora_base_<name>`; that a parameter has one is what marks it as part of the adapter.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.nn import FusedLoRALinear
+
+_BASE = "_lora_base_"
+
+
+class Saved(NamedTuple):
+    """One parameter that is trained in full, and where its original lies."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    parameter: nn.Parameter
+
+    @property
+    def base(self) -> Tensor:
+        return self.module._buffers[_BASE + self.attribute]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+    """(name, layer) of every LoRA layer, shared ones once, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLoRALinear):
+            yield name, module
+
+
+def saved_parameters(model: nn.Module) -> Iterator[Saved]:
+    """The parameters that are trained in full beside the LoRA layers."""
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if _BASE + attribute in module._buffers:
+                name = f"{module_name}.{attribute}".lstrip(".")
+                yield Saved(name, module, attribute, parameter)
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What to give an optimizer: lora_A and lora_B of every layer, then the modules trained in
+    full."""
+    seen = set()
+    for _, layer in lora_layers(model):
+        yield layer.lora_A
+        yield layer.lora_B
+    for saved in saved_parameters(model):
+        if saved.parameter not in seen:
+            seen.add(saved.parameter)
+            yield saved.parameter
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's part of `model.state_dict()`: load it with `load_state_dict(...,
+    strict=False)`."""
+    state = {}
+    for name, layer in lora_layers(model):
+        prefix = f"{name}." if name else ""
+        for key in ("lora_A", "lora_B", "pissa_A", "pissa_B"):
+            tensor = getattr(layer, key)
+            if tensor is not None:
+                state[prefix + key] = tensor.detach()
+    for saved in saved_parameters(model):
+        state[saved.name] = saved.parameter.detach()
+    return state
+
+
+def require_layers(model: nn.Module) -> list[tuple[str, FusedLoRALinear]]:
+    """The LoRA layers; ValueError where there is none."""
+    layers = list(lora_layers(model))
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no LoRA layer; call apply_lora first")
+    return layers
+
+
+def attach(
+    model: nn.Module,
+    layers: dict[nn.Module, FusedLoRALinear],
+    saved: dict[str, nn.Module],
+    trainable_before: list[str],
+) -> None:
+    """Puts ready-made layers where their linear ones stand, and leaves only adapters trainable."""
+    model.__dict__.setdefault("_lora_trainable_before", trainable_before)
+    for parent in list(model.modules()):
+        for attribute, child in parent._modules.items():
+            if child in layers:
+                parent._modules[attribute] = layers[child]
+    for outer in saved.values():
+        for module in outer.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and _BASE + attribute not in module._buffers:
+                    base = parameter.detach().clone()
+                    module.register_buffer(_BASE + attribute, base, persistent=False)
+    model.requires_grad_(False)
+    for parameter in lora_parameters(model):
+        parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def rollback_on_error(model: nn.Module) -> Iterator[list[str]]:
+    """Gives the names of the trainable parameters; making layers freezes some, an error undoes that."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        yield list(trainable)
+    except BaseException:
+        for parameter in trainable.values():
+            parameter.requires_grad_(True)
+        raise
+
+
+@torch.no_grad()
+def detach(model: nn.Module) -> None:
+    """Undoes `attach`: plain nn.Linear layers that share the same weights, gradients as they
+    were."""
+    plain = {layer: layer.to_linear() for _, layer in lora_layers(model)}
+    for parent in list(model.modules()):
+        for attribute, child in parent._modules.items():
+            if child in plain:
+                parent._modules[attribute] = plain[child]
+    release_saved(model, keep_saved=False)
+    before = set(model.__dict__.pop("_lora_trainable_before", ()))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in before)
+
+
+@torch.no_grad()
+def release_saved(model: nn.Module, keep_saved: bool) -> None:
+    """Ends full training of `modules_to_save`, with their trained or their original values."""
+    for saved in list(saved_parameters(model)):
+        if not keep_saved:
+            saved.parameter.copy_(saved.base)
+        del saved.module._buffers[_BASE + saved.attribute]
+        saved.module._non_persistent_buffers_set.discard(_BASE + saved.attribute)
+        saved.parameter.requires_grad_(False)
+
+
+def swap_saved(model: nn.Module) -> None:
+    """Exchanges the trained and the original values of `modules_to_save`."""
+    for saved in saved_parameters(model):
+        trained = saved.parameter.data
+        saved.parameter.data = saved.base
+        saved.module._buffers[_BASE + saved.attribute] = trained

@@ -1,0 +1,217 @@
+"""The ATen composite in blocks of rows, for dropout and for wide arithmetic.
+
+Dropout needs a dropped copy of x and a mask, wide arithmetic fp32 copies of its operands: a few MiB
+of them at a time, never one of the size of x, W or y. Sums over the blocks are kept in fp32.
+
+Wide arithmetic: a CPU without bf16/fp16 matrix instructions multiplies such matrices in scalar
+loops, up to 200 times slower than fp32. Widening the operands to fp32 block by block is faster than
+the frozen layer itself there, and rounds every output once.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.dropout import keep_mask, keep_scale
+
+_CPU_BLOCK_BYTES = 8 << 20
+_ACCELERATOR_BLOCK_BYTES = 64 << 20
+# Up to here ATen's dot products of half-precision rows beat widening the whole weight.
+_NARROW_FORWARD_ROWS = 8
+
+
+@cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has a fast matrix product for `dtype`."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return supported is not None and supported()
+
+
+def is_wide(rows: Tensor, forward: bool = False) -> bool:
+    """Whether products with these rows are formed in fp32 although they are 16 bits wide."""
+    if rows.device.type != "cpu" or _multiplies(rows.dtype):
+        return False
+    return not forward or rows.shape[0] > _NARROW_FORWARD_ROWS
+
+
+def _compute_dtype(rows: Tensor) -> torch.dtype:
+    return torch.float32 if is_wide(rows) else rows.dtype
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _step(like: Tensor, width: int) -> int:
+    """How many rows of fp32 of this width are a block."""
+    budget = _CPU_BLOCK_BYTES if like.device.type == "cpu" else _ACCELERATOR_BLOCK_BYTES
+    return max(1, budget // (4 * width))
+
+
+def _blocks(count: int, step: int) -> Iterator[slice]:
+    for first in range(0, count, step):
+        yield slice(first, min(first + step, count))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y, s), shapes as in `reference`."""
+    (M, K), N = x.shape, weight.shape[0]
+    a, b = _adapters(x, lora_a, lora_b)
+    y, s = x.new_empty(M, N), x.new_empty(M, a.shape[0])
+    for block in _blocks(M, _step(x, max(K, N))):
+        rows = x[block].to(a.dtype)
+        _shrink(rows, block, a, scaling, dropout_p, seed, s[block])
+        _product(rows, weight.t(), bias, s[block].to(a.dtype), b.t(), y[block])
+    return y, s
+
+
+def add_branch(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """y += s B^T; returns s."""
+    (M, K), N = x.shape, y.shape[1]
+    a, b = _adapters(x, lora_a, lora_b)
+    s = x.new_empty(M, a.shape[0])
+    for block in _blocks(M, _step(x, max(K, N))):
+        _shrink(x[block].to(a.dtype), block, a, scaling, dropout_p, seed, s[block])
+        y[block] = y[block].to(a.dtype).addmm_(s[block].to(a.dtype), b.t())
+    return s
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB), None where not needed; without a weight dx is the branch's alone."""
+    (M, N), (r, K) = dy.shape, lora_a.shape
+    a, b = _adapters(dy, lora_a, lora_b)
+    total = _sum_dtype(dy.dtype)
+    scale = keep_scale(dropout_p) if dropout_p else 1.0
+    dx = dy.new_empty(M, K) if need_x else None
+    d_a = dy.new_zeros(r, K, dtype=total) if need_a else None
+    d_b = dy.new_zeros(r, N, dtype=total) if need_b else None
+    for block in _blocks(M, _step(dy, max(K, N))):
+        rows = dy[block].to(a.dtype)
+        if need_b:
+            d_b.addmm_(s[block].to(total).t(), rows.to(total))
+        if not need_x and not need_a:
+            continue
+        # ds is rounded to the compute dtype, as any other backend stores it.
+        ds = _scaled(rows, b, scaling).to(dy.dtype).to(a.dtype)
+        keep = keep_mask(seed, block.start, len(rows), K, dropout_p) if dropout_p else None
+        if need_x:
+            _product(rows, weight, None, ds, a, dx[block], keep, scale)
+        if need_a:
+            dropped = x[block] if keep is None else x[block].masked_fill(~keep, 0)
+            d_a.addmm_(ds.to(total).t(), dropped.to(total), alpha=scale)
+    return (
+        dx,
+        d_a.to(lora_a.dtype) if need_a else None,
+        d_b.t().to(lora_b.dtype).contiguous() if need_b else None,
+    )
+
+
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """dy^T x in the weight's dtype, one strip of its rows after the other."""
+    (M, N), K = dy.shape, x.shape[1]
+    total = _sum_dtype(dy.dtype)
+    step = _step(dy, max(K, N))
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for columns in _blocks(N, step):
+        strip = dy.new_zeros(columns.stop - columns.start, K, dtype=total)
+        for block in _blocks(M, step):
+            strip.addmm_(dy[block, columns].to(total).t(), x[block].to(total))
+        dweight[columns] = strip
+    return dweight
+
+
+def _adapters(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both rounded to x's dtype, in the dtype that products are formed in."""
+    dtype = _compute_dtype(x)
+    return lora_a.to(x.dtype).to(dtype), lora_b.to(x.dtype).to(dtype)
+
+
+def _scaled(rows: Tensor, matrix: Tensor, scale: float) -> Tensor:
+    """scale * rows @ matrix, scaled before it is rounded."""
+    return torch.addmm(rows.new_zeros(()), rows, matrix, beta=0, alpha=scale)
+
+
+def _shrink(
+    rows: Tensor,
+    block: slice,
+    lora_a: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    s: Tensor,
+) -> None:
+    """s = scaling * drop(rows) A^T for one block."""
+    if dropout_p:
+        keep = keep_mask(seed, block.start, *rows.shape, dropout_p)
+        rows, scaling = rows.masked_fill(~keep, 0), scaling * keep_scale(dropout_p)
+    s.copy_(_scaled(rows, lora_a.t(), scaling))
+
+
+def _product(
+    rows: Tensor,
+    matrix: Tensor | None,
+    bias: Tensor | None,
+    low: Tensor,
+    lora: Tensor,
+    out: Tensor,
+    keep: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
+    """out = rows @ matrix + bias + low @ lora, the last term masked and scaled where a mask is
+    given.
+
+    Column strips keep the widened part of the matrix small; where nothing is widened one strip is
+    all.
+    """
+    wide = rows.dtype != out.dtype
+    width = lora.shape[1]
+    for columns in _blocks(width, _step(rows, rows.shape[1]) if wide else width):
+        if matrix is None:
+            total = rows.new_zeros(len(rows), columns.stop - columns.start)
+        else:
+            strip = matrix[:, columns].to(out.dtype).to(rows.dtype)
+            total = torch.mm(rows, strip)
+        if bias is not None:
+            total += bias[columns].to(out.dtype)
+        if keep is None:
+            total.addmm_(low, lora[:, columns])
+        else:
+            precise = _sum_dtype(out.dtype)
+            term = _scaled(low.to(precise), lora[:, columns].to(precise), scale)
+            total += term.masked_fill_(~keep[:, columns], 0)
+        out[:, columns] = total

@@ -1,0 +1,360 @@
+"""Adapters as PEFT's two files: adapter_model.safetensors and adapter_config.json."""
+
+import functools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import adapters, targets
+from lora_kernels.adapters import lora_layers
+from lora_kernels.nn import FusedLoRALinear
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Options of PEFT that change what an adapter computes and that this library does not have.
+_UNSUPPORTED = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
+    "layer_replication", "target_parameters", "trainable_token_indices", "fan_in_fan_out",
+    "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
+
+
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike, *, base_model: str | None = None
+) -> None:
+    """Writes the adapter of a model in PEFT's format; PEFT's `PeftModel.from_pretrained` reads it.
+
+    Each file is replaced atomically, the config last, so an interrupted save leaves the old
+    adapter. An adapter started with PiSSA is written relative to the original base, as plain LoRA
+    of rank 2r.
+
+    Args:
+        directory: made if missing.
+        base_model: name or path of the base, for the config; the model's own `name_or_path` by
+            default.
+
+    Raises:
+        ValueError: the model has no LoRA layer. RuntimeError: it was merged with keep_base=False.
+    """
+    factors = {n: layer.delta_factors() for n, layer in adapters.require_layers(model)}
+    _write(model, Path(directory), factors, base_model)
+
+
+def _write(
+    model: nn.Module,
+    directory: Path,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    base_model: str | None,
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, layer in lora_layers(model):
+        if layer._merged == "final":
+            raise RuntimeError(f"{name}: merged with keep_base=False, there is no adapter to save")
+        for part, tensor in zip("AB", factors[name], strict=True):
+            tensors[f"{_PREFIX}{name}.lora_{part}.weight"] = tensor
+    for saved in adapters.saved_parameters(model):
+        tensors[_PREFIX + saved.name] = saved.parameter
+    # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
+    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    config = _config(model, {name: a.shape[0] for name, (a, _) in factors.items()}, base_model)
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(
+        directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
+    _replace(
+        directory / CONFIG_NAME,
+        lambda path: Path(path).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"),
+    )
+
+
+def _replace(path: Path, write: Callable[[str], object]) -> None:
+    """Writes beside `path`, flushes to disk, then renames over it."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> dict:
+    """PEFT's LoraConfig as JSON; layers that differ from the first go to rank_pattern,
+    alpha_pattern."""
+    layers = dict(lora_layers(model))
+    first = next(iter(layers))
+    rslora = layers[first].use_rslora and all(
+        layer.use_rslora and layer.alpha is not None and layer.pissa_A is None
+        for layer in layers.values()
+    )
+
+    def alpha(name: str) -> float:
+        """The alpha from which PEFT computes the layer's scaling."""
+        layer = layers[name]
+        value = layer.alpha if rslora else layer.scaling * ranks[name]
+        return int(value) if value == int(value) else value
+
+    saved = {saved.name.rpartition(".")[0] for saved in adapters.saved_parameters(model)}
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model or getattr(model, "name_or_path", None) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha(first),
+        "lora_dropout": layers[first].dropout,
+        "modules_to_save": sorted(saved) or None,
+        "r": ranks[first],
+        "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != ranks[first]},
+        "alpha_pattern": {re.escape(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
+        "target_modules": _target_names(model, list(layers)),
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": rslora,
+    }
+
+
+def _target_names(model: nn.Module, names: list[str]) -> list[str]:
+    """The last parts of the names where they stand for exactly these modules, else the whole
+    names."""
+    parts = {name.rpartition(".")[2] for name in names}
+    by_part = {n for n, m in model.named_modules() if n.rpartition(".")[2] in parts}
+    return sorted(parts if by_part == set(names) and not any(p.isdigit() for p in parts) else names)
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Reads PEFT's two files into a model: into its LoRA layers, or into a model that has none yet.
+
+    Everything is checked first; on an error nothing in the model has changed.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated, uses an option of PEFT that this library lacks, or holds a
+            tensor (named) that is non-finite or does not fit the model.
+    """
+    directory = Path(directory)
+    config = _read_config(directory / CONFIG_NAME)
+    tensors = _read_tensors(directory / WEIGHTS_NAME)
+    pairs, saved = _sort(model, tensors)
+    present = dict(lora_layers(model))
+    if present and set(present) != set(pairs):
+        extra, missing = sorted(set(pairs) - set(present)), sorted(set(present) - set(pairs))
+        raise ValueError(
+            "the adapter's layers are not the model's:"
+            + (f" the file alone has {targets.summary(extra)};" if extra else "")
+            + (f" the model alone has {targets.summary(missing)};" if missing else "")
+            + " remove_lora(model) first to take them from the file"
+        )
+    modules = dict(model.named_modules())
+    saved_modules = {n.rpartition(".")[0]: modules[n.rpartition(".")[0]] for n in saved}
+    targets.require_whole_ties(model, saved_modules)
+    layers, values = {}, {}
+    with adapters.rollback_on_error(model) as trainable:
+        for name, (A, B) in pairs.items():
+            rank, alpha, use_rslora = _layer_config(config, name)
+            _check_pair(name, modules[name], A, B, rank)
+            if name in present:
+                layer = present[name]
+                _check_present(name, layer, A)
+            else:
+                dtype = A.dtype if A.dtype == torch.float32 else None
+                layer = FusedLoRALinear.from_linear(
+                    modules[name], rank, alpha=alpha, use_rslora=use_rslora, adapter_dtype=dtype
+                )
+                layers[modules[name]] = layer
+            values[name] = (layer, A, B, alpha, use_rslora)
+
+    if layers or saved_modules:
+        adapters.attach(model, layers, saved_modules, trainable)
+    guard_save_pretrained(model)
+    with torch.no_grad():
+        for layer, A, B, alpha, use_rslora in values.values():
+            layer.lora_A.copy_(A)
+            layer.lora_B.copy_(B)
+            layer.alpha, layer.use_rslora = alpha, use_rslora
+            layer.dropout = config.get("lora_dropout") or 0.0
+        for name, tensor in saved.items():
+            model.get_parameter(name).copy_(tensor)
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a complete JSON file: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path}: expected peft_type 'LORA', got {kind!r}")
+    for option in _UNSUPPORTED:
+        if config.get(option):
+            raise ValueError(
+                f"{path}: {option} = {config[option]!r} is not supported; load it with PEFT"
+            )
+    dropout = config.get("lora_dropout") or 0.0
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{path}: lora_dropout: expected a probability in [0, 1), got {dropout}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias = {config['bias']!r} is not supported, only 'none'")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: holds non-finite values ({path})")
+    return tensors
+
+
+def _sort(
+    model: nn.Module, tensors: dict[str, Tensor]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """(layer name -> (A, B), parameter name -> tensor of modules_to_save), each found in the
+    model."""
+    modules, parameters = (
+        dict(model.named_modules()),
+        dict(model.named_parameters(remove_duplicate=False)),
+    )
+    halves: dict[str, dict[str, Tensor]] = {}
+    saved = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        if (found := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)) is not None:
+            layer, part = found.groups()
+            if layer not in modules:
+                known = targets.summary(n for n, m in modules.items() if isinstance(m, nn.Linear))
+                raise ValueError(
+                    f"{key}: the model has no module {layer!r}; its linear layers are {known}"
+                )
+            halves.setdefault(layer, {})[part] = tensor
+        elif name in parameters:
+            if tensor.shape != parameters[name].shape:
+                raise ValueError(
+                    f"{key}: has shape {tuple(tensor.shape)}, the model's {name} has"
+                    f" {tuple(parameters[name].shape)}"
+                )
+            saved[name] = tensor
+        else:
+            raise ValueError(f"{key}: the model has no parameter {name!r}")
+    if not halves:
+        raise ValueError(f"the adapter file holds no LoRA tensor, only {targets.summary(tensors)}")
+    for layer, parts in halves.items():
+        for part in "AB":
+            if part not in parts:
+                raise ValueError(
+                    f"{_PREFIX}{layer}.lora_{part}.weight: missing from the adapter file"
+                )
+    return {layer: (parts["A"], parts["B"]) for layer, parts in halves.items()}, saved
+
+
+def _layer_config(config: dict, name: str) -> tuple[int, float, bool]:
+    """(rank, alpha, use_rslora) of one layer, with PEFT's rule for patterns: the first that
+    matches."""
+
+    def of(patterns: dict | None, default: float) -> float:
+        for pattern, value in (patterns or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        return default
+
+    return (
+        of(config.get("rank_pattern"), config.get("r", 8)),
+        of(config.get("alpha_pattern"), config.get("lora_alpha", 8)),
+        bool(config.get("use_rslora")),
+    )
+
+
+def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int) -> None:
+    key = f"{_PREFIX}{name}.lora_"
+    if not isinstance(module, FusedLoRALinear):
+        reason = targets.objection(module)
+        if reason is not None:
+            raise ValueError(f"{key}A.weight: cannot go to {name}: {reason}")
+    for part, tensor, shape in (
+        ("A", A, (rank, module.in_features)),
+        ("B", B, (module.out_features, rank)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{key}{part}.weight: has shape {tuple(tensor.shape)}, expected {shape}"
+                f" for rank {rank} of the config and {name} ({module.in_features} -> {module.out_features})"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{key}{part}.weight: has dtype {tensor.dtype}, expected a floating one"
+            )
+
+
+def _check_present(name: str, layer: FusedLoRALinear, A: Tensor) -> None:
+    key = f"{_PREFIX}{name}.lora_A.weight"
+    if layer.merged:
+        raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")
+    if layer.pissa_A is not None:
+        raise ValueError(
+            f"{key}: {name} was started with PiSSA and no longer holds its original base;"
+            " remove_lora(model) first"
+        )
+    if A.shape[0] != layer.rank:
+        raise ValueError(f"{key}: has rank {A.shape[0]}, the model's layer has rank {layer.rank}")
+
+
+# -------------------------------------------------------------------- Transformers' save_pretrained
+
+
+def guard_save_pretrained(model: nn.Module) -> None:
+    """Makes `model.save_pretrained(d)` write the adapter files into d as well.
+
+    Without them `from_pretrained(d)` would drop the adapters as unexpected keys; with them
+    Transformers loads base and adapter (through PEFT).
+    """
+    if callable(getattr(type(model), "save_pretrained", None)):
+        model.save_pretrained = functools.partial(_save_pretrained, model)
+
+
+def release_save_pretrained(model: nn.Module) -> None:
+    model.__dict__.pop("save_pretrained", None)
+
+
+def _save_pretrained(
+    model: nn.Module,
+    save_directory: str | os.PathLike,
+    *args,
+    is_main_process: bool = True,
+    **kwargs,
+) -> object:
+    result = type(model).save_pretrained(
+        model, save_directory, *args, is_main_process=is_main_process, **kwargs
+    )
+    layers = dict(lora_layers(model))
+    if is_main_process and layers and not any(l._merged == "final" for l in layers.values()):
+        # Relative to the base beside it, which for PiSSA is what is left of the weight.
+        factors = {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}
+        _write(model, Path(save_directory), factors, base_model=None)
+    return result

@@ -1,0 +1,172 @@
+"""Turning a model's linear layers into LoRA layers and back, in place."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lora_kernels import adapters, targets
+from lora_kernels.adapters import lora_parameters
+from lora_kernels.checkpoint import guard_save_pretrained, release_save_pretrained
+from lora_kernels.nn import FusedLoRALinear, Init
+from lora_kernels.targets import Names
+
+
+@dataclass
+class LoraReport:
+    """What `apply_lora` did; prints as a short text. Counts are of parameters."""
+
+    replaced: list[str]
+    skipped: dict[str, str]
+    saved: list[str]
+    other_linear_maps: list[str]
+    trainable: int
+    total: int
+    adapter_bytes: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"LoRA on {len(self.replaced)} layers: {targets.summary(self.replaced)}",
+            f"trainable {self.trainable:,} of {self.total:,} parameters"
+            f" ({self.trainable / max(self.total, 1):.2%}),"
+            f" adapter {self.adapter_bytes / 2**20:.2f} MiB",
+        ]
+        if self.saved:
+            lines.append(f"trained in full: {', '.join(self.saved)}")
+        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        if self.other_linear_maps:
+            names = targets.summary(self.other_linear_maps, limit=8)
+            lines.append(f"linear maps that are no nn.Linear, left frozen: {names}")
+        return "\n".join(lines)
+
+
+def apply_lora(
+    model: nn.Module,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Names = None,
+    exclude_modules: Names = None,
+    modules_to_save: Names = None,
+    use_rslora: bool = False,
+    init: Init = "kaiming",
+    adapter_dtype: torch.dtype | None = None,
+) -> LoraReport:
+    """Gives a model's linear layers LoRA adapters, in place, and freezes everything else.
+
+    Args:
+        model: any module; its weights stay the same objects.
+        rank, alpha, dropout, use_rslora, adapter_dtype, init: as in `FusedLoRALinear.from_linear`.
+        target_modules: names or their last parts as a list, or one regular expression for the whole
+            name; None means every nn.Linear but the output head (`get_output_embeddings()`).
+        exclude_modules: the same, taken out of the targets.
+        modules_to_save: the same; these modules are trained in full and saved with the adapter.
+
+    Raises:
+        ValueError: a pattern that matches nothing (it lists what there is), a value out of range.
+            The model is unchanged then.
+    """
+    found, skipped = targets.find_targets(model, target_modules, exclude_modules)
+    saved = targets.find_saved(model, modules_to_save)
+    for name in [name for name in found if targets.is_inside(name, saved)]:
+        del found[name]
+        skipped[name] = "trained in full (modules_to_save)"
+    targets.require_whole_ties(model, saved)
+    if init == "pissa":
+        _require_untied(model, list(found.values()), "init='pissa'")
+        for name, linear in found.items():
+            if rank > min(linear.weight.shape):
+                raise ValueError(
+                    f"rank: 'pissa' takes at most min(N, K) = {min(linear.weight.shape)} of {name},"
+                    f" got {rank}"
+                )
+    options = {"alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
+    with adapters.rollback_on_error(model) as trainable:
+        layers = {
+            linear: FusedLoRALinear.from_linear(
+                linear, rank, **options, adapter_dtype=adapter_dtype, init=init
+            )
+            for linear in found.values()
+        }
+    adapters.attach(model, layers, saved, trainable)
+    guard_save_pretrained(model)
+    trained = list(lora_parameters(model))
+    return LoraReport(
+        replaced=list(found),
+        skipped=skipped,
+        saved=list(saved),
+        other_linear_maps=targets.other_linear_maps(model),
+        trainable=sum(p.numel() for p in trained),
+        total=sum(p.numel() for p in model.parameters()),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
+    )
+
+
+def _require_untied(model: nn.Module, layers: list[nn.Linear], what: str) -> None:
+    owners = targets.owners(model)
+    for layer in layers:
+        names = owners[layer.weight]
+        if len(names) > 1:
+            raise ValueError(
+                f"{what}: would change a weight that {' and '.join(names)} share; untie them first"
+            )
+
+
+def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> None:
+    """Merges every adapter into its weight: the model then costs what the plain one costs.
+
+    keep_base True or "cpu" keeps the base weights there or in host memory for a bit-exact
+    `unmerge_lora`; False is final. ValueError if a weight is tied (it names the owners); the model
+    is unchanged then.
+    """
+    layers = [layer for _, layer in adapters.require_layers(model) if not layer.merged]
+    _require_untied(model, layers, "merge_lora")
+    for layer in layers:
+        layer.merge(keep_base)
+    if not keep_base:
+        adapters.release_saved(model, keep_saved=True)
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Restores the base weights that `merge_lora` kept, bit for bit."""
+    for _, layer in adapters.require_layers(model):
+        if layer.merged:
+            layer.unmerge()
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Takes the adapters out: plain nn.Linear layers that share the base weights, as before
+    `apply_lora`.
+
+    Layers merged with keep_base=False keep the sum: `merge_lora(model, keep_base=False)` and then
+    `remove_lora(model)` leave a plain model with the adapter in its weights. Where PiSSA took its
+    principal part out of a weight, that part is added back (equal up to one rounding).
+    """
+    adapters.require_layers(model)
+    adapters.detach(model)
+    release_save_pretrained(model)
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it the model computes what its base does, `modules_to_save` included; merged or not.
+
+    For reference log-probabilities (DPO, GRPO) without a second model. Contexts may be nested.
+    """
+    layers = [layer for _, layer in adapters.require_layers(model)]
+    if all(layer._disabled for layer in layers):
+        yield model
+        return
+    for layer in layers:
+        layer._disabled = True
+    adapters.swap_saved(model)
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer._disabled = False
+        adapters.swap_saved(model)

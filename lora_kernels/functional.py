@@ -1,0 +1,265 @@
+"""What other libraries call: checks, autocast and flattening around the ops of `_ops`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_kernels import _ops  # noqa: F401  (defines torch.ops.lora_kernels)
+
+_op = torch.ops.lora_kernels
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Linear layer with a LoRA branch, in one op.
+
+    Equivalent to::
+
+        F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout_p), lora_a),
+        lora_b)
+
+    Args:
+        x: [..., K] of any rank >= 1 and any strides; fp32, fp16, bf16 or (slow) fp64.
+        weight: [N, K] in x's dtype. Under autocast x, weight and bias are cast to the autocast
+            dtype.
+        lora_a: [r, K] in x's dtype or fp32; fp32 adapters are master copies, rounded to x's dtype
+            at use.
+        lora_b: [N, r], likewise.
+        bias: [N] in x's dtype, or None.
+        scaling: factor of the branch, `lora_alpha / r` in LoRA's terms.
+        dropout_p: probability in [0, 1) of dropping an element of x in the branch.
+        seed: of the dropout mask: an int, an int64 tensor of one element, or None to draw one from
+            torch's generator. Equal seeds give equal masks on every device and backend.
+
+    Returns:
+        [..., N] in x's dtype. Gradients flow to x, weight, lora_a, lora_b and bias; products are
+        accumulated in fp32, the gradients of lora_a and lora_b come in their own dtype.
+
+    Raises:
+        TypeError: a wrong dtype or type of an argument. ValueError: a wrong shape, device or value.
+        NotImplementedError: forward-mode AD; RuntimeError: double backward.
+    """
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    _check_tensors(tensors)
+    rank, K = _check_branch(x, lora_a, lora_b)
+    if weight.dim() != 2 or weight.shape[1] != K:
+        raise ValueError(f"weight: expected shape [N, K] with K = {K} of x, got {_shape(weight)}")
+    N = weight.shape[0]
+    if lora_b.shape[0] != N:
+        raise ValueError(
+            f"lora_b: expected shape [N, r] = [{N}, {rank}] for weight {_shape(weight)},"
+            f" got {_shape(lora_b)}"
+        )
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias: expected shape [N] = [{N}], got {_shape(bias)}")
+    # The op rounds a weight of another dtype at use, so autocast leaves no copy of it behind.
+    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
+    _check_dtypes(x, lora_a, lora_b, {"weight": weight, "bias": bias}, autocast)
+    _check_devices(tensors)
+    seed = _check_values(scaling, dropout_p, seed, x.device)
+    y, _, _ = _op.lora_linear(
+        x.reshape(-1, K), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
+        torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], N)
+
+
+def lora_add(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """The LoRA branch on top of a base output that something else computed (quantised, foreign,
+    sharded).
+
+    Equivalent to::
+
+        base_out + scaling * F.linear(F.linear(F.dropout(x, dropout_p), lora_a), lora_b)
+
+    `base_out` is [..., N] with the leading dimensions of x, in x's dtype; the other arguments, the
+    errors and the gradients (to base_out, x, lora_a, lora_b) are those of `lora_linear`.
+    """
+    base_out, x, lora_a, lora_b, seed = _prepare_add(
+        base_out, x, lora_a, lora_b, scaling, dropout_p, seed
+    )
+    y, _, _ = _op.lora_add(
+        base_out.reshape(-1, base_out.shape[-1]), x.reshape(-1, x.shape[-1]), lora_a, lora_b,
+        scaling, dropout_p, seed,
+        torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
+    )  # fmt: skip
+    return y.view(base_out.shape)
+
+
+def lora_add_(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """`lora_add` in place, for inference: adds to `base_out` and returns it.
+
+    Raises RuntimeError where a gradient would be needed, and ValueError for a base_out whose
+    leading dimensions cannot be viewed as one.
+    """
+    result = base_out
+    base_out, x, lora_a, lora_b, seed = _prepare_add(
+        base_out, x, lora_a, lora_b, scaling, dropout_p, seed
+    )
+    if base_out.dtype != result.dtype:
+        raise TypeError(f"base_out: expected x's dtype {x.dtype}, got {result.dtype}")
+    try:
+        rows = result.view(-1, result.shape[-1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"base_out: expected leading dimensions that view as one, got strides {result.stride()}"
+            f" for shape {_shape(result)}"
+        ) from error
+    _op.lora_add_(rows, x.reshape(-1, x.shape[-1]), lora_a, lora_b, scaling, dropout_p, seed)
+    return result
+
+
+def _prepare_add(base_out, x, lora_a, lora_b, scaling, dropout_p, seed):
+    tensors = {"base_out": base_out, "x": x, "lora_a": lora_a, "lora_b": lora_b}
+    _check_tensors(tensors)
+    _check_branch(x, lora_a, lora_b)
+    expected = (*x.shape[:-1], lora_b.shape[0])
+    if base_out.shape != expected:
+        raise ValueError(
+            f"base_out: expected shape {tuple(expected)} for x {_shape(x)} and"
+            f" lora_b {_shape(lora_b)}, got {_shape(base_out)}"
+        )
+    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
+    if autocast and base_out.is_floating_point() and base_out.dtype != torch.float64:
+        base_out = base_out.to(x.dtype)
+    _check_dtypes(x, lora_a, lora_b, {"base_out": base_out}, autocast=False)
+    _check_devices(tensors)
+    seed = _check_values(scaling, dropout_p, seed, x.device)
+    return base_out, x, lora_a, lora_b, seed
+
+
+# -------------------------------------------------------- checks: rank, shape, dtype, device, value
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+
+
+def _check_branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[int, int]:
+    """Shapes that agree whatever the base is; returns (r, K)."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape [..., K] with K >= 1, got {_shape(x)}")
+    K = x.shape[-1]
+    if lora_a.dim() != 2 or lora_a.shape[1] != K or lora_a.shape[0] == 0:
+        raise ValueError(
+            f"lora_a: expected shape [r, K] with r >= 1 and K = {K} of x, got {_shape(lora_a)}"
+        )
+    rank = lora_a.shape[0]
+    if lora_b.dim() != 2 or lora_b.shape[1] != rank or lora_b.shape[0] == 0:
+        raise ValueError(
+            f"lora_b: expected shape [N, r] with N >= 1 and r = {rank} of lora_a,"
+            f" got {_shape(lora_b)}"
+        )
+    return rank, K
+
+
+def _autocast(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """x in the autocast dtype where autocast is on; fp32 adapters stay, the op rounds them at
+    use."""
+    device = x.device.type
+    if (
+        not torch.is_autocast_enabled(device)
+        or not x.is_floating_point()
+        or x.dtype == torch.float64
+    ):
+        return x, lora_a, lora_b, False
+    dtype = torch.get_autocast_dtype(device)
+    half = (torch.float16, torch.bfloat16)
+    lora_a, lora_b = (t.to(dtype) if t.dtype in half else t for t in (lora_a, lora_b))
+    return x.to(dtype), lora_a, lora_b, True
+
+
+def _check_dtypes(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, others: dict[str, Tensor | None], autocast: bool
+) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    for name, tensor in others.items():
+        if tensor is None or tensor.dtype == x.dtype:
+            continue
+        if not (autocast and tensor.dtype in _DTYPES[:3]):
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
+            raise TypeError(f"{name}: expected x's dtype {x.dtype} or float32, got {tensor.dtype}")
+
+
+def _check_devices(tensors: dict[str, Tensor | None]) -> None:
+    device = tensors["x"].device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected x's device {device}, got {tensor.device}")
+
+
+def _check_values(
+    scaling: float, dropout_p: float, seed: int | Tensor | None, device: torch.device
+) -> Tensor | None:
+    """The seed as an int64 tensor of one element on `device`, None without dropout."""
+    for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
+        if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat)):
+            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(
+                f"seed: expected an int64 tensor of one element, got {seed.dtype} {_shape(seed)}"
+            )
+        seed = seed.to(device)
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(
+            f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}"
+        )
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    return (
+        seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=device)
+    )
+
+
+def _saves_mask(x: Tensor, lora_a: Tensor, dropout_p: float) -> bool:
+    """Whether backward will need the dropout mask; a backend may keep one bit per element or the
+    seed."""
+    needed = x.requires_grad or lora_a.requires_grad
+    return dropout_p > 0 and torch.is_grad_enabled() and needed

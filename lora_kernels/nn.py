@@ -1,0 +1,351 @@
+"""`FusedLoRALinear`: an `nn.Linear` with a low-rank adapter, computed by one op."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.functional import lora_linear
+
+Init = Literal["kaiming", "pissa"]
+_INITS = ("kaiming", "pissa")
+# Above this size PiSSA takes the leading singular triplets from a randomised SVD.
+_EXACT_SVD_ELEMENTS = 1 << 20
+
+
+class FusedLoRALinear(nn.Linear):
+    """y = x W^T + bias + scaling (drop(x) A^T) B^T, with W and bias frozen.
+
+    A subclass of `nn.Linear`: `weight` [out_features, in_features] and `bias` keep their names, so
+    base checkpoints load (a state dict without this layer's lora keys leaves the adapter alone). It
+    adds the parameters `lora_A` [rank, in_features] and `lora_B` [out_features, rank].
+
+    Args:
+        rank: of the adapter, at least 1.
+        alpha: scaling is alpha / rank, with `use_rslora` alpha / sqrt(rank); None means scaling 1.
+        dropout: probability in [0, 1) of dropping an input element of the adapter, in training
+            only.
+        use_rslora: rank-stabilised scaling (Kalajdzievski, 2023, arXiv:2312.03732).
+        adapter_dtype: of lora_A and lora_B: the base weight's (None) or torch.float32.
+
+    Raises:
+        ValueError: rank, alpha or dropout out of range.  TypeError: an unusable dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._add_adapter(rank, alpha, dropout, use_rslora, adapter_dtype)
+        self.reset_lora_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        init: Init = "kaiming",
+    ) -> "FusedLoRALinear":
+        """A layer that shares `linear`'s weight and bias objects (now frozen) and its train mode.
+
+        `init` is "kaiming" (A uniform, B zero: the output is unchanged) or "pissa" (Meng et al.,
+        2024, arXiv:2404.02948: the adapter starts as the principal part of the weight, which is
+        taken out of it).
+
+        Raises:
+            TypeError: not exactly an nn.Linear. ValueError: it carries hooks or parametrizations.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear: expected torch.nn.Linear itself, got {type(linear).__name__}")
+        reason = refusal(linear)
+        if reason is not None:
+            raise ValueError(f"linear: {reason}")
+        if init not in _INITS:
+            raise ValueError(f"init: got {init!r}, legal values are {', '.join(_INITS)}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._add_adapter(rank, alpha, dropout, use_rslora, adapter_dtype)
+        layer.reset_lora_parameters()
+        if init == "pissa":
+            layer._init_pissa()
+        return layer.train(linear.training)
+
+    def _add_adapter(
+        self,
+        rank: int,
+        alpha: float | None,
+        dropout: float,
+        use_rslora: bool,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank: expected an integer of at least 1, got {rank!r}")
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"alpha: expected a finite number or None, got {alpha}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        if not self.weight.is_floating_point():
+            raise TypeError(f"weight: expected a floating dtype, got {self.weight.dtype}")
+        dtype = adapter_dtype or self.weight.dtype
+        if dtype not in (self.weight.dtype, torch.float32):
+            raise TypeError(
+                f"adapter_dtype: expected {self.weight.dtype} (the weight's) or torch.float32,"
+                f" got {dtype}"
+            )
+        factory = {"device": self.weight.device, "dtype": dtype}
+        self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **factory))
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.register_buffer("_base_weight", None, persistent=False)
+        self.register_buffer("pissa_A", None)
+        self.register_buffer("pissa_B", None)
+        self._base_weight_cpu: Tensor | None = None
+        self._merged: Literal[False, "kept", "final"] = False
+        self._disabled = False
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds base plus adapter."""
+        return bool(self._merged)
+
+    def reset_parameters(self) -> None:
+        """Initialises base and adapter as a new layer does."""
+        super().reset_parameters()
+        if "lora_A" in self._parameters:
+            self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """A Kaiming-uniform, B zero, as in PEFT; the layer's output is then the base's."""
+        self._require_unmerged("reset_lora_parameters")
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        if self._disabled:
+            return self._base_forward(x)
+        if self._merged:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.bias,
+            scaling=self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        """The layer without its adapter, whatever state it is in."""
+        if self._merged == "final":
+            raise RuntimeError("merged with keep_base=False: the base of this layer is gone")
+        if self._merged:
+            return nn.functional.linear(x, self._kept_base(), self.bias)
+        if self.pissa_A is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x, self.weight, self.pissa_A, self.pissa_B, self.bias, scaling=self.scaling
+        )
+
+    # ------------------------------------------------------------------------------------ merging
+
+    @torch.no_grad()
+    def merge(self, keep_base: bool | Literal["cpu"] = True) -> None:
+        """Adds scaling B A to the weight, in place; the layer then costs a plain linear.
+
+        keep_base True or "cpu" keeps the base weight there or in host memory, so `unmerge` is
+        bit-exact.
+        False keeps nothing: the adapter is absorbed for good, `lora_B` becomes zero and `unmerge`
+        raises.
+        A weight tied to another module changes there too: `merge_lora` checks a whole model for
+        that.
+        """
+        if keep_base not in (True, False, "cpu"):
+            raise ValueError(
+                f"keep_base: got {keep_base!r}, legal values are True, False and 'cpu'"
+            )
+        self._require_unmerged("merge")
+        if keep_base == "cpu":
+            self._base_weight_cpu = self.weight.detach().to("cpu", copy=True)
+        elif keep_base:
+            self._base_weight = self.weight.detach().clone()
+        _add_product(self.weight, self.lora_B, self.lora_A, self.scaling)
+        if not keep_base:
+            self.lora_B.zero_()
+        self._merged = "kept" if keep_base else "final"
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the base weight that `merge` kept, bit for bit."""
+        if self._merged == "final":
+            raise RuntimeError("unmerge: merged with keep_base=False, the base weight was not kept")
+        if not self._merged:
+            raise RuntimeError("unmerge: the layer is not merged")
+        self.weight.copy_(self._kept_base())
+        self._base_weight = self._base_weight_cpu = None
+        self._merged = False
+
+    def _kept_base(self) -> Tensor:
+        base = self._base_weight if self._base_weight is not None else self._base_weight_cpu
+        return base.to(device=self.weight.device, dtype=self.weight.dtype)
+
+    def _require_unmerged(self, what: str) -> None:
+        if self._merged:
+            raise RuntimeError(f"{what}: the layer is merged; call unmerge() first")
+
+    @torch.no_grad()
+    def _init_pissa(self) -> None:
+        weight = self.weight.float() if self.weight.dtype != torch.float64 else self.weight
+        if weight.is_meta:
+            raise ValueError(
+                "init: 'pissa' needs the values of the weight, which is on the meta device"
+            )
+        if self.rank > min(weight.shape):
+            raise ValueError(
+                f"rank: 'pissa' takes at most min(N, K) = {min(weight.shape)}, got {self.rank}"
+            )
+        if self.scaling <= 0:
+            raise ValueError(f"alpha: 'pissa' needs a positive scaling, got {self.scaling}")
+        if weight.numel() <= _EXACT_SVD_ELEMENTS:
+            U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        else:
+            U, S, V = torch.svd_lowrank(weight, q=min(self.rank + 16, *weight.shape), niter=4)
+            Vh = V.t()
+        root = (S[: self.rank] / self.scaling).sqrt()
+        self.lora_A.copy_(root[:, None] * Vh[: self.rank])
+        self.lora_B.copy_(U[:, : self.rank] * root)
+        self.pissa_A, self.pissa_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
+
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the adapter relative to the original base: rank r, with PiSSA rank 2r.
+
+        PiSSA took scaling B0 A0 out of the weight, so on the original base the adapter is
+        scaling (B A - B0 A0).
+        """
+        if self.pissa_A is None:
+            return self.lora_A, self.lora_B
+        A, B = (self.lora_A, self.pissa_A), (self.lora_B, -self.pissa_B)
+        return torch.cat(A), torch.cat(B, dim=1)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A plain layer that shares weight and bias: the base, or the sum after a final merge."""
+        if self._merged == "kept":
+            self.unmerge()
+        if self.pissa_A is not None and not self._merged:
+            _add_product(self.weight, self.pissa_B, self.pissa_A, self.scaling)
+        linear = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(linear)
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    # --------------------------------------------------------------------------------- state dict
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._merged == "kept":
+            destination[prefix + "weight"] = self._kept_base()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        keys = [prefix + name for name in ("lora_A", "lora_B", "pissa_A", "pissa_B")]
+        adapter = any(key in state_dict for key in keys)
+        keep_base = "cpu" if self._base_weight_cpu is not None else True
+        remerge = self._merged == "kept"
+        if remerge:
+            self.unmerge()
+        if prefix + "pissa_A" in state_dict and self.pissa_A is None:
+            self.pissa_A = torch.empty_like(self.lora_A, requires_grad=False)
+            self.pissa_B = torch.empty_like(self.lora_B, requires_grad=False)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not adapter:
+            missing_keys[:] = [key for key in missing_keys if key not in keys]
+            if self.pissa_A is not None and prefix + "weight" in state_dict:
+                with torch.no_grad():
+                    _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
+        if remerge:
+            self.merge(keep_base)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"rank={self.rank}", f"scaling={self.scaling:g}"]
+        if self.dropout:
+            parts.append(f"dropout={self.dropout:g}")
+        if self.lora_A.dtype != self.weight.dtype:
+            parts.append(f"adapter_dtype={self.lora_A.dtype}")
+        if self.merged:
+            parts.append("merged=True")
+        return ", ".join(parts)
+
+
+def refusal(linear: nn.Module) -> str | None:
+    """Why a linear layer cannot be replaced without changing what it does; None if it can."""
+    if hasattr(linear, "parametrizations"):
+        return f"has parametrizations on {', '.join(linear.parametrizations)}; remove them first"
+    hooks = [
+        name
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+            "_state_dict_hooks",
+            "_state_dict_pre_hooks",
+            "_load_state_dict_pre_hooks",
+            "_load_state_dict_post_hooks",
+        )
+        if getattr(linear, name, None)
+    ]
+    if hasattr(linear, "_hf_hook"):
+        hooks.append("_hf_hook (accelerate)")
+    if hooks:
+        return f"carries hooks ({', '.join(hooks)}) that replacing it would lose; remove them first"
+    if "forward" in vars(linear):
+        return "has its forward overridden on the instance; remove that first"
+    return None
+
+
+@torch.no_grad()
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """weight += scale * left @ right, formed in fp32 and rounded once."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    total = torch.addmm(weight.to(dtype), left.to(dtype), right.to(dtype), alpha=scale)
+    weight.copy_(total)

@@ -1,0 +1,169 @@
+"""Which modules of a model an adapter goes to."""
+
+import re
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from lora_kernels.nn import FusedLoRALinear, refusal
+
+Names = str | Iterable[str] | None
+# Matrices of these are no linear maps of activations.
+_NOT_LINEAR_MAPS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
+
+
+class _Patterns:
+    """The names a user gave: one regular expression for whole names, or a list of names or their
+    last parts ("q_proj" matches "layers.0.q_proj")."""
+
+    def __init__(self, argument: str, names: Names) -> None:
+        self.argument = argument
+        self.predicates: dict[str, Callable[[str], bool]] = {}
+        if isinstance(names, str):
+            try:
+                expression = re.compile(names)
+            except re.error as error:
+                raise ValueError(
+                    f"{argument}: {names!r} is no regular expression: {error}"
+                ) from error
+            self.predicates[names] = lambda name: expression.fullmatch(name) is not None
+        elif names is not None:
+            for part in names:
+                if not isinstance(part, str) or not part:
+                    raise TypeError(f"{argument}: expected names as strings, got {part!r}")
+                self.predicates[part] = lambda name, part=part: f".{name}".endswith(f".{part}")
+
+    def __bool__(self) -> bool:
+        return bool(self.predicates)
+
+    def match(self, name: str) -> bool:
+        return any(predicate(name) for predicate in self.predicates.values())
+
+    def require_matches(self, names: Iterable[str]) -> None:
+        names = [name for name in names if name]
+        for pattern, predicate in self.predicates.items():
+            if not any(map(predicate, names)):
+                raise ValueError(
+                    f"{self.argument}: {pattern!r} matches no module; there are {summary(names)}"
+                )
+
+
+def summary(names: Iterable[str], limit: int = 40) -> str:
+    """The names with layer numbers folded: layers.*.q_proj."""
+    folded = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+    more = f" and {len(folded) - limit} more" if len(folded) > limit else ""
+    return ", ".join(folded[:limit]) + more or "none"
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def objection(module: nn.Module) -> str | None:
+    """Why a module cannot carry an adapter; None if it can."""
+    if isinstance(module, FusedLoRALinear):
+        return "already carries an adapter"
+    if _is_conv1d(module):
+        return "Transformers' Conv1D (weight [in, out]) is not supported"
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} is not a torch.nn.Linear"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
+    return refusal(module)
+
+
+def find_targets(
+    model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """(name -> linear layers to replace, name -> why others were not).
+
+    The default is every nn.Linear but the model's output head, which is `get_output_embeddings()`.
+
+    Raises:
+        ValueError: a pattern matches nothing, or only modules that cannot carry an adapter.
+    """
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "model: is itself a linear layer, nothing can be replaced in it;"
+            " use FusedLoRALinear.from_linear"
+        )
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or _is_conv1d(module)
+    }
+    wanted = _Patterns("target_modules", target_modules)
+    excluded = _Patterns("exclude_modules", exclude_modules)
+    if target_modules is not None and not wanted:
+        raise ValueError("target_modules: got an empty list; None means every linear layer")
+    wanted.require_matches(linear)
+    excluded.require_matches(name for name, _ in model.named_modules())
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) and not wanted else None
+    targets, skipped = {}, {}
+    for name, module in linear.items():
+        if wanted and not wanted.match(name):
+            continue
+        if excluded.match(name):
+            skipped[name] = "excluded by exclude_modules"
+        elif module is head:
+            skipped[name] = "the model's output head"
+        elif (reason := objection(module)) is not None:
+            skipped[name] = reason
+        else:
+            targets[name] = module
+    if not targets:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(
+            f"target_modules: no layer of {type(model).__name__} can carry an adapter"
+            + (reasons or ": it holds no nn.Linear")
+        )
+    return targets, skipped
+
+
+def find_saved(model: nn.Module, modules_to_save: Names) -> dict[str, nn.Module]:
+    """Modules to be trained in full and saved with the adapter; ValueError for a name that is not
+    there."""
+    patterns = _Patterns("modules_to_save", modules_to_save)
+    modules = dict(model.named_modules())
+    patterns.require_matches(modules)
+    return {n: module for n, module in modules.items() if n and patterns.match(n)}
+
+
+def is_inside(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a module or parameter lies in one of these modules."""
+    return any(name == outer or name.startswith(outer + ".") for outer in modules)
+
+
+def owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with all the names it goes by; a tied one has several."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(parameter, []).append(f"{module_name}.{attribute}".lstrip("."))
+    return found
+
+
+def require_whole_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
+    """A parameter trained in full must not be tied to one that stays frozen."""
+    for names in owners(model).values():
+        inside = [name for name in names if is_inside(name, saved)]
+        outside = [name for name in names if name not in inside]
+        if inside and outside:
+            raise ValueError(
+                f"modules_to_save: {inside[0]} is tied to {', '.join(outside)};"
+                " name all of its owners or untie them"
+            )
+
+
+def other_linear_maps(model: nn.Module) -> list[str]:
+    """Parameters that hold matrices but belong to no nn.Linear (fused experts, packed
+    projections)."""
+    return [
+        f"{name}.{attribute} {list(parameter.shape)}".lstrip(".")
+        for name, module in model.named_modules()
+        if not isinstance(module, (nn.Linear, *_NOT_LINEAR_MAPS))
+        for attribute, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() in (2, 3) and min(parameter.shape[-2:]) > 1
+    ]
