@@ -106,7 +106,7 @@ def attach(
 
 @contextlib.contextmanager
 def rollback_on_error(model: nn.Module) -> Iterator[list[str]]:
-    """Gives the names of the trainable parameters; making layers freezes some, an error undoes that."""
+    """Gives the trainable parameters' names; making layers freezes some, an error undoes that."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         yield list(trainable)

@@ -304,7 +304,8 @@ def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int) -
         if tensor.shape != shape:
             raise ValueError(
                 f"{key}{part}.weight: has shape {tuple(tensor.shape)}, expected {shape}"
-                f" for rank {rank} of the config and {name} ({module.in_features} -> {module.out_features})"
+                f" for rank {rank} of the config and {name}"
+                f" ({module.in_features} -> {module.out_features})"
             )
         if not tensor.is_floating_point():
             raise ValueError(

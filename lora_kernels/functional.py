@@ -47,8 +47,9 @@ def lora_linear(
         accumulated in fp32, the gradients of lora_a and lora_b come in their own dtype.
 
     Raises:
-        TypeError: a wrong dtype or type of an argument. ValueError: a wrong shape, device or value.
-        NotImplementedError: forward-mode AD; RuntimeError: double backward.
+        TypeError: a wrong dtype or type of an argument.
+        ValueError: a wrong shape, device or value.
+        NotImplementedError: forward-mode AD or double backward.
     """
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
     _check_tensors(tensors)
