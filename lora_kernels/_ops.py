@@ -36,6 +36,7 @@ _SCHEMAS = {
     "lora_add_backward": f"(Tensor dy, Tensor x, {_ADAPTER}, Tensor s, Tensor mask, {_BRANCH},"
     " bool need_x, bool need_a, bool need_b) -> (Tensor dx, Tensor da, Tensor db)",
 }
+OPS = tuple(_SCHEMAS)
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=_TAGS)
 
@@ -68,7 +69,7 @@ def _kernel(name: str):
     return run
 
 
-for _name in _SCHEMAS:
+for _name in OPS:
     _LIBRARY.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
 
 

@@ -21,6 +21,11 @@ _REFERENCE = Choice("reference", reference, "ATen composite, the default of ever
 _FORCED_REFERENCE = Choice("reference", reference, "forced by LORA_KERNELS_BACKEND")
 
 
+def extension_status() -> str:
+    """Whether the compiled extension is there."""
+    return "not part of this version"
+
+
 def choose(device_type: str) -> Choice:
     """The backend of the calls on a device. Raises RuntimeError if the forced one is not there."""
     if _env.BACKEND is None:

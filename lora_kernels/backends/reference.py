@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lora_kernels.backends import blocked
 
+_RANK_FIRST_ROWS = 128
+
 
 def lora_linear(
     x: Tensor,
@@ -150,8 +152,12 @@ def _backward(
         )
         return dx, dweight, d_a, d_b
     dtype = dy.dtype
+    # CPU BLAS is several times faster with many rows if r comes first in these; both copies are
+    # rank-sized.
+    rank_first = dy.device.type == "cpu" and dy.shape[0] >= _RANK_FIRST_ROWS
     if need_x or need_a:
-        ds = _scaled_product(dy, lora_b.to(dtype), scaling)
+        b = lora_b.to(dtype)
+        ds = _scaled_product(dy, b.t().contiguous().t() if rank_first else b, scaling)
     if need_x:
         a = lora_a.to(dtype)
         dx = torch.mm(ds, a) if weight is None else torch.mm(dy, weight.to(dtype)).addmm_(ds, a)
@@ -160,12 +166,12 @@ def _backward(
     if need_a:
         d_a = torch.mm(ds.t(), x).to(lora_a.dtype)
     if need_b:
-        # BLAS is several times faster at [r,N] than at [N,r]; the transposition is rank-sized.
-        d_b = torch.mm(s.t(), dy).t().to(lora_b.dtype).contiguous()
+        d_b = torch.mm(s.t(), dy).t().contiguous() if rank_first else torch.mm(dy.t(), s)
+        d_b = d_b.to(lora_b.dtype)
     return dx, dweight, d_a, d_b
 
 
 def _scaled_product(rows: Tensor, matrix: Tensor, scaling: float) -> Tensor:
     """scaling * rows @ matrix, scaled before it is rounded."""
-    out = rows.new_empty(rows.shape[0], matrix.shape[1])
-    return torch.addmm(out, rows, matrix, beta=0, alpha=scaling, out=out)
+    unread = rows.new_empty(rows.shape[0], matrix.shape[1])
+    return torch.addmm(unread, rows, matrix, beta=0, alpha=scaling)

@@ -1,0 +1,32 @@
+# make demo and make test are all a new user needs; both set up .venv first if it is missing.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test bench lint clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --progress-bar off -r requirements.txt
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PY) -m lora_kernels doctor
+	touch $@
+
+demo: setup
+	$(PY) examples/demo.py --out demo_output $(ARGS)
+
+test: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile $(ARGS)
+
+bench: setup
+	$(PY) benchmarks/layer.py --out bench_output/layer.json $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo_output bench_output build dist *.egg-info

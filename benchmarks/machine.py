@@ -1,0 +1,51 @@
+"""The line that every result file carries: machine, versions, commit."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    root = Path(__file__).parent
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    done = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def machine() -> dict[str, object]:
+    """What a number cannot be understood without."""
+    packages = ("torch", "triton", "peft", "transformers", "lora_kernels")
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def machine_line(info: dict[str, object]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in info["versions"].items() if v)
+    device = info["gpu"] or f"{info['cpu']} ({info['cpu_capability']}, {info['threads']} threads)"
+    return f"{device} · Python {info['python']}, {versions} · commit {info['commit']}"
