@@ -1,0 +1,208 @@
+"""Fine-tune a real language model with LoRA from start to end, on any machine, in a few minutes.
+
+A small Llama is trained on the standard library's documentation, frozen, given adapters and
+fine-tuned to the standard library's source code; then its adapters are saved, reloaded, compressed
+and merged.
+
+    python examples/demo.py                          # a few minutes on two cores, the GPU where
+    there is one python examples/demo.py --text notes.txt *.md    # fine-tune to your own text
+    instead
+"""
+
+import argparse
+import copy
+import logging
+import math
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from corpus import documentation, held_out, loader, sequences, source_code, train_tokenizer
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_kernels import (
+    add_adaptor_layer,
+    adjust_rank,
+    apply_lora,
+    evaluate_model,
+    load_adapter,
+    lora_parameters,
+    low_rank_approximation,
+    merge_lora,
+    save_adapter,
+    train_model,
+)
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+RANK, SMALL_RANK, ALPHA = 16, 4, 32
+LENGTH, BATCH = 128, 8
+BASE, TUNED = "#8a8f98", "#2a6fdb"
+
+
+def build_base(vocabulary: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def adamw(model: nn.Module, rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+
+
+def perplexity(model: nn.Module, test) -> float:
+    return math.exp(evaluate_model(model, test, None, progress=False)["loss"])
+
+
+def adapter_kib(model: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in lora_parameters(model)) / 1024
+
+
+def tokens_per_second(models: dict[str, nn.Module], train, steps: int = 6) -> dict[str, float]:
+    """Median over interleaved rounds of training steps, so that both meet the same noise."""
+    batches = [batch for batch, _ in zip(train, range(steps), strict=False)]
+    optimizers = {name: adamw(model, 0.0) for name, model in models.items()}
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(5):
+        for name, model in models.items():
+            start = time.perf_counter()
+            train_model(model, batches, None, optimizers[name], progress=False)
+            seconds = time.perf_counter() - start
+            rates[name].append(sum(b["input_ids"].numel() for b in batches) / seconds)
+    return {name: sorted(values)[len(values) // 2] for name, values in rates.items()}
+
+
+@torch.no_grad()
+def same_logits(one: nn.Module, other: nn.Module, batch: dict) -> float:
+    """Largest difference of the logits, relative to the largest logit."""
+    one.eval(), other.eval()
+    ids = batch["input_ids"].to(next(one.parameters()).device)
+    a, b = one(ids).logits, other(ids).logits
+    return float((a - b).abs().max() / a.abs().max())
+
+
+def plot(path: Path, base, tuned, rows: list[tuple[str, int, float, float]]) -> None:
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for losses, label, color in (
+        (base.loss, "base, on documentation", BASE),
+        (tuned.loss, f"LoRA r={RANK}, on code", TUNED),
+    ):
+        left.plot(range(1, len(losses) + 1), losses, label=label, color=color, linewidth=1.5)
+    left.set(xlabel="optimizer step", ylabel="training loss (nats per token)", title="Training")
+    left.legend(frameon=False)
+    labels = [f"{label}\n{kib:.0f} KiB" if kib else label for label, _, _, kib in rows]
+    bars = right.bar(
+        labels, [row[2] for row in rows], color=[BASE, *[TUNED] * (len(rows) - 1)], width=0.6
+    )
+    right.bar_label(bars, fmt="%.1f", padding=2)
+    right.set(ylabel="held-out perplexity", title="Rank, perplexity, adapter size")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, nargs="+", help="fine-tune to these text files")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for results")
+    parser.add_argument("--base-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150, help="of fine-tuning")
+    args = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    begin = time.perf_counter()
+
+    print("== 1. Real text: the standard library's documentation, then", end=" ")
+    print("your files" if args.text else "its source code")
+    docs, docs_test = held_out(documentation())
+    texts = [path.read_text(errors="replace") for path in args.text] if args.text else source_code()
+    code, code_test = held_out(texts)
+    tokenizer = train_tokenizer(docs + code, 2048)
+    train = {
+        "docs": sequences(tokenizer, docs, LENGTH, args.base_steps * BATCH),
+        "code": sequences(tokenizer, code, LENGTH, args.steps * BATCH),
+    }
+    train = {name: loader(data, BATCH, shuffle=True) for name, data in train.items()}
+    tests = {
+        name: loader(sequences(tokenizer, text, LENGTH, 64), 16, shuffle=False)
+        for name, text in (("docs", docs_test), ("code", code_test))
+    }
+
+    print("\n== 2. Train the base model on the documentation")
+    model = build_base(2048).to(device)
+    history = train_model(
+        model, train["docs"], None, adamw(model, 3e-3), epochs=20, max_steps=args.base_steps,
+        max_grad_norm=1.0, progress=True,
+    )  # fmt: skip
+    base = copy.deepcopy(model)
+    before = {name: perplexity(model, test) for name, test in tests.items()}
+    print(f"held-out perplexity: documentation {before['docs']:.1f}, target {before['code']:.1f}")
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach()
+    U, V = low_rank_approximation(weight, RANK)
+    kept = 1 - float((weight - U @ V).norm() / weight.norm()) ** 2
+    print(f"rank {RANK} holds {kept:.0%} of the energy of a trained {list(weight.shape)} weight")
+
+    print("\n== 3. Freeze it, add adapters, fine-tune")
+    report = apply_lora(model, RANK, alpha=ALPHA)
+    print(report)
+    optimizer = adamw(model, 4e-3)
+    tuned = train_model(
+        model, train["code"], None, optimizer, epochs=20, max_steps=args.steps, max_grad_norm=1.0,
+        progress=True,
+    )  # fmt: skip
+    after = perplexity(model, tests["code"])
+    print(f"held-out perplexity on the target: {before['code']:.1f} -> {after:.1f}")
+
+    print("\n== 4. The same training step under PEFT")
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+    models = {"lora_kernels": model, "PEFT": get_peft_model(copy.deepcopy(base), config)}
+    rates = tokens_per_second(models, train["code"])
+    for name, rate in rates.items():
+        print(f"{name:13} {rate:8.0f} tokens/s")
+    print(f"ratio         {rates['lora_kernels'] / rates['PEFT']:8.2f}")
+
+    print("\n== 5. Save, reload into a fresh base, merge")
+    batch = next(iter(tests["code"]))
+    save_adapter(model, args.out / "adapter")
+    fresh = copy.deepcopy(base)
+    load_adapter(fresh, args.out / "adapter")
+    print(f"reloaded: largest relative difference of logits {same_logits(model, fresh, batch):.1e}")
+    merge_lora(fresh)
+    print(f"merged:   largest relative difference of logits {same_logits(model, fresh, batch):.1e}")
+
+    print(f"\n== 6. Compress the adapters {RANK} -> {SMALL_RANK}, training between the steps")
+    rows = [("base", 0, before["code"], 0.0), (f"r={RANK}", RANK, after, adapter_kib(model))]
+    direct = add_adaptor_layer(copy.deepcopy(base), SMALL_RANK, alpha=ALPHA * SMALL_RANK / RANK)
+    bytes_per_rank = adapter_kib(direct) / SMALL_RANK
+    ranks = adjust_rank(
+        model, RANK, SMALL_RANK, train["code"], None, optimizer, eval_loader=tests["code"],
+        max_steps=args.steps // 3, max_grad_norm=1.0, progress=True,
+    )  # fmt: skip
+    for step in ranks.steps:
+        rows.append((f"r={step.rank}", step.rank, math.exp(step.loss), step.rank * bytes_per_rank))
+    train_model(
+        direct, train["code"], None, adamw(direct, 4e-3), epochs=20, max_steps=args.steps,
+        max_grad_norm=1.0, progress=True,
+    )  # fmt: skip
+    reached = perplexity(direct, tests["code"])
+    rows.append((f"r={SMALL_RANK} direct", SMALL_RANK, reached, adapter_kib(direct)))
+    print(ranks)
+    print(f"\n{'adapter':12} {'rank':>4} {'perplexity':>11} {'size':>10}")
+    for label, rank, value, kib in rows:
+        print(f"{label:12} {rank:>4} {value:>11.2f} {kib:>6.0f} KiB")
+
+    merge_lora(model, keep_base=False)
+    plot(args.out / "demo.png", history, tuned, rows)
+    print(f"\nadapter and plot are in {args.out}/; {time.perf_counter() - begin:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
