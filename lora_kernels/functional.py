@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_kernels import _ops  # noqa: F401  (defines torch.ops.lora_kernels)
+from lora_kernels import _ops
 
 _op = torch.ops.lora_kernels
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -169,6 +169,7 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    _ops.refuse_forward_mode(tensors.values())
 
 
 def _check_branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[int, int]:
