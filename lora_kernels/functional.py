@@ -122,6 +122,9 @@ def lora_add_(
     Raises RuntimeError where a gradient would be needed, and ValueError for a base_out whose
     leading dimensions cannot be viewed as one.
     """
+    tensors = (base_out, x, lora_a, lora_b)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError("lora_add_: has no gradient; call it under torch.no_grad, or lora_add")
     result = base_out
     base_out, x, lora_a, lora_b, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
