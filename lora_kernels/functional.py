@@ -198,7 +198,8 @@ def _autocast(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor
     use."""
     device = x.device.type
     if (
-        not torch.is_autocast_enabled(device)
+        x.is_meta
+        or not torch.is_autocast_enabled(device)
         or not x.is_floating_point()
         or x.dtype == torch.float64
     ):
@@ -247,6 +248,8 @@ def _check_values(
             raise ValueError(
                 f"seed: expected an int64 tensor of one element, got {seed.dtype} {_shape(seed)}"
             )
+        if seed.is_meta and device.type != "meta":
+            raise ValueError(f"seed: expected x's device {device}, got {seed.device}")
         seed = seed.to(device)
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(
