@@ -1,6 +1,6 @@
 """What other libraries call: checks, autocast and flattening around the ops of `_ops`."""
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -239,7 +239,7 @@ def _check_values(
     for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
         if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat)):
             raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not math.isfinite(scaling):
+    if not abs(scaling) <= sys.float_info.max:
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
