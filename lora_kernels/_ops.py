@@ -12,6 +12,8 @@ known.
     = dy^T s
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -46,8 +48,9 @@ _ops = torch.ops.lora_kernels
 # ------------------------------------------------------------------------------------------ kernels
 
 
-def _refuse_forward_mode(args: tuple) -> None:
-    """Below autograd a tangent would be dropped without a word."""
+def refuse_forward_mode(args: Iterable) -> None:
+    """Below autograd a tangent would be dropped without a word; torch.func.jvp drops its own before
+    the kernel, so `functional` asks too."""
     if forward_ad._current_level < 0:
         return
     for arg in args:
@@ -57,7 +60,7 @@ def _refuse_forward_mode(args: tuple) -> None:
 
 def _kernel(name: str):
     def run(*args):
-        _refuse_forward_mode(args)
+        refuse_forward_mode(args)
         device = args[0].device.type
         function = getattr(backends.choose(device).module, name)
         if torch.is_autocast_enabled(device):
@@ -81,13 +84,13 @@ def _saved(like: Tensor, rows: int, rank: int, save_s: bool) -> tuple[Tensor, Te
 
 
 def _lora_linear_fake(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask):
-    _refuse_forward_mode((x, weight, lora_a, lora_b, bias))
+    refuse_forward_mode((x, weight, lora_a, lora_b, bias))
     y = x.new_empty(x.shape[0], weight.shape[0])
     return y, *_saved(x, x.shape[0], lora_a.shape[0], save_s)
 
 
 def _lora_add_fake(base_out, x, lora_a, lora_b, scaling, dropout_p, seed, save_s, save_mask):
-    _refuse_forward_mode((base_out, x, lora_a, lora_b))
+    refuse_forward_mode((base_out, x, lora_a, lora_b))
     y = base_out.new_empty(base_out.shape)
     return y, *_saved(x, x.shape[0], lora_a.shape[0], save_s)
 

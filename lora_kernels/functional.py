@@ -1,11 +1,11 @@
 """What other libraries call: checks, autocast and flattening around the ops of `_ops`."""
 
-import math
+import sys
 
 import torch
 from torch import Tensor
 
-from lora_kernels import _ops  # noqa: F401  (defines torch.ops.lora_kernels)
+from lora_kernels import _ops
 
 _op = torch.ops.lora_kernels
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -122,6 +122,9 @@ def lora_add_(
     Raises RuntimeError where a gradient would be needed, and ValueError for a base_out whose
     leading dimensions cannot be viewed as one.
     """
+    tensors = (base_out, x, lora_a, lora_b)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError("lora_add_: has no gradient; call it under torch.no_grad, or lora_add")
     result = base_out
     base_out, x, lora_a, lora_b, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
@@ -169,6 +172,7 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    _ops.refuse_forward_mode(tensors.values())
 
 
 def _check_branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[int, int]:
@@ -194,7 +198,8 @@ def _autocast(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor
     use."""
     device = x.device.type
     if (
-        not torch.is_autocast_enabled(device)
+        x.is_meta
+        or not torch.is_autocast_enabled(device)
         or not x.is_floating_point()
         or x.dtype == torch.float64
     ):
@@ -234,7 +239,7 @@ def _check_values(
     for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
         if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat)):
             raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not math.isfinite(scaling):
+    if not abs(scaling) <= sys.float_info.max:
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
@@ -243,6 +248,8 @@ def _check_values(
             raise ValueError(
                 f"seed: expected an int64 tensor of one element, got {seed.dtype} {_shape(seed)}"
             )
+        if seed.is_meta and device.type != "meta":
+            raise ValueError(f"seed: expected x's device {device}, got {seed.device}")
         seed = seed.to(device)
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(

@@ -205,9 +205,10 @@ def _product(
             total = rows.new_zeros(len(rows), columns.stop - columns.start)
         else:
             strip = matrix[:, columns].to(out.dtype).to(rows.dtype)
-            total = torch.mm(rows, strip)
-        if bias is not None:
-            total += bias[columns].to(out.dtype)
+            if bias is None:
+                total = torch.mm(rows, strip)
+            else:
+                total = torch.addmm(bias[columns].to(out.dtype).to(rows.dtype), rows, strip)
         if keep is None:
             total.addmm_(low, lora[:, columns])
         else:
