@@ -69,11 +69,11 @@ def lora_linear(
     _check_dtypes(x, lora_a, lora_b, {"weight": weight, "bias": bias}, autocast)
     _check_devices(tensors)
     seed = _check_values(scaling, dropout_p, seed, x.device)
-    y, _, _ = _op.lora_linear(
-        x.reshape(-1, K), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
+    y, _, _ = _op.lora_linear.default(
+        _rows(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
         torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
     )  # fmt: skip
-    return y.view(*x.shape[:-1], N)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
 
 
 def lora_add(
@@ -99,12 +99,11 @@ def lora_add(
     base_out, x, lora_a, lora_b, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
     )
-    y, _, _ = _op.lora_add(
-        base_out.reshape(-1, base_out.shape[-1]), x.reshape(-1, x.shape[-1]), lora_a, lora_b,
-        scaling, dropout_p, seed,
+    y, _, _ = _op.lora_add.default(
+        _rows(base_out), _rows(x), lora_a, lora_b, scaling, dropout_p, seed,
         torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
     )  # fmt: skip
-    return y.view(base_out.shape)
+    return y if base_out.dim() == 2 else y.view(base_out.shape)
 
 
 def lora_add_(
@@ -138,8 +137,13 @@ def lora_add_(
             f"base_out: expected leading dimensions that view as one, got strides {result.stride()}"
             f" for shape {_shape(result)}"
         ) from error
-    _op.lora_add_(rows, x.reshape(-1, x.shape[-1]), lora_a, lora_b, scaling, dropout_p, seed)
+    _op.lora_add_.default(rows, _rows(x), lora_a, lora_b, scaling, dropout_p, seed)
     return result
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., K] as [M, K], copied only where the strides leave no other way."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _prepare_add(base_out, x, lora_a, lora_b, scaling, dropout_p, seed):

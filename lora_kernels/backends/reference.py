@@ -10,6 +10,7 @@ half-precision products need such temporaries: `blocked` works through the rows 
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lora_kernels.backends import blocked
 
@@ -32,11 +33,9 @@ def lora_linear(
     if dropout_p or blocked.is_wide(x, forward=True):
         y, s = blocked.lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     else:
-        dtype = x.dtype
-        s = _scaled_product(x, lora_a.to(dtype).t(), scaling)
-        w_t = weight.to(dtype).t()
-        y = torch.mm(x, w_t) if bias is None else torch.addmm(bias.to(dtype), x, w_t)
-        y.addmm_(s, lora_b.to(dtype).t())
+        s = _scaled_product(x, _as(lora_a, x).t(), scaling)
+        y = linear(x, _as(weight, x), None if bias is None else _as(bias, x))
+        y.addmm_(s, _as(lora_b, x).t())
     return y, s if save_s else x.new_empty(0), x.new_empty(0)
 
 
@@ -74,8 +73,8 @@ def _add_branch(y, x, lora_a, lora_b, scaling, dropout_p, seed) -> Tensor:
     """y += s B^T; returns s."""
     if dropout_p or blocked.is_wide(x):
         return blocked.add_branch(y, x, lora_a, lora_b, scaling, dropout_p, seed)
-    s = _scaled_product(x, lora_a.to(x.dtype).t(), scaling)
-    y.addmm_(s, lora_b.to(x.dtype).t())
+    s = _scaled_product(x, _as(lora_a, x).t(), scaling)
+    y.addmm_(s, _as(lora_b, x).t())
     return s
 
 
@@ -137,38 +136,51 @@ def lora_add_backward(
 def _backward(
     dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, need_x, need_weight, need_a, need_b
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = dy.new_empty(0)
-    dweight = none if weight is None else weight.new_empty(0)
-    dx, d_a, d_b = none, lora_a.new_empty(0), lora_b.new_empty(0)
+    dx = dweight = d_a = d_b = None
     if dropout_p or blocked.is_wide(dy):
-        if need_weight:
-            dweight = blocked.weight_gradient(dy, x, weight)
-        grads = blocked.backward(
+        dx, d_a, d_b = blocked.backward(
             dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, need_x, need_a, need_b
         )
-        dx, d_a, d_b = (
-            kept if kept is not None else size_0
-            for kept, size_0 in zip(grads, (dx, d_a, d_b), strict=True)
+        if need_weight:
+            dweight = blocked.weight_gradient(dy, x, weight)
+    else:
+        dx, dweight, d_a, d_b = _whole_backward(
+            dy, x, weight, lora_a, lora_b, s, scaling, need_x, need_weight, need_a, need_b
         )
-        return dx, dweight, d_a, d_b
-    dtype = dy.dtype
+    return (
+        dy.new_empty(0) if dx is None else dx,
+        (dy if weight is None else weight).new_empty(0) if dweight is None else dweight,
+        lora_a.new_empty(0) if d_a is None else d_a,
+        lora_b.new_empty(0) if d_b is None else d_b,
+    )
+
+
+def _whole_backward(
+    dy, x, weight, lora_a, lora_b, s, scaling, need_x, need_weight, need_a, need_b
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    dx = dweight = d_a = d_b = None
     # CPU BLAS is several times faster with many rows if r comes first in these; both copies are
     # rank-sized.
     rank_first = dy.device.type == "cpu" and dy.shape[0] >= _RANK_FIRST_ROWS
     if need_x or need_a:
-        b = lora_b.to(dtype)
+        b = _as(lora_b, dy)
         ds = _scaled_product(dy, b.t().contiguous().t() if rank_first else b, scaling)
     if need_x:
-        a = lora_a.to(dtype)
-        dx = torch.mm(ds, a) if weight is None else torch.mm(dy, weight.to(dtype)).addmm_(ds, a)
+        a = _as(lora_a, dy)
+        dx = torch.mm(ds, a) if weight is None else torch.mm(dy, _as(weight, dy)).addmm_(ds, a)
     if need_weight:
-        dweight = torch.mm(dy.t(), x).to(weight.dtype)
+        dweight = _as(torch.mm(dy.t(), x), weight)
     if need_a:
-        d_a = torch.mm(ds.t(), x).to(lora_a.dtype)
+        d_a = _as(torch.mm(ds.t(), x), lora_a)
     if need_b:
         d_b = torch.mm(s.t(), dy).t().contiguous() if rank_first else torch.mm(dy.t(), s)
-        d_b = d_b.to(lora_b.dtype)
+        d_b = _as(d_b, lora_b)
     return dx, dweight, d_a, d_b
+
+
+def _as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the dtype of another; a `to` that changes nothing costs a microsecond."""
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
 def _scaled_product(rows: Tensor, matrix: Tensor, scaling: float) -> Tensor:
