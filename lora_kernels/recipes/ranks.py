@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lora_kernels.adapters import require_layers, saved_parameters
 from lora_kernels.nn import FusedLoRALinear
 from lora_kernels.rank import allocate_ranks, refactor, spectrum, widen
-from lora_kernels.recipes import batches
 from lora_kernels.recipes.batches import Criterion
 from lora_kernels.recipes.evaluation import evaluate_model
 from lora_kernels.recipes.training import History, train_model
@@ -121,8 +120,10 @@ def adjust_rank(
         FloatingPointError: from `train_model`.
     """
     layers = dict(require_layers(model))
-    path = _check(layers, k_initial, k_final, ranks, tolerance, per_layer, training)
-    batches.place(model, training.pop("device", None), optimizer)
+    path = _check(layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, training)
+    # Checks the other arguments and moves the model, before any rank has changed.
+    quiet = training | {"progress": False}
+    train_model(model, train_loader, criterion, optimizer, epochs=0, **quiet)
     shared = {name: training[name] for name in _SHARED if name in training}
     loader = train_loader if eval_loader is None else eval_loader
 
@@ -187,10 +188,7 @@ def _compress(layers: dict[str, FusedLoRALinear], k: int, per_layer: bool) -> di
     ranks = _share(layers, k) if per_layer else dict.fromkeys(layers, k)
     new = {}
     for name, layer in layers.items():
-        try:
-            A, B, _, energy = refactor(*layer.delta_factors(), ranks[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        A, B, _, energy = refactor(*layer.delta_factors(), ranks[name])
         new[name] = A, B, energy
     return new
 
@@ -285,14 +283,15 @@ class _Undo:
 # ------------------------------------------------------------------------------------------- checks
 
 
-def _check(layers, k_initial, k_final, ranks, tolerance, per_layer, training) -> list[int] | None:
+def _check(
+    layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, training
+) -> list[int] | None:
     """The ranks to go through; None where they are to be halved."""
     for name, k in (("k_initial", k_initial), ("k_final", k_final)):
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"{name}: expected an integer of at least 1, got {k!r}")
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"model: {name} is merged; unmerge_lora(model) first")
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"epochs: expected an integer of at least 0, got {epochs!r}")
     present = _ranks(layers)
     if per_layer:
         costs = _costs(layers)

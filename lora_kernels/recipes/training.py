@@ -172,7 +172,8 @@ def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, g
                 "criterion: the loss does not depend on any parameter that requires a gradient"
             )
         scaler.scale(loss * (weight / total)).backward()
-        losses.append(loss.detach().float() * (weight / total))
+        loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+        losses.append(loss * (weight / total))
     scaler.unscale_(optimizer)
     trained = [p for p in good.parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(p.grad for p in trained)
@@ -302,6 +303,9 @@ def _check_trainable(
             "optimizer: holds none of the parameters to train; make it after the adapters, over"
             " lora_parameters(model)"
         )
+    for parameter in held & trained.keys():
+        if not parameter.isfinite().all():
+            raise ValueError(f"model: {trained[parameter]} holds values that are inf or nan")
     if autocast_dtype == torch.float16:
         for parameter, name in trained.items():
             if parameter.dtype == torch.float16:
