@@ -6,9 +6,11 @@ import json
 import math
 import pydoc_data.topics
 import re
+import runpy
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -1128,3 +1130,40 @@ def test_adapters_that_cannot_be_adjusted():
     merge_lora(model)
     with pytest.raises(ValueError, match="model: inner is merged; unmerge_lora"):
         adjust_rank(model, 4, 2, *arguments)
+
+
+# ------------------------------------------------------------------------- examples and benchmarks
+
+
+def script(path):
+    """The main function of a script beside the package."""
+    return runpy.run_path(str(Path(__file__).parents[1] / path))["main"]
+
+
+def test_example_with_these_functions(tmp_path, capsys):
+    perplexity = script("examples/finetune_transformers.py")(
+        ["--steps", "3", "--batch-size", "2", "--length", "16", "--rank", "4", "--final-rank", "2",
+         "--output", str(tmp_path)]
+    )  # fmt: skip
+    assert 1 < perplexity < 300
+    assert "rank 4 -> 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_example_with_the_trainer(tmp_path):
+    loss = script("examples/finetune_trainer.py")(
+        ["--steps", "2", "--length", "16", "--output", str(tmp_path)]
+    )
+    assert 0 < loss < math.log(256) + 0.5
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_benchmark_of_low_rank(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    result = script("benchmarks/low_rank.py")(
+        ["--size", "96", "--rank", "4", "--repeats", "2", "--device", "cpu", "--json", str(file)]
+    )
+    assert json.loads(file.read_text()) == result
+    assert result["ratio"] == result["seconds"]["exact"] / result["seconds"]["randomized"]
+    assert 1 - 1e-5 <= result["error over the best"] <= 1.01
+    assert torch.__version__ in capsys.readouterr().out
