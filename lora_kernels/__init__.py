@@ -12,22 +12,29 @@ from lora_kernels.convert import (
 )
 from lora_kernels.functional import lora_add, lora_add_, lora_linear
 from lora_kernels.nn import FusedLoRALinear
+from lora_kernels.rank import low_rank_approximation
+from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model, train_model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusedLoRALinear",
     "LoraReport",
+    "add_adaptor_layer",
+    "adjust_rank",
     "apply_lora",
     "disable_adapters",
+    "evaluate_model",
     "load_adapter",
     "lora_add",
     "lora_add_",
     "lora_linear",
     "lora_parameters",
     "lora_state_dict",
+    "low_rank_approximation",
     "merge_lora",
     "remove_lora",
     "save_adapter",
+    "train_model",
     "unmerge_lora",
 ]

@@ -263,6 +263,55 @@ class FusedLoRALinear(nn.Linear):
         return torch.cat(A), torch.cat(B, dim=1)
 
     @torch.no_grad()
+    def set_adapter(self, A: Tensor, B: Tensor) -> None:
+        """Replaces lora_A, lora_B by new parameters of any rank; `scaling` stays the same number.
+
+        A [r, in_features] and B [out_features, r] are copied, in the adapter's own dtype and
+        device. What PiSSA took out of the weight keeps its rank. An optimizer goes on holding the
+        old parameters: `adjust_rank` exchanges them there.
+
+        Raises:
+            ValueError: shapes that do not fit. RuntimeError: the layer is merged.
+        """
+        self._require_unmerged("set_adapter")
+        rank = A.shape[0] if A.dim() == 2 else 0
+        for name, value, shape in (
+            ("A", A, (rank, self.in_features)),
+            ("B", B, (self.out_features, rank)),
+        ):
+            if value.shape != shape or rank == 0:
+                raise ValueError(
+                    f"{name}: expected A [r, {self.in_features}] and B [{self.out_features}, r]"
+                    f" with r >= 1, got {tuple(value.shape)}"
+                )
+        scaling = self.scaling
+        for name, value in (("lora_A", A), ("lora_B", B)):
+            old = getattr(self, name)
+            value = value.detach().to(old, copy=True).contiguous()
+            setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
+        if self.alpha is not None:
+            divisor = math.sqrt(rank) if self.use_rslora else rank
+            alpha = scaling * divisor
+            # The product is rounded; a neighbour may give the quotient back exactly.
+            nearby = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+            self.alpha = min(nearby, key=lambda value: abs(value / divisor - scaling))
+
+    @torch.no_grad()
+    def to_original_base(self) -> None:
+        """Makes a layer started with PiSSA a plain one of rank 2r that computes the same.
+
+        The weight gets back what PiSSA took out of it (equal up to one rounding), the adapter
+        becomes `delta_factors`. Other layers stay as they are. RuntimeError: the layer is merged.
+        """
+        self._require_unmerged("to_original_base")
+        if self.pissa_A is None:
+            return
+        factors = self.delta_factors()
+        _add_product(self.weight, self.pissa_B, self.pissa_A, self.scaling)
+        self.pissa_A = self.pissa_B = None
+        self.set_adapter(*factors)
+
+    @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain layer that shares weight and bias: the base, or the sum after a final merge."""
         if self._merged == "kept":
@@ -292,8 +341,9 @@ class FusedLoRALinear(nn.Linear):
         if remerge:
             self.unmerge()
         if prefix + "pissa_A" in state_dict and self.pissa_A is None:
-            self.pissa_A = torch.empty_like(self.lora_A, requires_grad=False)
-            self.pissa_B = torch.empty_like(self.lora_B, requires_grad=False)
+            rank = len(state_dict[prefix + "pissa_A"])
+            self.pissa_A = self.lora_A.new_empty(rank, self.in_features)
+            self.pissa_B = self.lora_B.new_empty(self.out_features, rank)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

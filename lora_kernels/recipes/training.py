@@ -1,0 +1,315 @@
+"""`train_model`: the loop over optimizer steps."""
+
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters import lora_layers
+from lora_kernels.recipes import batches, resume
+from lora_kernels.recipes.batches import Count, Criterion
+
+
+@dataclass
+class History:
+    """One entry per optimizer step; `dataclasses.asdict` gives lists for JSON.
+
+    loss: mean over the step's samples, before the update. samples: what they count for. epoch: from
+    0. grad_norm: over all trained parameters, before clipping. learning_rate: of the optimizer's
+    first group.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    samples: list[float] = field(default_factory=list)
+    epoch: list[int] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @property
+    def epoch_loss(self) -> list[float]:
+        """Mean loss over the samples of each epoch."""
+        steps = zip(self.epoch, self.loss, self.samples, strict=True)
+        means = []
+        for _, group in itertools.groupby(steps, key=lambda step: step[0]):
+            group = list(group)
+            means.append(math.fsum(l * n for _, l, n in group) / sum(n for *_, n in group))
+        return means
+
+
+def train_model(
+    model: nn.Module,
+    train_loader: Iterable,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    scheduler: Any = None,
+    device: torch.device | str | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    count: Count = None,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int | None = None,
+    resume_from: str | os.PathLike | None = None,
+) -> History:
+    """Trains what requires gradients: with LoRA layers, the adapters and `modules_to_save`.
+
+    One pass over the loader unless `epochs` says more. Every module's train/eval mode is afterwards
+    what it was. In a model with LoRA layers, batch norms that are frozen stay in eval mode, so that
+    their running statistics, which belong to the base, do not move.
+
+    Args:
+        model: any module, e.g. after `add_adaptor_layer`.
+        train_loader: any iterable of batches, (inputs, targets) or mappings as Transformers' data
+            collators give. inputs may be a tensor, a tuple of arguments or a mapping of keywords.
+        criterion: (prediction, targets) -> mean loss; the prediction is the model's output, or its
+            logits. None takes the loss that the model returns (Transformers, given `labels`).
+        optimizer: over parameters of the model, e.g. `AdamW(lora_parameters(model))`.
+        epochs: passes over the loader, in this run and the one it resumes together.
+        max_steps: ends the run after this many optimizer steps, likewise together.
+        accumulation_steps: batches per optimizer step; the step's loss is the mean over all their
+            samples. An epoch's last step takes what is left.
+        max_grad_norm: clips the gradient's norm.
+        scheduler: learning-rate scheduler; stepped after every optimizer step.
+        device: where to move model and optimizer state; None leaves them. Batches follow the model.
+        autocast_dtype: torch.bfloat16 or torch.float16 for mixed precision, the latter with scaled
+            losses; None for the model's own dtypes.
+        count: batch -> what it counts for in a mean, its first dimension by default.
+        progress: True shows a bar (if tqdm is there), False none, None one in a terminal.
+        checkpoint: file written, atomically, every `checkpoint_every` steps and after every epoch.
+        resume_from: such a file to continue from, given model, loader and optimizer made as for the
+            first run. The results are those of a run never interrupted, if the order of the data
+            comes from torch's or Python's generators; the batches already seen are read again.
+
+    Returns:
+        `History`, of the whole run where it was resumed.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; names the step. The model then holds
+            the last parameters that gave a finite loss and gradient.
+        FileNotFoundError: no file at `resume_from`.
+        ValueError, TypeError: an argument that is not legal, a merged layer, an empty loader.
+    """
+    batches.check_arguments(model, criterion, autocast_dtype)
+    _check_numbers(epochs, max_steps, accumulation_steps, max_grad_norm, checkpoint_every)
+    if checkpoint_every is not None and checkpoint is None:
+        raise ValueError("checkpoint_every: needs checkpoint, the file to write")
+    _check_trainable(model, optimizer, autocast_dtype)
+    device = batches.place(model, device, optimizer)
+    run = resume.Run(
+        model,
+        optimizer,
+        scheduler,
+        torch.amp.GradScaler(device.type, enabled=autocast_dtype == torch.float16),
+        train_loader,
+        History(),
+        accumulation_steps,
+    )
+    if resume_from is not None:
+        run.load(resume_from)
+    good = _LastGood(optimizer)
+    _zero_grad(model, optimizer)
+
+    def done() -> bool:
+        return run.epoch >= epochs or (max_steps is not None and len(run.history) >= max_steps)
+
+    def save() -> None:
+        if checkpoint is not None:
+            good.require_finite(len(run.history))
+            run.save(checkpoint)
+
+    bar = batches.progress_bar(
+        progress, _total_steps(train_loader, epochs, max_steps, accumulation_steps), "train"
+    )
+    with batches.mode(model, training=True), bar:
+        _freeze_batch_norms(model)
+        bar.update(len(run.history))
+        while not done():
+            for group in _groups(run.epoch_batches(), accumulation_steps):
+                _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good)
+                bar.update()
+                bar.set_postfix_str(f"loss {run.history.loss[-1]:.4f}")
+                if done():
+                    break
+                if checkpoint_every is not None and len(run.history) % checkpoint_every == 0:
+                    save()
+            else:
+                run.end_epoch()
+            if run.batches == 0 or done():
+                save()
+        good.require_finite(len(run.history))
+    return run.history
+
+
+def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good) -> None:
+    """One optimizer step over a group of batches."""
+    model, optimizer, scaler, history = run.model, run.optimizer, run.scaler, run.history
+    step = len(history) + 1
+    weights = [batches.weigh(batch, count) for batch in group]
+    total = sum(weights)
+    if not total > 0:
+        raise ValueError(f"count: the batches of step {step} count for nothing")
+    losses = []
+    for batch, weight in zip(group, weights, strict=True):
+        if weight == 0:
+            continue
+        batch = batches.to_device(batch, device)
+        with batches.autocast(device, autocast_dtype):
+            loss, _, _ = batches.forward_loss(model, batch, criterion)
+        if not loss.requires_grad:
+            raise ValueError(
+                "criterion: the loss does not depend on any parameter that requires a gradient"
+            )
+        scaler.scale(loss * (weight / total)).backward()
+        loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+        losses.append(loss * (weight / total))
+    scaler.unscale_(optimizer)
+    trained = [p for p in good.parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(p.grad for p in trained)
+    # One wait for the device per step. The batches run one after another on it either way.
+    *losses, grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
+    where = f"at step {step} (epoch {run.epoch + 1}, batches {run.batches + 1}"
+    where += f" to {run.batches + len(group)})"
+    if not all(map(math.isfinite, losses)):
+        value = next(value for value in losses if not math.isfinite(value))
+        good.stop(f"the loss is {value} {where}")
+    # A gradient that overflowed fp16 is the scaler's business: it leaves the step out.
+    if not math.isfinite(grad_norm) and not scaler.is_enabled():
+        good.stop(f"the norm of the gradient is {grad_norm} {where}")
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
+    good.keep()
+    history.loss.append(math.fsum(losses))
+    history.samples.append(total)
+    history.epoch.append(run.epoch)
+    history.grad_norm.append(grad_norm)
+    history.learning_rate.append(float(optimizer.param_groups[0]["lr"]))
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    _zero_grad(model, optimizer)
+    if run.scheduler is not None and scaler.get_scale() >= scale:
+        run.scheduler.step()
+    run.batches += len(group)
+
+
+class _LastGood:
+    """A copy of the optimizer's parameters as they were when loss and gradient were last finite.
+
+    A loss that is not finite shows only one step after the update that spoilt the parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        self.parameters = [p for p in held if p.requires_grad]
+        self.copies = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        torch._foreach_copy_(self.copies, self.parameters)
+
+    @torch.no_grad()
+    def stop(self, reason: str) -> None:
+        torch._foreach_copy_(self.parameters, self.copies)
+        for parameter in self.parameters:
+            parameter.grad = None
+        raise FloatingPointError(
+            f"{reason}; the model holds the last parameters that gave finite losses"
+        )
+
+    def require_finite(self, step: int) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            self.stop(f"parameters are not finite after step {step}")
+
+
+def _groups(loader: Iterable, size: int) -> Iterator[list]:
+    iterator = iter(loader)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def _zero_grad(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Of both: either may hold parameters that the other does not."""
+    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
+
+
+def _freeze_batch_norms(model: nn.Module) -> None:
+    if next(lora_layers(model), None) is None:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
+            module.eval()
+
+
+def _total_steps(
+    loader: Iterable, epochs: int, max_steps: int | None, accumulation_steps: int
+) -> int | None:
+    length = batches.length(loader)
+    if length is None:
+        return max_steps
+    steps = epochs * math.ceil(length / accumulation_steps)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def _check_numbers(epochs, max_steps, accumulation_steps, max_grad_norm, checkpoint_every) -> None:
+    for name, value, low in (
+        ("epochs", epochs, 0),
+        ("max_steps", max_steps, 1),
+        ("accumulation_steps", accumulation_steps, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+    ):
+        if value is None and name in ("max_steps", "checkpoint_every"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
+
+
+def _check_trainable(
+    model: nn.Module, optimizer: torch.optim.Optimizer, autocast_dtype: torch.dtype | None
+) -> None:
+    for name, layer in lora_layers(model):
+        if layer.merged or layer._disabled:
+            what = "merged; unmerge_lora(model) first" if layer.merged else "disabled"
+            raise ValueError(f"model: {name} is {what}")
+    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(
+            "model: no parameter requires a gradient; call add_adaptor_layer(model, k) first"
+        )
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: expected a torch optimizer, got {type(optimizer).__name__}")
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if not held & trained.keys():
+        raise ValueError(
+            "optimizer: holds none of the parameters to train; make it after the adapters, over"
+            " lora_parameters(model)"
+        )
+    for parameter in held & trained.keys():
+        if not parameter.isfinite().all():
+            raise ValueError(f"model: {trained[parameter]} holds values that are inf or nan")
+    if autocast_dtype == torch.float16:
+        for parameter, name in trained.items():
+            if parameter.dtype == torch.float16:
+                raise TypeError(
+                    f"autocast_dtype: torch.float16 scales losses, which needs fp32 gradients, but"
+                    f" {name} is fp16; add adapters with adapter_dtype=torch.float32"
+                )
