@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels.functional import lora_linear
 
@@ -72,7 +73,7 @@ class FusedLoRALinear(nn.Linear):
         Raises:
             TypeError: not exactly an nn.Linear. ValueError: it carries hooks or parametrizations.
         """
-        if type(linear) is not nn.Linear:
+        if type(linear) is not nn.Linear and not is_parametrized(linear):
             raise TypeError(f"linear: expected torch.nn.Linear itself, got {type(linear).__name__}")
         reason = refusal(linear)
         if reason is not None:
@@ -318,7 +319,7 @@ class FusedLoRALinear(nn.Linear):
 
 def refusal(linear: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced without changing what it does; None if it can."""
-    if hasattr(linear, "parametrizations"):
+    if is_parametrized(linear):
         return f"has parametrizations on {', '.join(linear.parametrizations)}; remove them first"
     hooks = [
         name

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels.nn import FusedLoRALinear, refusal
 
@@ -67,7 +68,7 @@ def objection(module: nn.Module) -> str | None:
         return "Transformers' Conv1D (weight [in, out]) is not supported"
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} is not a torch.nn.Linear"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not is_parametrized(module):
         return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
     return refusal(module)
 
