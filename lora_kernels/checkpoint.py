@@ -176,7 +176,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
                 layer = present[name]
                 _check_present(name, layer, A)
             else:
-                dtype = A.dtype if A.dtype == torch.float32 else None
+                master = A.dtype == torch.float32 and modules[name].weight.dtype != torch.float64
+                dtype = torch.float32 if master else None
                 layer = FusedLoRALinear.from_linear(
                     modules[name], rank, alpha=alpha, use_rslora=use_rslora, adapter_dtype=dtype
                 )

@@ -107,10 +107,11 @@ class FusedLoRALinear(nn.Linear):
         if not self.weight.is_floating_point():
             raise TypeError(f"weight: expected a floating dtype, got {self.weight.dtype}")
         dtype = adapter_dtype or self.weight.dtype
-        if dtype not in (self.weight.dtype, torch.float32):
+        double = self.weight.dtype == torch.float64
+        if dtype != self.weight.dtype and (dtype != torch.float32 or double):
+            legal = "" if double else " or torch.float32"
             raise TypeError(
-                f"adapter_dtype: expected {self.weight.dtype} (the weight's) or torch.float32,"
-                f" got {dtype}"
+                f"adapter_dtype: expected {self.weight.dtype} (the weight's){legal}, got {dtype}"
             )
         factory = {"device": self.weight.device, "dtype": dtype}
         self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
