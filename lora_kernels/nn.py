@@ -144,14 +144,21 @@ class FusedLoRALinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Initialises base and adapter as a new layer does."""
+        if "lora_A" not in self._parameters:  # nn.Linear's constructor calls this
+            return super().reset_parameters()
+        self._require_unmerged("reset_parameters")
+        self.pissa_A = self.pissa_B = None
         super().reset_parameters()
-        if "lora_A" in self._parameters:
-            self.reset_lora_parameters()
+        self.reset_lora_parameters()
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """A Kaiming-uniform, B zero, as in PEFT; the layer's output is then the base's."""
+        """A Kaiming-uniform, B zero, as in PEFT; the layer's output is then the base's.
+
+        What PiSSA took out of the base is added back.
+        """
         self._require_unmerged("reset_lora_parameters")
+        self._return_pissa()
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -208,6 +215,7 @@ class FusedLoRALinear(nn.Linear):
         _add_product(self.weight, self.lora_B, self.lora_A, self.scaling)
         if not keep_base:
             self.lora_B.zero_()
+            self.pissa_A = self.pissa_B = None
         self._merged = "kept" if keep_base else "final"
 
     @torch.no_grad()
@@ -253,6 +261,12 @@ class FusedLoRALinear(nn.Linear):
         self.pissa_A, self.pissa_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
         _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
 
+    def _return_pissa(self) -> None:
+        """Adds back what PiSSA took out of the weight."""
+        if self.pissa_A is not None:
+            _add_product(self.weight, self.pissa_B, self.pissa_A, self.scaling)
+            self.pissa_A = self.pissa_B = None
+
     def delta_factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the adapter relative to the original base: rank r, with PiSSA rank 2r.
 
@@ -269,8 +283,7 @@ class FusedLoRALinear(nn.Linear):
         """A plain layer that shares weight and bias: the base, or the sum after a final merge."""
         if self._merged == "kept":
             self.unmerge()
-        if self.pissa_A is not None and not self._merged:
-            _add_product(self.weight, self.pissa_B, self.pissa_A, self.scaling)
+        self._return_pissa()
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
         linear.in_features, linear.out_features = self.in_features, self.out_features
