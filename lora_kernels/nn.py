@@ -306,7 +306,13 @@ class FusedLoRALinear(nn.Linear):
         remerge = self._merged == "kept"
         if remerge:
             self.unmerge()
-        if prefix + "pissa_A" in state_dict and self.pissa_A is None:
+
+        def fits(name: str, like: Tensor) -> bool:
+            tensor = state_dict.get(prefix + name)
+            return tensor is not None and tensor.shape == like.shape
+
+        # A file that does not fit is an error; it must not leave half a PiSSA start behind.
+        if self.pissa_A is None and fits("pissa_A", self.lora_A) and fits("pissa_B", self.lora_B):
             self.pissa_A = torch.empty_like(self.lora_A, requires_grad=False)
             self.pissa_B = torch.empty_like(self.lora_B, requires_grad=False)
         super()._load_from_state_dict(
@@ -314,7 +320,7 @@ class FusedLoRALinear(nn.Linear):
         )
         if not adapter:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            if self.pissa_A is not None and prefix + "weight" in state_dict:
+            if self.pissa_A is not None and fits("weight", self.weight):
                 with torch.no_grad():
                     _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
         if remerge:
