@@ -62,7 +62,7 @@ def _write(
         for part, tensor in zip("AB", factors[name], strict=True):
             tensors[f"{_PREFIX}{name}.lora_{part}.weight"] = tensor
     for saved in adapters.saved_parameters(model):
-        tensors[_PREFIX + saved.name] = saved.parameter
+        tensors[_PREFIX + saved.name] = saved.trained
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     config = _config(model, {name: a.shape[0] for name, (a, _) in factors.items()}, base_model)

@@ -157,16 +157,14 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
     For reference log-probabilities (DPO, GRPO) without a second model. Contexts may be nested.
     """
-    layers = [layer for _, layer in adapters.require_layers(model)]
-    if all(layer._disabled for layer in layers):
-        yield model
-        return
+    layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]
+    saved = [saved for saved in adapters.saved_parameters(model) if not saved.swapped]
     for layer in layers:
         layer._disabled = True
-    adapters.swap_saved(model)
+    adapters.swap_saved(saved)
     try:
         yield model
     finally:
         for layer in layers:
             layer._disabled = False
-        adapters.swap_saved(model)
+        adapters.swap_saved(saved)
