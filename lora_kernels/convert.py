@@ -84,14 +84,15 @@ def apply_lora(
                     f"rank: 'pissa' takes at most min(N, K) = {min(linear.weight.shape)} of {name},"
                     f" got {rank}"
                 )
-    options = {"alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
     with adapters.rollback_on_error(model) as trainable:
         layers = {
-            linear: FusedLoRALinear.from_linear(
-                linear, rank, **options, adapter_dtype=adapter_dtype, init=init
+            linear: FusedLoRALinear._prepare(
+                linear, rank, alpha, dropout, use_rslora, adapter_dtype, init
             )
             for linear in found.values()
         }
+    for layer in layers.values():
+        layer._take_pissa()
     adapters.attach(model, layers, saved, trainable)
     guard_save_pretrained(model)
     trained = list(lora_parameters(model))

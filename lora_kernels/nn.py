@@ -73,6 +73,22 @@ class FusedLoRALinear(nn.Linear):
         Raises:
             TypeError: not exactly an nn.Linear. ValueError: it carries hooks or parametrizations.
         """
+        layer = cls._prepare(linear, rank, alpha, dropout, use_rslora, adapter_dtype, init)
+        layer._take_pissa()
+        return layer
+
+    @classmethod
+    def _prepare(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float | None,
+        dropout: float,
+        use_rslora: bool,
+        adapter_dtype: torch.dtype | None,
+        init: Init,
+    ) -> "FusedLoRALinear":
+        """`from_linear` without the step that changes the weight, `_take_pissa`."""
         if type(linear) is not nn.Linear and not is_parametrized(linear):
             raise TypeError(f"linear: expected torch.nn.Linear itself, got {type(linear).__name__}")
         reason = refusal(linear)
@@ -259,7 +275,11 @@ class FusedLoRALinear(nn.Linear):
         self.lora_A.copy_(root[:, None] * Vh[: self.rank])
         self.lora_B.copy_(U[:, : self.rank] * root)
         self.pissa_A, self.pissa_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
-        _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
+
+    def _take_pissa(self) -> None:
+        """Takes the principal part out of the weight, if the adapter starts as that."""
+        if self.pissa_A is not None:
+            _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
 
     def _return_pissa(self) -> None:
         """Adds back what PiSSA took out of the weight."""
@@ -321,8 +341,7 @@ class FusedLoRALinear(nn.Linear):
         if not adapter:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
             if self.pissa_A is not None and fits("weight", self.weight):
-                with torch.no_grad():
-                    _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
+                self._take_pissa()
         if remerge:
             self.merge(keep_base)
 
