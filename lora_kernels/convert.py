@@ -124,9 +124,15 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
     `unmerge_lora`; False is final. ValueError if a weight is tied (it names the owners); the model
     is unchanged then.
     """
-    layers = [layer for _, layer in adapters.require_layers(model) if not layer.merged]
+    layers = [
+        layer
+        for _, layer in adapters.require_layers(model)
+        if not layer.merged or (not keep_base and layer._merged == "kept")
+    ]
     _require_untied(model, layers, "merge_lora")
     for layer in layers:
+        if layer.merged:
+            layer.unmerge()
         layer.merge(keep_base)
     if not keep_base:
         adapters.release_saved(model, keep_saved=True)
