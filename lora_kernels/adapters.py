@@ -138,9 +138,10 @@ def detach(model: nn.Module) -> None:
             if child in plain:
                 parent._modules[attribute] = plain[child]
     release_saved(model, keep_saved=False)
-    before = set(model.__dict__.pop("_lora_trainable_before", ()))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in before)
+    before = model.__dict__.pop("_lora_trainable_before", None)
+    if before is not None:  # None where the layers were made by hand: nothing to restore
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in before)
 
 
 @torch.no_grad()
