@@ -72,7 +72,8 @@ def apply_lora(
     """
     found, skipped = targets.find_targets(model, target_modules, exclude_modules)
     saved = targets.find_saved(model, modules_to_save)
-    for name in [name for name in found if targets.is_inside(name, saved)]:
+    trained_in_full = targets.submodules(saved)
+    for name in [name for name, linear in found.items() if linear in trained_in_full]:
         del found[name]
         skipped[name] = "trained in full (modules_to_save)"
     targets.require_whole_ties(model, saved)
