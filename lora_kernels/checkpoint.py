@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import tempfile
@@ -18,6 +19,8 @@ from lora_kernels.nn import FusedLoRALinear
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Starts that leave PEFT's base weight as it is; "pissa", "olora" and others change it on loading.
+_INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # Options of PEFT that change what an adapter computes and that this library does not have.
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
@@ -210,12 +213,28 @@ def _read_config(path: Path) -> dict:
             raise ValueError(
                 f"{path}: {option} = {config[option]!r} is not supported; load it with PEFT"
             )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in _INITS_BESIDE_THE_BASE:
+        raise ValueError(
+            f"{path}: init_lora_weights = {init!r} stands on a changed base; save it from PEFT with"
+            " path_initial_model_for_weight_conversion"
+        )
     dropout = config.get("lora_dropout") or 0.0
-    if not 0 <= dropout < 1:
+    if not _is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"{path}: lora_dropout: expected a probability in [0, 1), got {dropout}")
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = config.get(pattern) or {}
+        for value in (config.get(name, 8), *patterns.values()):
+            if not _is_number(value) or (name == "r" and (value < 1 or value != int(value))):
+                raise ValueError(f"{path}: {name}: got {value!r}, which is no usable number")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias = {config['bias']!r} is not supported, only 'none'")
     return config
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
