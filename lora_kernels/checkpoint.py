@@ -109,8 +109,15 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
     def alpha(name: str) -> float:
         """The alpha from which PEFT computes the layer's scaling."""
         layer = layers[name]
-        value = layer.alpha if rslora else layer.scaling * ranks[name]
+        stored = rslora or (
+            layer.alpha is not None and not layer.use_rslora and ranks[name] == layer.rank
+        )
+        value = layer.alpha if stored else layer.scaling * ranks[name]
         return int(value) if value == int(value) else value
+
+    def whole(name: str) -> str:
+        """A pattern for this name alone: PEFT takes others as last parts of names."""
+        return "^" + re.escape(name)
 
     saved = {saved.name.rpartition(".")[0] for saved in adapters.saved_parameters(model)}
     return {
@@ -124,8 +131,8 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         "lora_dropout": layers[first].dropout,
         "modules_to_save": sorted(saved) or None,
         "r": ranks[first],
-        "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != ranks[first]},
-        "alpha_pattern": {re.escape(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
+        "rank_pattern": {whole(n): r for n, r in ranks.items() if r != ranks[first]},
+        "alpha_pattern": {whole(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
         "target_modules": _target_names(model, list(layers)),
         "task_type": None,
         "use_dora": False,
@@ -133,12 +140,18 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
     }
 
 
-def _target_names(model: nn.Module, names: list[str]) -> list[str]:
+def _target_names(model: nn.Module, names: list[str]) -> list[str] | str:
     """The last parts of the names where they stand for exactly these modules, else the whole
-    names."""
+    names; an expression where those are last parts of other modules' names."""
+    modules = [name for name, _ in model.named_modules()]
     parts = {name.rpartition(".")[2] for name in names}
-    by_part = {n for n, m in model.named_modules() if n.rpartition(".")[2] in parts}
-    return sorted(parts if by_part == set(names) and not any(p.isdigit() for p in parts) else names)
+    by_part = {name for name in modules if name.rpartition(".")[2] in parts}
+    if by_part == set(names) and not any(part.isdigit() for part in parts):
+        return sorted(parts)
+    endings = tuple(f".{name}" for name in names)
+    if any(f".{name}".endswith(endings) for name in set(modules) - set(names)):
+        return "|".join(map(re.escape, sorted(names)))
+    return sorted(names)
 
 
 # ------------------------------------------------------------------------------------------ loading
