@@ -194,7 +194,8 @@ def _autocast(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor
     use."""
     device = x.device.type
     if (
-        not torch.is_autocast_enabled(device)
+        x.is_meta
+        or not torch.is_autocast_enabled(device)
         or not x.is_floating_point()
         or x.dtype == torch.float64
     ):
