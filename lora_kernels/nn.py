@@ -260,6 +260,8 @@ class FusedLoRALinear(nn.Linear):
             raise ValueError(
                 "init: 'pissa' needs the values of the weight, which is on the meta device"
             )
+        if not weight.isfinite().all():
+            raise ValueError("init: 'pissa' needs a weight of finite values")
         if self.rank > min(weight.shape):
             raise ValueError(
                 f"rank: 'pissa' takes at most min(N, K) = {min(weight.shape)}, got {self.rank}"
