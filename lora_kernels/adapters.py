@@ -1,7 +1,8 @@
 """The adapters of a whole model: its LoRA layers and the modules trained in full beside them.
 
 A module trained in full (`modules_to_save`) keeps its original parameters in non-persistent buffers
-`_lora_base_<name>`; that a parameter has one is what marks it as part of the adapter.
+`_lora_base_<name>`; that a parameter has one is what marks it as part of the adapter. Within
+`disable_adapters` the two have changed places, and the module's `_lora_swapped` names it.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lora_kernels.nn import FusedLoRALinear
 
 _BASE = "_lora_base_"
+_SWAPPED = "_lora_swapped"
 
 
 class Saved(NamedTuple):
@@ -25,8 +27,18 @@ class Saved(NamedTuple):
     parameter: nn.Parameter
 
     @property
+    def swapped(self) -> bool:
+        return self.attribute in self.module.__dict__.get(_SWAPPED, ())
+
+    @property
     def base(self) -> Tensor:
-        return self.module._buffers[_BASE + self.attribute]
+        buffer = self.module._buffers[_BASE + self.attribute]
+        return self.parameter.detach() if self.swapped else buffer
+
+    @property
+    def trained(self) -> Tensor:
+        buffer = self.module._buffers[_BASE + self.attribute]
+        return buffer if self.swapped else self.parameter.detach()
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
@@ -69,7 +81,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
             if tensor is not None:
                 state[prefix + key] = tensor.detach()
     for saved in saved_parameters(model):
-        state[saved.name] = saved.parameter.detach()
+        state[saved.name] = saved.trained
     return state
 
 
@@ -126,25 +138,37 @@ def detach(model: nn.Module) -> None:
             if child in plain:
                 parent._modules[attribute] = plain[child]
     release_saved(model, keep_saved=False)
-    before = set(model.__dict__.pop("_lora_trainable_before", ()))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in before)
+    before = model.__dict__.pop("_lora_trainable_before", None)
+    if before is not None:  # None where the layers were made by hand: nothing to restore
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in before)
 
 
 @torch.no_grad()
 def release_saved(model: nn.Module, keep_saved: bool) -> None:
     """Ends full training of `modules_to_save`, with their trained or their original values."""
     for saved in list(saved_parameters(model)):
-        if not keep_saved:
-            saved.parameter.copy_(saved.base)
+        saved.parameter.copy_(saved.trained if keep_saved else saved.base)
+        saved.module.__dict__.get(_SWAPPED, set()).discard(saved.attribute)
         del saved.module._buffers[_BASE + saved.attribute]
         saved.module._non_persistent_buffers_set.discard(_BASE + saved.attribute)
         saved.parameter.requires_grad_(False)
 
 
-def swap_saved(model: nn.Module) -> None:
-    """Exchanges the trained and the original values of `modules_to_save`."""
-    for saved in saved_parameters(model):
-        trained = saved.parameter.data
-        saved.parameter.data = saved.base
-        saved.module._buffers[_BASE + saved.attribute] = trained
+def swap_saved(parameters: list[Saved]) -> None:
+    """Exchanges the trained and the original values of parameters trained in full, tied ones once.
+
+    Those released in the meantime are left alone.
+    """
+    replaced: dict[nn.Parameter, Tensor] = {}
+    for saved in parameters:
+        buffers, name = saved.module._buffers, _BASE + saved.attribute
+        if name not in buffers:
+            continue
+        if saved.parameter not in replaced:
+            replaced[saved.parameter] = saved.parameter.data
+            saved.parameter.data = buffers[name]
+        buffers[name] = replaced[saved.parameter]
+        saved.module.__dict__.setdefault(_SWAPPED, set()).symmetric_difference_update(
+            {saved.attribute}
+        )

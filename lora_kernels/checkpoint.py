@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import tempfile
@@ -18,6 +19,8 @@ from lora_kernels.nn import FusedLoRALinear
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Starts that leave PEFT's base weight as it is; "pissa", "olora" and others change it on loading.
+_INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # Options of PEFT that change what an adapter computes and that this library does not have.
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
@@ -62,7 +65,7 @@ def _write(
         for part, tensor in zip("AB", factors[name], strict=True):
             tensors[f"{_PREFIX}{name}.lora_{part}.weight"] = tensor
     for saved in adapters.saved_parameters(model):
-        tensors[_PREFIX + saved.name] = saved.parameter
+        tensors[_PREFIX + saved.name] = saved.trained
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     config = _config(model, {name: a.shape[0] for name, (a, _) in factors.items()}, base_model)
@@ -106,8 +109,15 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
     def alpha(name: str) -> float:
         """The alpha from which PEFT computes the layer's scaling."""
         layer = layers[name]
-        value = layer.alpha if rslora else layer.scaling * ranks[name]
+        stored = rslora or (
+            layer.alpha is not None and not layer.use_rslora and ranks[name] == layer.rank
+        )
+        value = layer.alpha if stored else layer.scaling * ranks[name]
         return int(value) if value == int(value) else value
+
+    def whole(name: str) -> str:
+        """A pattern for this name alone: PEFT takes others as last parts of names."""
+        return "^" + re.escape(name)
 
     saved = {saved.name.rpartition(".")[0] for saved in adapters.saved_parameters(model)}
     return {
@@ -121,8 +131,8 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         "lora_dropout": layers[first].dropout,
         "modules_to_save": sorted(saved) or None,
         "r": ranks[first],
-        "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != ranks[first]},
-        "alpha_pattern": {re.escape(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
+        "rank_pattern": {whole(n): r for n, r in ranks.items() if r != ranks[first]},
+        "alpha_pattern": {whole(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
         "target_modules": _target_names(model, list(layers)),
         "task_type": None,
         "use_dora": False,
@@ -130,12 +140,18 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
     }
 
 
-def _target_names(model: nn.Module, names: list[str]) -> list[str]:
+def _target_names(model: nn.Module, names: list[str]) -> list[str] | str:
     """The last parts of the names where they stand for exactly these modules, else the whole
-    names."""
+    names; an expression where those are last parts of other modules' names."""
+    modules = [name for name, _ in model.named_modules()]
     parts = {name.rpartition(".")[2] for name in names}
-    by_part = {n for n, m in model.named_modules() if n.rpartition(".")[2] in parts}
-    return sorted(parts if by_part == set(names) and not any(p.isdigit() for p in parts) else names)
+    by_part = {name for name in modules if name.rpartition(".")[2] in parts}
+    if by_part == set(names) and not any(part.isdigit() for part in parts):
+        return sorted(parts)
+    endings = tuple(f".{name}" for name in names)
+    if any(f".{name}".endswith(endings) for name in set(modules) - set(names)):
+        return "|".join(map(re.escape, sorted(names)))
+    return sorted(names)
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -176,7 +192,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
                 layer = present[name]
                 _check_present(name, layer, A)
             else:
-                dtype = A.dtype if A.dtype == torch.float32 else None
+                master = A.dtype == torch.float32 and modules[name].weight.dtype != torch.float64
+                dtype = torch.float32 if master else None
                 layer = FusedLoRALinear.from_linear(
                     modules[name], rank, alpha=alpha, use_rslora=use_rslora, adapter_dtype=dtype
                 )
@@ -209,12 +226,28 @@ def _read_config(path: Path) -> dict:
             raise ValueError(
                 f"{path}: {option} = {config[option]!r} is not supported; load it with PEFT"
             )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in _INITS_BESIDE_THE_BASE:
+        raise ValueError(
+            f"{path}: init_lora_weights = {init!r} stands on a changed base; save it from PEFT with"
+            " path_initial_model_for_weight_conversion"
+        )
     dropout = config.get("lora_dropout") or 0.0
-    if not 0 <= dropout < 1:
+    if not _is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"{path}: lora_dropout: expected a probability in [0, 1), got {dropout}")
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = config.get(pattern) or {}
+        for value in (config.get(name, 8), *patterns.values()):
+            if not _is_number(value) or (name == "r" and (value < 1 or value != int(value))):
+                raise ValueError(f"{path}: {name}: got {value!r}, which is no usable number")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias = {config['bias']!r} is not supported, only 'none'")
     return config
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -72,7 +72,8 @@ def apply_lora(
     """
     found, skipped = targets.find_targets(model, target_modules, exclude_modules)
     saved = targets.find_saved(model, modules_to_save)
-    for name in [name for name in found if targets.is_inside(name, saved)]:
+    trained_in_full = targets.submodules(saved)
+    for name in [name for name, linear in found.items() if linear in trained_in_full]:
         del found[name]
         skipped[name] = "trained in full (modules_to_save)"
     targets.require_whole_ties(model, saved)
@@ -84,14 +85,15 @@ def apply_lora(
                     f"rank: 'pissa' takes at most min(N, K) = {min(linear.weight.shape)} of {name},"
                     f" got {rank}"
                 )
-    options = {"alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
     with adapters.rollback_on_error(model) as trainable:
         layers = {
-            linear: FusedLoRALinear.from_linear(
-                linear, rank, **options, adapter_dtype=adapter_dtype, init=init
+            linear: FusedLoRALinear._prepare(
+                linear, rank, alpha, dropout, use_rslora, adapter_dtype, init
             )
             for linear in found.values()
         }
+    for layer in layers.values():
+        layer._take_pissa()
     adapters.attach(model, layers, saved, trainable)
     guard_save_pretrained(model)
     trained = list(lora_parameters(model))
@@ -123,9 +125,15 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
     `unmerge_lora`; False is final. ValueError if a weight is tied (it names the owners); the model
     is unchanged then.
     """
-    layers = [layer for _, layer in adapters.require_layers(model) if not layer.merged]
+    layers = [
+        layer
+        for _, layer in adapters.require_layers(model)
+        if not layer.merged or (not keep_base and layer._merged == "kept")
+    ]
     _require_untied(model, layers, "merge_lora")
     for layer in layers:
+        if layer.merged:
+            layer.unmerge()
         layer.merge(keep_base)
     if not keep_base:
         adapters.release_saved(model, keep_saved=True)
@@ -157,16 +165,14 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
     For reference log-probabilities (DPO, GRPO) without a second model. Contexts may be nested.
     """
-    layers = [layer for _, layer in adapters.require_layers(model)]
-    if all(layer._disabled for layer in layers):
-        yield model
-        return
+    layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]
+    saved = [saved for saved in adapters.saved_parameters(model) if not saved.swapped]
     for layer in layers:
         layer._disabled = True
-    adapters.swap_saved(model)
+    adapters.swap_saved(saved)
     try:
         yield model
     finally:
         for layer in layers:
             layer._disabled = False
-        adapters.swap_saved(model)
+        adapters.swap_saved(saved)

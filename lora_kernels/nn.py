@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels.functional import lora_linear
 
@@ -72,7 +73,23 @@ class FusedLoRALinear(nn.Linear):
         Raises:
             TypeError: not exactly an nn.Linear. ValueError: it carries hooks or parametrizations.
         """
-        if type(linear) is not nn.Linear:
+        layer = cls._prepare(linear, rank, alpha, dropout, use_rslora, adapter_dtype, init)
+        layer._take_pissa()
+        return layer
+
+    @classmethod
+    def _prepare(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float | None,
+        dropout: float,
+        use_rslora: bool,
+        adapter_dtype: torch.dtype | None,
+        init: Init,
+    ) -> "FusedLoRALinear":
+        """`from_linear` without the step that changes the weight, `_take_pissa`."""
+        if type(linear) is not nn.Linear and not is_parametrized(linear):
             raise TypeError(f"linear: expected torch.nn.Linear itself, got {type(linear).__name__}")
         reason = refusal(linear)
         if reason is not None:
@@ -106,10 +123,11 @@ class FusedLoRALinear(nn.Linear):
         if not self.weight.is_floating_point():
             raise TypeError(f"weight: expected a floating dtype, got {self.weight.dtype}")
         dtype = adapter_dtype or self.weight.dtype
-        if dtype not in (self.weight.dtype, torch.float32):
+        double = self.weight.dtype == torch.float64
+        if dtype != self.weight.dtype and (dtype != torch.float32 or double):
+            legal = "" if double else " or torch.float32"
             raise TypeError(
-                f"adapter_dtype: expected {self.weight.dtype} (the weight's) or torch.float32,"
-                f" got {dtype}"
+                f"adapter_dtype: expected {self.weight.dtype} (the weight's){legal}, got {dtype}"
             )
         factory = {"device": self.weight.device, "dtype": dtype}
         self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
@@ -142,14 +160,21 @@ class FusedLoRALinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Initialises base and adapter as a new layer does."""
+        if "lora_A" not in self._parameters:  # nn.Linear's constructor calls this
+            return super().reset_parameters()
+        self._require_unmerged("reset_parameters")
+        self.pissa_A = self.pissa_B = None
         super().reset_parameters()
-        if "lora_A" in self._parameters:
-            self.reset_lora_parameters()
+        self.reset_lora_parameters()
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """A Kaiming-uniform, B zero, as in PEFT; the layer's output is then the base's."""
+        """A Kaiming-uniform, B zero, as in PEFT; the layer's output is then the base's.
+
+        What PiSSA took out of the base is added back.
+        """
         self._require_unmerged("reset_lora_parameters")
+        self._return_pissa()
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -206,6 +231,7 @@ class FusedLoRALinear(nn.Linear):
         _add_product(self.weight, self.lora_B, self.lora_A, self.scaling)
         if not keep_base:
             self.lora_B.zero_()
+            self.pissa_A = self.pissa_B = None
         self._merged = "kept" if keep_base else "final"
 
     @torch.no_grad()
@@ -234,6 +260,8 @@ class FusedLoRALinear(nn.Linear):
             raise ValueError(
                 "init: 'pissa' needs the values of the weight, which is on the meta device"
             )
+        if not weight.isfinite().all():
+            raise ValueError("init: 'pissa' needs a weight of finite values")
         if self.rank > min(weight.shape):
             raise ValueError(
                 f"rank: 'pissa' takes at most min(N, K) = {min(weight.shape)}, got {self.rank}"
@@ -249,7 +277,17 @@ class FusedLoRALinear(nn.Linear):
         self.lora_A.copy_(root[:, None] * Vh[: self.rank])
         self.lora_B.copy_(U[:, : self.rank] * root)
         self.pissa_A, self.pissa_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
-        _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
+
+    def _take_pissa(self) -> None:
+        """Takes the principal part out of the weight, if the adapter starts as that."""
+        if self.pissa_A is not None:
+            _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
+
+    def _return_pissa(self) -> None:
+        """Adds back what PiSSA took out of the weight."""
+        if self.pissa_A is not None:
+            _add_product(self.weight, self.pissa_B, self.pissa_A, self.scaling)
+            self.pissa_A = self.pissa_B = None
 
     def delta_factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the adapter relative to the original base: rank r, with PiSSA rank 2r.
@@ -316,8 +354,7 @@ class FusedLoRALinear(nn.Linear):
         """A plain layer that shares weight and bias: the base, or the sum after a final merge."""
         if self._merged == "kept":
             self.unmerge()
-        if self.pissa_A is not None and not self._merged:
-            _add_product(self.weight, self.pissa_B, self.pissa_A, self.scaling)
+        self._return_pissa()
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
         linear.in_features, linear.out_features = self.in_features, self.out_features
@@ -340,18 +377,21 @@ class FusedLoRALinear(nn.Linear):
         remerge = self._merged == "kept"
         if remerge:
             self.unmerge()
-        if prefix + "pissa_A" in state_dict and self.pissa_A is None:
-            rank = len(state_dict[prefix + "pissa_A"])
-            self.pissa_A = self.lora_A.new_empty(rank, self.in_features)
-            self.pissa_B = self.lora_B.new_empty(self.out_features, rank)
+        # A file that does not fit is an error; it must not leave half a PiSSA start behind. Its
+        # rank may differ from the adapter's.
+        A, B = (state_dict.get(prefix + name) for name in ("pissa_A", "pissa_B"))
+        if self.pissa_A is None and A is not None and B is not None and A.dim() == 2:
+            rank = len(A)
+            if A.shape == (rank, self.in_features) and B.shape == (self.out_features, rank):
+                self.pissa_A = self.lora_A.new_empty(A.shape)
+                self.pissa_B = self.lora_B.new_empty(B.shape)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if not adapter:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            if self.pissa_A is not None and prefix + "weight" in state_dict:
-                with torch.no_grad():
-                    _add_product(self.weight, self.pissa_B, self.pissa_A, -self.scaling)
+            if self.pissa_A is not None and fits("weight", self.weight):
+                self._take_pissa()
         if remerge:
             self.merge(keep_base)
 
@@ -368,7 +408,7 @@ class FusedLoRALinear(nn.Linear):
 
 def refusal(linear: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced without changing what it does; None if it can."""
-    if hasattr(linear, "parametrizations"):
+    if is_parametrized(linear):
         return f"has parametrizations on {', '.join(linear.parametrizations)}; remove them first"
     hooks = [
         name

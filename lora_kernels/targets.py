@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels.nn import FusedLoRALinear, refusal
 
@@ -67,7 +68,7 @@ def objection(module: nn.Module) -> str | None:
         return "Transformers' Conv1D (weight [in, out]) is not supported"
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} is not a torch.nn.Linear"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not is_parametrized(module):
         return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
     return refusal(module)
 
@@ -130,9 +131,9 @@ def find_saved(model: nn.Module, modules_to_save: Names) -> dict[str, nn.Module]
     return {n: module for n, module in modules.items() if n and patterns.match(n)}
 
 
-def is_inside(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module or parameter lies in one of these modules."""
-    return any(name == outer or name.startswith(outer + ".") for outer in modules)
+def submodules(modules: dict[str, nn.Module]) -> set[nn.Module]:
+    """These modules and all that lie in them, whatever other places they stand in."""
+    return {module for outer in modules.values() for module in outer.modules()}
 
 
 def owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -147,8 +148,9 @@ def owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 def require_whole_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
     """A parameter trained in full must not be tied to one that stays frozen."""
+    trained, modules = submodules(saved), dict(model.named_modules())
     for names in owners(model).values():
-        inside = [name for name in names if is_inside(name, saved)]
+        inside = [name for name in names if modules[name.rpartition(".")[0]] in trained]
         outside = [name for name in names if name not in inside]
         if inside and outside:
             raise ValueError(

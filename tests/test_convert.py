@@ -1,0 +1,574 @@
+"""apply_lora and what undoes it, on toy modules and on Transformers models built from configs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import (
+    FusedLoRALinear,
+    apply_lora,
+    disable_adapters,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    remove_lora,
+    unmerge_lora,
+)
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SIZES, "num_key_value_heads": 2, **options})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc_in, self.fc_out = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.fc_out(self.fc_in(x).relu())
+
+
+class Toy(nn.Module):
+    """Two blocks, the second used twice, and a head that is no output embedding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        second = Block()
+        self.blocks = nn.ModuleList([Block(), second, second])
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def fill(model, seed=0):
+    """Gives every adapter a B other than zero."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, FusedLoRALinear):
+            nn.init.normal_(module.lora_B, std=0.2)
+
+
+def train(model, forward, steps=2):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        forward(model).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def snapshot(model):
+    """All there is to know of a model: values, objects, types, flags."""
+    modules = [(name, type(m), id(m)) for name, m in model.named_modules(remove_duplicate=False)]
+    flags = {n: (id(p), p.requires_grad) for n, p in model.named_parameters()}
+    values = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return modules, flags, values
+
+
+def assert_same(before, after):
+    assert before[:2] == after[:2]
+    assert before[2].keys() == after[2].keys()
+    for name, tensor in before[2].items():
+        assert torch.equal(tensor, after[2][name]), name
+
+
+def kinds(model):
+    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+# ---------------------------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_gets_adapters_everywhere_but_in_the_head(tied):
+    model = llama(tie_word_embeddings=tied)
+    before, weights = logits(model), {id(p) for p in model.parameters()}
+    report = apply_lora(model, 4, alpha=8)
+    assert {name.rpartition(".")[2] for name in report.replaced} == PROJECTIONS
+    assert len(report.replaced) == 14
+    assert report.skipped == {"lm_head": "the model's output head"}
+    assert type(model.lm_head) is nn.Linear
+    assert {id(p) for p in model.parameters() if not p.requires_grad} == weights
+    assert torch.equal(logits(model), before)
+    fill(model)
+    assert not torch.equal(logits(model), before)
+
+
+def test_qwen2_and_its_biases():
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**SIZES, num_key_value_heads=2)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    before = logits(model)
+    assert {n.rpartition(".")[2] for n in apply_lora(model, 2).replaced} == PROJECTIONS
+    assert model.model.layers[0].self_attn.q_proj.bias is not None
+    assert torch.equal(logits(model), before)
+
+
+def test_a_classifier_is_no_output_head():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES)
+    classifier = transformers.BertForSequenceClassification(config)
+    assert "classifier" in apply_lora(classifier, 2).replaced
+    masked = transformers.BertForMaskedLM(config)
+    skipped = apply_lora(masked, 2).skipped
+    assert skipped == {"cls.predictions.decoder": "the model's output head"}
+    wrapped = nn.ModuleDict({"inner": llama()})
+    assert "inner.lm_head" in apply_lora(wrapped, 2).replaced
+
+
+def test_gpt2_is_refused_for_its_conv1d():
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config)
+    before = snapshot(model)
+    for targets in (None, ["c_attn"]):
+        with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn: Transformers' Conv1D .* not"):
+            apply_lora(model, 4, target_modules=targets)
+    assert_same(before, snapshot(model))
+    report = apply_lora(model, 4, target_modules=["lm_head"])
+    assert report.replaced == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["fc_in"]}, {"blocks.0.fc_in", "blocks.1.fc_in"}),
+        ({"target_modules": ["0.fc_in", "head"]}, {"blocks.0.fc_in", "head"}),
+        ({"target_modules": r"blocks\.\d\.fc_(in|out)", "exclude_modules": r".*\.1\..*"},
+         {"blocks.0.fc_in", "blocks.0.fc_out"}),
+        ({"exclude_modules": ["fc_out", "head"]}, {"blocks.0.fc_in", "blocks.1.fc_in"}),
+        ({"modules_to_save": ["blocks.1"]}, {"blocks.0.fc_in", "blocks.0.fc_out", "head"}),
+        ({}, {"blocks.0.fc_in", "blocks.0.fc_out", "blocks.1.fc_in", "blocks.1.fc_out", "head"}),
+    ],
+)  # fmt: skip
+def test_targets_by_suffix_and_by_expression(options, expected):
+    model = Toy()
+    report = apply_lora(model, 2, **options)
+    assert set(report.replaced) == expected
+    adapted = {n for n, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
+    assert adapted == expected
+    if "exclude_modules" in options:
+        assert set(report.skipped.values()) == {"excluded by exclude_modules"}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"target_modules": ["fc_in", "q_proj"]}, ValueError,
+         r"target_modules: 'q_proj' matches no module; there are blocks\.\*\.fc_in, blocks\.\*\.f"),
+        ({"target_modules": "fc_in"}, ValueError, "target_modules: 'fc_in' matches no module"),
+        ({"target_modules": "fc_(in"}, ValueError, "is no regular expression"),
+        ({"target_modules": []}, ValueError, "target_modules: got an empty list"),
+        ({"target_modules": [3]}, TypeError, "target_modules: expected names as strings, got 3"),
+        ({"target_modules": ["norm"]}, ValueError, "'norm' matches no module; there are blocks"),
+        ({"exclude_modules": ["nope"]}, ValueError, "exclude_modules: 'nope' matches no module"),
+        ({"exclude_modules": ".*"}, ValueError, "no layer of Toy can carry an adapter"),
+        ({"modules_to_save": ["nope"]}, ValueError, "modules_to_save: 'nope' matches no module"),
+        ({"rank": 0}, ValueError, "rank: expected an integer of at least 1, got 0"),
+        ({"rank": 5, "init": "pissa"}, ValueError, r"rank: 'pissa' .* = 3 of head, got 5"),
+        ({"dropout": 1.0}, ValueError, "dropout: expected a probability"),
+        ({"init": "orthogonal"}, ValueError, "init: got 'orthogonal'"),
+        ({"adapter_dtype": torch.float16}, TypeError, "adapter_dtype: .* got torch.float16"),
+    ],
+)  # fmt: skip
+def test_a_failing_apply_names_the_cause_and_changes_nothing(options, kind, message):
+    model = Toy()
+    model.norm.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(kind, match=message):
+        apply_lora(model, **{"rank": 2, **options})
+    assert_same(before, snapshot(model))
+
+
+def test_pissa_that_fails_at_a_later_layer_changes_nothing():
+    model = Toy()
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.inf
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="init: 'pissa' needs a weight of finite values"):
+        apply_lora(model, 2, init="pissa")
+    assert_same(before, snapshot(model))
+
+
+def test_a_model_that_is_a_linear_is_refused():
+    with pytest.raises(ValueError, match=r"is itself a linear layer.*FusedLoRALinear\.from_linear"):
+        apply_lora(nn.Linear(3, 4), 2)
+    with pytest.raises(ValueError, match=r"it holds no nn\.Linear"):
+        apply_lora(nn.Sequential(nn.Conv1d(3, 4, 1)), 2)
+
+
+def test_what_cannot_carry_an_adapter_is_skipped_with_the_reason():
+    class Special(nn.Linear):
+        pass
+
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *args: None)
+    model = nn.ModuleDict({
+        "plain": nn.Linear(8, 8),
+        "special": Special(8, 8),
+        "hooked": hooked,
+        "normed": torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+        "attention": nn.MultiheadAttention(8, 2),
+    })  # fmt: skip
+    before = kinds(model)
+    report = apply_lora(model, 2)
+    assert report.replaced == ["plain"]
+    assert report.skipped["special"].startswith("Special is a subclass of nn.Linear")
+    assert "_forward_hooks" in report.skipped["hooked"]
+    assert report.skipped["normed"].startswith("has parametrizations on weight")
+    assert report.skipped["attention.out_proj"].startswith("NonDynamicallyQuantizableLinear is a")
+    assert kinds(model) == {**before, "plain": FusedLoRALinear}
+    assert "attention.in_proj_weight [24, 8]" in report.other_linear_maps
+    for name in ("special", "attention.out_proj"):
+        assert f"skipped {name}: " in str(report)
+
+
+def test_fused_experts_are_reported():
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        **SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    before = logits(model)
+    report = apply_lora(model, 2)
+    experts = {n for n, p in model.named_parameters() if p.dim() == 3}
+    assert experts
+    assert experts <= {entry.partition(" ")[0] for entry in report.other_linear_maps}
+    assert "linear maps that are no nn.Linear, left frozen: " in str(report)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n in experts)
+    assert torch.equal(logits(model), before)
+
+
+def test_report():
+    model = Toy()
+    report = apply_lora(model, 2, target_modules=["fc_in"], modules_to_save=["head"])
+    adapters = 2 * (2 * 8 + 16 * 2)
+    assert report.trainable == adapters + 8 * 3 + 3
+    assert report.total == sum(p.numel() for p in model.parameters())
+    assert report.adapter_bytes == 4 * report.trainable
+    assert report.saved == ["head"]
+    text = str(report)
+    assert text.startswith("LoRA on 2 layers: blocks.*.fc_in\n")
+    share = 100 * report.trainable / report.total
+    assert f"trainable {report.trainable} of {report.total} parameters ({share:.2f}%)" in text
+    assert "adapter 0.00 MiB" in text
+    assert "trained in full: head" in text
+
+
+def test_applying_twice():
+    model = Toy()
+    apply_lora(model, 2, target_modules=["fc_in"])
+    first = model.blocks[0].fc_in
+    report = apply_lora(model, 3, target_modules=["fc_in", "fc_out"])
+    assert set(report.replaced) == {"blocks.0.fc_out", "blocks.1.fc_out"}
+    assert report.skipped["blocks.0.fc_in"] == "already carries an adapter"
+    assert model.blocks[0].fc_in is first
+    with pytest.raises(ValueError, match=r"blocks\.0\.fc_in: already carries an adapter"):
+        apply_lora(model, 2, target_modules=["fc_in"])
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+    remove_lora(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# --------------------------------------------------------------------------- sharing, tying
+
+
+def test_shared_modules_are_handled_once_and_in_every_place():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "inner": nn.ModuleDict()})
+    model["b"] = model["inner"]["c"] = model["a"]
+    base = model["a"]
+    report = apply_lora(model, 2)
+    assert report.replaced == ["a"]
+    assert isinstance(model["a"], FusedLoRALinear)
+    assert model["a"] is model["b"] is model["inner"]["c"]
+    assert report.trainable == 32
+    merge_lora(model)
+    unmerge_lora(model)
+    remove_lora(model)
+    assert type(model["a"]) is nn.Linear
+    assert model["a"] is model["b"] is model["inner"]["c"]
+    assert model["a"].weight is base.weight
+
+
+def test_a_module_shared_with_one_trained_in_full_gets_no_adapter():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+    model["block"] = nn.ModuleDict({"c": model["a"]})
+    report = apply_lora(model, 2, modules_to_save=["block"])
+    assert report.replaced == ["other"]
+    assert report.skipped == {"a": "trained in full (modules_to_save)"}
+    assert model["a"].weight.requires_grad
+
+
+def test_merging_a_tied_weight_names_both_owners():
+    model = llama(tie_word_embeddings=True)
+    apply_lora(model, 2, target_modules=["lm_head", "q_proj"])
+    fill(model)
+    before = snapshot(model)
+    owners = r"model\.embed_tokens\.weight and lm_head\.weight share"
+    for keep_base in (True, "cpu", False):
+        with pytest.raises(ValueError, match=owners):
+            merge_lora(model, keep_base)
+    assert_same(before, snapshot(model))
+    plain = llama(tie_word_embeddings=True)
+    before = snapshot(plain)
+    with pytest.raises(ValueError, match=owners):
+        apply_lora(plain, 2, target_modules=["lm_head"], init="pissa")
+    assert_same(before, snapshot(plain))
+
+
+def test_training_half_of_a_tie_is_refused_with_both_names():
+    model = llama(tie_word_embeddings=True)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
+        apply_lora(model, 2, modules_to_save=["lm_head"])
+    assert_same(before, snapshot(model))
+
+
+def test_a_whole_tie_is_trained_disabled_and_restored():
+    model = llama(tie_word_embeddings=True)
+    before, original = logits(model), model.lm_head.weight.detach().clone()
+    report = apply_lora(model, 2, modules_to_save=["embed_tokens", "lm_head"])
+    assert sorted(report.saved) == ["lm_head", "model.embed_tokens"]
+    assert len(list(lora_parameters(model))) == 2 * 14 + 1
+    train(model, lambda m: m(TOKENS).logits)
+    trained, after = model.lm_head.weight.detach().clone(), logits(model)
+    assert not torch.equal(trained, original)
+    for _ in range(2):
+        with disable_adapters(model):
+            assert torch.equal(logits(model), before)
+        assert torch.equal(logits(model), after)
+        assert torch.equal(model.model.embed_tokens.weight, trained)
+    remove_lora(model)
+    assert torch.equal(model.lm_head.weight, original)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(logits(model), before)
+
+
+# --------------------------------------------------------------- training, merging, removing
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_training_moves_only_the_adapters(init):
+    model = llama()
+    apply_lora(model, 4, alpha=8, init=init, dropout=0.1)
+    before = snapshot(model)[2]
+    given = list(lora_parameters(model))
+    assert {id(p) for p in given} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(given) == len({id(p) for p in given}) == 28
+    train(model.train(), lambda m: m(TOKENS).logits)
+    for name, tensor in snapshot(model)[2].items():
+        moved = name.endswith((".lora_A", ".lora_B"))
+        assert torch.equal(tensor, before[name]) != moved, name
+
+
+@pytest.mark.parametrize("keep", [True, "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_unmerge_remove_are_bit_exact(keep, dtype):
+    model = llama().to(dtype)
+    model.lm_head.requires_grad_(False)
+    plain, before = snapshot(model), logits(model)
+    apply_lora(model, 4, alpha=8)
+    fill(model)
+    adapted, state = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
+    merge_lora(model, keep)
+    merge_lora(model, keep)  # what is merged stays so
+    merged = logits(model)
+    assert not torch.equal(merged, before)
+    scale = (adapted.double() - before.double()).abs().max()
+    assert (merged.double() - adapted.double()).abs().max() < 20 * torch.finfo(dtype).eps * scale
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    unmerge_lora(model)
+    assert torch.equal(logits(model), adapted)
+    merge_lora(model, keep)
+    remove_lora(model)
+    assert torch.equal(logits(model), before)
+    after = snapshot(model)
+    assert plain[1] == after[1]
+    assert [(name, kind) for name, kind, _ in plain[0]] == [(n, kind) for n, kind, _ in after[0]]
+    for name, tensor in plain[2].items():
+        assert torch.equal(tensor, after[2][name]), name
+    with pytest.raises(ValueError, match="has no LoRA layer; call apply_lora first"):
+        remove_lora(model)
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_final_merge_and_removal_leave_the_sum(merged_before):
+    model = Toy()
+    apply_lora(model, 2, modules_to_save=["norm"])
+    fill(model)
+    nn.init.normal_(model.norm.weight)
+    norm = model.norm.weight.detach().clone()
+    merge_lora(model)
+    merged = model(X)
+    if not merged_before:
+        unmerge_lora(model)
+    merge_lora(model, keep_base=False)
+    assert torch.equal(model(X), merged)
+    for context in (lambda: unmerge_lora(model), lambda: disabled_output(model)):
+        with pytest.raises(RuntimeError, match="merged with keep_base=False"):
+            context()
+    remove_lora(model)
+    assert torch.equal(model(X), merged)
+    assert torch.equal(model.norm.weight, norm)
+    assert FusedLoRALinear not in kinds(model).values()
+    assert not list(model.buffers())
+
+
+def test_removing_pissa_gives_the_base_back_up_to_rounding():
+    model = Toy()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    apply_lora(model, 2, init="pissa")
+    fill(model)
+    remove_lora(model)
+    for name, tensor in model.state_dict().items():
+        difference = (tensor - before[name]).norm()
+        assert difference <= 4 * torch.finfo(torch.float32).eps * before[name].norm(), name
+
+
+def test_modules_to_save_are_trained_and_restored():
+    model = Toy()
+    model.norm.requires_grad_(False)
+    before = snapshot(model)
+    original = model(X)
+    apply_lora(model, 2, target_modules=["fc_in"], modules_to_save=["norm", "head"])
+    train(model, lambda m: m(X))
+    for name in ("norm.weight", "norm.bias", "head.weight", "head.bias"):
+        assert not torch.equal(model.get_parameter(name), before[2][name]), name
+    assert not torch.equal(model(X), original)
+    remove_lora(model)
+    after = snapshot(model)
+    assert before[1] == after[1]
+    assert_same((None, None, before[2]), (None, None, after[2]))
+
+
+def test_layers_made_by_hand_are_removed_without_freezing_the_rest():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0] = FusedLoRALinear.from_linear(model[0], 2)
+    remove_lora(model)
+    assert type(model[0]) is nn.Linear
+    assert model[1].weight.requires_grad
+
+
+def test_state_dict_of_the_adapter_round_trip():
+    model, other = Toy(), Toy()
+    for each in (model, other):
+        apply_lora(each, 2, target_modules=["fc_in"], modules_to_save=["head"])
+    fill(model)
+    nn.init.normal_(model.head.weight)
+    state = lora_state_dict(model)
+    assert set(state) == {
+        f"blocks.{i}.fc_in.lora_{part}" for i in (0, 1) for part in "AB"
+    } | {"head.weight", "head.bias"}  # fmt: skip
+    assert not torch.equal(model(X), other(X))
+    result = other.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert not any("lora" in key for key in result.missing_keys if "blocks.2" not in key)
+    assert torch.equal(model(X), other(X))
+
+
+# -------------------------------------------------------------------------- disable_adapters
+
+
+def disabled_output(model, inputs=X):
+    with disable_adapters(model):
+        return model(inputs)
+
+
+@pytest.mark.parametrize("merged", [None, True, "cpu"])
+@pytest.mark.parametrize("saved", [None, ["norm", "head"]])
+def test_disabled_adapters_give_the_base_bit_for_bit(merged, saved):
+    model = Toy()
+    base = model(X)
+    apply_lora(model, 2, dropout=0.5, modules_to_save=saved)
+    train(model, lambda m: m(X))
+    model.eval()
+    if merged:
+        merge_lora(model, merged)
+    adapted, state = model(X), {k: v.clone() for k, v in lora_state_dict(model).items()}
+    with disable_adapters(model) as same:
+        assert same is model
+        assert torch.equal(model(X), base)
+        with disable_adapters(model):
+            assert torch.equal(model(X), base)
+        assert torch.equal(model(X), base)
+        for name, tensor in lora_state_dict(model).items():
+            assert torch.equal(tensor, state[name]), name
+    assert torch.equal(model(X), adapted)
+    with pytest.raises(ZeroDivisionError), disable_adapters(model):
+        raise ZeroDivisionError
+    assert torch.equal(model(X), adapted)
+
+
+def test_disabled_pissa_is_the_base_up_to_rounding():
+    model = llama()
+    base = logits(model)
+    apply_lora(model, 4, init="pissa")
+    fill(model)
+    with disable_adapters(model):
+        disabled = logits(model)
+    eps = torch.finfo(torch.float32).eps
+    assert (disabled - base).norm() / base.norm() < 20 * eps
+    assert (logits(model) - base).norm() / base.norm() > 1e-2
+
+
+def test_a_context_on_a_part_and_one_on_the_whole():
+    model = nn.Sequential(Block(), Block())
+    base = model(X)
+    apply_lora(model, 2, target_modules=["fc_in"], modules_to_save=["fc_out"])
+    train(model, lambda m: m(X))
+    adapted = model(X)
+    with disable_adapters(model[0]):
+        partly = model(X)
+        with disable_adapters(model):
+            assert torch.equal(model(X), base)
+        assert torch.equal(model(X), partly)
+    assert torch.equal(model(X), adapted)
+    with disable_adapters(model), disable_adapters(model[0]):
+        assert torch.equal(model(X), base)
+    assert torch.equal(model(X), adapted)
+    assert not torch.equal(partly, adapted)
+    assert not torch.equal(partly, base)
+
+
+def test_removal_within_the_context_gives_the_base():
+    model = Toy()
+    base = model(X)
+    apply_lora(model, 2, modules_to_save=["head"])
+    train(model, lambda m: m(X))
+    twin = copy.deepcopy(model)
+    with disable_adapters(model):
+        remove_lora(model)
+    assert torch.equal(model(X), base)
+    assert not torch.equal(twin(X), base)
