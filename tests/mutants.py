@@ -1,0 +1,111 @@
+"""Breaks the package in one place at a time and reports which mutants the tests kill.
+
+python tests/mutants.py [word of a name ...]     exit status 1 if a mutant survives
+"""
+
+# ruff: noqa: E501
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+TESTS = pathlib.Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "lora_kernels"
+OPS, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
+    "_ops.py",
+    "functional.py",
+    "backends/dropout.py",
+    "backends/blocked.py",
+    "backends/reference.py",
+)
+
+# name: (file, text that occurs once, what replaces it, test files that should notice)
+MUTANTS = {
+    "sign of ds": (REFERENCE, "lora_b.to(dtype), scaling)", "lora_b.to(dtype), -scaling)", "ops"),
+    "scaling dropped in s": (REFERENCE, "lora_a.to(dtype).t(), scaling)", "lora_a.to(dtype).t(), 1)", "ops"),
+    "scaling dropped in s of lora_add": (REFERENCE, "lora_a.to(x.dtype).t(), scaling)", "lora_a.to(x.dtype).t(), 1)", "ops"),
+    "scaling dropped in ds": (REFERENCE, "lora_b.to(dtype), scaling)", "lora_b.to(dtype), 1.0)", "ops"),
+    "scaling dropped in blocked ds": (BLOCKED, "_scaled(rows, b, scaling)", "_scaled(rows, b, 1.0)", "ops"),
+    "1/(1-p) missing in s": (BLOCKED, "scaling * keep_scale(dropout_p)", "scaling", "dropout"),
+    "1/(1-p) missing in backward": (BLOCKED, "scale = keep_scale(dropout_p) if dropout_p else 1.0", "scale = 1.0", "dropout"),
+    "1/(1-p) missing in dA": (BLOCKED, "dropped.to(total), alpha=scale)", "dropped.to(total))", "ops"),
+    "mask not applied in dx": (BLOCKED, "term.masked_fill_(~keep[:, columns], 0)", "term", "dropout"),
+    "mask not applied in dA": (BLOCKED, "x[block] if keep is None else x[block].masked_fill(~keep, 0)", "x[block]", "ops"),
+    "swapped dA and dB": (REFERENCE, "    return dx, dweight, d_a, d_b\n    dtype", "    return dx, dweight, d_b, d_a\n    dtype", "ops"),
+    "swapped A and B in backward": (OPS, "dy, x, lora_a, lora_b, s, mask, ctx.scaling", "dy, x, lora_b, lora_a, s, mask, ctx.scaling", "ops"),
+    "wrong dtype of dA": (REFERENCE, "x).to(lora_a.dtype)", "x)", "ops accuracy"),
+    "wrong dtype of blocked dA": (BLOCKED, "d_a.to(lora_a.dtype)", "d_a.to(dy.dtype)", "ops accuracy"),
+    "s rounded twice": (REFERENCE, "return torch.addmm(out, rows, matrix, beta=0, alpha=scaling, out=out)", "return (rows @ matrix).mul_(scaling)", "accuracy"),
+    "s rounded twice in blocks": (BLOCKED, "return torch.addmm(rows.new_zeros(()), rows, matrix, beta=0, alpha=scale)", "return (rows @ matrix) * scale", "accuracy"),
+    "bias rounded on its own": (BLOCKED, "torch.addmm(bias[columns].to(out.dtype).to(rows.dtype), rows, strip)", "torch.mm(rows, strip) + bias[columns].to(out.dtype).to(rows.dtype)", "accuracy"),
+    "branch rounded on its own": (REFERENCE, "y.addmm_(s, lora_b.to(dtype).t())", "y += s @ lora_b.to(dtype).t()", "accuracy"),
+    "bias dropped in wide path": (BLOCKED, "if bias is None:", "if True:", "accuracy"),
+    "dA summed in 16 bits": (BLOCKED, "return torch.float64 if dtype == torch.float64 else torch.float32", "return dtype", "accuracy"),
+    "philox rounds 6": (DROPOUT, "ROUNDS = 7", "ROUNDS = 6", "dropout"),
+    "philox key halves swapped": (DROPOUT, "k0, k1 = seed & _LOW, (seed >> 32) & _LOW", "k1, k0 = seed & _LOW, (seed >> 32) & _LOW", "dropout"),
+    "threshold off by one": (DROPOUT, ">= threshold(p) - 32768", "> threshold(p) - 32768", "dropout"),
+    "truncated threshold": (DROPOUT, "round(65536 * p)", "int(65536 * p)", "dropout"),
+    "high half first": (DROPOUT, "halves = words.to(torch.int32).view(torch.int16)", "halves = words.to(torch.int32).view(torch.int16).unflatten(-1, (-1, 2)).flip(-1)", "dropout"),
+    "signed comparison": (DROPOUT, "(halves ^ -32768)", "halves", "dropout"),
+    "block offset dropped forward": (BLOCKED, "keep_mask(seed, block.start, *rows.shape", "keep_mask(seed, 0, *rows.shape", "dropout"),
+    "block offset dropped backward": (BLOCKED, "keep_mask(seed, block.start, len(rows)", "keep_mask(seed, 0, len(rows)", "dropout"),
+    "blocks overlap the last row": (BLOCKED, "range(0, count, step)", "range(0, count - 1, step)", "accuracy"),
+    "double-backward formula removed": (OPS, '    ("lora_linear_backward", _no_double_backward, None),\n', "", "ops"),
+    "double-backward formula of lora_add removed": (OPS, '    ("lora_add_backward", _no_double_backward, None),\n', "", "ops"),
+    "mark_non_differentiable removed": (OPS, "    ctx.mark_non_differentiable(s, mask)\n", "", "ops"),
+    "save flag inverted": (REFERENCE, "y.addmm_(s, lora_b.to(dtype).t())\n    return y, s if save_s", "y.addmm_(s, lora_b.to(dtype).t())\n    return y, s if not save_s", "ops"),
+    "x always saved": (OPS, "x if need_input else None", "x", "ops"),
+    "gradients computed unasked": (REFERENCE, "    if need_weight:\n        dweight = torch.mm", "    if True:\n        dweight = torch.mm", "ops"),
+    "lora_add works in place": (REFERENCE, "base_out.clone(memory_format=torch.contiguous_format)", "base_out", "ops"),
+    "uninitialised sum": (BLOCKED, "dy.new_zeros(r, N, dtype=total)", "dy.new_empty(r, N, dtype=total)", "ops"),
+    "forward mode not refused": (OPS, "if forward_ad._current_level < 0:", "if True:", "ops"),
+    "jvp not refused": (FUNCTIONAL, "    _ops.refuse_forward_mode(tensors.values())\n", "", "ops"),
+    "flops without the branch": (OPS, "(K * N + r * (K + N))", "K * N", "ops"),
+    "fixed seed": (FUNCTIONAL, "torch.randint(2**63 - 1, (), dtype", "torch.randint(1, (), dtype", "dropout"),
+    "autocast inside the op": (OPS, "if torch.is_autocast_enabled(device):", "if False:", "functional"),
+    "lora_add_ in grad mode": (FUNCTIONAL, "if torch.is_grad_enabled() and any(", "if False and any(", "functional"),
+    "whole dropped copy": (BLOCKED, "return max(1, budget // (4 * width))", "return 1 << 40", "ops"),
+}  # fmt: skip
+
+
+def killed_by(file, old, new, tests):
+    """The test that fails on the mutant, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "lora_kernels"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        source = (copy / file).read_text()
+        if source.count(old) != 1:
+            raise SystemExit(f"{file}: {source.count(old)} occurrences of {old!r}, expected one")
+        (copy / file).write_text(source.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += [f"--rootdir={TESTS.parent}", f"--confcutdir={TESTS}"]
+        files = [str(TESTS / f"test_{test}.py") for test in tests.split()]
+        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        result = subprocess.run(
+            command + files, cwd=folder, env=environment, capture_output=True, text=True
+        )
+        if result.returncode == 0:
+            return None
+        failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+        if result.returncode != 1 or not failed:
+            raise SystemExit(result.stdout + result.stderr)
+        return failed[0].split("::")[1].split(" - ")[0]
+
+
+def main():
+    survivors = 0
+    for name, mutant in MUTANTS.items():
+        if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):
+            continue
+        killer = killed_by(*mutant)
+        survivors += killer is None
+        print(f"{'killed  ' if killer else 'SURVIVED'}  {name:45} {killer or ''}", flush=True)
+    print(f"{survivors} survived")
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

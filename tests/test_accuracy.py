@@ -1,0 +1,116 @@
+"""Values and every gradient against fp64, bounded by what unfused torch itself loses."""
+
+import math
+from contextlib import contextmanager
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_kernels import lora_add, lora_linear
+from lora_kernels.backends import blocked
+
+HALF = (torch.bfloat16, torch.float16)
+SIZES = (1, 2, 3, 8, 17, 64, 127, 129)
+
+
+@contextmanager
+def path(wide, block_bytes):
+    """The wide or the plain path whatever this CPU can do, in blocks of a few rows and columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "_multiplies", lambda dtype: not (wide and dtype in HALF))
+        patch.setattr(blocked, "_CPU_BLOCK_BYTES", block_bytes)
+        yield
+
+
+@st.composite
+def cases(draw, add):
+    dtype = draw(st.sampled_from((torch.float32, *HALF, torch.float64)))
+    return oracle.Case(
+        *(draw(st.sampled_from(SIZES)) for _ in range(3)),
+        r=draw(st.sampled_from((1, 2, 3, 8, 16, 64, 200, 256))),
+        dtype=dtype,
+        adapter_dtype=draw(st.sampled_from((None, torch.float32))) if dtype in HALF else None,
+        bias=draw(st.booleans()),
+        scaling=draw(st.sampled_from((2.0, 1.0, 1 / 3, -1.5))),
+        p=draw(st.sampled_from((0.0, 0.0, 0.05, 0.5, 0.9))),
+        layout=draw(st.sampled_from(oracle.LAYOUTS)),
+        add=add,
+        seed=draw(st.integers(0, 2**40)),
+    )
+
+
+@settings(max_examples=120)
+@given(cases(add=False), st.booleans(), st.sampled_from((8192, 8 << 20)))
+def test_lora_linear(case, wide, block_bytes):
+    with path(wide, block_bytes):
+        oracle.assert_accurate(case, lora_linear)
+
+
+@settings(max_examples=80)
+@given(cases(add=True), st.booleans(), st.sampled_from((8192, 8 << 20)))
+def test_lora_add(case, wide, block_bytes):
+    with path(wide, block_bytes):
+        oracle.assert_accurate(case, lora_add)
+
+
+@pytest.mark.parametrize("layout", oracle.LAYOUTS)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("add", [False, True], ids=["linear", "add"])
+@pytest.mark.parametrize("wide", [False, True], ids=["plain", "wide"])
+def test_every_layout_in_bf16(layout, p, add, wide):
+    case = oracle.Case(33, 127, 65, 5, torch.bfloat16, torch.float32, p=p, layout=layout, add=add)
+    with path(wide, 4096):
+        oracle.assert_accurate(case, lora_add if add else lora_linear)
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["linear", "add"])
+@pytest.mark.parametrize("wide", [False, True], ids=["plain", "wide"])
+def test_blocks_of_one_row_and_column(add, wide):
+    case = oracle.Case(11, 13, 9, 4, torch.bfloat16, p=0.5, add=add)
+    with path(wide, 1):
+        oracle.assert_accurate(case, lora_add if add else lora_linear)
+
+
+GRID = [
+    oracle.Case(M, K, N, r, scaling=scaling, p=p)
+    for M, K, N, r, scaling in (
+        (64, 96, 80, 8, 2.0),
+        (33, 127, 129, 3, 0.3),
+        (128, 64, 200, 16, 1.0),
+        (48, 256, 64, 64, 2.0),
+        (130, 129, 31, 200, 0.5),
+        (1, 300, 300, 4, 2.0),
+    )
+    for p in (0.0, 0.1)
+]
+PATHS = {
+    "fp32": (False, torch.float32, None),
+    "bf16": (False, torch.bfloat16, None),
+    "fp16": (False, torch.float16, None),
+    "bf16-fp32-adapters": (False, torch.bfloat16, torch.float32),
+    "wide-bf16": (True, torch.bfloat16, None),
+    "wide-fp16": (True, torch.float16, None),
+    "wide-bf16-fp32-adapters": (True, torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("add", [False, True], ids=["linear", "add"])
+def test_geometric_mean_of_the_error(name, add):
+    wide, dtype, adapter_dtype = PATHS[name]
+    op, logs = lora_add if add else lora_linear, {}
+    with path(wide, 16384):
+        for case in GRID:
+            case = oracle.replace(case, dtype=dtype, adapter_dtype=adapter_dtype, add=add)
+            for output, (ours, peer) in oracle.errors(case, op).items():
+                # Both errors are 0 where the gradient is dy itself.
+                if peer or ours:
+                    logs.setdefault(output, []).append(math.log(ours / peer))
+    means = {output: math.exp(sum(v) / len(v)) for output, v in logs.items()}
+    assert {"y", "x", "lora_a", "lora_b"} <= means.keys()
+    assert all(mean <= 1.02 for mean in means.values()), means
+    if wide:
+        assert means["y"] < 1, means

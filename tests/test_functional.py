@@ -1,0 +1,350 @@
+"""lora_linear and lora_add as users call them: ranks, defaults, autocast, and every bad input."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lora_kernels
+from lora_kernels import lora_add, lora_add_, lora_linear
+
+K, N, R = 10, 6, 3
+
+
+def inputs(leading=(4,), dtype=torch.float32, grad=False):
+    shapes = {
+        "x": (*leading, K),
+        "weight": (N, K),
+        "lora_a": (R, K),
+        "lora_b": (N, R),
+        "bias": (N,),
+    }
+    shapes["base_out"] = (*leading, N)
+    return {n: torch.randn(s).to(dtype).requires_grad_(grad) for n, s in shapes.items()}
+
+
+def pick(t, op, **changes):
+    """The arguments of one of the functions."""
+    skip = ("base_out",) if op is lora_linear else ("weight", "bias")
+    return {**{n: v for n, v in t.items() if n not in skip}, **changes}
+
+
+BOTH = pytest.mark.parametrize("op", [lora_linear, lora_add])
+
+
+@BOTH
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)])
+def test_inputs_of_any_rank(op, leading):
+    t = inputs(leading, torch.float64, grad=True)
+    base = t["base_out"] if op is lora_add else F.linear(t["x"], t["weight"], t["bias"])
+    expected = base + 1.5 * (t["x"] @ t["lora_a"].T @ t["lora_b"].T)
+    y = op(**pick(t, op), scaling=1.5)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    leaves = list(pick(t, op).values())
+    for got, exact in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(got, exact)
+
+
+@BOTH
+def test_leading_dimensions_that_do_not_collapse(op):
+    t = inputs((4, 5))
+    strided = {n: torch.randn(5, 4, t[n].shape[-1]).transpose(0, 1) for n in ("x", "base_out")}
+    y = op(**pick(t, op, **pick(strided, op)))
+    dense = {n: v.contiguous() for n, v in strided.items()}
+    assert torch.equal(y, op(**pick(t, op, **pick(dense, op))))
+
+
+def test_defaults():
+    t = inputs()
+    w, a, b, x = (t[n] for n in ("weight", "lora_a", "lora_b", "x"))
+    torch.testing.assert_close(lora_linear(x, w, a, b), x @ (w + b @ a).T)
+    torch.testing.assert_close(lora_add(t["base_out"], x, a, b), t["base_out"] + x @ (b @ a).T)
+    assert torch.equal(lora_linear(x, w, a, b, seed=7), lora_linear(x, w, a, b))
+    assert torch.equal(lora_linear(x, w, a, b, scaling=2), lora_linear(x, w, a, b, scaling=2.0))
+
+
+@BOTH
+@pytest.mark.parametrize("seed", [0, 5, -3, 2**63 - 1, -(2**63)])
+def test_seed_as_int_and_as_tensor(op, seed):
+    t = inputs()
+    y = op(**pick(t, op), dropout_p=0.5, seed=seed)
+    for tensor in (torch.tensor(seed), torch.tensor([seed])):
+        assert torch.equal(y, op(**pick(t, op), dropout_p=0.5, seed=tensor))
+    assert not torch.equal(y, op(**pick(t, op), dropout_p=0.5, seed=seed ^ 1))
+
+
+@BOTH
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_autocast(op, p):
+    """Equal bits to casting by hand; gradients arrive in the parameters' dtype."""
+    t = inputs((33,), grad=True)
+    args = {"scaling": 2.0, "dropout_p": p, "seed": 3}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = op(**pick(t, op), **args)
+    assert y.dtype == torch.bfloat16
+    cast = {n: v.detach().bfloat16().requires_grad_() for n, v in t.items()}
+    expected = op(**pick(cast, op), **args)
+    assert torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    for name, value in pick(t, op).items():
+        assert value.grad.dtype == torch.float32
+        # Gradients of fp32 parameters may skip the last rounding to bf16.
+        torch.testing.assert_close(value.grad.bfloat16(), cast[name].grad, rtol=2**-7, atol=1e-6)
+
+
+def test_autocast_saves_nothing_weight_sized():
+    t, saved = inputs((2,)), []
+    for name in ("x", "lora_a", "lora_b"):
+        t[name].requires_grad_()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        lora_linear(**pick(t, lora_linear))
+    own = {v.data_ptr() for v in t.values()}
+    assert t["weight"].data_ptr() in {v.data_ptr() for v in saved}
+    assert max(v.numel() for v in saved if v.data_ptr() not in own) <= t["x"].numel() < N * K
+
+
+@BOTH
+def test_autocast_around_fp64_and_half_adapters(op):
+    t = inputs(dtype=torch.float64)
+    plain = op(**pick(t, op))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(op(**pick(t, op)), plain)
+        t = inputs()
+        half = {n: t[n].half() for n in ("lora_a", "lora_b")}
+        assert op(**pick(t, op, **half)).dtype == torch.bfloat16
+
+
+def test_calls_inside_autocast_are_not_cast_again():
+    t = inputs((33,), torch.float16)
+    with torch.autocast("cpu", torch.float16):
+        inside = lora_linear(**pick(t, lora_linear))
+        with torch.autocast("cpu", enabled=False):
+            outside = lora_linear(**pick(t, lora_linear))
+        nested = lora_add(inside, t["x"], t["lora_a"], t["lora_b"])
+    assert inside.dtype == nested.dtype == torch.float16
+    assert torch.equal(inside, outside)
+    with torch.autocast("cpu", torch.bfloat16):
+        raw = torch.ops.lora_kernels.lora_linear(
+            *(t[n] for n in ("x", "weight", "lora_a", "lora_b", "bias")),
+            *(1.0, 0.0, None, False, False),
+        )[0]
+    assert torch.equal(raw, inside)
+
+
+class Int8Linear(torch.nn.Module):
+    """A foreign base: int8 weight with a scale per row."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.q = (weight / self.scale).round().to(torch.int8)
+
+    def forward(self, x):
+        return F.linear(x, self.q.to(x.dtype) * self.scale)
+
+
+def test_a_quantised_base_trains_and_infers():
+    torch.manual_seed(0)
+    base, x = Int8Linear(torch.randn(N, K)), torch.randn(64, K)
+    target = x @ torch.randn(K, N)
+    a, b = torch.randn(N, K).mul(0.3).requires_grad_(), torch.zeros(N, N, requires_grad=True)
+    optimizer = torch.optim.Adam([a, b], lr=0.02)
+    losses = []
+    for _ in range(300):
+        loss = F.mse_loss(lora_add(base(x), x, a, b, scaling=2.0), target)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 1e-2 * losses[0]
+    with torch.no_grad():
+        out = base(x)
+        assert lora_add_(out, x, a, b, scaling=2.0) is out
+        torch.testing.assert_close(out, base(x) + 2.0 * x @ a.T @ b.T)
+
+
+@pytest.mark.parametrize("name", ["base_out", "x", "lora_a", "lora_b"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_in_place_in_grad_mode_raises(name, p):
+    t = inputs()
+    t[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"lora_add_.*no_grad.*lora_add"):
+        lora_add_(**pick(t, lora_add), dropout_p=p)
+    with torch.no_grad():
+        lora_add_(**pick(t, lora_add), dropout_p=p)
+
+
+def test_in_place_on_what_cannot_be_viewed_raises():
+    t = inputs((4, 5))
+    t["base_out"] = torch.randn(5, 4, N).transpose(0, 1)
+    with pytest.raises(ValueError, match=r"base_out: .*view as one.*strides \(6, 24, 1\)"):
+        lora_add_(**pick(t, lora_add))
+
+
+def z(*shape, **kwargs):
+    return torch.zeros(*shape, **kwargs)
+
+
+# (argument, what is passed, exception, words of the message: what is legal, what it got)
+BAD = [
+    ("x", z(4, 9), ValueError, "lora_a", "K = 9", "(3, 10)"),
+    ("x", z(()), ValueError, "x", "K >= 1", "got ()"),
+    ("x", z(4, 0), ValueError, "x", "K >= 1", "(4, 0)"),
+    ("x", [1.0], TypeError, "x", "Tensor", "got list"),
+    ("x", z(4, K, dtype=torch.int64), TypeError, "x", "bfloat16", "torch.int64"),
+    ("x", z(4, K, dtype=torch.complex64), TypeError, "x", "float32", "torch.complex64"),
+    ("x", z(4, K, device="meta"), ValueError, "@", "device meta", "got cpu"),
+    ("x", z(4, K, dtype=torch.float64), TypeError, "@", "torch.float64", "got torch.float32"),
+    ("lora_a", None, TypeError, "lora_a", "Tensor", "got NoneType"),
+    ("lora_a", z(R), ValueError, "lora_a", "[r, K]", "(3,)"),
+    ("lora_a", z(0, K), ValueError, "lora_a", "r >= 1", "(0, 10)"),
+    ("lora_a", z(R, K + 1), ValueError, "lora_a", "K = 10", "(3, 11)"),
+    ("lora_a", z(R, K, dtype=torch.int32), TypeError, "lora_a", "or float32", "torch.int32"),
+    ("lora_a", z(R, K, dtype=torch.float16), TypeError, "lora_a", "or float32", "torch.float16"),
+    ("lora_a", z(R, K, device="meta"), ValueError, "lora_a", "device cpu", "got meta"),
+    ("lora_b", 1.0, TypeError, "lora_b", "Tensor", "got float"),
+    ("lora_b", z(N, R + 1), ValueError, "lora_b", "r = 3", "(6, 4)"),
+    ("lora_b", z(N), ValueError, "lora_b", "[N, r]", "(6,)"),
+    ("lora_b", z(N + 1, R), ValueError, "@b", "6", "7"),
+    ("lora_b", z(N, R, dtype=torch.float64), TypeError, "lora_b", "or float32", "torch.float64"),
+    ("lora_b", z(N, R, device="meta"), ValueError, "lora_b", "device cpu", "got meta"),
+    ("scaling", float("nan"), ValueError, "scaling", "finite", "got nan"),
+    ("scaling", float("inf"), ValueError, "scaling", "finite", "got inf"),
+    ("scaling", -float("inf"), ValueError, "scaling", "finite", "got -inf"),
+    ("scaling", 10**400, ValueError, "scaling", "finite", "got 1000"),
+    ("scaling", "2", TypeError, "scaling", "float", "got str"),
+    ("scaling", True, TypeError, "scaling", "float", "got bool"),
+    ("scaling", z(()), TypeError, "scaling", "float", "got Tensor"),
+    ("dropout_p", 1.0, ValueError, "dropout_p", "[0, 1)", "got 1.0"),
+    ("dropout_p", -0.1, ValueError, "dropout_p", "[0, 1)", "got -0.1"),
+    ("dropout_p", float("nan"), ValueError, "dropout_p", "[0, 1)", "got nan"),
+    ("dropout_p", None, TypeError, "dropout_p", "float", "got NoneType"),
+    ("seed", 1.5, TypeError, "seed", "int", "got float"),
+    ("seed", True, TypeError, "seed", "int", "got bool"),
+    ("seed", 2**63, ValueError, "seed", "64-bit", "9223372036854775808"),
+    ("seed", z(2, dtype=torch.int64), ValueError, "seed", "one element", "(2,)"),
+    ("seed", z(1, dtype=torch.int32), ValueError, "seed", "int64", "torch.int32"),
+    ("seed", z(1, dtype=torch.int64, device="meta"), ValueError, "seed", "device cpu", "got meta"),
+]
+BAD_BASE = [
+    (lora_linear, "weight", None, TypeError, "weight", "Tensor", "got NoneType"),
+    (lora_linear, "weight", z(N, K - 1), ValueError, "weight", "K = 10", "(6, 9)"),
+    (lora_linear, "weight", z(N), ValueError, "weight", "[N, K]", "(6,)"),
+    (
+        lora_linear,
+        "weight",
+        z(N, K, dtype=torch.int8),
+        TypeError,
+        "weight",
+        "torch.float32",
+        "int8",
+    ),
+    (lora_linear, "weight", z(N, K).half(), TypeError, "weight", "torch.float32", "torch.float16"),
+    (lora_linear, "weight", z(N, K, device="meta"), ValueError, "weight", "device cpu", "got meta"),
+    (lora_linear, "bias", 0, TypeError, "bias", "Tensor", "got int"),
+    (lora_linear, "bias", z(N + 1), ValueError, "bias", "[6]", "(7,)"),
+    (lora_linear, "bias", z(1, N), ValueError, "bias", "[6]", "(1, 6)"),
+    (lora_linear, "bias", z(N).bfloat16(), TypeError, "bias", "torch.float32", "torch.bfloat16"),
+    (lora_linear, "bias", z(N, device="meta"), ValueError, "bias", "device cpu", "got meta"),
+]
+for _op in (lora_add, lora_add_):
+    BAD_BASE += [
+        (_op, "base_out", None, TypeError, "base_out", "Tensor", "got NoneType"),
+        (_op, "base_out", z(4, N + 1), ValueError, "base_out", "(4, 6)", "(4, 7)"),
+        (_op, "base_out", z(2, 2, N), ValueError, "base_out", "(4, 6)", "(2, 2, 6)"),
+        (_op, "base_out", z(4, N).half(), TypeError, "base_out", "torch.float32", "torch.float16"),
+        (_op, "base_out", z(4, N, device="meta"), ValueError, "base_out", "device cpu", "got meta"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "value", "error", "named", "legal", "got"),
+    [(op, *case) for case in BAD for op in (lora_linear, lora_add, lora_add_)] + BAD_BASE,
+)
+def test_bad_input(op, argument, value, error, named, legal, got):
+    t = pick(inputs(), op, **{argument: value})
+    base = "weight" if op is lora_linear else "base_out"
+    named = {"@": base, "@b": "lora_b" if op is lora_linear else "base_out"}.get(named, named)
+    if argument == "seed":
+        t["dropout_p"] = 0.5
+    with pytest.raises(error) as caught:
+        op(**t)
+    message = str(caught.value)
+    assert message.startswith(f"{named}: expected")
+    assert legal in message
+    assert got in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("weight", torch.int8), ("lora_a", torch.float64), ("bias", torch.float64)],
+)
+def test_bad_dtypes_under_autocast(argument, value):
+    t = pick(inputs(), lora_linear)
+    t[argument] = t[argument].to(value)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError) as caught:
+        lora_linear(**t)
+    assert re.match(rf"{argument}: expected x's dtype torch.bfloat16.*{value}", str(caught.value))
+
+
+def test_autocast_base_out_in_another_dtype():
+    t = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora_add(**pick(t, lora_add)).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"base_out: .*torch.bfloat16, got torch.float32"):
+            lora_add_(**pick(t, lora_add))
+
+
+def test_meta_tensors_give_shapes():
+    t = {n: v.to("meta") for n, v in inputs((2, 3)).items()}
+    for op in (lora_linear, lora_add):
+        y = op(**pick(t, op), dropout_p=0.1, seed=1)
+        assert y.is_meta
+        assert y.shape == (2, 3, N)
+
+
+def run_with_backend(name):
+    code = """import torch, lora_kernels
+y = lora_kernels.lora_linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1))
+print(y.sum().item())"""
+    root = str(pathlib.Path(lora_kernels.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "LORA_KERNELS_BACKEND": name}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cutlass", ("ValueError", "LORA_KERNELS_BACKEND", "'cutlass'", "reference", "triton")),
+        ("triton", ("RuntimeError", "LORA_KERNELS_BACKEND=triton", "cpu", "unset")),
+    ],
+)
+def test_a_backend_that_cannot_serve_raises(name, words):
+    result = run_with_backend(name)
+    assert result.returncode != 0
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_reference_can_be_forced():
+    result = run_with_backend(" Reference ")
+    assert result.stdout.strip() == "48.0", result.stderr
+
+
+@BOTH
+def test_fp32_masters_are_rounded_to_x_at_use(op):
+    case = oracle.Case(9, 8, 7, 2, torch.bfloat16, torch.float32, add=op is lora_add)
+    t, _ = oracle.make(case)
+    rounded = {n: t[n].bfloat16() for n in ("lora_a", "lora_b")}
+    assert torch.equal(op(**t), op(**{**t, **rounded}))
