@@ -1,15 +1,12 @@
-"""The contract of the ops on one page: schemas, fakes, autograd, flop counts. Kernels live in
-backends/.
+"""The contract of the ops on one page: schemas, fakes, autograd, flops. Kernels live in backends/.
 
 All tensors are 2-D here: x [M,K], weight [N,K], lora_a [r,K], lora_b [N,r], bias [N], y and
-base_out [M,N]. seed is an int64 tensor of one element on x's device. s [M,r] and mask are what
-backward needs, both of size 0
-when not needed: save_s (dB will be asked for) and save_mask are decided above autograd, where it is
-known.
+base_out [M,N]; seed is an int64 tensor of one element on x's device. s [M,r] and mask are what
+backward needs, of size 0 when it does not: save_s (dB will be asked for) and save_mask are decided
+above autograd, where that is known.
 
-    s = scaling * drop(x) A^T          y = x W^T + bias + s B^T         lora_add: y = base_out + s
-    B^T ds = scaling * dy B                dx = dy W + drop'(ds A)          dA = ds^T drop(x)     dB
-    = dy^T s
+    s = scaling * drop(x) A^T      y = x W^T + bias + s B^T      lora_add: y = base_out + s B^T
+    ds = scaling * dy B            dx = dy W + drop'(ds A)       dA = ds^T drop(x)    dB = dy^T s
 """
 
 from collections.abc import Iterable
@@ -169,7 +166,7 @@ def _save(ctx, output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, need
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(s, mask)
     if lora_b.requires_grad and not save_s:
-        raise RuntimeError("lora_kernels: lora_b requires grad, so save_s must be True")
+        raise RuntimeError("lora_kernels: lora_b requires grad, which needs save_s=True")
     ctx.save_for_backward(x if need_input else None, weight, lora_a, lora_b, s, mask, seed)
     ctx.scaling, ctx.dropout_p = scaling, dropout_p
 

@@ -70,16 +70,16 @@ def _write(
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     config = _config(model, {name: a.shape[0] for name, (a, _) in factors.items()}, base_model)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(
+    replace_atomically(
         directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"})
     )
-    _replace(
+    replace_atomically(
         directory / CONFIG_NAME,
         lambda path: Path(path).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"),
     )
 
 
-def _replace(path: Path, write: Callable[[str], object]) -> None:
+def replace_atomically(path: Path, write: Callable[[str], object]) -> None:
     """Writes beside `path`, flushes to disk, then renames over it."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -387,7 +387,13 @@ def _save_pretrained(
         model, save_directory, *args, is_main_process=is_main_process, **kwargs
     )
     layers = dict(lora_layers(model))
-    if is_main_process and layers and not any(l._merged == "final" for l in layers.values()):
+    if not is_main_process or not layers:
+        return result
+    if any(layer._merged == "final" for layer in layers.values()):
+        # The weights hold the adapter; files of an earlier save would add it a second time.
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            Path(save_directory, name).unlink(missing_ok=True)
+    else:
         # Relative to the base beside it, which for PiSSA is what is left of the weight.
         factors = {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}
         _write(model, Path(save_directory), factors, base_model=None)

@@ -377,20 +377,23 @@ class FusedLoRALinear(nn.Linear):
         remerge = self._merged == "kept"
         if remerge:
             self.unmerge()
-        # A file that does not fit is an error; it must not leave half a PiSSA start behind. Its
-        # rank may differ from the adapter's.
-        A, B = (state_dict.get(prefix + name) for name in ("pissa_A", "pissa_B"))
-        if self.pissa_A is None and A is not None and B is not None and A.dim() == 2:
-            rank = len(A)
-            if A.shape == (rank, self.in_features) and B.shape == (self.out_features, rank):
-                self.pissa_A = self.lora_A.new_empty(A.shape)
-                self.pissa_B = self.lora_B.new_empty(B.shape)
+        # A state dict that does not fit is an error; it must not leave half a PiSSA start behind.
+        # The rank of PiSSA's factors may differ from the adapter's.
+        shapes = [tuple(state_dict[key].shape) for key in keys if key in state_dict]
+        if self.pissa_A is None and len(shapes) == len(keys):
+            rank = shapes[3][-1]
+            expected = [(rank, self.in_features), (self.out_features, rank)]
+            if shapes == [tuple(self.lora_A.shape), tuple(self.lora_B.shape), *expected]:
+                self.pissa_A = self.lora_A.new_empty(expected[0])
+                self.pissa_B = self.lora_B.new_empty(expected[1])
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if not adapter:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            if self.pissa_A is not None and fits("weight", self.weight):
+            weight = state_dict.get(prefix + "weight")
+            loaded = weight is not None and weight.shape == self.weight.shape
+            if self.pissa_A is not None and loaded:
                 self._take_pissa()
         if remerge:
             self.merge(keep_base)

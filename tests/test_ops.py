@@ -156,10 +156,11 @@ def test_needs_input_grad_reaches_the_op(need):
         return
     with Calls() as calls:
         both(t, p=0.3)["linear"]().sum().backward()
-    (forward, fargs), (backward, bargs) = calls.seen
-    assert (forward, backward) == ("lora_linear", "lora_linear_backward")
+    (forward, fargs), *backward = calls.seen
+    assert forward == "lora_linear"
     assert fargs[-2:] == (need[3], need[0] or need[2])
-    assert bargs[-4:] == need[:4]
+    expected = [("lora_linear_backward", need[:4])] if any(need[:4]) else []
+    assert [(name, args[-4:]) for name, args in backward] == expected
     for name, needed in zip(names, need, strict=True):
         assert (t[name].grad is not None) == needed
 

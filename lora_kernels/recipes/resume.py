@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.checkpoint import _replace
+from lora_kernels.checkpoint import replace_atomically
 
 _FORMAT = 1
 
@@ -80,7 +80,7 @@ class Run:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda temporary: torch.save(state, temporary))
+        replace_atomically(path, lambda temporary: torch.save(state, temporary))
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike) -> None:
