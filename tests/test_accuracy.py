@@ -74,6 +74,36 @@ def test_blocks_of_one_row_and_column(add, wide):
         oracle.assert_accurate(case, lora_add if add else lora_linear)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("wide", [False, True], ids=["plain", "wide"])
+def test_nothing_is_rounded_more_often_than_stored(wide, p, dtype):
+    """s and ds once, scaling included; y once on top of the base product, in the wide path once."""
+    case = oracle.Case(96, 64, 80, 8, dtype, scaling=2.7, p=p)
+    (t, dy), seed = oracle.make(case), torch.tensor(case.seed)
+    t = {name: v.detach() for name, v in t.items()}
+    x, w, a, b, bias = (t[n].double() for n in ("x", "weight", "lora_a", "lora_b", "bias"))
+    factor = oracle.keep_factor(case.seed, case.M, case.K, p) if p else 1.0
+    ops, low, branch = torch.ops.lora_kernels, (t["lora_a"], t["lora_b"]), (2.7, p, seed)
+    with path(wide, 8192):
+        y, s, mask = ops.lora_linear(t["x"], t["weight"], *low, t["bias"], *branch, True, True)
+        eye = torch.eye(case.r, dtype=dtype)
+        # With A = I the gradient of x is ds itself.
+        ds, _, _ = ops.lora_add_backward(
+            dy, t["x"], eye, low[1], s, mask, 2.7, 0.0, None, True, False, False
+        )
+    exact_s, exact_ds = 2.7 * (x * factor) @ a.T, 2.7 * dy.double() @ b
+    base, term = x @ w.T + bias, exact_s.to(dtype).double() @ b.T
+    base = base if wide else base.to(dtype).double()
+    exact_y = x @ w.T + bias + exact_s @ b.T
+    for got, exact, rounded in (
+        (s, exact_s, exact_s.to(dtype)),
+        (ds, exact_ds, exact_ds.to(dtype)),
+        (y, exact_y, (base + term).to(dtype)),
+    ):
+        assert (got.double() - exact).norm() <= 1.02 * (rounded.double() - exact).norm()
+
+
 GRID = [
     oracle.Case(M, K, N, r, scaling=scaling, p=p)
     for M, K, N, r, scaling in (
