@@ -83,7 +83,7 @@ def expand_kernel(
     R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = base + low @ mat, the term masked and scaled with DROP; base: out, another, None (0)."""
+    """out = base + low @ mat, the term masked and scaled with DROP; base may be None (0)."""
     row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
