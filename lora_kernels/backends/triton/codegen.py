@@ -2,8 +2,9 @@
 
     python -m lora_kernels.backends.triton.codegen [--arch 90] [--short]
 
-Every case is one call of the backend on tensors without memory, under a pretended device; each launch
-is compiled in place of being run. Prints a table and exits with 1 if a kernel breaks a rule of `faults`.
+Every case is one call of the backend on tensors without memory, under a pretended device; each
+launch is compiled in place of being run. Prints a table and exits with 1 if a kernel breaks a rule
+of `faults`.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Kernel(NamedTuple):
 
 
 class _OfflineDriver:
-    """Enough of a driver for JITFunction.warmup. Kernels are cached per device: one number an arch."""
+    """Enough of a driver for JITFunction.warmup, which caches per device: one number an arch."""
 
     def __init__(self, arch: int) -> None:
         self._arch = arch
@@ -118,7 +119,14 @@ def _assemble(ptx: str, arch: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [tool.path, "-v", f"--gpu-name={name}", source, "-o", Path(folder, "kernel.cubin")]
+        command = [
+            tool.path,
+            "-v",
+            f"--gpu-name={name}",
+            source,
+            "-o",
+            Path(folder, "kernel.cubin"),
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
@@ -181,7 +189,7 @@ def faults(kernel: Kernel) -> list[str]:
 
 
 def compile_case(case: Case, arch: int) -> list[Kernel]:
-    """The kernels of one forward and backward call. For a process of its own: it takes the driver."""
+    """The kernels of one forward and backward call. Takes the process's Triton driver for good."""
     kernels = []
 
     def build(kernel, grid, args, meta, run) -> None:
@@ -198,7 +206,7 @@ def compile_case(case: Case, arch: int) -> list[Kernel]:
     bias = tensor(1, N)[0] if case.bias else None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout else None
     branch = (1.0, case.dropout, seed)
-    # Neither is put back: where there is no GPU, Triton has no driver to return to.
+    # Not put back: where there is no GPU, Triton has no driver to return to.
     _env.PLAN = case.plan
     triton.runtime.driver.set_active(_OfflineDriver(arch))
     with assume(TARGETS[arch]), intercept(build):
@@ -243,7 +251,11 @@ def main() -> int:
                     continue
                 seen.add(key)
                 reasons = faults(kernel)
-                print(row(kernel), *(f"  FAULT: {', '.join(reasons)}" for _ in reasons[:1]), flush=True)
+                print(
+                    row(kernel),
+                    *(f"  FAULT: {', '.join(reasons)}" for _ in reasons[:1]),
+                    flush=True,
+                )
                 total, broken = total + 1, broken + bool(reasons)
     print(f"{total} kernels, {broken} break a rule")
     return 1 if broken or not total else 0

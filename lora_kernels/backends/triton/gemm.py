@@ -23,28 +23,70 @@ from lora_kernels.backends.triton.launch import fp32_precision, launch, target
 
 
 @triton.jit
-def add_bias(acc, bias, out, col, N, BN: tl.constexpr):
-    """acc + bias, rounded to the dtype of out as a weight is; one that is None adds nothing."""
+def store_strips(
+    acc, out, out_desc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
+    stride_lr, stride_ln, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STRIPS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile in strips of columns, through the descriptor if there is one. With DROP a strip
+    first gets its masked low-rank term, which needs an accumulator of its own."""
+    if STRIPS > 1:
+        HALF: tl.constexpr = BN // 2
+        left, right = column_halves(acc, BM, BN)
+        store_strips(
+            left, out, out_desc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
+            stride_lr, stride_ln, R, RANKS, BM, HALF, STRIPS // 2, DROP, PRECISION,
+        )  # fmt: skip
+        store_strips(
+            right, out, out_desc, low, low_mat, seed, row, col + HALF, M, N, r, scale, threshold,
+            stride_lr, stride_ln, R, RANKS, BM, HALF, STRIPS // 2, DROP, PRECISION,
+        )  # fmt: skip
+    else:
+        if DROP:
+            acc = add_low_rank(
+                acc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
+                stride_lr, stride_ln, R, RANKS, BM, BN, True, PRECISION,
+            )  # fmt: skip
+        if out_desc is None:
+            store_tile(out, acc, row + tl.arange(0, BM), col + tl.arange(0, BN), N, 1, M, N)
+        else:
+            out_desc.store([row, col], acc.to(out.dtype.element_ty))
+
+
+@triton.jit
+def finish_tile(
+    acc, out, out_desc, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
+    stride_lr, stride_ln, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STRIPS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What follows the reduction loop: low-rank step, bias (rounded to out's dtype), store."""
+    seed = 0
+    if DROP:
+        seed = tl.load(seed_ptr)
+    else:
+        acc = add_low_rank(
+            acc, low, low_mat, 0, row, col, M, N, r, scale, threshold, stride_lr, stride_ln,
+            R, RANKS, BM, BN, False, PRECISION,
+        )  # fmt: skip
     if bias is not None:
         cols = col + tl.arange(0, BN)
         values = tl.load(bias + cols, mask=cols < N, other=0.0)
         acc += values.to(out.dtype.element_ty).to(tl.float32)[None, :]
-    return acc
+    store_strips(
+        acc, out, out_desc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
+        stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, PRECISION,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
-def gemm_kernel(
-    x, mat, low, low_mat, bias, out, seed_ptr, M, N, K, r, scale, threshold,
-    stride_xm, stride_xk, stride_wk, stride_wn, stride_lr, stride_ln,
-    R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def pointer_loop(
+    x, mat, row, col, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Pointer version, one tile per program: any strides, any alignment."""
-    pm, pn = tile_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    row, col = pm * BM, pn * BN
+    """A tile of x @ mat. Rows and columns past the end wrap around, as nobody stores them; only the
+    reduction needs a mask."""
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     ks = tl.arange(0, BK).to(tl.int64)
-    # Rows and columns past the end wrap around and are not stored; only the reduction needs a mask.
     x_tile = x + (rows % M).to(tl.int64)[:, None] * stride_xm + ks[None, :] * stride_xk
     mat_tile = mat + ks[:, None] * stride_wk + (cols % N).to(tl.int64)[None, :] * stride_wn
     step = tl.full((), BK, tl.int64)
@@ -56,28 +98,52 @@ def gemm_kernel(
         acc = tl.dot(x_values, mat_values, acc, input_precision=PRECISION)
         x_tile += step * stride_xk
         mat_tile += step * stride_wk
-    if DROP:
-        # In halves, for the masked term needs an accumulator of its own.
-        seed = tl.load(seed_ptr)
-        HALF: tl.constexpr = BN // 2
-        acc_0, acc_1 = column_halves(acc, BM, BN)
-        acc_0 = add_low_rank(
-            acc_0, low, low_mat, seed, row, col, M, N, r, scale, threshold,
-            stride_lr, stride_ln, R, RANKS, BM, HALF, True, PRECISION,
-        )  # fmt: skip
-        store_tile(out, acc_0, rows, col + tl.arange(0, HALF), N, 1, M, N)
-        acc_1 = add_low_rank(
-            acc_1, low, low_mat, seed, row, col + HALF, M, N, r, scale, threshold,
-            stride_lr, stride_ln, R, RANKS, BM, HALF, True, PRECISION,
-        )  # fmt: skip
-        store_tile(out, acc_1, rows, col + HALF + tl.arange(0, HALF), N, 1, M, N)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def gemm_kernel(
+    x, mat, low, low_mat, bias, out, seed_ptr, M, N, K, r, scale, threshold,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_lr, stride_ln,
+    R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, STRIPS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Pointer version, one tile per program: any strides, any alignment."""
+    pm, pn = tile_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    row, col = pm * BM, pn * BN
+    acc = pointer_loop(
+        x, mat, row, col, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
+        BM, BN, BK, PRECISION,
+    )  # fmt: skip
+    finish_tile(
+        acc, out, None, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
+        stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def right_descriptor(
+    mat, K, N, stride, BK: tl.constexpr, BN: tl.constexpr, NT: tl.constexpr
+):  # fmt: skip
+    """The descriptor of a [K,N] operand stored [N,K] (NT) or [K,N]."""
+    if NT:
+        desc = tl.make_tensor_descriptor(mat, [N, K], [stride, 1], [BN, BK])
     else:
-        acc = add_low_rank(
-            acc, low, low_mat, 0, row, col, M, N, r, scale, threshold, stride_lr, stride_ln,
-            R, RANKS, BM, BN, False, PRECISION,
-        )  # fmt: skip
-        acc = add_bias(acc, bias, out, col, N, BN)
-        store_tile(out, acc, rows, cols, N, 1, M, N)
+        desc = tl.make_tensor_descriptor(mat, [K, N], [stride, 1], [BK, BN])
+    return desc
+
+
+@triton.jit
+def tma_loop(
+    x_desc, mat_desc, row, col, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    NT: tl.constexpr,
+):  # fmt: skip
+    """A tile of x @ mat through descriptors, which read zeros past the end."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range(loop_steps(K, BK)):
+        mat_tile = mat_desc.load([col, i * BK]).T if NT else mat_desc.load([i * BK, col])
+        acc = tl.dot(x_desc.load([row, i * BK]), mat_tile, acc)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -85,52 +151,22 @@ def gemm_tma_kernel(
     x, mat, low, low_mat, bias, out, seed_ptr, M, N, K, r, scale, threshold,
     stride_xm, stride_w, stride_lr, stride_ln,
     R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, NT: tl.constexpr, HALVES: tl.constexpr, DROP: tl.constexpr,
+    GROUP: tl.constexpr, NT: tl.constexpr, STRIPS: tl.constexpr, DROP: tl.constexpr,
     SMS: tl.constexpr,
 ):  # fmt: skip
-    """Persistent version on TMA descriptors: aligned rows of unit stride; mat is stored [N,K] (NT)
-    or [K,N]."""
+    """Persistent version on TMA descriptors: 16-bit operands, aligned rows of unit stride."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    HALF: tl.constexpr = BN // 2
     x_desc = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BM, BK])
-    if NT:
-        mat_desc = tl.make_tensor_descriptor(mat, [N, K], [stride_w, 1], [BN, BK])
-    else:
-        mat_desc = tl.make_tensor_descriptor(mat, [K, N], [stride_w, 1], [BK, BN])
-    out_desc = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BM, HALF if HALVES else BN])
-    if DROP:
-        seed = tl.load(seed_ptr)
+    mat_desc = right_descriptor(mat, K, N, stride_w, BK, BN, NT)
+    out_desc = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BM, BN // STRIPS])
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, SMS):
         pm, pn = tile_order(tile, tiles_m, tiles_n, GROUP)
         row, col = pm * BM, pn * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for i in range(loop_steps(K, BK)):
-            mat_tile = mat_desc.load([col, i * BK]).T if NT else mat_desc.load([i * BK, col])
-            acc = tl.dot(x_desc.load([row, i * BK]), mat_tile, acc)
-        if DROP:
-            acc_0, acc_1 = column_halves(acc, BM, BN)
-            acc_0 = add_low_rank(
-                acc_0, low, low_mat, seed, row, col, M, N, r, scale, threshold,
-                stride_lr, stride_ln, R, RANKS, BM, HALF, True, "ieee",
-            )  # fmt: skip
-            out_desc.store([row, col], acc_0.to(out.dtype.element_ty))
-            acc_1 = add_low_rank(
-                acc_1, low, low_mat, seed, row, col + HALF, M, N, r, scale, threshold,
-                stride_lr, stride_ln, R, RANKS, BM, HALF, True, "ieee",
-            )  # fmt: skip
-            out_desc.store([row, col + HALF], acc_1.to(out.dtype.element_ty))
-        else:
-            acc = add_low_rank(
-                acc, low, low_mat, 0, row, col, M, N, r, scale, threshold, stride_lr, stride_ln,
-                R, RANKS, BM, BN, False, "ieee",
-            )  # fmt: skip
-            acc = add_bias(acc, bias, out, col, N, BN)
-            if HALVES:
-                acc_0, acc_1 = column_halves(acc, BM, BN)
-                out_desc.store([row, col], acc_0.to(out.dtype.element_ty))
-                out_desc.store([row, col + HALF], acc_1.to(out.dtype.element_ty))
-            else:
-                out_desc.store([row, col], acc.to(out.dtype.element_ty))
+        acc = tma_loop(x_desc, mat_desc, row, col, K, BM, BN, BK, NT)
+        finish_tile(
+            acc, out, out_desc, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
+            stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, "ieee",
+        )  # fmt: skip
 
 
 def _has_tma_rows(matrix: Tensor) -> bool:
@@ -176,6 +212,7 @@ def gemm(
         "BN": tile.bn,
         "BK": tile.bk,
         "GROUP": tile.group,
+        "STRIPS": tile.strips,
         "DROP": drop,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -190,7 +227,7 @@ def gemm(
         launch(
             gemm_tma_kernel, (min(programs, device.sms),), *values,
             x.stride(0), stored.stride(0), *low_mat.stride(), **shape,
-            NT=stored is not mat, HALVES=tile.halves or drop, SMS=device.sms, descriptors=True,
+            NT=stored is not mat, SMS=device.sms, descriptors=True,
         )  # fmt: skip
     else:
         launch(

@@ -37,7 +37,7 @@ class GemmTile(NamedTuple):
     bk: int
     stages: int
     warps: int
-    halves: bool = False  # store in two column halves, which takes half the staging memory
+    strips: int = 1  # of columns, stored one after the other: less staging memory and registers
     group: int = 8
 
 
@@ -100,11 +100,13 @@ GEMM_RANKS = 128
 def gemm(target: Target, dtype: torch.dtype, M: int, N: int, drop: bool, tma: bool) -> GemmTile:
     """The first configuration for the device; smaller where tiles would be padding or too few."""
     if _is_wide(dtype):
-        return GemmTile(_row_block(M, 64), 64, 32, 3, 4)
-    if M <= 64:
-        return GemmTile(_row_block(M, 64), 128, 64, 4, 4)
-    if cdiv(M, 128) * cdiv(N, 128) <= target.sms:
-        return GemmTile(64, 128, 64, 4, 4)
-    if target.arch >= 90 and tma:
-        return GemmTile(128, 256, 64, 3, 8, halves=True)
-    return GemmTile(128, 128, 32 if target.arch < 90 else 64, 4 if target.arch < 90 else 3, 8)
+        tile = GemmTile(_row_block(M, 64), 64, 32, 3, 4)
+    elif M <= 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
+        tile = GemmTile(_row_block(M, 64), 128, 64, 4, 4)
+    elif target.arch >= 90 and tma:
+        tile = GemmTile(128, 256, 64, 3, 8, strips=2)
+    elif target.arch >= 90:
+        tile = GemmTile(128, 128, 64, 3, 8)
+    else:
+        tile = GemmTile(128, 128, 32, 4, 8)
+    return tile._replace(strips=tile.bn // 64) if drop else tile
