@@ -33,7 +33,9 @@ def extension_status() -> str:
 def choose(device_type: str) -> Choice:
     """The backend of the calls on a device. Raises RuntimeError if the forced one is not there."""
     if _env.BACKEND is None and _env.PLAN is None:
-        return _tuned(torch.cuda.current_device()) if device_type == "cuda" else _REFERENCE
+        if device_type == "cuda" and plans.has_tables():
+            return _tuned(torch.cuda.current_device())
+        return _REFERENCE
     if _env.BACKEND == "reference":
         return _FORCED_REFERENCE
     if _env.BACKEND == "triton" or _env.PLAN is not None:

@@ -67,6 +67,11 @@ def read_table(path: Path) -> dict:
 
 
 @cache
+def has_tables() -> bool:
+    return any(TUNED.glob("*.json"))
+
+
+@cache
 def tuned(index: int) -> dict | None:
     """The table of a CUDA device, None if there is none."""
     path = TUNED / _file_name(torch.cuda.get_device_name(index))

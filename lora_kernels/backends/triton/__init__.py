@@ -53,6 +53,27 @@ def _plan(op: str, x: Tensor, N: int, K: int, r: int, dropout_p: float) -> str:
     return plans.choose(plans.Call(op, dtype, x.shape[0], N, K, r, dropout_p > 0), x.device)
 
 
+def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """The rank-sized matrix with zeros around it up to [rows, columns]; itself if it needs none."""
+    if matrix.shape == (rows, columns):
+        return matrix
+    return torch.nn.functional.pad(
+        matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])
+    )
+
+
+def _adapters(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both adapters in x's dtype and of a rank that suits the kernels, in rank-sized copies."""
+    rank = tiles.padded_rank(lora_a.shape[0])
+    a = _pad(lora_a.to(x.dtype), rank, lora_a.shape[1])
+    return a, _pad(lora_b.to(x.dtype), lora_b.shape[0], rank)
+
+
+def _saved(s: Tensor, r: int, save_s: bool) -> tuple[Tensor, Tensor]:
+    """(s, mask) as the op returns them: backward regenerates the mask from the seed."""
+    return s[:, :r].contiguous() if save_s else _none(s), _none(s)
+
+
 def _none(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
@@ -70,25 +91,25 @@ def lora_linear(
     save_s: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, s, mask). The mask is of size 0: backward regenerates it from the seed."""
+    """(y, s, mask), the mask of size 0."""
     M, N, r = x.shape[0], weight.shape[0], lora_a.shape[0]
     if M == 0:
-        return x.new_empty(0, N), x.new_empty(0, r) if save_s else _none(x), _none(x)
+        return x.new_empty(0, N), *_saved(x.new_empty(0, r), r, save_s)
     plan = _plan("forward", x, N, x.shape[1], r, dropout_p)
     if plan == "aten":
         return reference.lora_linear(
             x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask
         )
     drop = dropout.of(dropout_p, seed)
-    # Rank-sized copies where the adapters are fp32 masters; the weight's only under autocast.
-    weight, lora_a, lora_b = (t.to(x.dtype) for t in (weight, lora_a, lora_b))
-    s = shrink(x, lora_a, scaling, drop)
+    weight = weight.to(x.dtype)  # a copy under autocast alone
+    a, b = _adapters(x, lora_a, lora_b)
+    s = shrink(x, a, scaling, drop)
     if plan == "cublas":
         y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        expand(y, s, lora_b.t(), y)
+        expand(y, s, b.t(), y)
     else:
-        y = gemm(x, weight.t(), s, lora_b.t(), bias)
-    return y, s if save_s else _none(x), _none(x)
+        y = gemm(x, weight.t(), s, b.t(), bias)
+    return y, *_saved(s, r, save_s)
 
 
 @_on_device
@@ -106,7 +127,7 @@ def lora_add(
     """(y, s, mask) as `lora_linear`, on top of a base output [M,N] computed elsewhere."""
     y = torch.empty_like(base_out, memory_format=torch.contiguous_format)
     s = _add_branch(base_out, x, lora_a, lora_b, scaling, dropout_p, seed, y)
-    return y, s if save_s else _none(x), _none(x)
+    return y, *_saved(s, lora_a.shape[0], save_s)
 
 
 @_on_device
@@ -127,8 +148,9 @@ def _add_branch(base_out, x, lora_a, lora_b, scaling, dropout_p, seed, out) -> T
     """out = base_out + the branch; returns s."""
     if x.shape[0] == 0:
         return x.new_empty(0, lora_a.shape[0])
-    s = shrink(x, lora_a.to(x.dtype), scaling, dropout.of(dropout_p, seed))
-    expand(base_out, s, lora_b.to(x.dtype).t(), out)
+    a, b = _adapters(x, lora_a, lora_b)
+    s = shrink(x, a, scaling, dropout.of(dropout_p, seed))
+    expand(base_out, s, b.t(), out)
     return s
 
 
@@ -219,10 +241,13 @@ def _backward(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB); dx is what `product` makes of ds and A, of size 0 without it."""
-    b = lora_b.to(dy.dtype)
+    r = lora_a.shape[0]
+    a, b = _adapters(dy, lora_a, lora_b)
     need_ds = product is not None or need_a
     dx, d_a, d_b = _none(dy), _none(lora_a), _none(lora_b)
-    if need_ds and need_b and tiles.fuses_ds_db(b.shape[1]):
+    if need_b:
+        s = _pad(s, dy.shape[0], a.shape[0])
+    if need_ds and need_b and tiles.fuses_ds_db(b.dtype, b.shape[1]):
         ds, d_b = ds_db(dy, b, s, scaling, lora_b.dtype)
     else:
         if need_ds:
@@ -230,7 +255,7 @@ def _backward(
         if need_b:
             d_b = tall(s, dy, lora_b.dtype, transposed=True)
     if product is not None:
-        dx = product(ds, lora_a.to(dy.dtype))
+        dx = product(ds, a)
     if need_a:
         d_a = tall(ds, x, lora_a.dtype, transposed=False, dropout=drop)
-    return dx, d_a, d_b
+    return dx, d_a[:r], d_b[:, :r].contiguous() if need_b else d_b

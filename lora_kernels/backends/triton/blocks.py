@@ -74,7 +74,7 @@ def add_low_rank(
     """
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     term = tl.zeros((BM, BN), tl.float32) if DROP else acc
-    for block in tl.static_range(RANKS):
+    for block in tl.range(RANKS, num_stages=1):
         rank = block * R + tl.arange(0, R)
         left = load_tile(low, rows, rank, r, 1, M, r)
         right = load_tile(mat, rank, cols, stride_mr, stride_mc, r, N)

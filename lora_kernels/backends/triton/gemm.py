@@ -203,8 +203,9 @@ def gemm(
         and _has_tma_rows(stored)
         and _has_tma_rows(out)
     )
-    tile = tiles.gemm(device, x.dtype, M, N, drop, tma)
-    R = tiles.rank_block(r, tiles.GEMM_RANKS)
+    aligned = tma or (tiles.vectorises(x) and tiles.vectorises(mat))
+    tile = tiles.gemm(device, x.dtype, M, N, drop, aligned, tma)
+    R = tiles.gemm_rank(device, x.dtype, r)
     shape = {
         "R": R,
         "RANKS": triton.cdiv(r, R),

@@ -57,7 +57,7 @@ def shrink_kernel(
 def shrink(x: Tensor, mat: Tensor, scale: float, dropout: Dropout | None = None) -> Tensor:
     """scale * drop(x) @ mat^T [M,r] in x's dtype, rounded once: x [M,K], mat [r,K]."""
     (M, K), r = x.shape, mat.shape[0]
-    tile = tiles.shrink(target(x.device), x.dtype, M, K, r)
+    tile = tiles.shrink(target(x.device), x.dtype, M, K, r, tiles.vectorises(x))
     out = x.new_empty(M, r)
     split = tile.split > 1
     part = x.new_empty((tile.split, M, r), dtype=tiles.ACCUMULATOR) if split else out
