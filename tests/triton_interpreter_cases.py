@@ -290,7 +290,18 @@ def test_forced_backend_refuses_what_it_cannot_serve():
 class _FullSizeOps(TorchDispatchMode):
     """Names the ATen ops that touch the arrays they are told of, allocations and views aside."""
 
-    _FREE = ("empty", "view", "t.", "transpose", "detach", "slice", "select", "fill_", "alias")
+    _FREE = (
+        "empty",
+        "new_empty",
+        "view",
+        "t.",
+        "transpose",
+        "detach",
+        "slice",
+        "select",
+        "fill_",
+        "alias",
+    )
 
     def __init__(self, touched: list) -> None:
         super().__init__()

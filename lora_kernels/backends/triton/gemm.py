@@ -204,7 +204,7 @@ def gemm(
         and _has_tma_rows(out)
     )
     aligned = tma or (tiles.vectorises(x) and tiles.vectorises(mat))
-    tile = tiles.gemm(device, x.dtype, M, N, drop, aligned, tma)
+    tile = tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma)
     R = tiles.gemm_rank(device, x.dtype, r)
     shape = {
         "R": R,

@@ -115,7 +115,14 @@ def gemm_rank(target: Target, dtype: torch.dtype, r: int) -> int:
 
 
 def gemm(
-    target: Target, dtype: torch.dtype, M: int, N: int, drop: bool, aligned: bool, tma: bool
+    target: Target,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    r: int,
+    drop: bool,
+    aligned: bool,
+    tma: bool,
 ) -> GemmTile:
     """The first configuration for the device; smaller where tiles would be padding or too few."""
     if _is_wide(dtype):
@@ -129,6 +136,5 @@ def gemm(
     elif target.arch >= 90:
         tile = GemmTile(128, 128, 64, 3, 8)
     else:
-        tile = GemmTile(128, 128, 32, 4, 8)
-    strip = 64 if target.arch >= 90 else 32
-    return tile._replace(strips=tile.bn // strip) if drop else tile
+        tile = GemmTile(128, 64 if drop and r > 128 else 128, 32, 4, 8)
+    return tile._replace(strips=tile.bn // 64) if drop else tile
