@@ -92,9 +92,17 @@ def nearest(table: dict, call: Call) -> str | None:
 
 
 def refusal(plan: str, call: Call) -> str | None:
-    """Why a plan cannot serve a call, None if it can."""
-    if plan == "decode" and call.op == "forward" and call.M > DECODE_ROWS:
+    """Why a plan cannot serve a call, None if it can. Backward has two forms, the plain one and the
+    fused one of all other plans, and either serves every call."""
+    if call.op == "backward":
+        return None
+    if plan == "decode" and call.M > DECODE_ROWS:
         return f"the plan serves M <= {DECODE_ROWS}, got M = {call.M}"
+    # One block holds s; a masked x on its way to two products would stall the one by the weight.
+    most = 32 if call.dropout or call.dtype == "float32" else 128
+    if plan in ("decode", "dual") and call.r > most:
+        kind = call.dtype + " with dropout" * call.dropout
+        return f"the plan serves r <= {most} in {kind}, got r = {call.r}"
     return None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends import plans, reference
 from lora_kernels.backends.triton import dropout, tiles
+from lora_kernels.backends.triton.dual import dual
 from lora_kernels.backends.triton.gemm import gemm
 from lora_kernels.backends.triton.gradients import ds_db, tall
 from lora_kernels.backends.triton.launch import INTERPRETED
@@ -103,6 +104,9 @@ def lora_linear(
     drop = dropout.of(dropout_p, seed)
     weight = weight.to(x.dtype)  # a copy under autocast alone
     a, b = _adapters(x, lora_a, lora_b)
+    if plan in ("decode", "dual"):
+        y, s = dual(x, weight, a, b, bias, scaling, save_s, drop)
+        return y, *_saved(s, r, save_s)
     s = shrink(x, a, scaling, drop)
     if plan == "cublas":
         y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -29,10 +29,13 @@ def tile_pointers(ptr, rows, cols, stride_r, stride_c):
 
 
 @triton.jit
-def load_tile(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols):
+def load_tile(
+    ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, EVICTION: tl.constexpr = ""
+):  # fmt: skip
     """The tile rows x cols of a [n_rows, n_cols] matrix, zero outside it."""
     inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
-    return tl.load(tile_pointers(ptr, rows, cols, stride_r, stride_c), mask=inside, other=0.0)
+    pointers = tile_pointers(ptr, rows, cols, stride_r, stride_c)
+    return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit

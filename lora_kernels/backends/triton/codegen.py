@@ -28,11 +28,11 @@ from lora_kernels.backends.triton.launch import INTERPRETED, Target, assume, int
 
 TARGETS = {80: Target(80, 108), 90: Target(90, 132), 100: Target(100, 148)}
 _SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
-_GEMMS = ("gemm_kernel", "gemm_tma_kernel")
+_GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel")
 
 
 class Case(NamedTuple):
-    """One forward and backward call."""
+    """One forward call, and a backward one for the plans in BACKWARD."""
 
     plan: str = "shrink_gemm"
     dtype: torch.dtype = torch.bfloat16
@@ -51,6 +51,8 @@ class Case(NamedTuple):
         return f"{self.plan} {dtype} {shape}{flags}{' strided' * self.transposed}"
 
 
+# The other plans have a forward of their own and share the backward of shrink_gemm.
+BACKWARD = ("cublas", "shrink_gemm")
 SHORT = (Case(bias=True), Case(r=64, dropout=0.1))
 
 
@@ -69,6 +71,16 @@ def cases() -> Iterator[Case]:
     yield Case(N=1544, K=1032, M=1000)
     yield Case(N=1543, K=1031, M=1000, dropout=0.1)
     yield Case(transposed=True, r=64)
+    for r in (1, 16, 64, 128):
+        yield Case(plan="dual", N=1024, r=r, bias=True)
+        if r <= 32:
+            yield Case(plan="dual", N=1024, r=r, dropout=0.1)
+        yield Case(plan="decode", M=1, r=r, bias=True)
+        yield Case(plan="decode", M=16, r=r)
+        yield Case(plan="decode", M=64, N=14336, r=r)
+    yield Case(plan="decode", M=8, N=1543, K=1031, r=8)
+    yield Case(plan="decode", M=8, dtype=torch.float32, r=32)
+    yield Case(plan="dual", M=512, N=1024, dtype=torch.float32, r=16, dropout=0.1)
     yield Case(dtype=torch.float32, r=16, bias=True)
     yield Case(dtype=torch.float32, r=64, dropout=0.1)
     yield Case(dtype=torch.float32, r=128, M=512)
@@ -168,7 +180,8 @@ def faults(kernel: Kernel) -> list[str]:
     """The rules that a kernel breaks."""
     k, wide = kernel, "fp32" in kernel.constants["dtype"]
     main = k.name in _GEMMS and not wide
-    full = main and k.constants["BM"] >= 64
+    # The dual kernel forms its products transposed, and with few rows it streams the weight.
+    full = main and min(k.constants["BM"], k.constants["BN"]) >= 64
     # Loads of odd rows are too narrow to be asynchronous, and the product waits for them.
     aligned = k.constants["aligned"]
     rules = {
@@ -192,7 +205,7 @@ def faults(kernel: Kernel) -> list[str]:
 
 
 def compile_case(case: Case, arch: int) -> list[Kernel]:
-    """The kernels of one forward and backward call. Takes the process's Triton driver for good."""
+    """The kernels of a case. Takes the process's Triton driver for good."""
     kernels = []
 
     def build(kernel, grid, args, meta, run) -> None:
@@ -218,7 +231,8 @@ def compile_case(case: Case, arch: int) -> list[Kernel]:
         a, b = tensor(r, K), tensor(N, r)
         _, s, mask = backend.lora_linear(x, weight, a, b, bias, *branch, True, False)
         needed = (True, False, True, True)
-        backend.lora_linear_backward(dy, x, weight, a, b, s, mask, *branch, *needed)
+        if case.plan in BACKWARD:
+            backend.lora_linear_backward(dy, x, weight, a, b, s, mask, *branch, *needed)
     return kernels
 
 

@@ -205,7 +205,7 @@ def gemm(
     )
     aligned = tma or (tiles.vectorises(x) and tiles.vectorises(mat))
     tile = tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma)
-    R = tiles.gemm_rank(device, x.dtype, r)
+    R = tiles.gemm_rank(device, x.dtype, r, drop)
     shape = {
         "R": R,
         "RANKS": triton.cdiv(r, R),

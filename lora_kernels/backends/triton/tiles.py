@@ -106,12 +106,14 @@ def tall(target: Target, dtype: torch.dtype, M: int, C: int, r: int) -> LowRankT
     R = rank_block(dtype, r)
     bm, bc = (32, 64) if _is_wide(dtype) else (64, 128)
     split = _split(cdiv(C, bc) * cdiv(r, R), target.sms, cdiv(M, bm))
-    return LowRankTile(bm, bc, R, split, 8 if R >= 64 else 4, 3 if R >= 64 else 4)
+    warps = 8 if (64 if target.arch >= 100 else 128) <= R else 4
+    return LowRankTile(bm, bc, R, split, warps, 3 if R >= 64 else 4)
 
 
-def gemm_rank(target: Target, dtype: torch.dtype, r: int) -> int:
-    """Ranks of one step after the GEMM: in one step up to 128, beyond in smaller ones."""
-    return rank_block(dtype, r, 128 if r <= 128 else 64 if target.arch >= 90 else 32)
+def gemm_rank(target: Target, dtype: torch.dtype, r: int, drop: bool) -> int:
+    """Ranks of one step after the GEMM: in one step up to 128 where registers allow it."""
+    most = 128 if r <= 128 and not drop else 64
+    return rank_block(dtype, r, most if target.arch >= 90 or r <= 128 else 32)
 
 
 def gemm(
@@ -138,3 +140,23 @@ def gemm(
     else:
         tile = GemmTile(128, 64 if drop and r > 128 else 128, 32, 4, 8)
     return tile._replace(strips=tile.bn // 64) if drop else tile
+
+
+def dual_rank(r: int) -> int:
+    """Ranks of the one block that the dual kernel keeps s in."""
+    return max(16, next_power_of_2(r))
+
+
+def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> GemmTile:
+    """For few rows, column tiles that give every SM one; else square tiles."""
+    R = dual_rank(r)
+    if _is_wide(dtype):
+        return GemmTile(_row_block(M, 32), 32, 16, 3, 4)
+    if not aligned:
+        return GemmTile(_row_block(M, 64), 32, 64 if R <= 64 else 32, 2, 4)
+    if M <= 64:
+        bn = 64 if cdiv(N, 64) >= target.sms else 32
+        return GemmTile(_row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
+    if target.arch >= 90 and R <= 64:
+        return GemmTile(128, 128, 64, 3, 8)
+    return GemmTile(64, 64, 64 if R <= 64 else 32, 3, 4)
