@@ -5,7 +5,6 @@
     shrink_gemm  the GEMM in Triton, the low-rank term one more step into its accumulator
     decode       forward in one launch for M <= 64, every program recomputes s
     dual         the same kernel with larger tiles, for small N
-    flag         forward in one launch, s computed once and handed over by flags
 
 A plan becomes a default only once it has run correctly on a real GPU of that name and the GPU's
 table says so. The tables are `triton/tuned/<gpu>.json`, the GPU's name in lower case with runs of

@@ -112,8 +112,9 @@ def tall(target: Target, dtype: torch.dtype, M: int, C: int, r: int) -> LowRankT
 
 def gemm_rank(target: Target, dtype: torch.dtype, r: int, drop: bool) -> int:
     """Ranks of one step after the GEMM: in one step up to 128 where registers allow it."""
-    most = 128 if r <= 128 and not drop else 64
-    return rank_block(dtype, r, most if target.arch >= 90 or r <= 128 else 32)
+    if r <= 128:
+        return rank_block(dtype, r, 64 if drop else 128)
+    return rank_block(dtype, r, 32 if drop or target.arch < 90 else 64)
 
 
 def gemm(
