@@ -29,10 +29,16 @@ def tile_pointers(ptr, rows, cols, stride_r, stride_c):
 
 
 @triton.jit
-def load_tile(
-    ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, EVICTION: tl.constexpr = ""
-):  # fmt: skip
+def load_tile(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols):
     """The tile rows x cols of a [n_rows, n_cols] matrix, zero outside it."""
+    return load_tile_hinted(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, "")
+
+
+@triton.jit
+def load_tile_hinted(
+    ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, EVICTION: tl.constexpr
+):  # fmt: skip
+    """`load_tile` with an eviction policy."""
     inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
     pointers = tile_pointers(ptr, rows, cols, stride_r, stride_c)
     return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)

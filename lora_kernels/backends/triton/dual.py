@@ -11,7 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends.triton import tiles
-from lora_kernels.backends.triton.blocks import keep_tile, load_tile, loop_steps, store_tile
+from lora_kernels.backends.triton.blocks import (
+    keep_tile,
+    load_tile,
+    load_tile_hinted,
+    loop_steps,
+    store_tile,
+)
 from lora_kernels.backends.triton.dropout import Dropout
 from lora_kernels.backends.triton.launch import fp32_precision, launch, target
 
@@ -34,9 +40,9 @@ def dual_kernel(
     low = tl.zeros((R, BM), tl.float32)
     for i in range(loop_steps(K, BK)):
         ks = i * BK + tl.arange(0, BK)
-        w_tile = load_tile(weight, cols, ks, stride_wn, stride_wk, N, K, "evict_first")
-        x_tile = load_tile(x, rows, ks, stride_xm, stride_xk, M, K, "evict_last")
-        a_tile = load_tile(a, rank, ks, stride_ar, stride_ak, r, K, "evict_last")
+        w_tile = load_tile_hinted(weight, cols, ks, stride_wn, stride_wk, N, K, "evict_first")
+        x_tile = load_tile_hinted(x, rows, ks, stride_xm, stride_xk, M, K, "evict_last")
+        a_tile = load_tile_hinted(a, rank, ks, stride_ar, stride_ak, r, K, "evict_last")
         acc = tl.dot(w_tile, x_tile.T, acc, input_precision=PRECISION)
         if DROP:
             x_tile = tl.where(keep_tile(seed, rows, i * BK, threshold, BK), x_tile, 0.0)
