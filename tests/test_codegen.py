@@ -31,7 +31,7 @@ SOUND = codegen.Kernel(
     case="",
     arch=90,
     name="gemm_tma_kernel",
-    constants={"BM": 128, "dtype": "16 bit", "aligned": True},
+    constants={"BM": 128, "BN": 256, "dtype": "16 bit", "aligned": True},
     registers=168,
     spills=0,
     shared=180_000,
@@ -67,8 +67,11 @@ def test_a_sound_kernel_breaks_no_rule():
         ({"arch": 100}, "no tcgen05"),
         ({"wgmma": 0}, "no tensor cores"),
         ({"name": "gemm_kernel", "tma": 0}, "no asynchronous loads"),
-        ({"constants": {"BM": 64, "dtype": "fp32", "aligned": True}}, "tensor cores in fp32"),
-        ({"constants": {"BM": 64, "dtype": "fp32", "aligned": True}}, "no FMA"),
+        (
+            {"constants": {"BM": 64, "BN": 64, "dtype": "fp32", "aligned": True}},
+            "tensor cores in fp32",
+        ),
+        ({"constants": {"BM": 64, "BN": 64, "dtype": "fp32", "aligned": True}}, "no FMA"),
     ],
 )
 def test_each_rule_can_fail(change, rule):
