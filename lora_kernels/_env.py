@@ -3,6 +3,7 @@
 import os
 
 _BACKENDS = ("reference", "native", "triton")
+PLANS = ("aten", "cublas", "shrink_gemm", "decode", "dual")
 
 
 def _choice(name: str, legal: tuple[str, ...]) -> str | None:
@@ -14,3 +15,11 @@ def _choice(name: str, legal: tuple[str, ...]) -> str | None:
 
 # Forces one backend for every op; a call it cannot serve raises.
 BACKEND = _choice("LORA_KERNELS_BACKEND", _BACKENDS)
+
+# Forces one plan of the Triton backend (backends/plans.py), and with it that backend.
+PLAN = _choice("LORA_KERNELS_PLAN", PLANS)
+if PLAN is not None and BACKEND not in (None, "triton"):
+    raise ValueError(
+        f"LORA_KERNELS_PLAN={PLAN} forces a plan of the triton backend,"
+        f" but LORA_KERNELS_BACKEND={BACKEND}"
+    )

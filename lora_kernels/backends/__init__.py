@@ -4,11 +4,15 @@ autograd.
 `choose` names the backend of a call and the reason, which `python -m lora_kernels doctor` prints.
 """
 
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
+
 from lora_kernels import _env
-from lora_kernels.backends import reference
+from lora_kernels.backends import plans, reference
 
 
 class Choice(NamedTuple):
@@ -28,11 +32,44 @@ def extension_status() -> str:
 
 def choose(device_type: str) -> Choice:
     """The backend of the calls on a device. Raises RuntimeError if the forced one is not there."""
-    if _env.BACKEND is None:
+    if _env.BACKEND is None and _env.PLAN is None:
+        if device_type == "cuda" and plans.has_tables():
+            return _tuned(torch.cuda.current_device())
         return _REFERENCE
     if _env.BACKEND == "reference":
         return _FORCED_REFERENCE
+    if _env.BACKEND == "triton" or _env.PLAN is not None:
+        return _forced_triton(device_type)
     raise RuntimeError(
         f"LORA_KERNELS_BACKEND={_env.BACKEND}: this version has no {_env.BACKEND} kernels for"
         f" {device_type}; unset the variable or set it to reference"
     )
+
+
+@cache
+def _tuned(index: int) -> Choice:
+    """Triton where a table lists plans that ran on this GPU, the reference everywhere else."""
+    if plans.tuned(index) is None:
+        return Choice("reference", reference, "no tuned table for this GPU")
+    try:
+        module = import_module("lora_kernels.backends.triton")
+    except ImportError as error:
+        return Choice("reference", reference, f"a tuned table, but triton does not import: {error}")
+    return Choice("triton", module, "tuned table of this GPU")
+
+
+@cache
+def _forced_triton(device_type: str) -> Choice:
+    name, value = "LORA_KERNELS_BACKEND", _env.BACKEND
+    if value is None:
+        name, value = "LORA_KERNELS_PLAN", _env.PLAN
+    try:
+        module = import_module("lora_kernels.backends.triton")
+    except ImportError as error:
+        raise RuntimeError(f"{name}={value}: triton does not import: {error}") from error
+    if device_type != "cuda" and not (device_type == "cpu" and module.INTERPRETED):
+        raise RuntimeError(
+            f"{name}={value}: Triton kernels run on CUDA tensors, or on CPU tensors with"
+            f" TRITON_INTERPRET=1 set before triton is imported; got {device_type} tensors"
+        )
+    return Choice("triton", module, f"forced by {name}")

@@ -1,0 +1,124 @@
+"""Which plan of the Triton backend serves a call: forced, proven on this GPU, or the plain one.
+
+    aten         ATen calls throughout: the reference backend
+    cublas       torch's GEMM, low-rank kernels beside it
+    shrink_gemm  the GEMM in Triton, the low-rank term one more step into its accumulator
+    decode       forward in one launch for M <= 64, every program recomputes s
+    dual         the same kernel with larger tiles, for small N
+
+A plan becomes a default only once it has run correctly on a real GPU of that name and the GPU's
+table says so. The tables are `triton/tuned/<gpu>.json`, the GPU's name in lower case with runs of
+other characters as "_":
+
+    {"gpu": "NVIDIA H200", "proven": ["aten", "cublas", "shrink_gemm"],
+     "buckets": [{"op": "forward", "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "r": 16,
+                  "dropout": false, "plan": "shrink_gemm"}, ...]}
+
+op is forward or backward. A call takes the plan of the nearest bucket of its op, dtype and dropout:
+the smallest sum of |log2| ratios of M, N, K and r. Plans that are not proven are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lora_kernels import _env
+
+TUNED = Path(__file__).parent / "triton" / "tuned"
+DECODE_ROWS = 64
+
+
+class Call(NamedTuple):
+    """What a plan depends on."""
+
+    op: str
+    dtype: str
+    M: int
+    N: int
+    K: int
+    r: int
+    dropout: bool
+
+
+def _file_name(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
+
+
+def read_table(path: Path) -> dict:
+    """A tuned table; ValueError says what is wrong with one that cannot be used."""
+    table = json.loads(path.read_text())
+    proven = table.get("proven")
+    if not isinstance(proven, list) or not set(proven) <= set(_env.PLANS):
+        legal = ", ".join(_env.PLANS)
+        raise ValueError(f"{path}: proven: got {proven!r}, expected a list of {legal}")
+    for bucket in table.get("buckets", ()):
+        missing = {*Call._fields, "plan"} - set(bucket)
+        if missing:
+            raise ValueError(f"{path}: a bucket lacks {', '.join(sorted(missing))}: {bucket}")
+    return table
+
+
+@cache
+def has_tables() -> bool:
+    return any(TUNED.glob("*.json"))
+
+
+@cache
+def tuned(index: int) -> dict | None:
+    """The table of a CUDA device, None if there is none."""
+    path = TUNED / _file_name(torch.cuda.get_device_name(index))
+    return read_table(path) if path.exists() else None
+
+
+def nearest(table: dict, call: Call) -> str | None:
+    """The plan of the nearest bucket whose plan is proven; None where no bucket is of this kind."""
+
+    def distance(bucket: dict) -> float:
+        return sum(abs(math.log2(getattr(call, n) / bucket[n])) for n in ("M", "N", "K", "r"))
+
+    def fits(bucket: dict) -> bool:
+        kind = all(bucket[n] == getattr(call, n) for n in ("op", "dtype", "dropout"))
+        return kind and bucket["plan"] in table["proven"] and refusal(bucket["plan"], call) is None
+
+    return min(filter(fits, table.get("buckets", ())), key=distance, default={}).get("plan")
+
+
+def refusal(plan: str, call: Call) -> str | None:
+    """Why a plan cannot serve a call, None if it can. Backward has two forms, the plain one and the
+    fused one of all other plans, and either serves every call."""
+    if call.op == "backward":
+        return None
+    if plan == "decode" and call.M > DECODE_ROWS:
+        return f"the plan serves M <= {DECODE_ROWS}, got M = {call.M}"
+    # One block holds s; a masked x on its way to two products would stall the one by the weight.
+    most = 32 if call.dropout or call.dtype == "float32" else 128
+    if plan in ("decode", "dual") and call.r > most:
+        kind = call.dtype + " with dropout" * call.dropout
+        return f"the plan serves r <= {most} in {kind}, got r = {call.r}"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _choose(forced: str | None, index: int | None, call: Call) -> str:
+    if forced is not None:
+        reason = refusal(forced, call)
+        if reason is not None:
+            raise RuntimeError(f"LORA_KERNELS_PLAN={forced}: {reason}; unset the variable")
+        return forced
+    table = None if index is None else tuned(index)
+    # Unless the backend is forced, a call comes here only where `backends.choose` found a table.
+    return (table and nearest(table, call)) or "cublas"
+
+
+def choose(call: Call, device: torch.device) -> str:
+    index = None
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+    return _choose(_env.PLAN, index, call)

@@ -1,0 +1,286 @@
+"""Compiles what the backend would launch, for GPUs that are not there, and checks the machine code.
+
+    python -m lora_kernels.backends.triton.codegen [--arch 90] [--short]
+
+Every case is one call of the backend on tensors without memory, under a pretended device; each
+launch is compiled in place of being run. Prints a table and exits with 1 if a kernel breaks a rule
+of `faults`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from lora_kernels import _env
+from lora_kernels.backends import triton as backend
+from lora_kernels.backends.triton.launch import INTERPRETED, Target, assume, intercept
+
+TARGETS = {80: Target(80, 108), 90: Target(90, 132), 100: Target(100, 148)}
+_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+_GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel")
+
+
+class Case(NamedTuple):
+    """One forward call, and a backward one for the plans in BACKWARD."""
+
+    plan: str = "shrink_gemm"
+    dtype: torch.dtype = torch.bfloat16
+    M: int = 8192
+    N: int = 4096
+    K: int = 4096
+    r: int = 16
+    dropout: float = 0.0
+    bias: bool = False
+    transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
+
+    def __str__(self) -> str:
+        flags = f"{' dropout' * bool(self.dropout)}{' bias' * self.bias}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"{self.M}x{self.N}x{self.K} r{self.r}"
+        return f"{self.plan} {dtype} {shape}{flags}{' strided' * self.transposed}"
+
+
+# The other plans have a forward of their own and share the backward of shrink_gemm.
+BACKWARD = ("cublas", "shrink_gemm")
+SHORT = (Case(bias=True), Case(r=64, dropout=0.1))
+
+
+def cases() -> Iterator[Case]:
+    yield from SHORT
+    for r in (1, 8, 32, 128, 200):
+        yield Case(r=r)
+        yield Case(r=r, dropout=0.1)
+    yield Case(bias=True, dropout=0.1)
+    yield Case(dtype=torch.float16, bias=True)
+    yield Case(plan="cublas", dropout=0.1)
+    yield Case(plan="cublas", r=128)
+    yield Case(M=512, bias=True)
+    yield Case(M=512, r=64, dropout=0.1)
+    yield Case(M=16, r=64)
+    yield Case(N=1544, K=1032, M=1000)
+    yield Case(N=1543, K=1031, M=1000, dropout=0.1)
+    yield Case(transposed=True, r=64)
+    for r in (1, 16, 64, 128):
+        yield Case(plan="dual", N=1024, r=r, bias=True)
+        if r <= 32:
+            yield Case(plan="dual", N=1024, r=r, dropout=0.1)
+        yield Case(plan="decode", M=1, r=r, bias=True)
+        yield Case(plan="decode", M=16, r=r)
+        yield Case(plan="decode", M=64, N=14336, r=r)
+    yield Case(plan="decode", M=8, N=1543, K=1031, r=8)
+    yield Case(plan="decode", M=8, dtype=torch.float32, r=32)
+    yield Case(plan="dual", M=512, N=1024, dtype=torch.float32, r=16, dropout=0.1)
+    yield Case(dtype=torch.float32, r=16, bias=True)
+    yield Case(dtype=torch.float32, r=64, dropout=0.1)
+    yield Case(dtype=torch.float32, r=128, M=512)
+
+
+class Kernel(NamedTuple):
+    """What one compiled kernel came to."""
+
+    case: str
+    arch: int
+    name: str
+    constants: dict
+    registers: int
+    spills: int
+    shared: int
+    tensor_memory: int
+    mma_sync: int
+    wgmma: int
+    register_form: int  # wgmma whose left operand lies in registers
+    pending: int  # most wgmma groups left in flight by a wait
+    tcgen05: int
+    tma: int
+    cp_async: int
+    fma: int
+    warnings: tuple[str, ...]
+
+
+class _OfflineDriver:
+    """Enough of a driver for JITFunction.warmup, which caches per device: one number an arch."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_device(self) -> int:
+        return self._arch
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+
+def _assemble(ptx: str, arch: int) -> str:
+    """The log of the bundled ptxas: Triton keeps none, and caches hide the one it printed."""
+    tool = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
+    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [
+            tool.path,
+            "-v",
+            f"--gpu-name={name}",
+            source,
+            "-o",
+            Path(folder, "kernel.cubin"),
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _inspect(case: Case, arch: int, compiled, constants: dict) -> Kernel:
+    ptx = compiled.asm["ptx"]
+    log = _assemble(ptx, arch)
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, ptx))
+
+    def number(pattern: str) -> int:
+        return sum(int(n) for n in re.findall(pattern, log))
+
+    wgmma = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
+    waits = re.findall(r"wgmma\.wait_group\S*\s+(\d+)", ptx)
+    return Kernel(
+        case=str(case),
+        arch=arch,
+        name=compiled.metadata.name,
+        constants=constants,
+        registers=number(r"Used (\d+) registers"),
+        spills=number(r"(\d+) bytes spill"),
+        shared=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        mma_sync=count(r"\bmma\.sync"),
+        wgmma=len(wgmma),
+        # Two lists of registers: the accumulators and the left operand.
+        register_form=sum(len(re.findall(r"\{[^}]*\}", text)) > 1 for text in wgmma),
+        pending=max(map(int, waits), default=0),
+        tcgen05=count(r"tcgen05\.mma"),
+        tma=count(r"cp\.async\.bulk\.tensor\.\dd\.shared"),
+        cp_async=count(r"cp\.async\.c[ag]"),
+        fma=count(r"fma\.rn\.f32"),
+        warnings=tuple(sorted(set(re.findall(r"C75\d\d", log)))),
+    )
+
+
+def faults(kernel: Kernel) -> list[str]:
+    """The rules that a kernel breaks."""
+    k, wide = kernel, "fp32" in kernel.constants["dtype"]
+    main = k.name in _GEMMS and not wide
+    # The dual kernel forms its products transposed, and with few rows it streams the weight.
+    full = main and min(k.constants["BM"], k.constants["BN"]) >= 64
+    # Loads of odd rows are too narrow to be asynchronous, and the product waits for them.
+    aligned = k.constants["aligned"]
+    rules = {
+        "spills": k.spills == 0,
+        "shared memory": k.shared <= _SHARED_BYTES[k.arch],
+        "tensor memory": k.tensor_memory <= 512,
+        "ptxas warning": not k.warnings,
+        "register-form wgmma": k.register_form == 0,
+        "no TMA": k.name != "gemm_tma_kernel" or k.tma > 0,
+        "no wgmma": not (full and k.arch == 90) or k.wgmma > 0,
+        "wgmma serialised": not (full and aligned and k.arch == 90) or k.pending >= 1,
+        "no asynchronous loads": not (main and aligned) or k.tma + k.cp_async > 0,
+        "no tcgen05": not (full and k.arch == 100) or k.tcgen05 > 0,
+        "no tensor cores": wide
+        or k.name == "reduce_kernel"
+        or k.mma_sync + k.wgmma + k.tcgen05 > 0,
+        "tensor cores in fp32": not wide or k.mma_sync + k.wgmma + k.tcgen05 == 0,
+        "no FMA": not wide or k.name == "reduce_kernel" or k.fma > 0,
+    }
+    return [name for name, kept in rules.items() if not kept]
+
+
+def compile_case(case: Case, arch: int) -> list[Kernel]:
+    """The kernels of a case. Takes the process's Triton driver for good."""
+    kernels = []
+
+    def build(kernel, grid, args, meta, run) -> None:
+        compiled = kernel.warmup(*args, grid=grid, **meta)
+        dtype = {2: "16 bit", 4: "fp32"}[case.dtype.itemsize]
+        aligned = case.N % 16 == case.K % 16 == 0
+        constants = {**meta, "dtype": dtype, "aligned": aligned}
+        kernels.append(_inspect(case, arch, compiled, constants))
+
+    def tensor(rows: int, columns: int) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=case.dtype, device="meta")
+
+    M, N, K, r = case.M, case.N, case.K, case.r
+    weight = tensor(K, N).t() if case.transposed else tensor(N, K)
+    x, dy = (tensor(M, 2 * n)[:, :n] if case.transposed else tensor(M, n) for n in (K, N))
+    bias = tensor(1, N)[0] if case.bias else None
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout else None
+    branch = (1.0, case.dropout, seed)
+    # Not put back: where there is no GPU, Triton has no driver to return to.
+    _env.PLAN = case.plan
+    triton.runtime.driver.set_active(_OfflineDriver(arch))
+    with assume(TARGETS[arch]), intercept(build):
+        a, b = tensor(r, K), tensor(N, r)
+        _, s, mask = backend.lora_linear(x, weight, a, b, bias, *branch, True, False)
+        needed = (True, False, True, True)
+        if case.plan in BACKWARD:
+            backend.lora_linear_backward(dy, x, weight, a, b, s, mask, *branch, *needed)
+    return kernels
+
+
+def row(kernel: Kernel) -> str:
+    k, c = kernel, kernel.constants
+    tile = "x".join(str(c[n]) for n in ("R", "BM", "BN", "BC", "BK") if n in c)
+    units = f"{k.mma_sync:4d} {k.wgmma:5d} {k.register_form:3d} {k.pending:5d} {k.tcgen05:4d}"
+    return (
+        f"{k.arch:4d} {k.name:16s} {tile:14s} {c['num_warps']:5d} {k.registers:4d} {k.spills:6d}"
+        f" {k.shared / 1024:6.1f}K {units} {k.tma:4d} {k.cp_async:5d} {k.fma:5d}  {k.case}"
+    )
+
+
+HEADER = (
+    "arch kernel           tile           warps regs spills shared  mma wgmma  RS async tc05"
+    "  tma cp.as   fma  case"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, choices=TARGETS, action="append")
+    parser.add_argument("--short", action="store_true", help="the cases of the test suite only")
+    parser.add_argument("--only", default="", help="a regular expression that the case must match")
+    options = parser.parse_args()
+    if INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
+    print(HEADER)
+    broken = total = 0
+    for arch in options.arch or TARGETS:
+        seen = set()
+        chosen = SHORT if options.short else cases()
+        for case in (case for case in chosen if re.search(options.only, str(case))):
+            for kernel in compile_case(case, arch):
+                key = kernel._replace(case="", constants={})._replace(constants=None)
+                if key in seen:
+                    continue
+                seen.add(key)
+                reasons = faults(kernel)
+                print(
+                    row(kernel),
+                    *(f"  FAULT: {', '.join(reasons)}" for _ in reasons[:1]),
+                    flush=True,
+                )
+                total, broken = total + 1, broken + bool(reasons)
+    print(f"{total} kernels, {broken} break a rule")
+    return 1 if broken or not total else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The GEMM that ends in a low-rank step: out = rows @ mat + low @ low_mat + bias.
+
+Forward: x W^T + s B^T + bias. Backward: dy W + drop'(ds A). The low-rank step follows the reduction
+loop: before it, it would cost the loop its overlap and its shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.triton import tiles
+from lora_kernels.backends.triton.blocks import (
+    add_low_rank,
+    column_halves,
+    loop_steps,
+    store_tile,
+    tile_order,
+)
+from lora_kernels.backends.triton.dropout import Dropout
+from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+
+
+@triton.jit
+def store_strips(
+    acc, out, out_desc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
+    stride_lr, stride_ln, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STRIPS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile in strips of columns, through the descriptor if there is one. With DROP a strip
+    first gets its masked low-rank term, which needs an accumulator of its own."""
+    if STRIPS > 1:
+        HALF: tl.constexpr = BN // 2
+        left, right = column_halves(acc, BM, BN)
+        store_strips(
+            left, out, out_desc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
+            stride_lr, stride_ln, R, RANKS, BM, HALF, STRIPS // 2, DROP, PRECISION,
+        )  # fmt: skip
+        store_strips(
+            right, out, out_desc, low, low_mat, seed, row, col + HALF, M, N, r, scale, threshold,
+            stride_lr, stride_ln, R, RANKS, BM, HALF, STRIPS // 2, DROP, PRECISION,
+        )  # fmt: skip
+    else:
+        if DROP:
+            acc = add_low_rank(
+                acc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
+                stride_lr, stride_ln, R, RANKS, BM, BN, True, PRECISION,
+            )  # fmt: skip
+        if out_desc is None:
+            store_tile(out, acc, row + tl.arange(0, BM), col + tl.arange(0, BN), N, 1, M, N)
+        else:
+            out_desc.store([row, col], acc.to(out.dtype.element_ty))
+
+
+@triton.jit
+def finish_tile(
+    acc, out, out_desc, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
+    stride_lr, stride_ln, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STRIPS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What follows the reduction loop: low-rank step, bias (rounded to out's dtype), store."""
+    seed = 0
+    if DROP:
+        seed = tl.load(seed_ptr)
+    else:
+        acc = add_low_rank(
+            acc, low, low_mat, 0, row, col, M, N, r, scale, threshold, stride_lr, stride_ln,
+            R, RANKS, BM, BN, False, PRECISION,
+        )  # fmt: skip
+    if bias is not None:
+        cols = col + tl.arange(0, BN)
+        values = tl.load(bias + cols, mask=cols < N, other=0.0)
+        acc += values.to(out.dtype.element_ty).to(tl.float32)[None, :]
+    store_strips(
+        acc, out, out_desc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
+        stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def pointer_loop(
+    x, mat, row, col, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of x @ mat. Rows and columns past the end wrap around, as nobody stores them; only the
+    reduction needs a mask."""
+    rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
+    ks = tl.arange(0, BK).to(tl.int64)
+    x_tile = x + (rows % M).to(tl.int64)[:, None] * stride_xm + ks[None, :] * stride_xk
+    mat_tile = mat + ks[:, None] * stride_wk + (cols % N).to(tl.int64)[None, :] * stride_wn
+    step = tl.full((), BK, tl.int64)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range(loop_steps(K, BK)):
+        left = K - i * BK
+        x_values = tl.load(x_tile, mask=ks[None, :] < left, other=0.0)
+        mat_values = tl.load(mat_tile, mask=ks[:, None] < left, other=0.0)
+        acc = tl.dot(x_values, mat_values, acc, input_precision=PRECISION)
+        x_tile += step * stride_xk
+        mat_tile += step * stride_wk
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def gemm_kernel(
+    x, mat, low, low_mat, bias, out, seed_ptr, M, N, K, r, scale, threshold,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_lr, stride_ln,
+    R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, STRIPS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Pointer version, one tile per program: any strides, any alignment."""
+    pm, pn = tile_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    row, col = pm * BM, pn * BN
+    acc = pointer_loop(
+        x, mat, row, col, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
+        BM, BN, BK, PRECISION,
+    )  # fmt: skip
+    finish_tile(
+        acc, out, None, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
+        stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def right_descriptor(
+    mat, K, N, stride, BK: tl.constexpr, BN: tl.constexpr, NT: tl.constexpr
+):  # fmt: skip
+    """The descriptor of a [K,N] operand stored [N,K] (NT) or [K,N]."""
+    if NT:
+        desc = tl.make_tensor_descriptor(mat, [N, K], [stride, 1], [BN, BK])
+    else:
+        desc = tl.make_tensor_descriptor(mat, [K, N], [stride, 1], [BK, BN])
+    return desc
+
+
+@triton.jit
+def tma_loop(
+    x_desc, mat_desc, row, col, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    NT: tl.constexpr,
+):  # fmt: skip
+    """A tile of x @ mat through descriptors, which read zeros past the end."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range(loop_steps(K, BK)):
+        mat_tile = mat_desc.load([col, i * BK]).T if NT else mat_desc.load([i * BK, col])
+        acc = tl.dot(x_desc.load([row, i * BK]), mat_tile, acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def gemm_tma_kernel(
+    x, mat, low, low_mat, bias, out, seed_ptr, M, N, K, r, scale, threshold,
+    stride_xm, stride_w, stride_lr, stride_ln,
+    R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, NT: tl.constexpr, STRIPS: tl.constexpr, DROP: tl.constexpr,
+    SMS: tl.constexpr,
+):  # fmt: skip
+    """Persistent version on TMA descriptors: 16-bit operands, aligned rows of unit stride."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    x_desc = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BM, BK])
+    mat_desc = right_descriptor(mat, K, N, stride_w, BK, BN, NT)
+    out_desc = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BM, BN // STRIPS])
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, SMS):
+        pm, pn = tile_order(tile, tiles_m, tiles_n, GROUP)
+        row, col = pm * BM, pn * BN
+        acc = tma_loop(x_desc, mat_desc, row, col, K, BM, BN, BK, NT)
+        finish_tile(
+            acc, out, out_desc, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
+            stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, "ieee",
+        )  # fmt: skip
+
+
+def _has_tma_rows(matrix: Tensor) -> bool:
+    """Whether a TMA descriptor may describe the matrix: unit stride, rows and base on 16 bytes."""
+    unit = 16 // matrix.element_size()
+    return (
+        matrix.stride(1) == 1
+        and matrix.stride(0) % unit == 0
+        and matrix.stride(0) >= matrix.shape[1]
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+def gemm(
+    x: Tensor,
+    mat: Tensor,
+    low: Tensor,
+    low_mat: Tensor,
+    bias: Tensor | None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """x @ mat + low @ low_mat + bias: x [M,K], mat [K,N], low [M,r] contiguous, low_mat [r,N].
+
+    With dropout, and then no bias, the low-rank product is masked and scaled by 1 / (1 - p).
+    """
+    (M, K), N, r = x.shape, mat.shape[1], low.shape[1]
+    out = x.new_empty(M, N)
+    device, drop = target(x.device), dropout is not None
+    stored = mat.t() if mat.stride(0) == 1 and mat.shape[0] > 1 else mat
+    tma = (
+        device.arch >= 90
+        and x.element_size() == 2
+        and _has_tma_rows(x)
+        and _has_tma_rows(stored)
+        and _has_tma_rows(out)
+    )
+    aligned = tma or (tiles.vectorises(x) and tiles.vectorises(mat))
+    tile = tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma)
+    R = tiles.gemm_rank(device, x.dtype, r, drop)
+    shape = {
+        "R": R,
+        "RANKS": triton.cdiv(r, R),
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "GROUP": tile.group,
+        "STRIPS": tile.strips,
+        "DROP": drop,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    programs = triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn)
+    values = (
+        x, mat, low, low_mat, None if bias is None else bias.contiguous(), out,
+        dropout.seed if drop else None, M, N, K, r,
+        dropout.scale if drop else 1.0, dropout.threshold if drop else 0,
+    )  # fmt: skip
+    if tma:
+        launch(
+            gemm_tma_kernel, (min(programs, device.sms),), *values,
+            x.stride(0), stored.stride(0), *low_mat.stride(), **shape,
+            NT=stored is not mat, SMS=device.sms, descriptors=True,
+        )  # fmt: skip
+    else:
+        launch(
+            gemm_kernel, (programs,), *values, *x.stride(), *mat.stride(), *low_mat.stride(),
+            **shape, PRECISION=fp32_precision(),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,113 @@
+"""Adapter gradients: ds and dB from one read of dy; dA, or dB alone, from one of x or dy."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.triton import tiles
+from lora_kernels.backends.triton.blocks import keep_tile, load_tile, loop_steps, store_tile
+from lora_kernels.backends.triton.dropout import Dropout
+from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+from lora_kernels.backends.triton.reduce import reduce_partials
+
+
+@triton.jit(do_not_specialize=["M"])
+def ds_db_kernel(
+    dy, mat, s, part_ds, part_db, M, N, r, stride_dm, stride_dn, stride_bn, stride_br,
+    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (row tile, share of the columns): its share of dy B to part_ds [SPLIT,M,r] and its
+    rows' share of dy^T s to part_db [row tiles,N,r], both to be summed over the first dimension."""
+    tile, share = tl.program_id(0), tl.program_id(1)
+    rows, rank = tile * BM + tl.arange(0, BM), tl.arange(0, R)
+    steps = loop_steps(N, BN * SPLIT)
+    s_tile = load_tile(s, rows, rank, r, 1, M, r)
+    acc = tl.zeros((BM, R), tl.float32)
+    part_db += tile.to(tl.int64) * N * r
+    for i in range(steps):
+        cols = (share * steps + i) * BN + tl.arange(0, BN)
+        dy_tile = load_tile(dy, rows, cols, stride_dm, stride_dn, M, N)
+        mat_tile = load_tile(mat, cols, rank, stride_bn, stride_br, N, r)
+        acc = tl.dot(dy_tile, mat_tile, acc, input_precision=PRECISION)
+        db_tile = tl.dot(dy_tile.T, s_tile, input_precision=PRECISION)
+        store_tile(part_db, db_tile, cols, rank, r, 1, N, r)
+    store_tile(part_ds + share.to(tl.int64) * M * r, acc, rows, rank, r, 1, M, r)
+
+
+def ds_db(
+    dy: Tensor, mat: Tensor, s: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(scaling * dy @ mat, dy^T s in `dtype`) from one pass over dy [M,N]; mat [N,r], s [M,r]."""
+    (M, N), r = dy.shape, mat.shape[1]
+    tile = tiles.ds_db(target(dy.device), dy.dtype, M, N, r)
+    rows = triton.cdiv(M, tile.bm)
+    part_ds = dy.new_empty((tile.split, M, r), dtype=tiles.ACCUMULATOR)
+    part_db = dy.new_empty((rows, N, r), dtype=tiles.ACCUMULATOR)
+    launch(
+        ds_db_kernel, (rows, tile.split), dy, mat, s, part_ds, part_db, M, N, r,
+        *dy.stride(), *mat.stride(),
+        R=tile.r, BM=tile.bm, BN=tile.bk, SPLIT=tile.split, PRECISION=fp32_precision(),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    ds, db = dy.new_empty(M, r), dy.new_empty((N, r), dtype=dtype)
+    reduce_partials((part_ds, ds, scaling), (part_db, db, 1.0))
+    return ds, db
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def tall_kernel(
+    low, rows_ptr, out, seed_ptr, M, C, r, scale, threshold,
+    stride_xm, stride_xc, stride_or, stride_oc,
+    R: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (column tile, rank block, share of the rows): scale * low^T @ drop(rows) to out, or
+    with SPLIT > 1 the unscaled share to fp32 partials [SPLIT, r * C], laid out as out is.
+    """
+    col, share = tl.program_id(0) * BC, tl.program_id(2)
+    cols = col + tl.arange(0, BC)
+    rank = tl.program_id(1) * R + tl.arange(0, R)
+    steps = loop_steps(M, BM * SPLIT)
+    if DROP:
+        seed = tl.load(seed_ptr)
+    acc = tl.zeros((R, BC), tl.float32)
+    for i in range(steps):
+        rows = (share * steps + i) * BM + tl.arange(0, BM)
+        low_tile = load_tile(low, rank, rows, 1, r, r, M)
+        tile = load_tile(rows_ptr, rows, cols, stride_xm, stride_xc, M, C)
+        if DROP:
+            tile = tl.where(keep_tile(seed, rows, col, threshold, BC), tile, 0.0)
+            tile = tile.to(rows_ptr.dtype.element_ty)
+        acc = tl.dot(low_tile, tile, acc, input_precision=PRECISION)
+    if SPLIT == 1:
+        store_tile(out, acc * scale, rank, cols, stride_or, stride_oc, r, C)
+    else:
+        store_tile(out + share.to(tl.int64) * r * C, acc, rank, cols, stride_or, stride_oc, r, C)
+
+
+def tall(
+    low: Tensor, rows: Tensor, dtype: torch.dtype, transposed: bool, dropout: Dropout | None = None
+) -> Tensor:
+    """low^T @ drop(rows) as [r,C] in `dtype`, or its transpose [C,r]: low [M,r], rows [M,C]."""
+    (M, r), C = low.shape, rows.shape[1]
+    tile = tiles.tall(target(low.device), low.dtype, M, C, r)
+    out = low.new_empty((C, r) if transposed else (r, C), dtype=dtype)
+    split = tile.split > 1
+    part = low.new_empty((tile.split, *out.shape), dtype=tiles.ACCUMULATOR) if split else out
+    stride_c, stride_r = out.stride() if transposed else reversed(out.stride())
+    drop = dropout is not None
+    scale = dropout.scale if drop else 1.0
+    launch(
+        tall_kernel, (triton.cdiv(C, tile.bk), triton.cdiv(r, tile.r), tile.split),
+        low, rows, part, dropout.seed if drop else None, M, C, r, scale,
+        dropout.threshold if drop else 0, *rows.stride(), stride_r, stride_c,
+        R=tile.r, BM=tile.bm, BC=tile.bk, SPLIT=tile.split, DROP=drop, PRECISION=fp32_precision(),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if split:
+        reduce_partials((part, out, scale))
+    return out

@@ -1,0 +1,109 @@
+"""Where kernels meet a device: what is known about it, and the one place that launches.
+
+Every launch goes through `launch`, so that the code-generation check can compile exactly what a
+call would launch, and a test can count which kernels touch which array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """What tile and plan choices depend on."""
+
+    arch: int  # 10 * major + minor of the compute capability
+    sms: int
+
+
+# An interpreted call pretends to be a small Hopper, so that persistent loops make several rounds.
+_INTERPRETED = Target(arch=90, sms=3)
+
+_assumed: Target | None = None
+_intercept: Callable | None = None
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+INTERPRETED = not isinstance(_probe, triton.JITFunction)
+
+
+@cache
+def _properties(index: int) -> Target:
+    device = torch.cuda.get_device_properties(index)
+    return Target(10 * device.major + device.minor, device.multi_processor_count)
+
+
+def target(device: torch.device) -> Target:
+    if _assumed is not None:
+        return _assumed
+    if device.type != "cuda":
+        return _INTERPRETED
+    return _properties(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@contextmanager
+def assume(device: Target) -> Iterator[None]:
+    """Choose tiles and kernels for another device than the tensors' own."""
+    global _assumed
+    before, _assumed = _assumed, device
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+@contextmanager
+def intercept(function: Callable) -> Iterator[None]:
+    """Call function(kernel, grid, args, meta, run) in place of every launch; run() launches."""
+    global _intercept
+    before, _intercept = _intercept, function
+    try:
+        yield
+    finally:
+        _intercept = before
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _with_scratch(kernel, grid, args, meta) -> None:
+    triton.set_allocator(_scratch)
+    kernel[grid](*args, **meta)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, descriptors: bool = False, **meta) -> None:
+    """kernel[grid](*args, **meta). `descriptors`: the kernel builds TMA descriptors in scratch.
+
+    Triton takes that scratch from an allocator in a context variable, which autograd's threads do
+    not inherit. It is set here for the duration of the launch, in a copied context, and comes from
+    torch's allocator: a CUDA graph keeps it, and an allocator set by the user is left alone.
+    """
+
+    def run() -> None:
+        if descriptors and not INTERPRETED:
+            copy_context().run(_with_scratch, kernel, grid, args, meta)
+        else:
+            kernel[grid](*args, **meta)
+
+    if _intercept is None:
+        run()
+    else:
+        _intercept(kernel, grid, args, meta, run)
+
+
+def fp32_precision() -> str:
+    """Input precision of fp32 products: tf32 only where torch itself may use it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,117 @@
+"""The rank-sized products: shrink (s = scale * drop(x) A^T) and expand (y = base + s B^T)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.triton import tiles
+from lora_kernels.backends.triton.blocks import (
+    add_low_rank,
+    keep_tile,
+    load_tile,
+    loop_steps,
+    store_tile,
+)
+from lora_kernels.backends.triton.dropout import Dropout
+from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+from lora_kernels.backends.triton.reduce import reduce_partials
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def shrink_kernel(
+    x, mat, out, seed_ptr, M, K, r, scale, threshold,
+    stride_xm, stride_xk, stride_ar, stride_ak,
+    R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (row tile, rank block, share of K): scale * drop(x) @ mat^T to out [M,r], or with
+    SPLIT > 1 the unscaled share to fp32 partials [SPLIT,M,r].
+
+    The product is formed transposed, mat @ x^T: a masked x then is the right operand, which wgmma
+    takes from shared memory only.
+    """
+    row, share = tl.program_id(0) * BM, tl.program_id(2)
+    rows = row + tl.arange(0, BM)
+    rank = tl.program_id(1) * R + tl.arange(0, R)
+    steps = loop_steps(K, BK * SPLIT)
+    if DROP:
+        seed = tl.load(seed_ptr)
+    acc = tl.zeros((R, BM), tl.float32)
+    for i in range(steps):
+        first = (share * steps + i) * BK
+        cols = first + tl.arange(0, BK)
+        x_tile = load_tile(x, rows, cols, stride_xm, stride_xk, M, K)
+        if DROP:
+            x_tile = tl.where(keep_tile(seed, rows, first, threshold, BK), x_tile, 0.0)
+            x_tile = x_tile.to(x.dtype.element_ty)
+        mat_tile = load_tile(mat, rank, cols, stride_ar, stride_ak, r, K)
+        acc = tl.dot(mat_tile, x_tile.T, acc, input_precision=PRECISION)
+    if SPLIT == 1:
+        store_tile(out, acc * scale, rank, rows, 1, r, r, M)
+    else:
+        store_tile(out + share.to(tl.int64) * M * r, acc, rank, rows, 1, r, r, M)
+
+
+def shrink(x: Tensor, mat: Tensor, scale: float, dropout: Dropout | None = None) -> Tensor:
+    """scale * drop(x) @ mat^T [M,r] in x's dtype, rounded once: x [M,K], mat [r,K]."""
+    (M, K), r = x.shape, mat.shape[0]
+    tile = tiles.shrink(target(x.device), x.dtype, M, K, r, tiles.vectorises(x))
+    out = x.new_empty(M, r)
+    split = tile.split > 1
+    part = x.new_empty((tile.split, M, r), dtype=tiles.ACCUMULATOR) if split else out
+    drop = dropout is not None
+    if drop:
+        scale = scale * dropout.scale
+    launch(
+        shrink_kernel, (triton.cdiv(M, tile.bm), triton.cdiv(r, tile.r), tile.split),
+        x, mat, part, dropout.seed if drop else None, M, K, r, scale,
+        dropout.threshold if drop else 0, *x.stride(), *mat.stride(),
+        R=tile.r, BM=tile.bm, BK=tile.bk, SPLIT=tile.split, DROP=drop, PRECISION=fp32_precision(),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if split:
+        reduce_partials((part, out, scale))
+    return out
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def expand_kernel(
+    base, low, mat, out, seed_ptr, M, N, r, scale, threshold,
+    stride_bm, stride_bn, stride_mr, stride_mc, stride_ym, stride_yn,
+    R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = base + low @ mat, the term masked and scaled with DROP; base may be None (0)."""
+    row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
+    rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    seed = tl.load(seed_ptr) if DROP else 0
+    acc = add_low_rank(
+        acc, low, mat, seed, row, col, M, N, r, scale, threshold, stride_mr, stride_mc,
+        R, RANKS, BM, BN, DROP, PRECISION,
+    )  # fmt: skip
+    if base is not None:
+        acc += load_tile(base, rows, cols, stride_bm, stride_bn, M, N).to(tl.float32)
+    store_tile(out, acc, rows, cols, stride_ym, stride_yn, M, N)
+
+
+def expand(
+    base: Tensor | None, low: Tensor, mat: Tensor, out: Tensor, dropout: Dropout | None = None
+) -> None:
+    """out = base + low @ mat: low [M,r], mat [r,N]; base and out [M,N] may be the same tensor.
+
+    With dropout the product is masked and scaled by 1 / (1 - p), as the gradient of a dropped x is.
+    """
+    (M, r), N = low.shape, mat.shape[1]
+    tile = tiles.expand(target(low.device), low.dtype, M, r)
+    drop = dropout is not None
+    launch(
+        expand_kernel, (triton.cdiv(M, tile.bm), triton.cdiv(N, tile.bn)),
+        base, low, mat, out, dropout.seed if drop else None, M, N, r,
+        dropout.scale if drop else 1.0, dropout.threshold if drop else 0,
+        *(out if base is None else base).stride(), *mat.stride(), *out.stride(),
+        R=tile.r, RANKS=triton.cdiv(r, tile.r), BM=tile.bm, BN=tile.bn, DROP=drop,
+        PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

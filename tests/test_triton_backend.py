@@ -1,0 +1,132 @@
+"""Choosing the Triton backend and its plans, where there is neither a GPU nor the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import _env, backends
+from lora_kernels.backends import plans
+
+ROOT = Path(__file__).parent.parent
+CALL = """
+import torch, lora_kernels
+x = torch.ones(2, 3)
+torch.ops.lora_kernels.lora_linear(x, x, x[:1], x[:, :1], None, 1.0, 0.0, None, False, False)
+"""
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess:
+    names = ("TRITON_INTERPRET", "LORA_KERNELS_BACKEND", "LORA_KERNELS_PLAN")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_kernels_are_imported_when_chosen():
+    """torch.utils.flop_counter may import triton itself; the kernels of the library stay out."""
+    code = "import sys; assert 'lora_kernels.backends.triton' not in sys.modules"
+    assert run(CALL + code).returncode == 0
+
+
+def test_without_triton():
+    absent = "import sys; sys.modules['triton'] = None\n"
+    assert run(absent + CALL).returncode == 0
+    forced = run(absent + CALL, LORA_KERNELS_BACKEND="triton")
+    assert "RuntimeError: LORA_KERNELS_BACKEND=triton: triton does not import" in forced.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"LORA_KERNELS_BACKEND": "triton"},
+            "RuntimeError: LORA_KERNELS_BACKEND=triton: Triton kernels run on CUDA tensors",
+        ),
+        (
+            {"LORA_KERNELS_PLAN": "cublas"},
+            "RuntimeError: LORA_KERNELS_PLAN=cublas: Triton kernels run on CUDA tensors",
+        ),
+        ({"LORA_KERNELS_PLAN": "fast"}, "ValueError: LORA_KERNELS_PLAN: got 'fast'"),
+        (
+            {"LORA_KERNELS_PLAN": "cublas", "LORA_KERNELS_BACKEND": "reference"},
+            "ValueError: LORA_KERNELS_PLAN=cublas forces a plan of the triton backend",
+        ),
+    ],
+)
+def test_forced_choices_that_cannot_serve(variables, message):
+    pytest.importorskip("triton")
+    forced = run(CALL, **variables)
+    assert forced.returncode == 1
+    assert message in forced.stderr
+
+
+def test_the_default_is_the_reference_everywhere():
+    """No plan has a table yet, so no GPU gets anything else; the check starts no CUDA context."""
+    assert not plans.has_tables()
+    for device in ("cpu", "cuda", "mps"):
+        assert backends.choose(device).name == "reference"
+
+
+TABLE = {
+    "gpu": "NVIDIA Test 9",
+    "proven": ["aten", "cublas", "shrink_gemm"],
+    "buckets": [
+        {"op": "forward", "dtype": "bfloat16", "M": M, "N": 4096, "K": 4096, "r": 16,
+         "dropout": dropout, "plan": plan}
+        for M, dropout, plan in (
+            (16, False, "decode"), (64, False, "cublas"), (4096, False, "shrink_gemm"),
+            (4096, True, "aten"),
+        )
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    (tmp_path / "nvidia_test_9.json").write_text(json.dumps(TABLE))
+    monkeypatch.setattr(plans, "TUNED", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: TABLE["gpu"])
+    caches = (plans.has_tables, plans.tuned, plans._choose)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def call(**changes) -> plans.Call:
+    values = {"op": "forward", "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "r": 16}
+    return plans.Call(**{**values, "dropout": False, **changes})
+
+
+def test_nearest_proven_bucket(tuned):
+    device = torch.device("cuda", 0)
+    assert plans.has_tables()
+    assert plans.choose(call(), device) == "shrink_gemm"
+    assert plans.choose(call(dropout=True), device) == "aten"
+    # decode is nearer, but not proven.
+    assert plans.choose(call(M=8), device) == "cublas"
+    # No bucket of this kind.
+    assert plans.choose(call(dtype="float16"), device) == "cublas"
+    assert plans.choose(call(op="backward"), device) == "cublas"
+
+
+def test_forced_plan_overrides_the_table(tuned, monkeypatch):
+    monkeypatch.setattr(_env, "PLAN", "decode")
+    assert plans.choose(call(M=8), torch.device("cuda", 0)) == "decode"
+    with pytest.raises(RuntimeError, match="LORA_KERNELS_PLAN=decode: the plan serves M <= 64"):
+        plans.choose(call(M=65), torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("change", [{"proven": ["quick"]}, {"buckets": [{"op": "forward"}]}])
+def test_broken_tables_name_their_fault(tmp_path, change):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(TABLE | change))
+    with pytest.raises(ValueError, match=r"gpu\.json: (proven|a bucket lacks)"):
+        plans.read_table(path)

@@ -1,0 +1,403 @@
+"""Every plan and backward kernel in Triton's interpreter, on CPU tensors, against fp64.
+
+Collected by `test_triton_interpreter.py` in a process of its own: the interpreter is chosen by
+TRITON_INTERPRET=1 before triton is imported. fp32 and fp16 only; its bf16 products are wrong.
+"""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_kernels
+from lora_kernels import _env
+from lora_kernels.backends import choose, plans, reference
+from lora_kernels.backends import triton as backend
+from lora_kernels.backends.dropout import keep_mask, keep_scale
+from lora_kernels.backends.triton.launch import Target, assume, intercept
+
+ops = torch.ops.lora_kernels
+NAMES = ("y", "s", "dx", "da", "db")
+SCALING = 0.75
+AMPERE, HOPPER = Target(80, 2), Target(90, 3)  # pointers; TMA descriptors where operands allow
+FUSED = ("shrink_gemm", "dual")
+
+
+class Case(NamedTuple):
+    M: int
+    N: int
+    K: int
+    r: int
+    dtype: torch.dtype = torch.float16
+    p: float = 0.0
+    bias: bool = False
+    layout: str = "contiguous"
+    wide_adapters: bool = False  # fp32 masters beside a 16-bit x
+
+
+F32 = torch.float32
+CASES = (
+    Case(1, 1, 1, 1, F32),
+    Case(1, 130, 72, 8, bias=True),
+    Case(3, 17, 129, 3, p=0.5),
+    Case(17, 129, 127, 17, F32, bias=True),
+    Case(33, 264, 136, 16, p=0.25, bias=True),
+    Case(40, 48, 200, 8, layout="transposed", p=0.1),
+    Case(40, 48, 200, 3, F32, layout="expanded", bias=True),
+    Case(50, 33, 65, 16, layout="sliced", p=0.3, wide_adapters=True),
+    Case(64, 136, 160, 64, p=0.1, bias=True, wide_adapters=True),
+    Case(70, 72, 80, 200, bias=True),
+    Case(127, 40, 96, 64, F32, p=0.2),
+    Case(129, 304, 72, 16, bias=True),
+    Case(150, 264, 264, 24, p=0.4),
+    Case(260, 32, 48, 1, wide_adapters=True),
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty and its kin hand out NaN, so that an element that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(2).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
+    if layout == "transposed":
+        return torch.randn(columns, rows).to(dtype).t()
+    if layout == "expanded":
+        return torch.randn(1, columns).to(dtype).expand(rows, columns)
+    if layout == "sliced":
+        return torch.randn(rows, columns + 3).to(dtype)[:, 1 : columns + 1]
+    return torch.randn(rows, columns).to(dtype)
+
+
+class Problem:
+    """Inputs of a case and a gradient of its output."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(1000 * case.M + case.r)
+        M, N, K, r = case[:4]
+        adapters = torch.float32 if case.wide_adapters else case.dtype
+        self.case = case
+        self.x = laid_out(M, K, case.layout, case.dtype)
+        weights = "transposed" if case.layout == "transposed" else "contiguous"
+        self.weight = (laid_out(N, K, weights, case.dtype) / math.sqrt(K)).to(case.dtype)
+        self.a = (torch.randn(r, K) / math.sqrt(K)).to(adapters)
+        self.b = (torch.randn(N, r) / math.sqrt(r)).to(adapters)
+        self.bias = torch.randn(N).to(case.dtype) if case.bias else None
+        self.dy = laid_out(M, N, case.layout, case.dtype)
+        self.seed = torch.tensor([-(3 << 40) - case.M]) if case.p else None
+        self.branch = (SCALING, case.p, self.seed)
+
+    def keep(self) -> torch.Tensor | float:
+        if not self.case.p:
+            return 1.0
+        mask = keep_mask(self.seed, 0, self.case.M, self.case.K, self.case.p)
+        return mask * keep_scale(self.case.p)
+
+    def unfused(self, dtype: torch.dtype, base: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Plain torch in `dtype`, adapters rounded to x's: in fp64 the oracle, else the rival."""
+        low = self.case.dtype
+        x, w, dy = (t.to(dtype) for t in (self.x, self.weight, self.dy))
+        a, b = (t.to(low).to(dtype) for t in (self.a, self.b))
+        x, a, b = (t.detach().requires_grad_() for t in (x, a, b))
+        keep = self.keep()
+        dropped = x * (keep if isinstance(keep, float) else keep.to(dtype))
+        s = F.linear(dropped, a) * SCALING
+        if base is None:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            y = F.linear(x, w, bias) + F.linear(s, b)
+        else:
+            y = base.to(dtype) + F.linear(s, b)
+        dx, da, db = torch.autograd.grad(y, (x, a, b), dy)
+        return dict(zip(NAMES, (y.detach(), s.detach(), dx, da, db), strict=True))
+
+    def linear(self, needed=(True, False, True, True)) -> dict[str, torch.Tensor]:
+        y, s, mask = ops.lora_linear(
+            self.x, self.weight, self.a, self.b, self.bias, *self.branch, True, False
+        )
+        dx, _, da, db = ops.lora_linear_backward(
+            self.dy, self.x, self.weight, self.a, self.b, s, mask, *self.branch, *needed
+        )
+        return dict(zip(NAMES, (y, s, dx, da, db), strict=True))
+
+    def add(self, base: torch.Tensor) -> dict[str, torch.Tensor]:
+        y, s, mask = ops.lora_add(base, self.x, self.a, self.b, *self.branch, True, False)
+        dx, da, db = ops.lora_add_backward(
+            self.dy, self.x, self.a, self.b, s, mask, *self.branch, True, True, True
+        )
+        return dict(zip(NAMES, (y, s, dx, da, db), strict=True))
+
+
+def error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    assert out.isfinite().all()
+    return ((out.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def ratios(problem: Problem, outputs: dict, base: torch.Tensor | None = None) -> dict[str, float]:
+    """Error over the error of unfused torch, having checked the rule for each case."""
+    exact = problem.unfused(torch.float64, base)
+    rival = problem.unfused(problem.case.dtype, base)
+    eps = torch.finfo(problem.case.dtype).eps
+    found = {}
+    for name, out in outputs.items():
+        assert out.shape == exact[name].shape
+        ours, theirs = error(out, exact[name]), error(rival[name], exact[name])
+        assert ours <= 2 * theirs + eps, (problem.case, name, ours, theirs)
+        if min(ours, theirs) > 0:
+            found[name] = ours / theirs
+    return found
+
+
+def geometric_means(found: list[dict[str, float]]) -> dict[str, float]:
+    return {
+        name: math.exp(sum(math.log(f[name]) for f in found if name in f) / len(found))
+        for name in NAMES
+    }
+
+
+def serves(plan: str, case: Case) -> bool:
+    dtype = str(case.dtype).removeprefix("torch.")
+    return plans.refusal(plan, plans.Call("forward", dtype, *case[:4], case.p > 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "target"),
+    [
+        ("cublas", HOPPER),
+        ("shrink_gemm", AMPERE),
+        ("shrink_gemm", HOPPER),
+        ("dual", AMPERE),
+        ("decode", HOPPER),
+    ],
+)
+def test_linear_and_gradients(monkeypatch, plan, target):
+    monkeypatch.setattr(_env, "PLAN", plan)
+    assert choose("cpu").module is backend
+    found = []
+    with assume(target):
+        for case in filter(lambda case: serves(plan, case), CASES):
+            problem = Problem(case)
+            outputs = problem.linear()
+            assert outputs["da"].dtype == problem.a.dtype
+            assert outputs["db"].dtype == problem.b.dtype
+            assert all(out.is_contiguous() for out in outputs.values())
+            found.append(ratios(problem, outputs))
+    means = geometric_means(found)
+    assert all(mean <= 1.02 for mean in means.values()), means
+    if plan != "cublas":
+        assert means["y"] < 1
+        assert means["dx"] < 1
+
+
+def test_add_and_gradients():
+    found = []
+    for case in CASES[1::2]:
+        problem = Problem(case)
+        base = laid_out(case.M, case.N, case.layout, case.dtype)
+        before = base.clone()
+        outputs = problem.add(base)
+        assert torch.equal(base, before)
+        found.append(ratios(problem, outputs, base))
+        in_place = base.clone(memory_format=torch.preserve_format)
+        ops.lora_add_(in_place, problem.x, problem.a, problem.b, *problem.branch)
+        assert torch.equal(in_place, outputs["y"])
+    means = geometric_means(found)
+    assert all(mean <= 1.02 for mean in means.values()), means
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+def test_only_what_is_needed(needed):
+    """dx and dB, or dA alone, or nothing; a gradient nobody asked for is of size 0."""
+    problem = Problem(CASES[4])
+    need_x, need_a = needed
+    outputs = problem.linear((need_x, False, need_a, need_x))
+    for name, need in (("dx", need_x), ("da", need_a), ("db", need_x)):
+        out = outputs.pop(name)
+        if need:
+            ratios(problem, {name: out})
+        else:
+            assert out.numel() == 0
+
+
+def test_weight_gradient_and_autograd():
+    """Through functional code: x, weight, bias and both adapters trained."""
+    case = Case(20, 24, 40, 8, p=0.25, bias=True)
+    problem = Problem(case)
+    leaves = [problem.x, problem.weight, problem.a, problem.b, problem.bias]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    y = lora_kernels.lora_linear(*leaves, scaling=SCALING, dropout_p=case.p, seed=problem.seed)
+    y.backward(problem.dy)
+    exact = problem.unfused(torch.float64, None)
+    for leaf, name in ((leaves[0], "dx"), (leaves[2], "da"), (leaves[3], "db")):
+        assert error(leaf.grad, exact[name]) < 2 * torch.finfo(case.dtype).eps
+    dw = problem.dy.double().t() @ problem.x.double()
+    assert error(leaves[1].grad, dw) < 2 * torch.finfo(case.dtype).eps
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 + 5, -1, 0x0123456789ABCDEF])
+def test_mask_is_the_references(seed):
+    """All kernels that drop: each computes ones times the mask."""
+    M, K, p = 70, 137, 0.3
+    seed = torch.tensor([seed])
+    kept = keep_mask(seed, 0, M, K, p) * keep_scale(p)
+    ones, eye = torch.ones, torch.eye
+    _, s, _ = ops.lora_add(ones(M, 1), ones(M, K), eye(K), ones(1, K), 1.0, p, seed, True, False)
+    dx, _, _ = ops.lora_add_backward(
+        ones(M, 1), ones(0), ones(1, K), ones(1, 1), ones(0), ones(0), 1.0, p, seed,
+        True, False, False,
+    )  # fmt: skip
+    _, da, _ = ops.lora_add_backward(
+        eye(M), ones(M, K), ones(M, K), eye(M), ones(0), ones(0), 1.0, p, seed, False, True, False
+    )
+    for found in (s, dx, da):
+        assert torch.equal(found, kept.float())
+
+
+@pytest.mark.parametrize("target", [AMPERE, HOPPER], ids=("sm_80", "sm_90"))
+def test_mask_of_the_fused_gradient(monkeypatch, target):
+    monkeypatch.setattr(_env, "PLAN", "shrink_gemm")
+    M, K, p, seed = 150, 264, 0.3, torch.tensor([77])
+    kept = (keep_mask(seed, 0, M, K, p) * keep_scale(p)).half()
+    one = torch.ones(8, K).half()
+    with assume(target):
+        dx, *_ = ops.lora_linear_backward(
+            torch.eye(M, 8).half() * 0 + 1, one[:0], one * 0, one[:1], one[:, :1] / 8,
+            one[:0], one[:0], 1.0, p, seed, True, False, False, False,
+        )  # fmt: skip
+    assert torch.equal(dx, kept)
+
+
+def test_same_bits_every_time():
+    problem = Problem(CASES[-2])
+    first, second = problem.linear(), problem.linear()
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+def test_empty_batch():
+    problem = Problem(Case(0, 24, 40, 8, bias=True))
+    outputs = problem.linear()
+    assert [tuple(outputs[n].shape) for n in ("y", "s", "dx")] == [(0, 24), (0, 8), (0, 40)]
+    assert not outputs["da"].any()
+    assert not outputs["db"].any()
+    assert problem.add(torch.empty(0, 24).half())["y"].shape == (0, 24)
+
+
+def test_forced_backend_refuses_what_it_cannot_serve():
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(RuntimeError, match=r"fp16|interpreter"):
+            Problem(Case(2, 3, 4, 1, dtype)).linear()
+
+
+class _FullSizeOps(TorchDispatchMode):
+    """Names the ATen ops that touch the arrays they are told of, allocations and views aside."""
+
+    _FREE = (
+        "empty",
+        "new_empty",
+        "view",
+        "t.",
+        "transpose",
+        "detach",
+        "slice",
+        "select",
+        "fill_",
+        "alias",
+    )
+
+    def __init__(self, touched: list) -> None:
+        super().__init__()
+        self.touched = touched
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = str(function)
+        if not any(f"aten.{free}" in name for free in self._FREE):
+            tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor)]
+            self.touched.append((name, [t.untyped_storage().data_ptr() for t in tensors]))
+        return out
+
+
+def kernels_touching(problem: Problem, run) -> dict[str, list[str]]:
+    """The kernels and ATen ops that touch each full-size array of a call."""
+    touched = []
+
+    def record(kernel, grid, args, meta, launch) -> None:
+        storages = [t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)]
+        touched.append((kernel.fn.__name__, storages))
+        with torch.utils._python_dispatch._disable_current_modes():
+            launch()
+
+    with intercept(record), _FullSizeOps(touched):
+        arrays = run()
+    return {
+        name: [kernel for kernel, seen in touched if t.untyped_storage().data_ptr() in seen]
+        for name, t in arrays.items()
+    }
+
+
+@pytest.mark.parametrize("plan", FUSED)
+@pytest.mark.parametrize("r", [16, 64])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_passes_over_full_size_arrays(monkeypatch, plan, r, p):
+    monkeypatch.setattr(_env, "PLAN", plan)
+    case = Case(48, 136, 72, r, p=p, bias=True)
+    if not serves(plan, case):
+        with pytest.raises(RuntimeError, match="with dropout, got r = 64"):
+            Problem(case).linear()
+        return
+    problem = Problem(case)
+    saved = {}
+
+    def forward() -> dict:
+        y, s, mask = backend.lora_linear(
+            problem.x, problem.weight, problem.a, problem.b, problem.bias, *problem.branch,
+            True, False,
+        )  # fmt: skip
+        saved.update(s=s, mask=mask)
+        return {"x": problem.x, "y": y, "weight": problem.weight}
+
+    def backward() -> dict:
+        dx, *_ = backend.lora_linear_backward(
+            problem.dy, problem.x, problem.weight, problem.a, problem.b, saved["s"],
+            saved["mask"], *problem.branch, True, False, True, True,
+        )  # fmt: skip
+        return {"x": problem.x, "dx": dx, "dy": problem.dy, "weight": problem.weight}
+
+    counts = {n: len(k) for n, k in kernels_touching(problem, forward).items()}
+    assert counts["x"] <= 2
+    assert counts["y"] == counts["weight"] == 1
+    touched = kernels_touching(problem, backward)
+    counts = {n: len(k) for n, k in touched.items()}
+    assert counts["dy"] == (3 if r >= 64 else 2), touched
+    assert counts["x"] == counts["dx"] == counts["weight"] == 1, touched
+
+
+def test_the_count_sees_aten_too(monkeypatch):
+    """The plan that adds the branch to torch's product touches y twice."""
+    monkeypatch.setattr(_env, "PLAN", "cublas")
+    problem = Problem(Case(48, 136, 72, 16))
+
+    def forward() -> dict:
+        y, _, _ = backend.lora_linear(
+            problem.x, problem.weight, problem.a, problem.b, None, *problem.branch, True, False
+        )
+        return {"y": y}
+
+    assert len(kernels_touching(problem, forward)["y"]) == 2
+
+
+def test_aten_plan_is_the_reference(monkeypatch):
+    monkeypatch.setattr(_env, "PLAN", "aten")
+    problem = Problem(CASES[4])
+    y, s, _ = reference.lora_linear(
+        problem.x, problem.weight, problem.a, problem.b, problem.bias, *problem.branch, True, False
+    )
+    outputs = problem.linear()
+    assert torch.equal(outputs["y"], y)
+    assert torch.equal(outputs["s"], s)
