@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test codegen mutants bench lint clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,12 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile $(ARGS)
+
+codegen: setup
+	$(PY) -m lora_kernels.backends.triton.codegen $(ARGS)
+
+mutants: setup
+	OMP_NUM_THREADS=1 $(PY) tests/mutants.py $(ARGS)
 
 bench: setup
 	$(PY) benchmarks/layer.py --out bench_output/layer.json $(ARGS)

@@ -8,6 +8,7 @@ Before anything is timed every LoRA peer's output and gradients are checked agai
 """
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -28,12 +29,12 @@ FROZEN, PEFT, OURS = "frozen nn.Linear", "PEFT, same dtype", "lora_kernels"
 
 
 def peers(K: int, N: int, r: int, dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
-    """One layer per peer, all with the same weights."""
+    """One layer per peer, each with its own copy of equal weights: none warms another's cache."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
     linear = nn.Linear(K, N, bias=False).to(dtype).requires_grad_(False)
-    ours = FusedLoRALinear.from_linear(linear, r, alpha=2 * r, dropout=dropout)
+    ours = FusedLoRALinear.from_linear(copy.deepcopy(linear), r, alpha=2 * r, dropout=dropout)
     nn.init.normal_(ours.lora_B, std=0.02)
     holder = nn.Sequential(nn.Linear(K, N, bias=False).to(dtype))
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["0"])

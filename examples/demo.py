@@ -40,7 +40,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 RANK, SMALL_RANK, ALPHA = 16, 4, 32
-LENGTH, BATCH = 128, 8
+LENGTH, BATCH, VOCABULARY = 128, 8, 1024
 BASE, TUNED = "#8a8f98", "#2a6fdb"
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     docs, docs_test = held_out(documentation())
     texts = [path.read_text(errors="replace") for path in args.text] if args.text else source_code()
     code, code_test = held_out(texts)
-    tokenizer = train_tokenizer(docs + code, 2048)
+    tokenizer = train_tokenizer(docs + code, VOCABULARY)
     train = {
         "docs": sequences(tokenizer, docs, LENGTH, args.base_steps * BATCH),
         "code": sequences(tokenizer, code, LENGTH, args.steps * BATCH),
@@ -137,7 +137,7 @@ def main() -> None:
     }
 
     print("\n== 2. Train the base model on the documentation")
-    model = build_base(2048).to(device)
+    model = build_base(VOCABULARY).to(device)
     history = train_model(
         model, train["docs"], None, adamw(model, 3e-3), epochs=20, max_steps=args.base_steps,
         max_grad_norm=1.0, progress=True,

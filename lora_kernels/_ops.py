@@ -148,6 +148,14 @@ def _below_autograd(op, keyset, args):
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+def _call_backward(op, *args):
+    """A backward op. Without create_graph it goes past its own autograd kernel: one Python hop."""
+    if torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
     """What torch.library.register_autograd does, at 50 us less a call: that one walks the schema in
     Python every time to fill in default arguments, of which these ops have none."""
@@ -190,7 +198,8 @@ class _LoraLinear(torch.autograd.Function):
         dx = dweight = d_a = d_b = None
         if need_x or need_weight or need_a or need_b:
             x = dy.new_empty(0) if x is None else x
-            dx, dweight, d_a, d_b = _ops.lora_linear_backward.default(
+            dx, dweight, d_a, d_b = _call_backward(
+                _ops.lora_linear_backward.default,
                 dy, x, weight, lora_a, lora_b, s, mask, ctx.scaling, ctx.dropout_p, seed,
                 need_x, need_weight, need_a, need_b,
             )  # fmt: skip
@@ -224,7 +233,8 @@ class _LoraAdd(torch.autograd.Function):
         dx = d_a = d_b = None
         if need_x or need_a or need_b:
             x = dy.new_empty(0) if x is None else x
-            dx, d_a, d_b = _ops.lora_add_backward.default(
+            dx, d_a, d_b = _call_backward(
+                _ops.lora_add_backward.default,
                 dy, x, lora_a, lora_b, s, mask, ctx.scaling, ctx.dropout_p, seed,
                 need_x, need_a, need_b,
             )  # fmt: skip
