@@ -69,8 +69,8 @@ def lora_linear(
     _check_dtypes(x, lora_a, lora_b, {"weight": weight, "bias": bias}, autocast)
     _check_devices(tensors)
     seed = _check_values(scaling, dropout_p, seed, x.device)
-    y, _, _ = _op.lora_linear.default(
-        _rows(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
+    y = _ops.call(
+        "lora_linear", _rows(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
         torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
     )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
@@ -99,8 +99,8 @@ def lora_add(
     base_out, x, lora_a, lora_b, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
     )
-    y, _, _ = _op.lora_add.default(
-        _rows(base_out), _rows(x), lora_a, lora_b, scaling, dropout_p, seed,
+    y = _ops.call(
+        "lora_add", _rows(base_out), _rows(x), lora_a, lora_b, scaling, dropout_p, seed,
         torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
     )  # fmt: skip
     return y if base_out.dim() == 2 else y.view(base_out.shape)
