@@ -157,9 +157,9 @@ def main() -> None:
                     f"  {row['ratio']:.3f}x  [{row['p20']:.3f}, {row['p80']:.3f}]",
                     flush=True,
                 )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
