@@ -188,8 +188,10 @@ def main() -> None:
     )  # fmt: skip
     for step in ranks.steps:
         rows.append((f"r={step.rank}", step.rank, math.exp(step.loss), step.rank * bytes_per_rank))
+    # As many steps as the compressed adapter has seen in all.
+    steps = args.steps + len(ranks.steps) * (args.steps // 3)
     train_model(
-        direct, train["code"], None, adamw(direct, 4e-3), epochs=20, max_steps=args.steps,
+        direct, train["code"], None, adamw(direct, 4e-3), epochs=20, max_steps=steps,
         max_grad_norm=1.0, progress=True,
     )  # fmt: skip
     reached = perplexity(direct, tests["code"])
