@@ -1,6 +1,8 @@
 """save_adapter and load_adapter against PEFT's files, damaged files and interrupted saving."""
 
+import copy
 import json
+import os
 
 import pytest
 import torch
@@ -124,3 +126,110 @@ def test_save_pretrained_keeps_the_adapters(tmp_path):
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert close(logits(again), logits(model))
+
+
+def state_of(model):
+    types = [(name, type(module)) for name, module in model.named_modules()]
+    return types, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("name", "keep", "error", "message"), [
+    (WEIGHTS, 200, ValueError, "truncated or not a safetensors file"),
+    (WEIGHTS, None, FileNotFoundError, WEIGHTS),
+    (CONFIG, 40, ValueError, "not a complete JSON file"),
+    (CONFIG, None, FileNotFoundError, CONFIG),
+])  # fmt: skip
+@pytest.mark.parametrize("present", [False, True])
+def test_a_truncated_or_missing_file(tmp_path, name, keep, error, message, present):
+    save_adapter(adapted(), tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    if keep is not None:
+        (tmp_path / name).write_bytes(content[:keep])
+    model = adapted(alpha=5) if present else llama()
+    types, values = state_of(model)
+    with pytest.raises(error, match=message):
+        load_adapter(model, tmp_path)
+    after_types, after = state_of(model)
+    assert after_types == types
+    assert after.keys() == values.keys()
+    assert all(torch.equal(after[key], value) for key, value in values.items())
+
+
+def test_a_file_of_another_rank_is_refused_by_adapters_that_are_there(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    model = llama()
+    apply_lora(model, 3)
+    with pytest.raises(ValueError, match=r"lora_A.weight: has rank 4, .* has rank 3"):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_goes_into_adapters_that_are_there(tmp_path, dtype):
+    model, other = adapted().to(dtype), adapted(alpha=1).to(dtype)
+    torch.nn.init.zeros_(other.model.layers[0].self_attn.q_proj.lora_B)
+    save_adapter(model, tmp_path)
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), logits(model))
+    assert other.model.layers[0].self_attn.q_proj.scaling == 2
+
+
+def test_an_interruption_between_the_two_files_keeps_a_loadable_pair(tmp_path, monkeypatch):
+    old, new = adapted(), adapted()
+    save_adapter(old, tmp_path)
+    replace, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", second_fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(new, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    fresh = llama()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(new))
+
+
+def test_after_a_final_merge_nothing_is_left_to_save(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    before = logits(model)
+    lora_kernels.merge_lora(model, keep_base=False)
+    with pytest.raises(RuntimeError, match="merged with keep_base=False"):
+        save_adapter(model, tmp_path / "adapter")
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / CONFIG).exists()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert close(logits(again), before)
+
+
+def test_a_copy_saves_itself(tmp_path):
+    model = adapted()
+    twin = copy.deepcopy(model)
+    torch.nn.init.normal_(twin.model.layers[0].self_attn.q_proj.lora_B)
+    twin.save_pretrained(tmp_path)
+    fresh = llama()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(twin))
+    assert not torch.equal(logits(fresh), logits(model))
+
+
+def test_trainer_resumes_from_its_checkpoint(tmp_path):
+    data = [{"input_ids": row, "labels": row} for row in torch.arange(192).reshape(24, 8) % 64]
+
+    def run(model, steps, resume=None):
+        arguments = transformers.TrainingArguments(
+            output_dir=tmp_path, max_steps=steps, save_steps=2, per_device_train_batch_size=4,
+            learning_rate=1e-2, report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        transformers.Trainer(model, arguments, train_dataset=data).train(resume)
+        return model.eval()
+
+    whole = run(adapted(dropout=0.1), 4)
+    resumed = run(adapted(alpha=8, dropout=0.1), 4, str(tmp_path / "checkpoint-2"))
+    assert close(logits(resumed), logits(whole))
+    assert not close(logits(resumed), logits(adapted()))
