@@ -144,6 +144,7 @@ for _name, _fake in {
 
 
 def _below_autograd(op, keyset, args):
+    """The op past its autograd kernel; keyset is None where no autograd kernel made the call."""
     with torch._C._AutoDispatchBelowAutograd():
         if keyset is None:
             return op(*args)
@@ -152,10 +153,7 @@ def _below_autograd(op, keyset, args):
 
 def _call_backward(op, *args):
     """A backward op. Without create_graph it goes past its own autograd kernel: one Python hop."""
-    if torch.is_grad_enabled():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    return op(*args) if torch.is_grad_enabled() else _below_autograd(op, None, args)
 
 
 def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
@@ -273,7 +271,7 @@ class _Once(torch.autograd.Function):
 def call(name: str, *args) -> Tensor:
     """The op's y, as `functional` calls it. Where nothing above autograd listens (torch.compile,
     torch.func, __torch_function__), its autograd function is applied at once: one trip through the
-    dispatcher and Python less, a fifth of the host time of a call."""
+    dispatcher and Python less."""
     op = getattr(_ops, name).default
     if (
         torch.compiler.is_compiling()
@@ -285,13 +283,13 @@ def call(name: str, *args) -> Tensor:
     return _FUNCTIONS[name].apply(op, None, *args)
 
 
-_FUNCTIONS = {"lora_linear": _LoraLinear, "lora_add": _LoraAdd}
-for _name, _function in (
-    ("lora_linear", _LoraLinear),
-    ("lora_add", _LoraAdd),
-    ("lora_linear_backward", _Once),
-    ("lora_add_backward", _Once),
-):
+_FUNCTIONS = {
+    "lora_linear": _LoraLinear,
+    "lora_add": _LoraAdd,
+    "lora_linear_backward": _Once,
+    "lora_add_backward": _Once,
+}
+for _name, _function in _FUNCTIONS.items():
     _register_autograd(_name, _function)
 
 
