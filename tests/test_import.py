@@ -24,6 +24,7 @@ FLOORS = {
     "rank": 3.1,
     "checkpoint": 3.2,
     "convert": 3.3,
+    "distributed": 3.3,
     "recipes": 4,
     "__init__": 4.5,
     "integrations": 5,
