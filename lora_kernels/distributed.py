@@ -8,6 +8,8 @@ lora_A (colwise) in every call. Dropout masks go by global rows and columns: whe
 mesh draw the same seeds (`torch.manual_seed`), the result is that of one process.
 """
 
+from typing import ClassVar
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -20,7 +22,7 @@ __all__ = ["ColwiseParallelLoRA", "RowwiseParallelLoRA"]
 
 
 class _ParallelLoRA:
-    _layouts: dict[str, Placement]
+    _layouts: ClassVar[dict[str, Placement]]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style = type(self).__name__
@@ -68,7 +70,7 @@ class ColwiseParallelLoRA(_ParallelLoRA, ColwiseParallel):
             already. The module is unchanged then.
     """
 
-    _layouts = {
+    _layouts: ClassVar = {
         "weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0),
         "pissa_A": Replicate(), "pissa_B": Shard(0),
     }  # fmt: skip
@@ -85,7 +87,7 @@ class RowwiseParallelLoRA(_ParallelLoRA, RowwiseParallel):
             already. The module is unchanged then.
     """
 
-    _layouts = {
+    _layouts: ClassVar = {
         "weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate(),
         "pissa_A": Shard(1), "pissa_B": Replicate(),
     }  # fmt: skip

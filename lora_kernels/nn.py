@@ -413,6 +413,12 @@ def refusal(linear: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced without changing what it does; None if it can."""
     if is_parametrized(linear):
         return f"has parametrizations on {', '.join(linear.parametrizations)}; remove them first"
+    placements = getattr(linear.weight, "placements", None)
+    if placements is not None:
+        return (
+            f"is a DTensor already, {placements}; call apply_lora before parallelize_module or"
+            " fully_shard"
+        )
     hooks = [
         name
         for name in (

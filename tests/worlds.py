@@ -26,9 +26,7 @@ def checks(module):
 def _rank(rank, module, size, folder):
     torch.set_num_threads(1)
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", _TIMEOUT, rank=rank, world_size=size
-    )
+    dist.init_process_group("gloo", f"file://{folder}/store", _TIMEOUT, rank=rank, world_size=size)
     outcomes = {}
     for name in checks(module):
         torch.manual_seed(0)
@@ -50,8 +48,7 @@ def run(module, size):
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.get_context("spawn")
         ranks = [
-            context.Process(target=_rank, args=(rank, module, size, folder))
-            for rank in range(size)
+            context.Process(target=_rank, args=(rank, module, size, folder)) for rank in range(size)
         ]
         for process in ranks:
             process.start()

@@ -58,10 +58,10 @@ def _run(cls, func, types, args, kwargs=None):
         for letter, size in zip(_DIMENSIONS[key], tensor.shape, strict=True)
     }
     split = [_split(name, tensors, i) for i in range(mesh.ndim)]
-    parts = math.prod(mesh.size(i) for i, letter in enumerate(split) if letter == "K")
-    if given["dropout_p"] and sizes["K"] % (8 * parts):
-        # A part would start within one of the blocks of eight columns that the mask is made of.
-        split = [None if letter == "K" else letter for letter in split]
+    for letter in "NK":
+        parts = [mesh.size(i) for i, one in enumerate(split) if one == letter]
+        if not _can_split(sizes[letter], parts, letter == "K" and given["dropout_p"] > 0):
+            split = [None if one == letter else one for one in split]
     if name == "lora_add_":
         _require_in_place(tensors["base_out"], split)
     local = {
@@ -102,11 +102,21 @@ def _split(name: str, tensors: dict[str, DTensor], mesh_dim: int) -> str | None:
     """The dimension that is split over a mesh dimension."""
     for key in (key for key in _LEADING[name] if key in tensors):
         placement = tensors[key].placements[mesh_dim]
-        if type(placement) is Shard:  # not its subclasses, which order the elements otherwise
+        # Not subclasses of Shard, which order the elements otherwise; the rank is never split.
+        if type(placement) is Shard and _DIMENSIONS[key][placement.dim] != "r":
             return _DIMENSIONS[key][placement.dim]
         if name == "lora_add_" and placement == Partial():
             return "K"
     return None
+
+
+def _can_split(size: int, parts: list[int], masked: bool) -> bool:
+    """Whether every rank gets something, and of a mask whole blocks of eight columns."""
+    if masked and size % (8 * math.prod(parts)):
+        return False
+    for count in parts:
+        size -= -(-size // count) * (count - 1)  # what the last rank has
+    return size > 0
 
 
 def _placement(key: str, letter: str | None) -> Placement:
@@ -128,7 +138,9 @@ def _local(key: str, tensor: DTensor, split: list[str | None]) -> Tensor:
     """This rank's part of an argument."""
     wanted = [_placement(key, letter) for letter in split]
     # What is no partial sum yet becomes one by being zero on all ranks but the first.
-    once = [i for i, want in enumerate(wanted) if want.is_partial() and tensor.placements[i] != want]
+    once = [
+        i for i, want in enumerate(wanted) if want.is_partial() and tensor.placements[i] != want
+    ]
     for i in once:
         wanted[i] = Replicate()
     if tensor.placements != tuple(wanted):
