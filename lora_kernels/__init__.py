@@ -25,6 +25,7 @@ __all__ = [
     "apply_lora",
     "disable_adapters",
     "evaluate_model",
+    "fuse_peft",
     "load_adapter",
     "lora_add",
     "lora_add_",
@@ -33,8 +34,20 @@ __all__ = [
     "lora_state_dict",
     "low_rank_approximation",
     "merge_lora",
+    "register_fused_lora",
     "remove_lora",
     "save_adapter",
     "train_model",
+    "unfuse_peft",
     "unmerge_lora",
 ]
+
+_NEEDS_PEFT = ("fuse_peft", "register_fused_lora", "unfuse_peft")
+
+
+def __getattr__(name: str):
+    if name in _NEEDS_PEFT:
+        from lora_kernels.integrations import peft
+
+        return getattr(peft, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

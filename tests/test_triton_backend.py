@@ -108,18 +108,18 @@ def call(**changes) -> plans.Call:
 def test_nearest_proven_bucket(tuned):
     device = torch.device("cuda", 0)
     assert plans.has_tables()
-    assert plans.choose(call(), device) == "shrink_gemm"
-    assert plans.choose(call(dropout=True), device) == "aten"
+    assert plans.choose(call(), device).plan == "shrink_gemm"
+    assert plans.choose(call(dropout=True), device).plan == "aten"
     # decode is nearer, but not proven.
-    assert plans.choose(call(M=8), device) == "cublas"
+    assert plans.choose(call(M=8), device).plan == "cublas"
     # No bucket of this kind.
-    assert plans.choose(call(dtype="float16"), device) == "cublas"
-    assert plans.choose(call(op="backward"), device) == "cublas"
+    assert plans.choose(call(dtype="float16"), device).plan == "cublas"
+    assert plans.choose(call(op="backward"), device).plan == "cublas"
 
 
 def test_forced_plan_overrides_the_table(tuned, monkeypatch):
     monkeypatch.setattr(_env, "PLAN", "decode")
-    assert plans.choose(call(M=8), torch.device("cuda", 0)) == "decode"
+    assert plans.choose(call(M=8), torch.device("cuda", 0)).plan == "decode"
     with pytest.raises(RuntimeError, match="LORA_KERNELS_PLAN=decode: the plan serves M <= 64"):
         plans.choose(call(M=65), torch.device("cuda", 0))
 
@@ -130,3 +130,39 @@ def test_broken_tables_name_their_fault(tmp_path, change):
     path.write_text(json.dumps(TABLE | change))
     with pytest.raises(ValueError, match=r"gpu\.json: (proven|a bucket lacks)"):
         plans.read_table(path)
+
+
+def test_candidates_are_legal_and_forced_inside_using():
+    tiles = pytest.importorskip("lora_kernels.backends.triton.tiles")
+    from lora_kernels.backends.triton.launch import Target
+
+    for op in ("forward", "backward"):
+        wanted = call(op=op, M=64, dropout=True)
+        listed = tiles.candidates(wanted, Target(90, 132))
+        assert {plan for plan, _ in listed} >= {"aten", "cublas", "shrink_gemm"}
+        for plan, fields in listed:
+            assert set(fields) <= set(plans.LAUNCHES[op])
+            with plans.using(plan, fields):
+                assert plans.choose(wanted, torch.device("cpu")) == (plan, fields)
+    assert plans.forced() is None
+
+
+def test_using_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="plan: got 'fast'"), plans.using("fast"):
+        pass
+    with (
+        pytest.raises(ValueError, match="tiles: got 'matmul'"),
+        plans.using("dual", {"matmul": {}}),
+    ):
+        pass
+    with plans.using("decode"), pytest.raises(RuntimeError, match="M <= 64, got M = 65"):
+        plans.choose(call(M=65), torch.device("cpu"))
+
+
+def test_tiles_of_a_bucket_serve_aligned_calls_of_its_rank(tuned):
+    table = json.loads(json.dumps(TABLE))
+    fields = {"gemm": {"bm": 64}}
+    table["buckets"][2]["tiles"] = fields
+    assert plans.nearest(table, call()) == ("shrink_gemm", fields)
+    assert plans.nearest(table, call(r=17)) == ("shrink_gemm", {})
+    assert plans.nearest(table, call(aligned=False)) == ("shrink_gemm", {})

@@ -32,14 +32,17 @@ def extension_status() -> str:
 
 def choose(device_type: str) -> Choice:
     """The backend of the calls on a device. Raises RuntimeError if the forced one is not there."""
-    if _env.BACKEND is None and _env.PLAN is None:
+    demand = plans.forced()
+    if _env.BACKEND is None and demand is None:
         if device_type == "cuda" and plans.has_tables():
             return _tuned(torch.cuda.current_device())
         return _REFERENCE
+    if demand is not None:
+        return _forced_triton(device_type, demand[0])
     if _env.BACKEND == "reference":
         return _FORCED_REFERENCE
-    if _env.BACKEND == "triton" or _env.PLAN is not None:
-        return _forced_triton(device_type)
+    if _env.BACKEND == "triton":
+        return _forced_triton(device_type, "LORA_KERNELS_BACKEND=triton")
     raise RuntimeError(
         f"LORA_KERNELS_BACKEND={_env.BACKEND}: this version has no {_env.BACKEND} kernels for"
         f" {device_type}; unset the variable or set it to reference"
@@ -59,17 +62,14 @@ def _tuned(index: int) -> Choice:
 
 
 @cache
-def _forced_triton(device_type: str) -> Choice:
-    name, value = "LORA_KERNELS_BACKEND", _env.BACKEND
-    if value is None:
-        name, value = "LORA_KERNELS_PLAN", _env.PLAN
+def _forced_triton(device_type: str, demand: str) -> Choice:
     try:
         module = import_module("lora_kernels.backends.triton")
     except ImportError as error:
-        raise RuntimeError(f"{name}={value}: triton does not import: {error}") from error
+        raise RuntimeError(f"{demand}: triton does not import: {error}") from error
     if device_type != "cuda" and not (device_type == "cpu" and module.INTERPRETED):
         raise RuntimeError(
-            f"{name}={value}: Triton kernels run on CUDA tensors, or on CPU tensors with"
+            f"{demand}: Triton kernels run on CUDA tensors, or on CPU tensors with"
             f" TRITON_INTERPRET=1 set before triton is imported; got {device_type} tensors"
         )
-    return Choice("triton", module, f"forced by {name}")
+    return Choice("triton", module, f"forced by {demand}")

@@ -12,10 +12,15 @@ other characters as "_":
 
     {"gpu": "NVIDIA H200", "proven": ["aten", "cublas", "shrink_gemm"],
      "buckets": [{"op": "forward", "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "r": 16,
-                  "dropout": false, "plan": "shrink_gemm"}, ...]}
+                  "dropout": false, "plan": "shrink_gemm",
+                  "tiles": {"gemm": {"bm": 128, "bn": 256, ...}, ...}}, ...]}
 
 op is forward or backward. A call takes the plan of the nearest bucket of its op, dtype and dropout:
 the smallest sum of |log2| ratios of M, N, K and r. Plans that are not proven are passed over.
+"tiles" replaces fields of the analytic tiles, by launch (`LAUNCHES`; fields in `triton/tiles.py`).
+They serve aligned calls of at most the bucket's rank; others take the plan and analytic tiles.
+
+A tuner finds what to put there by `triton.tiles.candidates` and times each `with using(...)`.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +40,12 @@ from lora_kernels import _env
 
 TUNED = Path(__file__).parent / "triton" / "tuned"
 DECODE_ROWS = 64
+LAUNCHES = {
+    "forward": ("shrink", "gemm", "expand", "dual"),
+    "backward": ("ds_db", "ds", "db", "da", "dx", "expand_dx"),
+}
+
+Tiles = Mapping[str, Mapping[str, int]]
 
 
 class Call(NamedTuple):
@@ -45,6 +58,52 @@ class Call(NamedTuple):
     K: int
     r: int
     dropout: bool
+    aligned: bool = True  # rows and bases of x, the weight and dy allow loads in wide words
+
+
+class Choice(NamedTuple):
+    """A plan, and by launch the fields that replace those of the analytic tile."""
+
+    plan: str
+    tiles: Tiles
+
+
+_used: Choice | None = None
+
+
+@contextmanager
+def using(plan: str, tiles: Tiles | None = None) -> Iterator[None]:
+    """Serve all calls inside by `plan` with the fields `tiles` of its launches, as
+    `triton.tiles.candidates` lists them. A call that the plan cannot serve raises RuntimeError.
+
+    Stronger than LORA_KERNELS_PLAN and than any table. Holds for the whole process, because
+    backward runs in threads of its own; not for use from several threads at a time.
+    """
+    global _used
+    if plan not in _env.PLANS:
+        raise ValueError(f"plan: got {plan!r}, legal values are {', '.join(_env.PLANS)}")
+    before, _used = _used, Choice(plan, _checked(tiles or {}, "tiles"))
+    try:
+        yield
+    finally:
+        _used = before
+
+
+def forced() -> tuple[str, Choice] | None:
+    """(how it is written, the choice) where a plan is forced."""
+    if _used is not None:
+        return f"using({_used.plan!r})", _used
+    return None if _env.PLAN is None else (f"LORA_KERNELS_PLAN={_env.PLAN}", Choice(_env.PLAN, {}))
+
+
+def _checked(tiles: Tiles, where: str) -> Tiles:
+    legal = [name for names in LAUNCHES.values() for name in names]
+    for name, fields in tiles.items():
+        if name not in legal:
+            raise ValueError(f"{where}: got {name!r}, legal names are {', '.join(legal)}")
+        if not all(type(value) is int and value > 0 for value in fields.values()):
+            raise ValueError(f"{where}: {name}: expected positive integers, got {dict(fields)}")
+    return tiles
 
 
 def _file_name(gpu: str) -> str:
@@ -59,9 +118,10 @@ def read_table(path: Path) -> dict:
         legal = ", ".join(_env.PLANS)
         raise ValueError(f"{path}: proven: got {proven!r}, expected a list of {legal}")
     for bucket in table.get("buckets", ()):
-        missing = {*Call._fields, "plan"} - set(bucket)
+        missing = {*Call._fields, "plan"} - {"aligned", *bucket}
         if missing:
             raise ValueError(f"{path}: a bucket lacks {', '.join(sorted(missing))}: {bucket}")
+        _checked(bucket.get("tiles", {}), f"{path}: tiles")
     return table
 
 
@@ -77,8 +137,8 @@ def tuned(index: int) -> dict | None:
     return read_table(path) if path.exists() else None
 
 
-def nearest(table: dict, call: Call) -> str | None:
-    """The plan of the nearest bucket whose plan is proven; None where no bucket is of this kind."""
+def nearest(table: dict, call: Call) -> Choice | None:
+    """What the nearest bucket says whose plan is proven; None where no bucket is of this kind."""
 
     def distance(bucket: dict) -> float:
         return sum(abs(math.log2(getattr(call, n) / bucket[n])) for n in ("M", "N", "K", "r"))
@@ -87,7 +147,12 @@ def nearest(table: dict, call: Call) -> str | None:
         kind = all(bucket[n] == getattr(call, n) for n in ("op", "dtype", "dropout"))
         return kind and bucket["plan"] in table["proven"] and refusal(bucket["plan"], call) is None
 
-    return min(filter(fits, table.get("buckets", ())), key=distance, default={}).get("plan")
+    bucket = min(filter(fits, table.get("buckets", ())), key=distance, default=None)
+    if bucket is None:
+        return None
+    # A larger rank needs more shared memory than the tiles were found to fit.
+    fitting = call.aligned and call.r <= max(16, bucket["r"])
+    return Choice(bucket["plan"], bucket.get("tiles", {}) if fitting else {})
 
 
 def refusal(plan: str, call: Call) -> str | None:
@@ -106,19 +171,22 @@ def refusal(plan: str, call: Call) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _choose(forced: str | None, index: int | None, call: Call) -> str:
-    if forced is not None:
-        reason = refusal(forced, call)
-        if reason is not None:
-            raise RuntimeError(f"LORA_KERNELS_PLAN={forced}: {reason}; unset the variable")
-        return forced
+def _choose(index: int | None, call: Call) -> Choice:
     table = None if index is None else tuned(index)
     # Unless the backend is forced, a call comes here only where `backends.choose` found a table.
-    return (table and nearest(table, call)) or "cublas"
+    return (table and nearest(table, call)) or Choice("cublas", {})
 
 
-def choose(call: Call, device: torch.device) -> str:
+def choose(call: Call, device: torch.device) -> Choice:
+    """The plan and the tiles of a call. Raises RuntimeError if a forced plan cannot serve it."""
+    demand = forced()
+    if demand is not None:
+        name, choice = demand
+        reason = refusal(choice.plan, call)
+        if reason is not None:
+            raise RuntimeError(f"{name}: {reason}; force another plan or none")
+        return choice
     index = None
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-    return _choose(_env.PLAN, index, call)
+    return _choose(index, call)

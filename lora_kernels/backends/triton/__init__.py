@@ -49,9 +49,11 @@ def _on_device(function: Callable) -> Callable:
     return run
 
 
-def _plan(op: str, x: Tensor, N: int, K: int, r: int, dropout_p: float) -> str:
-    dtype = str(x.dtype).removeprefix("torch.")
-    return plans.choose(plans.Call(op, dtype, x.shape[0], N, K, r, dropout_p > 0), x.device)
+def _choice(op: str, rows: Tensor, weight: Tensor, r: int, dropout_p: float) -> plans.Choice:
+    (N, K), dtype = weight.shape, str(rows.dtype).removeprefix("torch.")
+    aligned = tiles.vectorises(rows) and tiles.vectorises(weight)
+    call = plans.Call(op, dtype, rows.shape[0], N, K, r, dropout_p > 0, aligned)
+    return plans.choose(call, rows.device)
 
 
 def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -96,7 +98,7 @@ def lora_linear(
     M, N, r = x.shape[0], weight.shape[0], lora_a.shape[0]
     if M == 0:
         return x.new_empty(0, N), *_saved(x.new_empty(0, r), r, save_s)
-    plan = _plan("forward", x, N, x.shape[1], r, dropout_p)
+    plan, tile = _choice("forward", x, weight, r, dropout_p)
     if plan == "aten":
         return reference.lora_linear(
             x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask
@@ -105,14 +107,14 @@ def lora_linear(
     weight = weight.to(x.dtype)  # a copy under autocast alone
     a, b = _adapters(x, lora_a, lora_b)
     if plan in ("decode", "dual"):
-        y, s = dual(x, weight, a, b, bias, scaling, save_s, drop)
+        y, s = dual(x, weight, a, b, bias, scaling, save_s, drop, tile.get("dual"))
         return y, *_saved(s, r, save_s)
-    s = shrink(x, a, scaling, drop)
+    s = shrink(x, a, scaling, drop, tile.get("shrink"))
     if plan == "cublas":
         y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        expand(y, s, b.t(), y)
+        expand(y, s, b.t(), y, None, tile.get("expand"))
     else:
-        y = gemm(x, weight.t(), s, b.t(), bias)
+        y = gemm(x, weight.t(), s, b.t(), bias, None, tile.get("gemm"))
     return y, *_saved(s, r, save_s)
 
 
@@ -176,8 +178,9 @@ def lora_linear_backward(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dA, dB), each of size 0 where not needed; x is read for dweight and dA only."""
-    N, K = weight.shape
-    plan = _plan("backward", dy, N, K, lora_a.shape[0], dropout_p) if dy.shape[0] else "aten"
+    plan, tile = "aten", {}
+    if dy.shape[0]:
+        plan, tile = _choice("backward", dy, weight, lora_a.shape[0], dropout_p)
     if plan == "aten":
         return reference.lora_linear_backward(
             dy, x, weight, lora_a, lora_b, s, mask, scaling, dropout_p, seed,
@@ -188,14 +191,14 @@ def lora_linear_backward(
     def product(ds: Tensor, a: Tensor) -> Tensor:
         w = weight.to(dy.dtype)
         if plan != "cublas":
-            return gemm(dy, w, ds, a, None, drop)
+            return gemm(dy, w, ds, a, None, drop, tile.get("dx"))
         dx = torch.mm(dy, w)
-        expand(dx, ds, a, dx, drop)
+        expand(dx, ds, a, dx, drop, tile.get("expand_dx"))
         return dx
 
     dweight = torch.mm(dy.t(), x).to(weight.dtype) if need_weight else _none(weight)
     dx, d_a, d_b = _backward(
-        dy, x, lora_a, lora_b, s, scaling, drop, product if need_x else None, need_a, need_b
+        dy, x, lora_a, lora_b, s, scaling, drop, product if need_x else None, need_a, need_b, tile
     )
     return dx, dweight, d_a, d_b
 
@@ -228,7 +231,7 @@ def lora_add_backward(
         return dx
 
     return _backward(
-        dy, x, lora_a, lora_b, s, scaling, drop, product if need_x else None, need_a, need_b
+        dy, x, lora_a, lora_b, s, scaling, drop, product if need_x else None, need_a, need_b, {}
     )
 
 
@@ -243,6 +246,7 @@ def _backward(
     product: Callable[[Tensor, Tensor], Tensor] | None,
     need_a: bool,
     need_b: bool,
+    tile: plans.Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB); dx is what `product` makes of ds and A, of size 0 without it."""
     r = lora_a.shape[0]
@@ -252,14 +256,14 @@ def _backward(
     if need_b:
         s = _pad(s, dy.shape[0], a.shape[0])
     if need_ds and need_b and tiles.fuses_ds_db(b.dtype, b.shape[1]):
-        ds, d_b = ds_db(dy, b, s, scaling, lora_b.dtype)
+        ds, d_b = ds_db(dy, b, s, scaling, lora_b.dtype, tile.get("ds_db"))
     else:
         if need_ds:
-            ds = shrink(dy, b.t(), scaling)
+            ds = shrink(dy, b.t(), scaling, None, tile.get("ds"))
         if need_b:
-            d_b = tall(s, dy, lora_b.dtype, transposed=True)
+            d_b = tall(s, dy, lora_b.dtype, True, None, tile.get("db"))
     if product is not None:
         dx = product(ds, a)
     if need_a:
-        d_a = tall(ds, x, lora_a.dtype, transposed=False, dropout=drop)
+        d_a = tall(ds, x, lora_a.dtype, False, drop, tile.get("da"))
     return dx, d_a[:r], d_b[:, :r].contiguous() if need_b else d_b

@@ -69,11 +69,13 @@ def dual(
     scale: float,
     save_s: bool,
     dropout: Dropout | None = None,
+    fields: tiles.Fields = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, s), s of size 0 if it is not to be saved: x [M,K], weight [N,K], a [r,K], b [N,r]."""
     (M, K), N, r = x.shape, weight.shape[0], a.shape[0]
     aligned = tiles.vectorises(x) and tiles.vectorises(weight)
     tile = tiles.dual(target(x.device), x.dtype, M, N, r, aligned)
+    tile = tiles.replaced(tile, fields)
     y, s = x.new_empty(M, N), x.new_empty((M, r) if save_s else 0)
     drop = dropout is not None
     launch(

@@ -188,6 +188,7 @@ def gemm(
     low_mat: Tensor,
     bias: Tensor | None,
     dropout: Dropout | None = None,
+    fields: tiles.Fields = None,
 ) -> Tensor:
     """x @ mat + low @ low_mat + bias: x [M,K], mat [K,N], low [M,r] contiguous, low_mat [r,N].
 
@@ -205,7 +206,7 @@ def gemm(
         and _has_tma_rows(out)
     )
     aligned = tma or (tiles.vectorises(x) and tiles.vectorises(mat))
-    tile = tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma)
+    tile = tiles.replaced(tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma), fields)
     R = tiles.gemm_rank(device, x.dtype, r, drop)
     shape = {
         "R": R,

@@ -45,11 +45,16 @@ def ds_db_kernel(
 
 
 def ds_db(
-    dy: Tensor, mat: Tensor, s: Tensor, scaling: float, dtype: torch.dtype
+    dy: Tensor,
+    mat: Tensor,
+    s: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    fields: tiles.Fields = None,
 ) -> tuple[Tensor, Tensor]:
     """(scaling * dy @ mat, dy^T s in `dtype`) from one pass over dy [M,N]; mat [N,r], s [M,r]."""
     (M, N), r = dy.shape, mat.shape[1]
-    tile = tiles.ds_db(target(dy.device), dy.dtype, M, N, r)
+    tile = tiles.replaced(tiles.ds_db(target(dy.device), dy.dtype, M, N, r), fields)
     rows = triton.cdiv(M, tile.bm)
     part_ds = dy.new_empty((tile.split, M, r), dtype=tiles.ACCUMULATOR)
     part_db = dy.new_empty((rows, N, r), dtype=tiles.ACCUMULATOR)
@@ -96,11 +101,16 @@ def tall_kernel(
 
 
 def tall(
-    low: Tensor, rows: Tensor, dtype: torch.dtype, transposed: bool, dropout: Dropout | None = None
+    low: Tensor,
+    rows: Tensor,
+    dtype: torch.dtype,
+    transposed: bool,
+    dropout: Dropout | None = None,
+    fields: tiles.Fields = None,
 ) -> Tensor:
     """low^T @ drop(rows) as [r,C] in `dtype`, or its transpose [C,r]: low [M,r], rows [M,C]."""
     (M, r), C = low.shape, rows.shape[1]
-    tile = tiles.tall(target(low.device), low.dtype, M, C, r)
+    tile = tiles.replaced(tiles.tall(target(low.device), low.dtype, M, C, r), fields)
     out = low.new_empty((C, r) if transposed else (r, C), dtype=dtype)
     split = tile.split > 1
     part = low.new_empty((tile.split, *out.shape), dtype=tiles.ACCUMULATOR) if split else out

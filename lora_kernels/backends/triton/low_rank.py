@@ -55,10 +55,17 @@ def shrink_kernel(
         store_tile(out + share.to(tl.int64) * M * r, acc, rank, rows, 1, r, r, M)
 
 
-def shrink(x: Tensor, mat: Tensor, scale: float, dropout: Dropout | None = None) -> Tensor:
+def shrink(
+    x: Tensor,
+    mat: Tensor,
+    scale: float,
+    dropout: Dropout | None = None,
+    fields: tiles.Fields = None,
+) -> Tensor:
     """scale * drop(x) @ mat^T [M,r] in x's dtype, rounded once: x [M,K], mat [r,K]."""
     (M, K), r = x.shape, mat.shape[0]
     tile = tiles.shrink(target(x.device), x.dtype, M, K, r, tiles.vectorises(x))
+    tile = tiles.replaced(tile, fields)
     out = x.new_empty(M, r)
     split = tile.split > 1
     part = x.new_empty((tile.split, M, r), dtype=tiles.ACCUMULATOR) if split else out
@@ -99,14 +106,19 @@ def expand_kernel(
 
 
 def expand(
-    base: Tensor | None, low: Tensor, mat: Tensor, out: Tensor, dropout: Dropout | None = None
+    base: Tensor | None,
+    low: Tensor,
+    mat: Tensor,
+    out: Tensor,
+    dropout: Dropout | None = None,
+    fields: tiles.Fields = None,
 ) -> None:
     """out = base + low @ mat: low [M,r], mat [r,N]; base and out [M,N] may be the same tensor.
 
     With dropout the product is masked and scaled by 1 / (1 - p), as the gradient of a dropped x is.
     """
     (M, r), N = low.shape, mat.shape[1]
-    tile = tiles.expand(target(low.device), low.dtype, M, r)
+    tile = tiles.replaced(tiles.expand(target(low.device), low.dtype, M, r), fields)
     drop = dropout is not None
     launch(
         expand_kernel, (triton.cdiv(M, tile.bm), triton.cdiv(N, tile.bn)),

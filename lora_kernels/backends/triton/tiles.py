@@ -1,16 +1,19 @@
-"""Tile sizes by device, dtype and shape: analytic defaults."""
+"""Tile sizes by device, dtype and shape: analytic defaults, which a tuned table may replace."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
+from lora_kernels.backends.plans import Call, refusal
 from lora_kernels.backends.triton.launch import Target
 
 ACCUMULATOR = torch.float32
+Fields = Mapping[str, int] | None
 
 
 class LowRankTile(NamedTuple):
@@ -40,6 +43,14 @@ class GemmTile(NamedTuple):
     warps: int
     strips: int = 1  # of columns, stored one after the other: less staging memory and registers
     group: int = 8
+
+
+Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile)
+
+
+def replaced(tile: Tile, fields: Fields) -> Tile:
+    """The tile with some fields changed; ValueError names a field that it does not have."""
+    return tile._replace(**fields) if fields else tile
 
 
 def rank_block(dtype: torch.dtype, r: int, most: int = 128) -> int:
@@ -161,3 +172,40 @@ def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bo
     if target.arch >= 90 and R <= 64:
         return GemmTile(128, 128, 64, 3, 8)
     return GemmTile(64, 64, 64 if R <= 64 else 32, 3, 4)
+
+
+def _gemm_tiles(target: Target, M: int, drop: bool) -> tuple[GemmTile, ...]:
+    """Configurations worth timing of an aligned 16-bit GEMM."""
+    if M <= 64:
+        tiles = (GemmTile(_row_block(M, 64), bn, 64, 4, 4) for bn in (64, 128))
+    elif target.arch < 90:
+        tiles = (GemmTile(128, 128, 32, 4, 8), GemmTile(128, 64, 32, 4, 8))
+    else:
+        wide = (GemmTile(128, 256, 64, 3, 8, 2), GemmTile(128, 128, 64, 3, 8))
+        tiles = (*wide, GemmTile(128, 128, 64, 4, 8), GemmTile(64, 128, 64, 4, 4))
+    return tuple(tile._replace(strips=tile.bn // 64) if drop else tile for tile in tiles)
+
+
+def candidates(call: Call, target: Target) -> list[tuple[str, dict[str, dict[str, int]]]]:
+    """(plan, tiles) of everything that may serve a call, to be timed `with plans.using(...)`.
+
+    The first of a plan has the analytic tiles; every other one changes one launch, so that a tuner
+    may join the best of each. Only fields that do not depend on the rank are listed.
+    """
+    dtype = getattr(torch, call.dtype)
+    legal = ("aten", "cublas", "shrink_gemm", "decode", "dual")
+    if call.op == "backward":  # the other plans share the backward of shrink_gemm
+        legal = legal[:3]
+    found = [(plan, {}) for plan in legal if refusal(plan, call) is None]
+    if _is_wide(dtype) or not call.aligned:
+        return found
+    if call.r <= 128:  # larger ranks leave the GEMM few registers; its default alone is checked
+        launch = "gemm" if call.op == "forward" else "dx"
+        for tile in _gemm_tiles(target, call.M, call.dropout):
+            found.append(("shrink_gemm", {launch: tile._asdict()}))
+    low, extent = ("shrink", call.K) if call.op == "forward" else ("da", call.M)
+    for plan in ("cublas", "shrink_gemm"):
+        for split in (1, 2, 4, 8):
+            if extent >= 512 * split:
+                found.append((plan, {low: {"split": split}}))
+    return found
