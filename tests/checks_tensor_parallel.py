@@ -253,7 +253,7 @@ def check_mismatched_placements_are_refused():
     refused(lambda: parallelize_module(plain, m, plan), "got Linear", "apply_lora", error=TypeError)
     parallelize_module(plain, m, {"0": ColwiseParallel()})
     weight = plain[0].weight
-    refused(lambda: apply_lora(plain, 2), "0", "before")
+    refused(lambda: apply_lora(plain, 2), "0: its weight is sharded already", "before")
     assert type(plain[0]) is nn.Linear
     assert plain[0].weight is weight
 

@@ -3,7 +3,7 @@
 import pytest
 import worlds
 
-WORLDS = [("checks_tensor_parallel", 2)]
+WORLDS = [("checks_tensor_parallel", 2), ("checks_data_parallel", 2)]
 
 
 @pytest.mark.parametrize(
