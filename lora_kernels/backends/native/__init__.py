@@ -3,7 +3,8 @@
 Two kernels do all of it: one reads wide rows once and leaves rank-sized results (s; ds and dB; dA),
 the other writes a rank-sized product over a whole output. The base product stays with torch, which
 accumulates into that output. Calls that torch's own calls win, or that the kernels cannot serve, go
-back to `reference`; a forced backend raises for the latter.
+back to `reference`; a forced backend raises for the latter. So do 16-bit products that a CPU
+without instructions for them forms in fp32: there the branch is added before the one rounding.
 """
 
 import torch
@@ -83,14 +84,14 @@ def lora_linear(
     save_s: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _serves(x, weight.shape[0]):
+    if blocked.is_wide(x) or not _serves(x, weight.shape[0]):
         return reference.lora_linear(
             x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask
         )
     s = _shrink(x, lora_a, scaling, dropout_p, seed)
     y = x.new_empty(x.shape[0], weight.shape[0])
     _expand(s, lora_b.t(), y, bias=None if bias is None else bias.to(x.dtype))
-    blocked.accumulate(y, x, weight.t())
+    y.addmm_(x, weight.t().to(x.dtype))
     return y, s if save_s else x.new_empty(0), x.new_empty(0)
 
 
@@ -151,7 +152,7 @@ def lora_linear_backward(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _serves(dy, lora_a.shape[1]):
+    if blocked.is_wide(dy) or not _serves(dy, lora_a.shape[1]):
         return reference.lora_linear_backward(
             dy, x, weight, lora_a, lora_b, s, mask, scaling, dropout_p, seed,
             need_x, need_weight, need_a, need_b,
@@ -160,13 +161,8 @@ def lora_linear_backward(
         dy, x, lora_a, lora_b, s, scaling, dropout_p, seed, need_x, need_a, need_b
     )
     if need_x:
-        blocked.accumulate(dx, dy, weight)
-    if not need_weight:
-        dweight = weight.new_empty(0)
-    elif blocked.is_wide(dy):
-        dweight = blocked.weight_gradient(dy, x, weight)
-    else:
-        dweight = torch.mm(dy.t(), x).to(weight.dtype)
+        dx.addmm_(dy, weight.to(dy.dtype))
+    dweight = torch.mm(dy.t(), x).to(weight.dtype) if need_weight else weight.new_empty(0)
     return dx, dweight, d_a, d_b
 
 
