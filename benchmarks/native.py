@@ -1,9 +1,9 @@
-"""What the compiled CPU kernels gain: frozen layer, PEFT, ATen calls, native, forward + backward.
+"""What the compiled CPU kernels gain: frozen layer, PEFT, ours by ATen calls, ours (fwd + bwd).
 
     python benchmarks/native.py --out benchmarks/results/native-cpu.json
 
-Rounds, ratios and the check before them are those of `layer.py`; the two backends of our layer are
-two peers in the same process.
+Rounds, ratios and the check before them are those of `layer.py`. `--forced` times the kernels also
+where the library hands a call back to ATen, and `--isa` older instruction sets than this CPU's.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from machine import machine, machine_line
 from torch import Tensor, nn
 
 from lora_kernels import _env
+from lora_kernels.backends import native
 from lora_kernels.backends.native import extension
 
 # (M, K, N, r)
@@ -31,7 +32,7 @@ SHAPES = [
 
 
 @contextmanager
-def backend(name: str):
+def backend(name: str | None):
     before, _env.BACKEND = _env.BACKEND, name
     try:
         yield
@@ -56,7 +57,7 @@ class _Enter(torch.autograd.Function):
 class On(nn.Module):
     """A layer whose forward and backward run on one backend."""
 
-    def __init__(self, layer: nn.Module, name: str) -> None:
+    def __init__(self, layer: nn.Module, name: str | None) -> None:
         super().__init__()
         self.layer, self.name = layer, name
 
@@ -74,9 +75,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="time box of one case")
     parser.add_argument("--rounds", type=int, nargs=2, default=(3, 200), metavar=("MIN", "MAX"))
     parser.add_argument("--scale", type=int, default=1, help="divides M, K and N (for a smoke run)")
+    parser.add_argument("--forced", action="store_true", help="the kernels serve every call")
+    parser.add_argument("--isa", choices=extension.ISA_NAMES, help="this instruction set")
     args = parser.parse_args()
     if not extension.available():
         raise SystemExit(f"the compiled extension is not there: {extension.status()}")
+    if args.isa:
+        isa = min(extension.ISA_NAMES.index(args.isa), extension.best_isa())
+        native.best_isa = lambda: isa
+    kernels = "native" if args.forced else None
     info = machine() | {"extension": extension.status()}
     print(machine_line(info), extension.status(), sep="; ", flush=True)
     rows = []
@@ -89,10 +96,10 @@ def main() -> None:
                 dy = torch.randn(M, N).to(DTYPES[dtype])
                 ours = layers.pop(OURS)
                 aten = copy.deepcopy(ours)
-                for name, layer in (("reference", aten), ("native", ours)):
+                for name, layer in (("reference", aten), (kernels, ours)):
                     with backend(name):
                         check(layers | {OURS: layer}, x, dy)
-                layers |= {"ours, ATen": On(aten, "reference"), "ours, native": On(ours, "native")}
+                layers |= {"ours, ATen": On(aten, "reference"), "ours": On(ours, kernels)}
                 times = measure(layers, x, dy, args.seconds, args.rounds)
                 case = {"dtype": dtype, "M": M, "K": K, "N": N, "r": r, "dropout": dropout}
                 rows += rows_of(times, case)

@@ -35,6 +35,24 @@ def test_they_are_the_default_on_the_cpu():
     assert choice.reason == f"CPU kernels, {extension.ISA_NAMES[extension.best_isa()]}"
 
 
+def test_calls_that_torch_wins_are_handed_back(monkeypatch):
+    served = []
+    monkeypatch.setattr(blocked, "_multiplies", lambda dtype: True)
+    monkeypatch.setattr(native, "best_isa", lambda: 1)
+    monkeypatch.setattr(native, "_shrink", lambda *a, **k: served.append(True) or a[0][:, :2])
+    monkeypatch.setattr(native, "_expand", lambda *a, **k: None)
+    for rows, dtype, p, expected in (
+        (128, torch.float32, 0.0, True),
+        (127, torch.float32, 0.0, False),
+        (128, torch.bfloat16, 0.0, False),
+        (1, torch.bfloat16, 0.1, True),
+    ):
+        served.clear()
+        x, a, b = torch.ones(rows, 8), torch.ones(2, 8), torch.ones(4, 2)
+        lora_linear(x.to(dtype), torch.ones(4, 8).to(dtype), a, b, scaling=1.0, dropout_p=p, seed=0)
+        assert bool(served) == expected, (rows, dtype, p)
+
+
 # ------------------------------------------------------------------------------------------- values
 
 
