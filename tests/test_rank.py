@@ -70,7 +70,7 @@ def test_power_iterations_bring_it_nearer():
     M = matrix(SPECTRA["1/sqrt(j)"], 400, 500)
     errors = [
         float((M - U @ V).norm())
-        for q in (0, 1, 4)
+        for q in (0, 1, 2)
         for U, V in [low_rank_approximation(M, 16, method="randomized", power_iterations=q)]
     ]
     assert errors[0] > 1.05 * errors[2]

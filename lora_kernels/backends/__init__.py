@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels import _env
-from lora_kernels.backends import plans, reference
+from lora_kernels.backends import native, plans, reference
+from lora_kernels.backends.native import extension
 
 
 class Choice(NamedTuple):
@@ -27,7 +28,7 @@ _FORCED_REFERENCE = Choice("reference", reference, "forced by LORA_KERNELS_BACKE
 
 def extension_status() -> str:
     """Whether the compiled extension is there."""
-    return "not part of this version"
+    return extension.status()
 
 
 def choose(device_type: str) -> Choice:
@@ -36,16 +37,34 @@ def choose(device_type: str) -> Choice:
     if _env.BACKEND is None and demand is None:
         if device_type == "cuda" and plans.has_tables():
             return _tuned(torch.cuda.current_device())
-        return _REFERENCE
+        return _cpu() if device_type == "cpu" else _REFERENCE
     if demand is not None:
         return _forced_triton(device_type, demand[0])
     if _env.BACKEND == "reference":
         return _FORCED_REFERENCE
     if _env.BACKEND == "triton":
         return _forced_triton(device_type, "LORA_KERNELS_BACKEND=triton")
+    return _forced_native(device_type)
+
+
+@cache
+def _cpu() -> Choice:
+    """The compiled kernels where they are there."""
+    if not extension.available():
+        return _REFERENCE
+    return Choice("native", native, extension.status())
+
+
+@cache
+def _forced_native(device_type: str) -> Choice:
+    if device_type != "cpu":
+        why = f"it has no kernels for {device_type} tensors"
+    elif not extension.available():
+        why = f"the compiled extension is not there: {extension.status()}"
+    else:
+        return Choice("native", native, "forced by LORA_KERNELS_BACKEND")
     raise RuntimeError(
-        f"LORA_KERNELS_BACKEND={_env.BACKEND}: this version has no {_env.BACKEND} kernels for"
-        f" {device_type}; unset the variable or set it to reference"
+        f"LORA_KERNELS_BACKEND=native: {why}; unset the variable or set it to reference"
     )
 
 

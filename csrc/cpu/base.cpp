@@ -1,0 +1,57 @@
+// Plain C++ with four-float vectors: every CPU.
+#include "scalar.h"
+
+namespace lora {
+namespace base {
+
+constexpr int W = 4, kVectors = 2, kRows = 4, kPhilox = 1;
+typedef float V __attribute__((vector_size(16)));
+
+template <typename T>
+inline V load(const T* p) {
+  return V{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+           static_cast<float>(p[3])};
+}
+inline V load(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename T>
+inline void store(T* p, V v) {
+  for (int i = 0; i < W; ++i) p[i] = static_cast<T>(v[i]);
+}
+inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline V splat(float f) { return V{f, f, f, f}; }
+inline V fma(V a, V b, V c) { return a * b + c; }
+inline float total(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline V keep(V v, uint32_t bits) {
+  for (int i = 0; i < W; ++i)
+    if (!(bits >> i & 1)) v[i] = 0.f;
+  return v;
+}
+
+inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* out) {
+  uint32_t c0 = block, c1 = m, c2 = 0, c3 = 0, k0 = d.key[0], k1 = d.key[1];
+  for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1) {
+    const uint64_t p0 = uint64_t{kMul0} * c0, p1 = uint64_t{kMul1} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(p1);
+    c3 = static_cast<uint32_t>(p0);
+  }
+  const uint32_t words[4] = {c0, c1, c2, c3};
+  uint32_t bits = 0;
+  for (int h = 0; h < 8; ++h)
+    bits |= uint32_t{(words[h >> 1] >> 16 * (h & 1) & 0xFFFFu) >= d.threshold} << h;
+  *out = static_cast<uint8_t>(bits);
+}
+
+#include "low_rank.inl"
+
+}  // namespace base
+
+const Kernels kBase = {base::kTile,    base::kRows, base::load_any,
+                       base::shrink, base::outer,                  base::expand_any};
+
+}  // namespace lora

@@ -1,0 +1,337 @@
+// The private CPU ops: checks first, then the rows in chunks over torch's own threads. Chunks follow
+// from the shapes alone, so the bits of a result do not depend on the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "scalar.h"
+
+namespace lora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kCacheBytes = 256 << 10;    // a block of widened rows, in a core's own cache
+constexpr int64_t kPartialBytes = 32 << 20;   // all partial sums of a gradient
+constexpr int64_t kMaxBlockRows = 64, kChunkRows = 128, kMaxChunks = 64;
+
+struct Buffer {
+  explicit Buffer(int64_t count)
+      : data(static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) / 64 + 1) * 64))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  float* const data;
+};
+
+int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// ------------------------------------------------------------------------------------------ checks
+
+int64_t best_isa() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("bmi2"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return 1;
+#endif
+  return 0;
+}
+
+const Kernels& kernels_of(int64_t isa) {
+  STD_TORCH_CHECK(0 <= isa && isa <= best_isa(), "isa: got ", isa, ", this CPU has 0 to ",
+                  best_isa());
+#if defined(__x86_64__)
+  if (isa == 2) return kAvx512;
+  if (isa == 1) return kAvx2;
+#endif
+  return kBase;
+}
+
+void check_matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": must be a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == 2, name, ": must have 2 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.stride(0) >= 0 && t.stride(1) >= 0, name, ": negative stride");
+}
+
+void check_size(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  check_matrix(t, name);
+  STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == columns, name, ": must be [", rows, ", ",
+                  columns, "], got [", t.size(0), ", ", t.size(1), "]");
+}
+
+Type type_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Type::kFloat;
+    case ScalarType::BFloat16: return Type::kBFloat16;
+    case ScalarType::Half: return Type::kHalf;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, ": must be float32, bfloat16 or float16");
+  return Type::kFloat;
+}
+
+void check_type(const Tensor& t, const char* name, Type type, bool or_float) {
+  const Type own = type_of(t, name);
+  STD_TORCH_CHECK(own == type || (or_float && own == Type::kFloat), name,
+                  ": must have the dtype of the rows", or_float ? " or float32" : "");
+}
+
+// Writing through strides that overlap would race.
+void check_writable(const Tensor& t, const char* name) {
+  const int64_t outer = t.stride(0), inner = t.stride(1), rows = t.size(0), columns = t.size(1);
+  const bool apart = (columns <= 1 || inner > 0) && (rows <= 1 || outer > 0) &&
+                     (rows <= 1 || columns <= 1 || outer > (columns - 1) * inner ||
+                      inner > (rows - 1) * outer);
+  STD_TORCH_CHECK(apart, name, ": its elements overlap in memory");
+}
+
+std::optional<Dropout> dropout_of(int64_t threshold, const std::optional<Tensor>& seed,
+                                  int64_t rows) {
+  STD_TORCH_CHECK(0 <= threshold && threshold < 65536, "threshold: must be in [0, 65536), got ",
+                  threshold);
+  if (!seed.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long &&
+                      (seed->numel() == 1 || seed->numel() == 3) && seed->is_contiguous(),
+                  "seed: must be a contiguous int64 CPU tensor of one element or of three");
+  const int64_t* const words = static_cast<const int64_t*>(seed->const_data_ptr());
+  const int64_t row = seed->numel() == 3 ? words[1] : 0, column = seed->numel() == 3 ? words[2] : 0;
+  constexpr int64_t kRowLimit = int64_t{1} << 32;
+  STD_TORCH_CHECK(0 <= row && row < kRowLimit && rows <= kRowLimit - row,
+                  "rows: with dropout they end at 2^32, got ", rows, " from ", row, " on");
+  STD_TORCH_CHECK(column >= 0 && column % 8 == 0 && column / 8 < kRowLimit,
+                  "seed: its column must be a multiple of 8, got ", column);
+  const uint64_t value = static_cast<uint64_t>(words[0]);
+  return Dropout{{static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)},
+                 static_cast<uint32_t>(threshold),
+                 static_cast<uint32_t>(row),
+                 static_cast<uint32_t>(column / 8)};
+}
+
+Rows view(const Tensor& t, const char* name) {
+  return {t.const_data_ptr(), type_of(t, name), t.size(1), t.stride(0), t.stride(1)};
+}
+
+// ----------------------------------------------------------------------------------------- packing
+
+float rounded(float value, Type type) {
+  if (type == Type::kBFloat16) return static_cast<float>(static_cast<BFloat16>(value));
+  if (type == Type::kHalf) return static_cast<float>(static_cast<Half>(value));
+  return value;
+}
+
+// The rows of a rank-sized matrix, rounded to `type`, in a padded buffer.
+void pack(const Kernels& kernels, const Rows& from, int64_t ranks, Type type, float* out,
+          int64_t pitch) {
+  const int64_t padded = up(ranks, kernels.ranks);
+  torch::stable::parallel_for(0, padded, std::max<int64_t>(1, 32768 / pitch),
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      float* row = out + j * pitch;
+      if (j >= ranks) {
+        std::fill(row, row + pitch, 0.f);
+        continue;
+      }
+      kernels.load(from, j, 1, nullptr, row, pitch);
+      if (from.type != type)
+        for (int64_t k = 0; k < from.columns; ++k) row[k] = rounded(row[k], type);
+    }
+  });
+}
+
+template <typename T>
+void write(const float* values, int64_t count, float scale, T* out, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) out[i * stride] = static_cast<T>(values[i] * scale);
+}
+
+void write_any(const float* values, int64_t count, float scale, void* out, Type type,
+               int64_t offset, int64_t stride) {
+  switch (type) {
+    case Type::kFloat:
+      return write(values, count, scale, static_cast<float*>(out) + offset, stride);
+    case Type::kBFloat16:
+      return write(values, count, scale, static_cast<BFloat16*>(out) + offset, stride);
+    case Type::kHalf:
+      return write(values, count, scale, static_cast<Half*>(out) + offset, stride);
+  }
+}
+
+// --------------------------------------------------------------------------------------------- ops
+
+int64_t cpu_isa() { return best_isa(); }
+
+// From one read of rows [M,C]: shrunk [M,r] = scale * drop(rows) matrix^T and
+// gradient [r,C] = gradient_scale * low^T drop(rows), each where its operand and output are given.
+void shrink_cpu(const Tensor rows, const std::optional<Tensor> matrix,
+                const std::optional<Tensor> low, double scale, double gradient_scale,
+                int64_t threshold, const std::optional<Tensor> seed, int64_t isa,
+                std::optional<Tensor> shrunk, std::optional<Tensor> gradient) {
+  const Kernels& kernels = kernels_of(isa);
+  check_matrix(rows, "rows");
+  const Type type = type_of(rows, "rows");
+  const int64_t M = rows.size(0), C = rows.size(1);
+  STD_TORCH_CHECK(matrix.has_value() == shrunk.has_value(), "matrix and shrunk go together");
+  STD_TORCH_CHECK(low.has_value() == gradient.has_value(), "low and gradient go together");
+  STD_TORCH_CHECK(matrix.has_value() || low.has_value(), "matrix or low: one must be given");
+  if (matrix.has_value()) check_matrix(*matrix, "matrix");
+  if (low.has_value()) check_matrix(*low, "low");
+  const int64_t r = matrix.has_value() ? matrix->size(0) : low->size(1);
+  STD_TORCH_CHECK(r >= 1 && C >= 1, "rank and columns: must be at least 1, got ", r, ", ", C);
+  if (matrix.has_value()) {
+    check_size(*matrix, "matrix", r, C);
+    check_type(*matrix, "matrix", type, true);
+    check_size(*shrunk, "shrunk", M, r);
+    check_type(*shrunk, "shrunk", type, false);
+    check_writable(*shrunk, "shrunk");
+  }
+  if (low.has_value()) {
+    check_size(*low, "low", M, r);
+    check_type(*low, "low", type, false);
+    check_size(*gradient, "gradient", r, C);
+    check_type(*gradient, "gradient", type, true);
+    check_writable(*gradient, "gradient");
+  }
+  const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
+  const Dropout* drop = dropout.has_value() ? &*dropout : nullptr;
+
+  const int64_t pitch = up(C, kernels.columns), ranks = up(r, kernels.ranks);
+  const Rows from = view(rows, "rows");
+  const bool direct =
+      type == Type::kFloat && drop == nullptr && from.column_stride == 1 && pitch == C;
+  const int64_t block = std::clamp<int64_t>(kCacheBytes / (4 * pitch) / 4 * 4, 4, kMaxBlockRows);
+  int64_t chunk = block;
+  if (low.has_value()) {
+    const int64_t most = std::clamp<int64_t>(kPartialBytes / (4 * ranks * pitch), 1, kMaxChunks);
+    chunk = up(std::max((M + most - 1) / most, kChunkRows), block);
+  }
+  const int64_t chunks = (M + chunk - 1) / chunk;
+
+  Buffer packed(matrix.has_value() ? ranks * pitch : 0);
+  if (matrix.has_value()) pack(kernels, view(*matrix, "matrix"), r, type, packed.data, pitch);
+  Buffer partial(low.has_value() ? chunks * ranks * pitch : 0);
+  void* const s_data = matrix.has_value() ? shrunk->mutable_data_ptr() : nullptr;
+  const int64_t s_row = matrix.has_value() ? shrunk->stride(0) : 0;
+  const int64_t s_column = matrix.has_value() ? shrunk->stride(1) : 0;
+  const Rows low_rows = low.has_value() ? view(*low, "low") : from;
+
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    Buffer wide(direct ? 0 : block * pitch), s(block * ranks), u(block * ranks);
+    for (int64_t i = begin; i < end; ++i) {
+      float* sum = partial.data + i * ranks * pitch;
+      if (low.has_value()) std::fill(sum, sum + ranks * pitch, 0.f);
+      const int64_t last = std::min(M, (i + 1) * chunk);
+      for (int64_t first = i * chunk; first < last; first += block) {
+        const int64_t count = std::min(block, last - first);
+        const float* z = wide.data;
+        int64_t stride = pitch;
+        if (direct) {
+          stride = from.row_stride;
+          z = static_cast<const float*>(from.data) + first * stride;
+        } else {
+          kernels.load(from, first, count, drop, wide.data, pitch);
+        }
+        if (matrix.has_value()) {
+          kernels.shrink(z, stride, count, packed.data, pitch, ranks, s.data);
+          for (int64_t m = 0; m < count; ++m)
+            write_any(s.data + m * ranks, r, static_cast<float>(scale), s_data, type,
+                      (first + m) * s_row, s_column);
+        }
+        if (low.has_value()) {
+          kernels.load(low_rows, first, count, nullptr, u.data, ranks);
+          kernels.outer(z, stride, count, u.data, pitch, ranks, sum);
+        }
+      }
+    }
+  });
+  if (!low.has_value()) return;
+
+  const Type gradient_type = type_of(*gradient, "gradient");
+  void* const g_data = gradient->mutable_data_ptr();
+  const int64_t g_row = gradient->stride(0), g_column = gradient->stride(1);
+  constexpr int64_t kWidth = 64;
+  torch::stable::parallel_for(0, (C + kWidth - 1) / kWidth, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t k = strip * kWidth, width = std::min(kWidth, C - k);
+      for (int64_t j = 0; j < r; ++j) {
+        float sum[kWidth] = {};
+        for (int64_t i = 0; i < chunks; ++i) {
+          const float* part = partial.data + (i * ranks + j) * pitch + k;
+          for (int64_t c = 0; c < width; ++c) sum[c] += part[c];
+        }
+        write_any(sum, width, static_cast<float>(gradient_scale), g_data, gradient_type,
+                  j * g_row + k * g_column, g_column);
+      }
+    }
+  });
+}
+
+// out [M,C] = scale * drop'(low [M,r] matrix [r,C]) + bias + out where `accumulate`.
+void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tensor> bias,
+                double scale, int64_t threshold, const std::optional<Tensor> seed, bool accumulate,
+                int64_t isa, Tensor out) {
+  const Kernels& kernels = kernels_of(isa);
+  check_matrix(low, "low");
+  const int64_t M = low.size(0), r = low.size(1);
+  check_matrix(matrix, "matrix");
+  const int64_t C = matrix.size(1);
+  STD_TORCH_CHECK(r >= 1 && C >= 1, "rank and columns: must be at least 1, got ", r, ", ", C);
+  check_size(matrix, "matrix", r, C);
+  check_size(out, "out", M, C);
+  const Type type = type_of(out, "out");
+  check_type(low, "low", type, false);
+  check_type(matrix, "matrix", type, true);
+  check_writable(out, "out");
+  STD_TORCH_CHECK(C == 1 || out.stride(1) == 1, "out: the columns must be contiguous, got stride ",
+                  out.stride(1));
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == C,
+                    "bias: must be a CPU tensor of ", C, " elements");
+    check_type(*bias, "bias", type, true);
+  }
+  const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
+
+  const int64_t pitch = up(C, kernels.columns), ranks = up(r, kernels.ranks);
+  Buffer packed(ranks * pitch), offset(bias.has_value() ? pitch : 0);
+  pack(kernels, view(matrix, "matrix"), r, type, packed.data, pitch);
+  if (bias.has_value())
+    kernels.load({bias->const_data_ptr(), type_of(*bias, "bias"), C, 0, bias->stride(0)}, 0, 1,
+                 nullptr, offset.data, pitch);
+  const Rows low_rows = view(low, "low");
+  void* const data = out.mutable_data_ptr();
+  const int64_t row_stride = out.stride(0);
+  constexpr int64_t kBlock = 32;
+  torch::stable::parallel_for(0, (M + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    Buffer u(kBlock * ranks);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kBlock, count = std::min(kBlock, M - first);
+      kernels.load(low_rows, first, count, nullptr, u.data, ranks);
+      for (int64_t e = 0; e < count * ranks; ++e) u.data[e] *= static_cast<float>(scale);
+      kernels.expand(u.data, first, count, ranks, packed.data, pitch,
+                     bias.has_value() ? offset.data : nullptr,
+                     dropout.has_value() ? &*dropout : nullptr, accumulate, data, type, C,
+                     row_stride);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace lora
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", TORCH_BOX(&lora::cpu_isa));
+  m.impl("_shrink_cpu", TORCH_BOX(&lora::shrink_cpu));
+  m.impl("_expand_cpu", TORCH_BOX(&lora::expand_cpu));
+}
