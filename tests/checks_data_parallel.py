@@ -103,8 +103,7 @@ def reference(model, compute_dtype=None, dtype=torch.float64):
                 losses.append(loss.item())
             parts = torch.autograd.grad(loss, list(lora_parameters(copied)))
             gradients = [
-                total + part.to(dtype) / world
-                for total, part in zip(gradients, parts, strict=True)
+                total + part.to(dtype) / world for total, part in zip(gradients, parts, strict=True)
             ]
         for parameter, gradient in zip(lora_parameters(model), gradients, strict=True):
             parameter.grad = gradient
