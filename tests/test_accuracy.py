@@ -1,4 +1,4 @@
-"""Values and every gradient against fp64, bounded by what unfused torch itself loses."""
+"""The reference's values and gradients against fp64, bounded by what unfused torch itself loses."""
 
 import math
 from contextlib import contextmanager
@@ -9,11 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import lora_add, lora_linear
+from lora_kernels import _env, lora_add, lora_linear
 from lora_kernels.backends import blocked
 
 HALF = (torch.bfloat16, torch.float16)
 SIZES = (1, 2, 3, 8, 17, 64, 127, 129)
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    """The other backends have such tests of their own."""
+    monkeypatch.setattr(_env, "BACKEND", "reference")
 
 
 @contextmanager
