@@ -76,6 +76,8 @@ def geometric_means(found: list[dict[str, float]]) -> dict[str, float]:
         ("shrink_gemm", HOPPER),
         ("dual", AMPERE),
         ("decode", HOPPER),
+        ("flag", AMPERE),
+        ("flag", HOPPER),
     ],
 )
 def test_linear_and_gradients(monkeypatch, plan, target):

@@ -6,7 +6,7 @@ array's memory, whether they read or write it; that a GEMM reads tiles again is 
 
 import pytest
 import torch
-from interpreted import Case, Problem
+from interpreted import Case, Problem, serves
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lora_kernels import _env
@@ -15,7 +15,7 @@ from lora_kernels.backends import triton as backend
 from lora_kernels.backends.triton.launch import Target, assume, intercept
 
 F16, F32 = torch.float16, torch.float32
-ONE_LAUNCH = ("decode", "dual")
+ONE_LAUNCH = ("decode", "dual", "flag")
 
 
 class _Aten(TorchDispatchMode):
@@ -86,11 +86,16 @@ def backward(problem: Problem) -> dict[str, torch.Tensor]:
         ("dual", 16, F16, 2),
         ("dual", 24, F32, 3),
         ("decode", 16, F16, 2),
+        ("flag", 16, F16, 2),
+        ("flag", 64, F16, 3),
     ],
 )
 def test_fused_plans(monkeypatch, plan, r, dtype, p, arch, reads_of_dy):
     monkeypatch.setattr(_env, "PLAN", plan)
-    problem = Problem(Case(48, 136, 72, r, dtype, p=p, bias=True))
+    case = Case(48, 136, 72, r, dtype, p=p, bias=True)
+    if not serves(plan, case):
+        pytest.skip("the plan does not serve this call")
+    problem = Problem(case)
     with assume(Target(arch, 3)):
         touched = kernels_touching(lambda: forward(problem))
         counts = {name: len(kernels) for name, kernels in touched.items()}

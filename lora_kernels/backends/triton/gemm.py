@@ -169,7 +169,7 @@ def gemm_tma_kernel(
         )  # fmt: skip
 
 
-def _has_tma_rows(matrix: Tensor) -> bool:
+def has_tma_rows(matrix: Tensor) -> bool:
     """Whether a TMA descriptor may describe the matrix: unit stride, rows and base on 16 bytes."""
     unit = 16 // matrix.element_size()
     return (
@@ -200,9 +200,9 @@ def gemm(
     tma = (
         device.arch >= 90
         and x.element_size() == 2
-        and _has_tma_rows(x)
-        and _has_tma_rows(stored)
-        and _has_tma_rows(out)
+        and has_tma_rows(x)
+        and has_tma_rows(stored)
+        and has_tma_rows(out)
     )
     aligned = tma or (tiles.vectorises(x) and tiles.vectorises(mat))
     tile = tiles.replaced(tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma), fields)
