@@ -31,13 +31,13 @@ def tile_pointers(ptr, rows, cols, stride_r, stride_c):
 @triton.jit
 def load_tile(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols):
     """The tile rows x cols of a [n_rows, n_cols] matrix, zero outside it."""
-    return load_tile_hinted(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, "")
+    return load_tile_hinted(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, "", "")
 
 
 @triton.jit
 def load_tile_hinted(
     ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, EVICTION: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """`load_tile` with an eviction policy and a cache modifier."""
     inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)

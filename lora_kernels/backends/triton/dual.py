@@ -40,9 +40,9 @@ def dual_kernel(
     low = tl.zeros((R, BM), tl.float32)
     for i in range(loop_steps(K, BK)):
         ks = i * BK + tl.arange(0, BK)
-        w_tile = load_tile_hinted(weight, cols, ks, stride_wn, stride_wk, N, K, "evict_first")
-        x_tile = load_tile_hinted(x, rows, ks, stride_xm, stride_xk, M, K, "evict_last")
-        a_tile = load_tile_hinted(a, rank, ks, stride_ar, stride_ak, r, K, "evict_last")
+        w_tile = load_tile_hinted(weight, cols, ks, stride_wn, stride_wk, N, K, "evict_first", "")
+        x_tile = load_tile_hinted(x, rows, ks, stride_xm, stride_xk, M, K, "evict_last", "")
+        a_tile = load_tile_hinted(a, rank, ks, stride_ar, stride_ak, r, K, "evict_last", "")
         acc = tl.dot(w_tile, x_tile.T, acc, input_precision=PRECISION)
         if DROP:
             x_tile = tl.where(keep_tile(seed, rows, i * BK, threshold, BK), x_tile, 0.0)

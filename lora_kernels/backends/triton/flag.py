@@ -124,7 +124,9 @@ def flag(
         and x.element_size() == 2
         and all(has_tma_rows(matrix) for matrix in (x, weight, a, y))
     )
-    tile = tiles.replaced(tiles.flag(device, x.dtype, M, N, r, tma), fields)
+    tile = tiles.flag(device, x.dtype, M, N, r, tma)
+    if tma:
+        tile = tiles.replaced(tile, fields)
     rows, columns = triton.cdiv(M, tile.bm), triton.cdiv(N, tile.bn)
     # Cleared by a kernel of its own in this stream, so that a graph replay finds zeros too.
     flags = torch.zeros(rows + 1, dtype=torch.int32, device=x.device)

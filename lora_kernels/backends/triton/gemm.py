@@ -205,7 +205,9 @@ def gemm(
         and has_tma_rows(out)
     )
     aligned = tma or (tiles.vectorises(x) and tiles.vectorises(mat))
-    tile = tiles.replaced(tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma), fields)
+    tile = tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma)
+    if tma or device.arch < 90:  # elsewhere the pointer version has to stand in
+        tile = tiles.replaced(tile, fields)
     R = tiles.gemm_rank(device, x.dtype, r, drop)
     shape = {
         "R": R,

@@ -186,7 +186,7 @@ def flag(target: Target, dtype: torch.dtype, M: int, N: int, r: int, tma: bool) 
     if M <= 64:
         return GemmTile(_row_block(M, 64), 64, 64, 3, 4)
     if r > 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
-        return GemmTile(128, 128, 64, 3, 8)
+        return GemmTile(128, 128, 64, 3, 8, strips=2)
     return GemmTile(128, 256, 64, 3, 8, strips=2)
 
 
@@ -194,7 +194,8 @@ def _splits(extent: int) -> Iterator[dict[str, int]]:
     return ({"split": split} for split in (1, 2, 4, 8) if extent >= 512 * split)
 
 
-def _gemm_tiles(target: Target, M: int) -> tuple[GemmTile, ...]:
+def _gemm_tiles(target: Target, M: int, masked: bool) -> tuple[GemmTile, ...]:
+    """A masked term needs registers of its own, a strip of columns at a time."""
     if M <= 64:
         return tuple(GemmTile(_row_block(M, 64), bn, 64, 4, 4) for bn in (64, 128))
     few = (GemmTile(64, 128, 64, 4, 4),)
@@ -203,12 +204,13 @@ def _gemm_tiles(target: Target, M: int) -> tuple[GemmTile, ...]:
         return (
             few if M <= 512 else (GemmTile(128, 128, 32, 4, 8), GemmTile(128, 128, 64, 3, 8), *few)
         )
-    few += (GemmTile(64, 128, 64, 5, 4), GemmTile(64, 256, 64, 4, 4, 4))
-    square = (GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
-    if M <= 512:
-        return few + square
+    few += (GemmTile(64, 128, 64, 5, 4), GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
     wide = (GemmTile(128, 256, 64, 3, 8, 2), GemmTile(128, 256, 64, 4, 8, 4))
-    return (*wide, GemmTile(256, 128, 64, 3, 8, 2), *square, GemmTile(128, 128, 64, 5, 4, 2), *few)
+    if masked:
+        return few if M <= 512 else wide + few
+    few += (GemmTile(64, 256, 64, 4, 4, 4),)
+    wide += (GemmTile(256, 128, 64, 3, 8, 2), GemmTile(128, 128, 64, 5, 4, 2))
+    return few if M <= 512 else wide + few
 
 
 def _dual_tiles(target: Target, M: int) -> tuple[GemmTile, ...]:
@@ -225,14 +227,14 @@ def _flag_tiles(target: Target, M: int, r: int) -> tuple[GemmTile, ...]:
     if target.arch < 90 or M <= 64:
         return ()
     wide = () if r > 64 else (GemmTile(128, 256, 64, 3, 8, 2),)
-    return (*wide, GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
+    return (*wide, GemmTile(128, 128, 64, 3, 8, 2), GemmTile(128, 128, 64, 4, 8, 2))
 
 
 def _variants(launch: str, call: Call, target: Target) -> Iterator[dict[str, int]]:
     """Fields worth timing for one launch of an aligned 16-bit call, beside the analytic tile."""
     if launch in ("gemm", "dx"):
-        for tile in _gemm_tiles(target, call.M):
-            masked = call.dropout and launch == "dx"
+        masked = call.dropout and launch == "dx"
+        for tile in _gemm_tiles(target, call.M, masked):
             yield (tile._replace(strips=tile.bn // 64) if masked else tile)._asdict()
     elif launch == "dual":
         yield from (tile._asdict() for tile in _dual_tiles(target, call.M))
@@ -242,10 +244,10 @@ def _variants(launch: str, call: Call, target: Target) -> Iterator[dict[str, int
         yield from ({"bn": 64}, {"bm": 32}, {"bm": 128, "warps": 8})
     elif launch == "ds_db":
         yield from _splits(call.N)
-        yield from ({"bm": 64}, {"bm": 64, "bk": 128})
+        yield {"bm": 64}
     elif launch in ("da", "db"):
         yield from _splits(call.M)
-        yield from ({"bm": 128, "bk": 64}, {"bm": 32})
+        yield {"bm": 128, "bk": 64}
     else:
         yield from _splits(call.N if launch == "ds" else call.K)
         yield from ({"bm": 32}, {"bk": 64})
