@@ -78,7 +78,7 @@ def dual(
     y, s = x.new_empty(M, N), x.new_empty((M, r) if save_s else 0)
     drop = dropout is not None
     launch(
-        dual_kernel, (triton.cdiv(N, tile.bn), triton.cdiv(M, tile.bm)),
+        dual_kernel, (tiles.cdiv(N, tile.bn), tiles.cdiv(M, tile.bm)),
         x, weight, a, b, None if bias is None else bias.contiguous(), s if save_s else None, y,
         dropout.seed if drop else None, M, N, K, r, scale * dropout.scale if drop else scale,
         dropout.threshold if drop else 0,

@@ -127,7 +127,7 @@ def flag(
     tile = tiles.flag(device, x.dtype, M, N, r, tma)
     if tma:
         tile = tiles.replaced(tile, fields)
-    rows, columns = triton.cdiv(M, tile.bm), triton.cdiv(N, tile.bn)
+    rows, columns = tiles.cdiv(M, tile.bm), tiles.cdiv(N, tile.bn)
     # Cleared by a kernel of its own in this stream, so that a graph replay finds zeros too.
     flags = torch.zeros(rows + 1, dtype=torch.int32, device=x.device)
     launch(

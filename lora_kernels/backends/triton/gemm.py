@@ -211,7 +211,7 @@ def gemm(
     R = tiles.gemm_rank(device, x.dtype, r, drop)
     shape = {
         "R": R,
-        "RANKS": triton.cdiv(r, R),
+        "RANKS": tiles.cdiv(r, R),
         "BM": tile.bm,
         "BN": tile.bn,
         "BK": tile.bk,
@@ -221,7 +221,7 @@ def gemm(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    programs = triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn)
+    programs = tiles.cdiv(M, tile.bm) * tiles.cdiv(N, tile.bn)
     values = (
         x, mat, low, low_mat, None if bias is None else bias.contiguous(), out,
         dropout.seed if drop else None, M, N, K, r,

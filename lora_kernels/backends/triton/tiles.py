@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from lora_kernels._env import PLANS
 from lora_kernels.backends.plans import Call, refusal
 from lora_kernels.backends.triton.launch import Target
 
+_remembered = lru_cache(maxsize=4096)
 ACCUMULATOR = torch.float32
 Fields = Mapping[str, int] | None
 
@@ -47,6 +48,17 @@ class GemmTile(NamedTuple):
 
 
 Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile)
+
+
+# Triton's own of these two take microseconds from Python, and every launch needs several.
+
+
+def cdiv(extent: int, block: int) -> int:
+    return -(extent // -block)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def replaced(tile: Tile, fields: Fields) -> Tile:
@@ -89,6 +101,7 @@ def _is_wide(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+@_remembered
 def shrink(
     target: Target, dtype: torch.dtype, M: int, K: int, r: int, aligned: bool
 ) -> LowRankTile:
@@ -98,6 +111,7 @@ def shrink(
     return LowRankTile(bm, bk, R, split, 8 if R == 128 else 4, 4)
 
 
+@_remembered
 def expand(target: Target, dtype: torch.dtype, M: int, r: int) -> ExpandTile:
     bn = 64 if _is_wide(dtype) else 128
     return ExpandTile(_row_block(M, 64), bn, rank_block(dtype, r, 64), 4, 1)
@@ -109,6 +123,7 @@ def fuses_ds_db(dtype: torch.dtype, r: int) -> bool:
     return r < 64 and r <= rank_block(dtype, r)
 
 
+@_remembered
 def ds_db(target: Target, dtype: torch.dtype, M: int, N: int, r: int) -> LowRankTile:
     bm = _row_block(M, 32 if _is_wide(dtype) else 128)
     bn = 32 if _is_wide(dtype) else 64
@@ -116,6 +131,7 @@ def ds_db(target: Target, dtype: torch.dtype, M: int, N: int, r: int) -> LowRank
     return LowRankTile(bm, bn, rank_block(dtype, r), split, 4, 4)
 
 
+@_remembered
 def tall(target: Target, dtype: torch.dtype, M: int, C: int, r: int) -> LowRankTile:
     R = rank_block(dtype, r)
     bm, bc = (32, 64) if _is_wide(dtype) else (64, 128)
@@ -131,6 +147,7 @@ def gemm_rank(target: Target, dtype: torch.dtype, r: int, drop: bool) -> int:
     return rank_block(dtype, r, 32 if drop or target.arch < 90 else 64)
 
 
+@_remembered
 def gemm(
     target: Target,
     dtype: torch.dtype,
@@ -147,7 +164,7 @@ def gemm(
     elif not aligned:
         tile = GemmTile(_row_block(M, 64), 64, 32, 3, 4)
     elif M <= 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
-        tile = GemmTile(_row_block(M, 64), 128, 64, 4, 4)
+        tile = GemmTile(_row_block(M, 64), 64 if drop and target.arch >= 100 else 128, 64, 4, 4)
     elif tma:
         tile = GemmTile(128, 256, 64, 3, 8, strips=2)
     elif target.arch >= 90:
@@ -162,6 +179,7 @@ def dual_rank(r: int) -> int:
     return max(16, next_power_of_2(r))
 
 
+@_remembered
 def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> GemmTile:
     """For few rows, column tiles that give every SM one; else square tiles."""
     R = dual_rank(r)
@@ -177,6 +195,7 @@ def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bo
     return GemmTile(64, 64, 64 if R <= 64 else 32, 3, 4)
 
 
+@_remembered
 def flag(target: Target, dtype: torch.dtype, M: int, N: int, r: int, tma: bool) -> GemmTile:
     """Room for the second accumulator, which the tiles of column 0 need."""
     if _is_wide(dtype):
@@ -186,7 +205,7 @@ def flag(target: Target, dtype: torch.dtype, M: int, N: int, r: int, tma: bool) 
     if M <= 64:
         return GemmTile(_row_block(M, 64), 64, 64, 3, 4)
     if r > 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
-        return GemmTile(128, 128, 64, 3, 8, strips=2)
+        return GemmTile(128, 128, 64, 4, 8, strips=2)
     return GemmTile(128, 256, 64, 3, 8, strips=2)
 
 
@@ -194,30 +213,32 @@ def _splits(extent: int) -> Iterator[dict[str, int]]:
     return ({"split": split} for split in (1, 2, 4, 8) if extent >= 512 * split)
 
 
-def _gemm_tiles(target: Target, M: int, masked: bool) -> tuple[GemmTile, ...]:
-    """A masked term needs registers of its own, a strip of columns at a time."""
+def _gemm_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]:
+    """Configurations of an aligned 16-bit GEMM, widest first. A masked term needs registers of its
+    own and leaves room for fewer of them."""
     if M <= 64:
-        return tuple(GemmTile(_row_block(M, 64), bn, 64, 4, 4) for bn in (64, 128))
-    few = (GemmTile(64, 128, 64, 4, 4),)
+        tiles = tuple(GemmTile(_row_block(M, 64), bn, 64, 4, 4) for bn in (64, 128))
+        return tiles[:1] if masked else tiles
     if target.arch < 90:
-        few += (GemmTile(128, 64, 32, 4, 8),)
+        few = (GemmTile(64, 128, 64, 4, 4), GemmTile(128, 64, 32, 4, 8))
         return (
             few if M <= 512 else (GemmTile(128, 128, 32, 4, 8), GemmTile(128, 128, 64, 3, 8), *few)
         )
-    few += (GemmTile(64, 128, 64, 5, 4), GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
+    few = (GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
     wide = (GemmTile(128, 256, 64, 3, 8, 2), GemmTile(128, 256, 64, 4, 8, 4))
-    if masked:
-        return few if M <= 512 else wide + few
-    few += (GemmTile(64, 256, 64, 4, 4, 4),)
-    wide += (GemmTile(256, 128, 64, 3, 8, 2), GemmTile(128, 128, 64, 5, 4, 2))
+    if not masked:
+        few += (GemmTile(64, 128, 64, 4, 4), GemmTile(64, 128, 64, 5, 4))
+        few += (GemmTile(64, 256, 64, 4, 4, 4),) if r <= 64 else ()
+        wide += (GemmTile(256, 128, 64, 3, 8, 2), GemmTile(128, 128, 64, 5, 4, 2))
     return few if M <= 512 else wide + few
 
 
-def _dual_tiles(target: Target, M: int) -> tuple[GemmTile, ...]:
+def _dual_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]:
     if M <= 16:
-        return (GemmTile(16, 32, 256, 4, 4), GemmTile(16, 64, 128, 5, 4))
+        deep = (GemmTile(16, 32, 256, 4, 4),) if r <= 32 else ()
+        return (*deep, GemmTile(16, 64, 128, 5, 4)) if r <= 64 else ()
     if M <= 64:
-        return (GemmTile(64, 64, 128, 4, 4), GemmTile(64, 32, 128, 4, 4))
+        return () if masked or r > 64 else (GemmTile(64, 64, 128, 4, 4),)
     if target.arch < 90:
         return ()
     return (GemmTile(128, 128, 64, 4, 8), GemmTile(128, 256, 64, 3, 8))
@@ -227,17 +248,18 @@ def _flag_tiles(target: Target, M: int, r: int) -> tuple[GemmTile, ...]:
     if target.arch < 90 or M <= 64:
         return ()
     wide = () if r > 64 else (GemmTile(128, 256, 64, 3, 8, 2),)
-    return (*wide, GemmTile(128, 128, 64, 3, 8, 2), GemmTile(128, 128, 64, 4, 8, 2))
+    return (*wide, GemmTile(128, 128, 64, 4, 8, 2), GemmTile(64, 128, 64, 3, 4, 2))
 
 
 def _variants(launch: str, call: Call, target: Target) -> Iterator[dict[str, int]]:
     """Fields worth timing for one launch of an aligned 16-bit call, beside the analytic tile."""
     if launch in ("gemm", "dx"):
         masked = call.dropout and launch == "dx"
-        for tile in _gemm_tiles(target, call.M, masked):
+        for tile in _gemm_tiles(target, call.M, call.r, masked):
             yield (tile._replace(strips=tile.bn // 64) if masked else tile)._asdict()
     elif launch == "dual":
-        yield from (tile._asdict() for tile in _dual_tiles(target, call.M))
+        listed = _dual_tiles(target, call.M, call.r, call.dropout)
+        yield from (tile._asdict() for tile in listed)
     elif launch == "flag":
         yield from (tile._asdict() for tile in _flag_tiles(target, call.M, call.r))
     elif launch in ("expand", "expand_dx"):
