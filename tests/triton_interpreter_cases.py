@@ -15,7 +15,7 @@ from lora_kernels import _env
 from lora_kernels.backends import choose, reference
 from lora_kernels.backends import triton as backend
 from lora_kernels.backends.dropout import keep_mask, keep_scale
-from lora_kernels.backends.triton.launch import Target, assume
+from lora_kernels.backends.triton.launch import Target, assume, intercept
 
 AMPERE, HOPPER = Target(80, 2), Target(90, 3)  # pointers; TMA descriptors where operands allow
 F32 = torch.float32
@@ -190,6 +190,51 @@ def test_empty_batch():
     assert not outputs["da"].any()
     assert not outputs["db"].any()
     assert problem.add(torch.empty(0, 24).half())["y"].shape == (0, 24)
+
+
+def kernels_of(run) -> set[tuple]:
+    """What has to be compiled for a call: kernels, dtypes and constants."""
+    found = set()
+
+    def record(kernel, grid, args, meta, launch) -> None:
+        kinds = tuple(getattr(arg, "dtype", None) for arg in args)
+        found.add((kernel.fn.__name__, kinds, tuple(sorted(meta.items()))))
+        launch()
+
+    with intercept(record):
+        run()
+    return found
+
+
+def test_warmup_compiles_what_calls_need():
+    """Once for equal layers, not for merged ones; torch's state is as before."""
+
+    def layer(N: int, **options) -> lora_kernels.FusedLoRALinear:
+        return lora_kernels.FusedLoRALinear(72, N, 8, dtype=torch.float16, **options)
+
+    layers = [layer(40), layer(40), layer(40, dropout=0.1), layer(24, bias=False), layer(56)]
+    model = torch.nn.Sequential(*layers)
+    layers[-1].merge()
+    before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    made = []
+    compiled = kernels_of(lambda: made.append(lora_kernels.warmup(model, (3, 40))))
+    assert made == [3 * 2 * 2]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert lora_kernels.warmup(layers[3], 40, backward=False) == 1
+
+    def train_and_infer() -> None:
+        for one in layers[:-1]:
+            x = torch.randn(40, 72).half().requires_grad_()
+            one.requires_grad_(False)
+            one.lora_A.requires_grad_()
+            one.lora_B.requires_grad_()
+            one.train()(x).sum().backward()
+            with torch.no_grad():
+                one.eval()(x)
+
+    assert kernels_of(train_and_infer) <= compiled
 
 
 def test_forced_backend_refuses_what_it_cannot_serve():
