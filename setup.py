@@ -1,8 +1,7 @@
 """Builds what this machine can build of csrc/ and says so, one line a part.
 
-LORA_KERNELS_BUILD_CPU   auto (default): built when there is a C++ compiler; 0: left out; 1: demanded,
-                         so that the installation fails without it.
-MAX_JOBS                 how many files are compiled at a time.
+LORA_KERNELS_BUILD_CPU: auto (default) builds where there is a C++ compiler, 0 leaves it out, 1
+demands it and fails without. MAX_JOBS: how many files are compiled at a time.
 """
 
 import os
@@ -56,12 +55,13 @@ def extensions() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
-        def build_extension(self, extension) -> None:
+        def run(self) -> None:
             try:
-                super().build_extension(extension)
+                super().run()
             except Exception as error:
-                if not extension.optional:
+                if wanted == "1":
                     raise
+                self.extensions = []
                 say("CPU", f"skipped, the build failed: {error}")
             else:
                 say("CPU", f"built with {compiler()}")
@@ -71,7 +71,6 @@ def extensions() -> dict:
         SOURCES,
         extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", TARGET],
         py_limited_api=True,
-        optional=wanted != "1",
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

@@ -1,10 +1,9 @@
-"""What the compiled CPU kernels gain: frozen layer, PEFT, the ATen path and the native path, forward
-+ backward, interleaved in one process.
+"""What the compiled CPU kernels gain: frozen layer, PEFT, ours by ATen calls, ours (fwd + bwd).
 
     python benchmarks/native.py --out benchmarks/results/native-cpu.json
 
-Every round times every peer once, in turn; a ratio is the median over the rounds of a peer's time
-over the frozen layer's in the same round. Each peer is checked against fp64 before anything is timed.
+Rounds, ratios and the check before them are those of `layer.py`. `--forced` times the kernels also
+where the library hands a call back to ATen, and `--isa` older instruction sets than this CPU's.
 """
 
 import argparse
@@ -14,54 +13,105 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from layer import DTYPES, FROZEN, OURS, PEFT, check, measure, peers, rows_of
+from layer import DTYPES, OURS, check, measure, peers, rows_of
 from machine import machine, machine_line
 from torch import Tensor, nn
 
-from lora_kernels import _env, backends
+from lora_kernels import _env
+from lora_kernels.backends import native
 from lora_kernels.backends.native import extension
 
 # (M, K, N, r)
 SHAPES = [
     (1024, 2048, 2048, 16),
     (4096, 768, 768, 8),
-    (64, 2048, 2048, 16),
-    (256, 2048, 2048, 16),
     (1024, 2048, 2048, 64),
-    (1024, 2048, 8192, 16),
-    (512, 768, 3072, 8),
+    (64, 2048, 2048, 16),
+    (16, 2048, 2048, 16),
 ]
-ATEN, NATIVE = f"{OURS}, ATen", f"{OURS}, native"
 
 
 @contextmanager
-def backend(name: str):
-    """The backend of every call inside, forward and backward."""
-    before = _env.BACKEND
-    _env.BACKEND = name
+def backend(name: str | None):
+    before, _env.BACKEND = _env.BACKEND, name
     try:
         yield
     finally:
         _env.BACKEND = before
 
 
+class _Enter(torch.autograd.Function):
+    """Passes x on; its backward, the last of a layer's, gives the backend back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, restore: str | None) -> Tensor:
+        ctx.restore = restore
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor):
+        _env.BACKEND = ctx.restore
+        return dx, None
+
+
 class On(nn.Module):
     """A layer whose forward and backward run on one backend."""
 
-    def __init__(self, layer: nn.Module, name: str) -> None:
+    def __init__(self, layer: nn.Module, name: str | None) -> None:
         super().__init__()
         self.layer, self.name = layer, name
 
-    @property
-    def scaling(self) -> float:
-        return self.layer.scaling
-
-    def __getattr__(self, name: str):
-        return getattr(super().__getattr__("layer"), name) if name[0] != "_" else super().__getattr__(name)
-
     def forward(self, x: Tensor) -> Tensor:
+        x = _Enter.apply(x, _env.BACKEND)
+        _env.BACKEND = self.name
         return self.layer(x)
 
 
 def main() -> None:
-    raise SystemExit("wip")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="result file (JSON)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--seconds", type=float, default=8, help="time box of one case")
+    parser.add_argument("--rounds", type=int, nargs=2, default=(3, 200), metavar=("MIN", "MAX"))
+    parser.add_argument("--scale", type=int, default=1, help="divides M, K and N (for a smoke run)")
+    parser.add_argument("--forced", action="store_true", help="the kernels serve every call")
+    parser.add_argument("--isa", choices=extension.ISA_NAMES, help="this instruction set")
+    args = parser.parse_args()
+    if not extension.available():
+        raise SystemExit(f"the compiled extension is not there: {extension.status()}")
+    if args.isa:
+        isa = min(extension.ISA_NAMES.index(args.isa), extension.best_isa())
+        native.best_isa = lambda: isa
+    kernels = "native" if args.forced else None
+    info = machine() | {"extension": extension.status()}
+    print(machine_line(info), extension.status(), sep="; ", flush=True)
+    rows = []
+    for dtype in args.dtypes:
+        for dropout in args.dropout:
+            for M, K, N, r in SHAPES:
+                M, K, N = (max(1, size // args.scale) for size in (M, K, N))
+                layers = peers(K, N, r, DTYPES[dtype], dropout)
+                x = torch.randn(M, K).to(DTYPES[dtype]).requires_grad_()
+                dy = torch.randn(M, N).to(DTYPES[dtype])
+                ours = layers.pop(OURS)
+                aten = copy.deepcopy(ours)
+                for name, layer in (("reference", aten), (kernels, ours)):
+                    with backend(name):
+                        check(layers | {OURS: layer}, x, dy)
+                layers |= {"ours, ATen": On(aten, "reference"), "ours": On(ours, kernels)}
+                times = measure(layers, x, dy, args.seconds, args.rounds)
+                case = {"dtype": dtype, "M": M, "K": K, "N": N, "r": r, "dropout": dropout}
+                rows += rows_of(times, case)
+                cells = "".join(
+                    f"  {row['peer']} {row['ratio']:.3f} [{row['p20']:.3f}, {row['p80']:.3f}]"
+                    for row in rows[1 - len(layers) :]
+                )
+                print(f"{dtype} ({M},{K},{N},r={r}) p={dropout}:{cells}", flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

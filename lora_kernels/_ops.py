@@ -1,15 +1,20 @@
 """The contract of the ops on one page: schemas, fakes, autograd, flops. Kernels live in backends/.
 
 All tensors are 2-D here: x [M,K], weight [N,K], lora_a [r,K], lora_b [N,r], bias [N], y and
-base_out [M,N]; seed is an int64 tensor of one element on x's device. s [M,r] and mask are what
-backward needs, of size 0 when it does not: save_s (dB will be asked for) and save_mask are decided
-above autograd, where that is known.
+base_out [M,N]; seed is an int64 tensor on x's device of one element, or of three where x is a part
+of a larger matrix: the seed, then the row and the column (a multiple of 8) of x's first element
+there, which are those of the dropout mask. s [M,r] and mask are what backward needs, of size 0 when
+it does not: save_s (dB will be asked for) and save_mask are decided above autograd, where that is
+known.
 
     s = scaling * drop(x) A^T      y = x W^T + bias + s B^T      lora_add: y = base_out + s B^T
     ds = scaling * dy B            dx = dy W + drop'(ds A)       dA = ds^T drop(x)    dB = dy^T s
 """
 
+import sys
 from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -143,8 +148,15 @@ for _name, _fake in {
 # ----------------------------------------------------------------------------------------- autograd
 
 
+@cache
+def _serve_dtensors() -> None:
+    import_module("lora_kernels.backends.sharded").register(_LIBRARY)
+
+
 def _below_autograd(op, keyset, args):
     """The op past its autograd kernel; keyset is None where no autograd kernel made the call."""
+    if "torch.distributed.tensor" in sys.modules:
+        _serve_dtensors()
     with torch._C._AutoDispatchBelowAutograd():
         if keyset is None:
             return op(*args)

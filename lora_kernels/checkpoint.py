@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_kernels import adapters, targets
 from lora_kernels.adapters import lora_layers
-from lora_kernels.nn import FusedLoRALinear
+from lora_kernels.nn import FusedLoRALinear, copy_whole, is_sharded, whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -36,7 +37,7 @@ def save_adapter(
 
     Each file is replaced atomically, the config last, so an interrupted save leaves the old
     adapter. An adapter started with PiSSA is written relative to the original base, as plain LoRA
-    of rank 2r.
+    of rank 2r. All ranks of a sharded model make the call: it gathers, and rank 0 writes.
 
     Args:
         directory: made if missing.
@@ -67,7 +68,12 @@ def _write(
     for saved in adapters.saved_parameters(model):
         tensors[_PREFIX + saved.name] = saved.trained
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
-    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    sharded = any(map(is_sharded, tensors.values()))
+    tensors = {
+        key: whole(t.detach()).to("cpu", copy=True).contiguous() for key, t in tensors.items()
+    }
+    if sharded and dist.get_rank() != 0:
+        return
     config = _config(model, {name: a.shape[0] for name, (a, _) in factors.items()}, base_model)
     directory.mkdir(parents=True, exist_ok=True)
     replace_atomically(
@@ -160,7 +166,8 @@ def _target_names(model: nn.Module, names: list[str]) -> list[str] | str:
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Reads PEFT's two files into a model: into its LoRA layers, or into a model that has none yet.
 
-    Everything is checked first; on an error nothing in the model has changed.
+    Everything is checked first; on an error nothing in the model has changed. A model that has its
+    LoRA layers may be sharded: every rank reads the files and takes its part.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -205,12 +212,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     guard_save_pretrained(model)
     with torch.no_grad():
         for layer, A, B, alpha, use_rslora in values.values():
-            layer.lora_A.copy_(A)
-            layer.lora_B.copy_(B)
+            copy_whole(layer.lora_A, A)
+            copy_whole(layer.lora_B, B)
             layer.alpha, layer.use_rslora = alpha, use_rslora
             layer.dropout = config.get("lora_dropout") or 0.0
         for name, tensor in saved.items():
-            model.get_parameter(name).copy_(tensor)
+            copy_whole(model.get_parameter(name), tensor)
 
 
 def _read_config(path: Path) -> dict:

@@ -298,7 +298,7 @@ class FusedLoRALinear(nn.Linear):
         if self.pissa_A is None:
             return self.lora_A, self.lora_B
         A, B = (self.lora_A, self.pissa_A), (self.lora_B, -self.pissa_B)
-        return torch.cat(A), torch.cat(B, dim=1)
+        return torch.cat(list(map(whole, A))), torch.cat(list(map(whole, B)), dim=1)
 
     @torch.no_grad()
     def set_adapter(self, A: Tensor, B: Tensor) -> None:
@@ -309,9 +309,14 @@ class FusedLoRALinear(nn.Linear):
         old parameters: `adjust_rank` exchanges them there.
 
         Raises:
-            ValueError: shapes that do not fit. RuntimeError: the layer is merged.
+            ValueError: shapes that do not fit, a sharded layer. RuntimeError: the layer is merged.
         """
         self._require_unmerged("set_adapter")
+        if is_sharded(self.lora_A):
+            raise ValueError(
+                f"lora_A: is sharded, {self.lora_A.placements}; change the rank before"
+                " parallelize_module or fully_shard"
+            )
         rank = A.shape[0] if A.dim() == 2 else 0
         for name, value, shape in (
             ("A", A, (rank, self.in_features)),
@@ -413,6 +418,11 @@ def refusal(linear: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced without changing what it does; None if it can."""
     if is_parametrized(linear):
         return f"has parametrizations on {', '.join(linear.parametrizations)}; remove them first"
+    if is_sharded(linear.weight):
+        return (
+            f"its weight is sharded already, {linear.weight.placements}; give it an adapter before"
+            " parallelize_module or fully_shard"
+        )
     hooks = [
         name
         for name in (
@@ -434,6 +444,28 @@ def refusal(linear: nn.Module) -> str | None:
     if "forward" in vars(linear):
         return "has its forward overridden on the instance; remove that first"
     return None
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, asked without importing what defines it."""
+    return hasattr(tensor, "placements")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered on every rank, which all of them call for; another tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, value: Tensor) -> None:
+    """target.copy_(value) for a value that every rank has whole."""
+    if is_sharded(target):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = target.device_mesh
+        value = value.to(target.device)
+        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    target.copy_(value)
 
 
 @torch.no_grad()

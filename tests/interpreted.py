@@ -51,7 +51,9 @@ class Problem:
         self.b = (torch.randn(N, r) / math.sqrt(r)).to(adapters)
         self.bias = torch.randn(N).to(case.dtype) if case.bias else None
         self.dy = laid_out(M, N, case.layout, case.dtype)
-        self.seed = torch.tensor([-(3 << 40) - case.M]) if case.p else None
+        # Cases with an odd number of rows are parts of a larger matrix.
+        place = [5 * case.M, 8 * case.K] if case.M % 2 else []
+        self.seed = torch.tensor([-(3 << 40) - case.M, *place]) if case.p else None
         self.branch = (SCALING, case.p, self.seed)
 
     def keep(self) -> torch.Tensor | float:

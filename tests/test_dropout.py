@@ -200,3 +200,12 @@ def test_activation_checkpointing(op, reentrant, seed):
     again = backward(lambda: checkpoint(layer, *tensors.values(), use_reentrant=reentrant))
     for expected, got in zip(plain, again, strict=True):
         assert torch.equal(expected, got)
+
+
+def test_a_part_of_x_has_its_part_of_the_mask():
+    whole = dropout.keep_mask(torch.tensor(9), 0, 40, 100, 0.3)
+    for row, column in ((0, 0), (7, 24), (38, 96)):
+        seed = torch.tensor([9, row, column])
+        part = dropout.keep_mask(seed, 0, 40 - row, 100 - column, 0.3)
+        assert torch.equal(part, whole[row:, column:])
+        assert torch.equal(dropout.keep_mask(seed, 1, 39 - row, 4, 0.3), part[1:, :4])

@@ -329,7 +329,6 @@ print(y.sum().item())"""
     [
         ("cutlass", ("ValueError", "LORA_KERNELS_BACKEND", "'cutlass'", "reference", "triton")),
         ("triton", ("RuntimeError", "LORA_KERNELS_BACKEND=triton", "cpu", "CUDA")),
-        ("native", ("RuntimeError", "LORA_KERNELS_BACKEND=native", "cpu", "unset")),
     ],
 )
 def test_a_backend_that_cannot_serve_raises(name, words):

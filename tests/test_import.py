@@ -25,6 +25,7 @@ FLOORS = {
     "checkpoint": 3.2,
     "ahead": 3,
     "convert": 3.3,
+    "distributed": 3.3,
     "recipes": 4,
     "__init__": 4.5,
     "integrations": 5,

@@ -144,11 +144,13 @@ def test_weight_gradient_and_autograd():
     assert error(leaves[1].grad, dw) < 2 * torch.finfo(case.dtype).eps
 
 
-@pytest.mark.parametrize("seed", [0, 2**31 + 5, -1, 0x0123456789ABCDEF])
+@pytest.mark.parametrize(
+    "seed", [[0], [2**31 + 5], [-1], [0x0123456789ABCDEF], [77, 0, 0], [-1, 70_001, 4096]]
+)
 def test_mask_is_the_references(seed):
     """All kernels that drop: each computes ones times the mask."""
     M, K, p = 70, 137, 0.3
-    seed = torch.tensor([seed])
+    seed = torch.tensor(seed)
     kept = keep_mask(seed, 0, M, K, p) * keep_scale(p)
     ones, eye = torch.ones, torch.eye
     _, s, _ = ops.lora_add(ones(M, 1), ones(M, K), eye(K), ones(1, K), 1.0, p, seed, True, False)
@@ -163,10 +165,11 @@ def test_mask_is_the_references(seed):
         assert torch.equal(found, kept.float())
 
 
+@pytest.mark.parametrize("seed", [[77], [77, 150, 264]], ids=("whole", "part"))
 @pytest.mark.parametrize("target", [AMPERE, HOPPER], ids=("sm_80", "sm_90"))
-def test_mask_of_the_fused_gradient(monkeypatch, target):
+def test_mask_of_the_fused_gradient(monkeypatch, target, seed):
     monkeypatch.setattr(_env, "PLAN", "shrink_gemm")
-    M, K, p, seed = 150, 264, 0.3, torch.tensor([77])
+    M, K, p, seed = 150, 264, 0.3, torch.tensor(seed)
     kept = (keep_mask(seed, 0, M, K, p) * keep_scale(p)).half()
     one = torch.ones(8, K).half()
     with assume(target):

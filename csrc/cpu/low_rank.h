@@ -9,9 +9,11 @@ namespace lora {
 
 enum class Type : int { kFloat, kBFloat16, kHalf };
 
+// The mask of rows whose first element is at (row, 8 * block) of the matrix that it is a mask of.
 struct Dropout {
   uint32_t key[2];
   uint32_t threshold;
+  uint32_t row, block;
 };
 
 // A view of rows in the caller's memory; strides in elements.

@@ -9,7 +9,8 @@ static_assert(kRows % kVectors == 0 && kStrip % kTile == 0, "tiles do not fit");
 inline void mask_bits(const Dropout& dropout, uint32_t m, int64_t first, int64_t count,
                       uint8_t* out) {
   for (int64_t block = 0; block < count; block += kPhilox)
-    philox_bits(dropout, static_cast<uint32_t>(first + block), m, out + block);
+    philox_bits(dropout, dropout.block + static_cast<uint32_t>(first + block), dropout.row + m,
+                out + block);
 }
 
 inline uint32_t bits_of(const uint8_t* bits, int64_t column) {

@@ -104,12 +104,21 @@ std::optional<Dropout> dropout_of(int64_t threshold, const std::optional<Tensor>
   STD_TORCH_CHECK(0 <= threshold && threshold < 65536, "threshold: must be in [0, 65536), got ",
                   threshold);
   if (!seed.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "seed: must be an int64 CPU tensor of one element");
-  STD_TORCH_CHECK(rows <= int64_t{1} << 32, "rows: at most 2^32 with dropout, got ", rows);
-  const uint64_t value = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long &&
+                      (seed->numel() == 1 || seed->numel() == 3) && seed->is_contiguous(),
+                  "seed: must be a contiguous int64 CPU tensor of one element or of three");
+  const int64_t* const words = static_cast<const int64_t*>(seed->const_data_ptr());
+  const int64_t row = seed->numel() == 3 ? words[1] : 0, column = seed->numel() == 3 ? words[2] : 0;
+  constexpr int64_t kRowLimit = int64_t{1} << 32;
+  STD_TORCH_CHECK(0 <= row && row < kRowLimit && rows <= kRowLimit - row,
+                  "rows: with dropout they end at 2^32, got ", rows, " from ", row, " on");
+  STD_TORCH_CHECK(column >= 0 && column % 8 == 0 && column / 8 < kRowLimit,
+                  "seed: its column must be a multiple of 8, got ", column);
+  const uint64_t value = static_cast<uint64_t>(words[0]);
   return Dropout{{static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)},
-                 static_cast<uint32_t>(threshold)};
+                 static_cast<uint32_t>(threshold),
+                 static_cast<uint32_t>(row),
+                 static_cast<uint32_t>(column / 8)};
 }
 
 Rows view(const Tensor& t, const char* name) {

@@ -141,19 +141,6 @@ def backward(
     )
 
 
-def accumulate(out: Tensor, rows: Tensor, matrix: Tensor) -> None:
-    """out += rows @ matrix, with the matrix rounded to the dtype of the rows."""
-    if not is_wide(rows):
-        out.addmm_(rows, matrix.to(rows.dtype))
-        return
-    M, N = out.shape
-    for columns in _blocks(N, _step(rows, rows.shape[1])):
-        strip = matrix[:, columns].to(rows.dtype).float()
-        for block in _blocks(M, _step(rows, max(rows.shape[1], strip.shape[1]))):
-            total = out[block, columns].float()
-            out[block, columns] = total.addmm_(rows[block].float(), strip)
-
-
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """dy^T x in the weight's dtype, one strip of its rows after the other."""
     (M, N), K = dy.shape, x.shape[1]

@@ -58,13 +58,16 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor
 def keep_mask(seed: Tensor, first_row: int, rows: int, columns: int, p: float) -> Tensor:
     """Mask [rows, columns] (bool, True = kept) of the rows from `first_row` on.
 
-    `seed` is an int64 tensor with one element; the mask lies on its device. No host
-    synchronisation.
+    `seed` is an int64 tensor of one element, or of three where x is a part of a larger matrix: the
+    seed, then the row and the column (a multiple of 8) of x's first element there. The mask lies on
+    its device. No host synchronisation.
     """
-    seed = seed.reshape(())
     block = torch.arange((columns + 7) // 8, dtype=torch.int64, device=seed.device)
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)
-    words = torch.stack(philox(seed, block[None, :], row[:, None]), dim=-1)
+    if seed.numel() == 3:
+        seed, row_0, column_0 = seed.reshape(3)
+        row, block = row + row_0, block + (column_0 >> 3)
+    words = torch.stack(philox(seed.reshape(()), block[None, :], row[:, None]), dim=-1)
     halves = words.to(torch.int32).view(torch.int16).reshape(rows, -1)[:, :columns]
     # int16 compares as signed: flipping the top bit on both sides gives the unsigned comparison.
     return (halves ^ -32768) >= threshold(p) - 32768

@@ -3,7 +3,8 @@
 Two kernels do all of it: one reads wide rows once and leaves rank-sized results (s; ds and dB; dA),
 the other writes a rank-sized product over a whole output. The base product stays with torch, which
 accumulates into that output. Calls that torch's own calls win, or that the kernels cannot serve, go
-back to `reference`; a forced backend raises for the latter.
+back to `reference`; a forced backend raises for the latter. So do 16-bit products that a CPU
+without instructions for them forms in fp32: there the branch is added before the one rounding.
 """
 
 import torch
@@ -15,12 +16,13 @@ from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.native.extension import best_isa
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MIN_ROWS = 64
+# Without dropout torch's own calls win below so many rows, and with 16-bit matrix instructions.
+_MIN_ROWS = 128
 
 _ops = torch.ops.lora_kernels
 
 
-def _serves(rows: Tensor, width: int) -> bool:
+def _serves(rows: Tensor, width: int, dropout_p: float) -> bool:
     """Whether the kernels take a call with these rows [M,C] and an output of `width` columns."""
     forced = _env.BACKEND == "native"
     if rows.dtype not in _DTYPES:
@@ -32,7 +34,9 @@ def _serves(rows: Tensor, width: int) -> bool:
         return False
     if rows.numel() == 0 or width == 0:
         return False
-    return forced or rows.shape[0] >= _MIN_ROWS
+    if forced or dropout_p:
+        return True
+    return rows.dtype == torch.float32 and rows.shape[0] >= _MIN_ROWS and best_isa() > 0
 
 
 def _shrink(
@@ -83,14 +87,14 @@ def lora_linear(
     save_s: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _serves(x, weight.shape[0]):
+    if blocked.is_wide(x) or not _serves(x, weight.shape[0], dropout_p):
         return reference.lora_linear(
             x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask
         )
     s = _shrink(x, lora_a, scaling, dropout_p, seed)
     y = x.new_empty(x.shape[0], weight.shape[0])
     _expand(s, lora_b.t(), y, bias=None if bias is None else bias.to(x.dtype))
-    blocked.accumulate(y, x, weight.t())
+    y.addmm_(x, weight.t().to(x.dtype))
     return y, s if save_s else x.new_empty(0), x.new_empty(0)
 
 
@@ -103,7 +107,7 @@ def lora_add_(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    if not _serves(x, base_out.shape[1]):
+    if not _serves(x, base_out.shape[1], dropout_p):
         return reference.lora_add_(base_out, x, lora_a, lora_b, scaling, dropout_p, seed)
     s = _shrink(x, lora_a, scaling, dropout_p, seed)
     if base_out.stride(1) == 1:
@@ -125,7 +129,7 @@ def lora_add(
     save_s: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _serves(x, base_out.shape[1]):
+    if not _serves(x, base_out.shape[1], dropout_p):
         return reference.lora_add(
             base_out, x, lora_a, lora_b, scaling, dropout_p, seed, save_s, save_mask
         )
@@ -151,7 +155,7 @@ def lora_linear_backward(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _serves(dy, lora_a.shape[1]):
+    if blocked.is_wide(dy) or not _serves(dy, lora_a.shape[1], dropout_p):
         return reference.lora_linear_backward(
             dy, x, weight, lora_a, lora_b, s, mask, scaling, dropout_p, seed,
             need_x, need_weight, need_a, need_b,
@@ -160,13 +164,8 @@ def lora_linear_backward(
         dy, x, lora_a, lora_b, s, scaling, dropout_p, seed, need_x, need_a, need_b
     )
     if need_x:
-        blocked.accumulate(dx, dy, weight)
-    if not need_weight:
-        dweight = weight.new_empty(0)
-    elif blocked.is_wide(dy):
-        dweight = blocked.weight_gradient(dy, x, weight)
-    else:
-        dweight = torch.mm(dy.t(), x).to(weight.dtype)
+        dx.addmm_(dy, weight.to(dy.dtype))
+    dweight = torch.mm(dy.t(), x).to(weight.dtype) if need_weight else weight.new_empty(0)
     return dx, dweight, d_a, d_b
 
 
@@ -184,7 +183,7 @@ def lora_add_backward(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _serves(dy, lora_a.shape[1]):
+    if not _serves(dy, lora_a.shape[1], dropout_p):
         return reference.lora_add_backward(
             dy, x, lora_a, lora_b, s, mask, scaling, dropout_p, seed, need_x, need_a, need_b
         )

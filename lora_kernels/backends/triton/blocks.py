@@ -54,13 +54,25 @@ def store_tile(ptr, tile, rows, cols, stride_r, stride_c, n_rows, n_cols):
 
 
 @triton.jit
+def load_seed(ptr, DROP: tl.constexpr):
+    """(seed, first row, first block of columns) of x in the mask, from DROP words."""
+    if DROP == 3:
+        row, col = tl.load(ptr + 1).to(tl.int32), tl.load(ptr + 2).to(tl.int32)
+        return tl.load(ptr), row, col // 8
+    else:
+        return tl.load(ptr), 0, 0
+
+
+@triton.jit
 def keep_tile(seed, rows, first_col, threshold, COLS: tl.constexpr):
     """Mask (True = kept) of rows x [first_col, first_col + COLS), defined in backends/dropout.py.
 
     first_col is a multiple of 8. The counters are 32 bits wide; 64-bit ones select another Philox.
     """
-    blocks = first_col // 8 + tl.arange(0, COLS // 8)
-    w0, w1, w2, w3 = tl.philox(seed, blocks[None, :], rows[:, None], 0, 0, n_rounds=7)
+    key, row_0, block_0 = seed
+    blocks = block_0 + first_col // 8 + tl.arange(0, COLS // 8)
+    rows = row_0 + rows
+    w0, w1, w2, w3 = tl.philox(key, blocks[None, :], rows[:, None], 0, 0, n_rounds=7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, (rows.shape[0], COLS)).to(tl.int32) >= threshold

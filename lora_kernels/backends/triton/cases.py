@@ -28,6 +28,7 @@ class Case(NamedTuple):
     dropout: float = 0.0
     bias: bool = False
     transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
+    part: bool = False  # x is a part of a larger matrix: the dropout mask has an offset
     ops: tuple[str, ...] = ("forward", "backward")
     tiles: Tiles = {}  # noqa: RUF012 never changed
 
@@ -39,7 +40,8 @@ class Case(NamedTuple):
             f" {launch}({', '.join(f'{name} {value}' for name, value in tile.items())})"
             for launch, tile in self.tiles.items()
         )
-        return f"{self.plan} {dtype} {shape}{flags}{' strided' * self.transposed}{fields}"
+        flags += f"{' strided' * self.transposed}{' part' * self.part}"
+        return f"{self.plan} {dtype} {shape}{flags}{fields}"
 
 
 SHORT = (Case(bias=True), Case(r=64, dropout=0.1))
@@ -52,6 +54,9 @@ def _defaults() -> Iterator[Case]:
         yield Case(r=r)
         yield Case(r=r, dropout=0.1)
     yield Case(bias=True, dropout=0.1)
+    for plan in ("cublas", "shrink_gemm"):
+        yield Case(plan=plan, dropout=0.1, part=True)
+        yield Case(plan=plan, dropout=0.1, part=True, r=64)
     yield Case(dtype=torch.float16, bias=True)
     yield Case(plan="cublas", dropout=0.1)
     yield Case(plan="cublas", r=128)
@@ -67,6 +72,8 @@ def _defaults() -> Iterator[Case]:
     forward = Case(ops=("forward",))
     for r in (1, 16, 64, 128):
         yield forward._replace(plan="dual", N=1024, r=r, bias=True)
+        if r == 16:
+            yield forward._replace(plan="decode", M=16, r=r, dropout=0.1, part=True)
         if r <= 32:
             yield forward._replace(plan="dual", N=1024, r=r, dropout=0.1)
         decode = forward._replace(plan="decode", r=r)
@@ -100,6 +107,8 @@ def _tuned(target: Target) -> Iterator[Case]:
                             yield case._replace(plan=plan, tiles=fields)
                             if r == 16 and M == 8192:
                                 yield case._replace(plan=plan, tiles=fields, transposed=True)
+                            if dropout and r in (16, 64) and M == 8192:
+                                yield case._replace(plan=plan, tiles=fields, part=True)
 
 
 def cases(target: Target) -> Iterator[Case]:

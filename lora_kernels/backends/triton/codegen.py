@@ -171,7 +171,8 @@ def compile_case(case: Case, arch: int, seen: set[str]) -> list[Kernel]:
     weight = tensor(K, N).t() if case.transposed else tensor(N, K)
     x, dy = (tensor(M, 2 * n)[:, :n] if case.transposed else tensor(M, n) for n in (K, N))
     bias = tensor(1, N)[0] if case.bias else None
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout else None
+    words = 3 if case.part else 1
+    seed = torch.empty(words, dtype=torch.int64, device="meta") if case.dropout else None
     branch = (1.0, case.dropout, seed)
     # Not put back: where there is no GPU, Triton has no driver to return to.
     triton.runtime.driver.set_active(_OfflineDriver(arch))

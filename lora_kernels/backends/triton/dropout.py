@@ -11,7 +11,7 @@ from lora_kernels.backends.dropout import keep_scale, threshold
 
 class Dropout(NamedTuple):
     """The kernels read the seed on the device: no host synchronisation, and a graph replay sees the
-    value of its time."""
+    value of its time. It has three words where x is a part of a larger matrix."""
 
     seed: Tensor
     threshold: int
@@ -20,3 +20,8 @@ class Dropout(NamedTuple):
 
 def of(dropout_p: float, seed: Tensor | None) -> Dropout | None:
     return Dropout(seed, threshold(dropout_p), keep_scale(dropout_p)) if dropout_p else None
+
+
+def words(dropout: Dropout | None) -> int:
+    """How many words of the seed the kernels read, their DROP."""
+    return 0 if dropout is None else dropout.seed.numel()

@@ -13,12 +13,13 @@ from torch import Tensor
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import (
     keep_tile,
+    load_seed,
     load_tile,
     load_tile_hinted,
     loop_steps,
     store_tile,
 )
-from lora_kernels.backends.triton.dropout import Dropout
+from lora_kernels.backends.triton.dropout import Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch, target
 
 
@@ -35,7 +36,7 @@ def dual_kernel(
     col, row = tl.program_id(0) * BN, tl.program_id(1) * BM
     rows, cols, rank = row + tl.arange(0, BM), col + tl.arange(0, BN), tl.arange(0, R)
     if DROP:
-        seed = tl.load(seed_ptr)
+        seed = load_seed(seed_ptr, DROP)
     acc = tl.zeros((BN, BM), tl.float32)
     low = tl.zeros((R, BM), tl.float32)
     for i in range(loop_steps(K, BK)):
@@ -83,7 +84,7 @@ def dual(
         dropout.seed if drop else None, M, N, K, r, scale * dropout.scale if drop else scale,
         dropout.threshold if drop else 0,
         *x.stride(), *weight.stride(), *a.stride(), *b.stride(),
-        R=tiles.dual_rank(r), BM=tile.bm, BN=tile.bn, BK=tile.bk, DROP=drop,
+        R=tiles.dual_rank(r), BM=tile.bm, BN=tile.bn, BK=tile.bk, DROP=words(dropout),
         PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y, s

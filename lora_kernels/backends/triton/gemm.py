@@ -14,11 +14,12 @@ from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import (
     add_low_rank,
     column_halves,
+    load_seed,
     loop_steps,
     store_tile,
     tile_order,
 )
-from lora_kernels.backends.triton.dropout import Dropout
+from lora_kernels.backends.triton.dropout import Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch, target
 
 
@@ -62,7 +63,7 @@ def finish_tile(
     """What follows the reduction loop: low-rank step, bias (rounded to out's dtype), store."""
     seed = 0
     if DROP:
-        seed = tl.load(seed_ptr)
+        seed = load_seed(seed_ptr, DROP)
     else:
         acc = add_low_rank(
             acc, low, low_mat, 0, row, col, M, N, r, scale, threshold, stride_lr, stride_ln,
@@ -217,7 +218,7 @@ def gemm(
         "BK": tile.bk,
         "GROUP": tile.group,
         "STRIPS": tile.strips,
-        "DROP": drop,
+        "DROP": words(dropout),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

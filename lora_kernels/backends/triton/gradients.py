@@ -8,8 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends.triton import tiles
-from lora_kernels.backends.triton.blocks import keep_tile, load_tile, loop_steps, store_tile
-from lora_kernels.backends.triton.dropout import Dropout
+from lora_kernels.backends.triton.blocks import (
+    keep_tile,
+    load_seed,
+    load_tile,
+    loop_steps,
+    store_tile,
+)
+from lora_kernels.backends.triton.dropout import Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch, target
 from lora_kernels.backends.triton.reduce import reduce_partials
 
@@ -78,7 +84,7 @@ def tall_kernel(
     rank = tl.program_id(1) * R + tl.arange(0, R)
     steps = loop_steps(M, BM * SPLIT)
     if DROP:
-        seed = tl.load(seed_ptr)
+        seed = load_seed(seed_ptr, DROP)
     acc = tl.zeros((R, BC), tl.float32)
     for i in range(steps):
         rows = (share * steps + i) * BM + tl.arange(0, BM)
@@ -115,8 +121,8 @@ def tall(
         tall_kernel, (tiles.cdiv(C, tile.bk), tiles.cdiv(r, tile.r), tile.split),
         low, rows, part, dropout.seed if drop else None, M, C, r, scale,
         dropout.threshold if drop else 0, *rows.stride(), stride_r, stride_c,
-        R=tile.r, BM=tile.bm, BC=tile.bk, SPLIT=tile.split, DROP=drop, PRECISION=fp32_precision(),
-        num_warps=tile.warps, num_stages=tile.stages,
+        R=tile.r, BM=tile.bm, BC=tile.bk, SPLIT=tile.split, DROP=words(dropout),
+        PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split:
         reduce_partials((part, out, scale))

@@ -10,11 +10,12 @@ from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import (
     add_low_rank,
     keep_tile,
+    load_seed,
     load_tile,
     loop_steps,
     store_tile,
 )
-from lora_kernels.backends.triton.dropout import Dropout
+from lora_kernels.backends.triton.dropout import Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch, target
 from lora_kernels.backends.triton.reduce import reduce_partials
 
@@ -37,7 +38,7 @@ def shrink_kernel(
     rank = tl.program_id(1) * R + tl.arange(0, R)
     steps = loop_steps(K, BK * SPLIT)
     if DROP:
-        seed = tl.load(seed_ptr)
+        seed = load_seed(seed_ptr, DROP)
     acc = tl.zeros((R, BM), tl.float32)
     for i in range(steps):
         first = (share * steps + i) * BK
@@ -75,8 +76,8 @@ def shrink(
         shrink_kernel, (tiles.cdiv(M, tile.bm), tiles.cdiv(r, tile.r), tile.split),
         x, mat, part, dropout.seed if drop else None, M, K, r, scale,
         dropout.threshold if drop else 0, *x.stride(), *mat.stride(),
-        R=tile.r, BM=tile.bm, BK=tile.bk, SPLIT=tile.split, DROP=drop, PRECISION=fp32_precision(),
-        num_warps=tile.warps, num_stages=tile.stages,
+        R=tile.r, BM=tile.bm, BK=tile.bk, SPLIT=tile.split, DROP=words(dropout),
+        PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split:
         reduce_partials((part, out, scale))
@@ -94,7 +95,7 @@ def expand_kernel(
     row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
-    seed = tl.load(seed_ptr) if DROP else 0
+    seed = load_seed(seed_ptr, DROP) if DROP else 0
     acc = add_low_rank(
         acc, low, mat, seed, row, col, M, N, r, scale, threshold, stride_mr, stride_mc,
         R, RANKS, BM, BN, DROP, PRECISION,
@@ -124,6 +125,6 @@ def expand(
         base, low, mat, out, dropout.seed if drop else None, M, N, r,
         dropout.scale if drop else 1.0, dropout.threshold if drop else 0,
         *(out if base is None else base).stride(), *mat.stride(), *out.stride(),
-        R=tile.r, RANKS=tiles.cdiv(r, tile.r), BM=tile.bm, BN=tile.bn, DROP=drop,
+        R=tile.r, RANKS=tiles.cdiv(r, tile.r), BM=tile.bm, BN=tile.bn, DROP=words(dropout),
         PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,0 +1,93 @@
+"""Tensor parallelism for LoRA layers: styles for `parallelize_module`.
+
+    plan = {"mlp.up_proj": ColwiseParallelLoRA(), "mlp.down_proj": RowwiseParallelLoRA()}
+    parallelize_module(model, mesh, plan)  # after apply_lora, before fully_shard
+
+Torch's own ColwiseParallel and RowwiseParallel give the same results at the cost of gathering
+lora_A (colwise) in every call. Dropout masks go by global rows and columns: where the ranks of the
+mesh draw the same seeds (`torch.manual_seed`), the result is that of one process.
+"""
+
+from typing import ClassVar
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.placement_types import Placement
+
+from lora_kernels.nn import FusedLoRALinear
+
+__all__ = ["ColwiseParallelLoRA", "RowwiseParallelLoRA"]
+
+
+class _ParallelLoRA:
+    _layouts: ClassVar[dict[str, Placement]]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style = type(self).__name__
+        if not isinstance(module, FusedLoRALinear):
+            raise TypeError(
+                f"{style}: expected a FusedLoRALinear, got {type(module).__name__}; call"
+                " apply_lora before parallelize_module"
+            )
+        for name, tensor in self._tensors(module):
+            expected = (self._layouts[name],)
+            if not isinstance(tensor, DTensor):
+                continue
+            if tensor.device_mesh != device_mesh or tensor.placements != expected:
+                raise ValueError(
+                    f"{style}: {name} is sharded already, {tensor.placements} on"
+                    f" {tensor.device_mesh}; expected a plain tensor or {expected} on"
+                    f" {device_mesh}: redistribute it, or parallelize before fully_shard"
+                )
+        return super()._apply(module, device_mesh)
+
+    def _tensors(self, module: FusedLoRALinear):
+        for name in self._layouts:
+            tensor = getattr(module, name)
+            if tensor is not None:
+                yield name, tensor
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        for key, tensor in self._tensors(module):
+            value = distribute_tensor(
+                tensor, device_mesh, [self._layouts[key]], src_data_rank=self.src_data_rank
+            )
+            if isinstance(tensor, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+            setattr(module, key, value)
+
+
+class ColwiseParallelLoRA(_ParallelLoRA, ColwiseParallel):
+    """Splits a `FusedLoRALinear` by output features: weight, bias and lora_B Shard(0), lora_A on
+    every rank.
+
+    Arguments (`input_layouts`, `output_layouts`, `use_local_output`) as of `ColwiseParallel`.
+
+    Raises:
+        TypeError: another kind of module. ValueError: a parameter is sharded in another way
+            already. The module is unchanged then.
+    """
+
+    _layouts: ClassVar = {
+        "weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0),
+        "pissa_A": Replicate(), "pissa_B": Shard(0),
+    }  # fmt: skip
+
+
+class RowwiseParallelLoRA(_ParallelLoRA, RowwiseParallel):
+    """Splits a `FusedLoRALinear` by input features: weight and lora_A Shard(1), bias and lora_B on
+    every rank. The partial sums of base and branch are reduced at once; the bias is added once.
+
+    Arguments (`input_layouts`, `output_layouts`, `use_local_output`) as of `RowwiseParallel`.
+
+    Raises:
+        TypeError: another kind of module. ValueError: a parameter is sharded in another way
+            already. The module is unchanged then.
+    """
+
+    _layouts: ClassVar = {
+        "weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate(),
+        "pissa_A": Shard(1), "pissa_B": Replicate(),
+    }  # fmt: skip
