@@ -12,9 +12,10 @@ from interpreted import NAMES, SCALING, Case, Problem, error, laid_out, ops, ser
 
 import lora_kernels
 from lora_kernels import _env
-from lora_kernels.backends import choose, reference
+from lora_kernels.backends import choose, plans, reference
 from lora_kernels.backends import triton as backend
 from lora_kernels.backends.dropout import keep_mask, keep_scale
+from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.launch import Target, assume, intercept
 
 AMPERE, HOPPER = Target(80, 2), Target(90, 3)  # pointers; TMA descriptors where operands allow
@@ -97,6 +98,40 @@ def test_linear_and_gradients(monkeypatch, plan, target):
     if plan != "cublas":
         assert means["y"] < 1
         assert means["dx"] < 1
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("forward", Case(40, 48, 1024, 16, bias=True)),
+        ("forward", Case(513, 272, 64, 16, bias=True)),
+        ("backward", Case(513, 48, 80, 16, p=0.2)),
+    ],
+)
+def test_candidates_of_a_tuner(op, case):
+    """Whatever tiles a tuned table may name compute the same."""
+    problem = Problem(case)
+    call = plans.Call(op, "float16", *case[:4], case.p > 0)
+    listed = tiles.candidates(call, HOPPER)
+    saved = problem.linear()["s"]
+
+    def compute() -> dict[str, torch.Tensor]:
+        tensors = (problem.x, problem.weight, problem.a, problem.b)
+        if op == "forward":
+            y, _, _ = ops.lora_linear(*tensors, problem.bias, *problem.branch, True, False)
+            return {"y": y}
+        dx, _, da, db = ops.lora_linear_backward(
+            problem.dy, *tensors, saved, saved[:0], *problem.branch, True, False, True, True
+        )
+        return {"dx": dx, "da": da, "db": db}
+
+    with assume(HOPPER):
+        for plan, fields in listed:
+            if fields:
+                with plans.using(plan, fields):
+                    ratios(problem, compute())
+    varied = {launch for _, fields in listed for launch in fields}
+    assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx"})
 
 
 def test_add_and_gradients():

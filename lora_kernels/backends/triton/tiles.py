@@ -47,7 +47,16 @@ class GemmTile(NamedTuple):
     group: int = 8
 
 
-Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile)
+class DualTile(NamedTuple):
+    bm: int
+    bn: int
+    bk: int
+    stages: int
+    warps: int
+    split: int = 1
+
+
+Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile, DualTile)
 
 
 # Triton's own of these two take microseconds from Python, and every launch needs several.
@@ -180,19 +189,19 @@ def dual_rank(r: int) -> int:
 
 
 @_remembered
-def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> GemmTile:
+def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> DualTile:
     """For few rows, column tiles that give every SM one; else square tiles."""
     R = dual_rank(r)
     if _is_wide(dtype):
-        return GemmTile(_row_block(M, 32), 32, 16, 3, 4)
+        return DualTile(_row_block(M, 32), 32, 16, 3, 4)
     if not aligned:
-        return GemmTile(_row_block(M, 64), 32, 64 if R <= 64 else 32, 2, 4)
+        return DualTile(_row_block(M, 64), 32, 64 if R <= 64 else 32, 2, 4)
     if M <= 64:
         bn = 64 if cdiv(N, 64) >= target.sms else 32
-        return GemmTile(_row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
+        return DualTile(_row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
     if target.arch >= 90 and R <= 64:
-        return GemmTile(128, 128, 64, 3, 8)
-    return GemmTile(64, 64, 64 if R <= 64 else 32, 3, 4)
+        return DualTile(128, 128, 64, 3, 8)
+    return DualTile(64, 64, 64 if R <= 64 else 32, 3, 4)
 
 
 @_remembered
@@ -233,15 +242,15 @@ def _gemm_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile,
     return few if M <= 512 else wide + few
 
 
-def _dual_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]:
+def _dual_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[DualTile, ...]:
     if M <= 16:
-        deep = (GemmTile(16, 32, 256, 4, 4),) if r <= 32 else ()
-        return (*deep, GemmTile(16, 64, 128, 5, 4)) if r <= 64 else ()
+        deep = (DualTile(16, 32, 256, 4, 4),) if r <= 32 else ()
+        return (*deep, DualTile(16, 64, 128, 5, 4)) if r <= 64 else ()
     if M <= 64:
-        return () if masked or r > 64 else (GemmTile(64, 64, 128, 4, 4),)
+        return () if masked or r > 64 else (DualTile(64, 64, 128, 4, 4),)
     if target.arch < 90:
         return ()
-    return (GemmTile(128, 128, 64, 4, 8), GemmTile(128, 256, 64, 3, 8))
+    return (DualTile(128, 128, 64, 4, 8), DualTile(128, 256, 64, 3, 8))
 
 
 def _flag_tiles(target: Target, M: int, r: int) -> tuple[GemmTile, ...]:
@@ -260,6 +269,8 @@ def _variants(launch: str, call: Call, target: Target) -> Iterator[dict[str, int
     elif launch == "dual":
         listed = _dual_tiles(target, call.M, call.r, call.dropout)
         yield from (tile._asdict() for tile in listed)
+        if call.M <= 64:
+            yield from ({"split": split} for split in (2, 4) if 512 * split <= call.K)
     elif launch == "flag":
         yield from (tile._asdict() for tile in _flag_tiles(target, call.M, call.r))
     elif launch in ("expand", "expand_dx"):
