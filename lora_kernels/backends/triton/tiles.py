@@ -269,7 +269,7 @@ def _variants(launch: str, call: Call, target: Target) -> Iterator[dict[str, int
     elif launch == "dual":
         listed = _dual_tiles(target, call.M, call.r, call.dropout)
         yield from (tile._asdict() for tile in listed)
-        if call.M <= (16 if call.dropout else 64):
+        if call.M <= 16 or (call.M <= 64 and not call.dropout):
             yield from ({"split": split} for split in (2, 4) if 512 * split <= call.K)
     elif launch == "flag":
         yield from (tile._asdict() for tile in _flag_tiles(target, call.M, call.r))
