@@ -1,6 +1,7 @@
 """LoRA linear layers at the price of the frozen layer: fused kernels behind a drop-in nn.Linear."""
 
 from lora_kernels.adapters import lora_parameters, lora_state_dict
+from lora_kernels.ahead import warmup
 from lora_kernels.checkpoint import load_adapter, save_adapter
 from lora_kernels.convert import (
     LoraReport,
@@ -40,6 +41,7 @@ __all__ = [
     "train_model",
     "unfuse_peft",
     "unmerge_lora",
+    "warmup",
 ]
 
 _NEEDS_PEFT = ("fuse_peft", "register_fused_lora", "unfuse_peft")

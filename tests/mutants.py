@@ -21,6 +21,8 @@ OPS, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
     "backends/blocked.py",
     "backends/reference.py",
 )
+TRITON = "backends/triton/"
+KERNELS = "triton_interpreter"
 
 # name: (file, text that occurs once, what replaces it, test files that should notice)
 MUTANTS = {
@@ -70,6 +72,17 @@ MUTANTS = {
     "bias dropped with few rows": (REFERENCE, "torch.addmm(bias[:, None], weight, x_t)", "torch.mm(weight, x_t)", "ops accuracy"),
     "op past autograd keeps no graph": (OPS, "return _FUNCTIONS[name].apply(op, None, *args)", "return _below_autograd(op, None, args)[0]", "ops"),
     "whole dropped copy": (BLOCKED, "return max(1, budget // (4 * width))", "return 1 << 40", "ops"),
+    "triton: scale dropped in s": (TRITON + "low_rank.py", "store_tile(out, acc * scale, rank, rows, 1, r, r, M)", "store_tile(out, acc, rank, rows, 1, r, r, M)", KERNELS),
+    "triton: scaling dropped in ds": (TRITON + "gradients.py", "(part_ds, ds, scaling)", "(part_ds, ds, 1.0)", KERNELS),
+    "triton: a row tile missing in dB": (TRITON + "gradients.py", "part_db += tile.to(tl.int64) * N * r", "part_db += 0 * tile.to(tl.int64)", KERNELS),
+    "triton: mask not applied in dx": (TRITON + "blocks.py", "tl.where(keep, term * scale, 0.0)", "term * scale", KERNELS),
+    "triton: mask not applied in dA": (TRITON + "gradients.py", "tl.where(keep_tile(seed, rows, col, threshold, BC), tile, 0.0)", "tile", KERNELS),
+    "triton: place in the mask ignored": (TRITON + "blocks.py", "rows = row_0 + rows", "rows = rows + 0 * row_0", KERNELS),
+    "triton: last column of the reduction lost": (TRITON + "gemm.py", "x_values = tl.load(x_tile, mask=ks[None, :] < left,", "x_values = tl.load(x_tile, mask=ks[None, :] < left - 1,", KERNELS),
+    "triton: last partial sum lost": (TRITON + "reduce.py", "(index[:, None] < count)", "(index[:, None] < count - 1)", KERNELS),
+    "triton: bias added after a strip": (TRITON + "gemm.py", "acc += values.to(out.dtype.element_ty).to(tl.float32)[None, :]", "acc += values.to(tl.float32)[None, :] * (col < BN)", KERNELS),
+    "triton: s of the flag kernel unscaled": (TRITON + "flag.py", "store_tile(s, low * scale,", "store_tile(s, low,", KERNELS),
+    "triton: dy read once more": (TRITON + "tiles.py", "return r < 64 and r <= rank_block(dtype, r)", "return False", KERNELS),
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ FLOORS = {
     "targets": 3.1,
     "rank": 3.1,
     "checkpoint": 3.2,
+    "ahead": 3,
     "convert": 3.3,
     "distributed": 3.3,
     "recipes": 4,

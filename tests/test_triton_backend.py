@@ -147,6 +147,27 @@ def test_candidates_are_legal_and_forced_inside_using():
     assert plans.forced() is None
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_candidates_of_a_rank_serve_every_smaller_one(arch):
+    """A bucket's tiles serve the calls of smaller rank, and all of them have been compiled."""
+    tiles = pytest.importorskip("lora_kernels.backends.triton.tiles")
+    from lora_kernels.backends.triton.cases import cases
+    from lora_kernels.backends.triton.launch import Target
+
+    compiled = {(case.plan, repr(dict(case.tiles)), case.r) for case in cases(Target(arch, 132))}
+    for M in (1, 16, 64, 500, 5000):
+        for op in ("forward", "backward"):
+            for dropout in (False, True):
+                smaller = None
+                for r in (1, 8, 16, 32, 64, 128, 200):
+                    wanted = call(op=op, M=M, r=r, dropout=dropout)
+                    listed = tiles.candidates(wanted, Target(arch, 132))
+                    assert r > 128 or all((p, repr(f), r) in compiled for p, f in listed if f)
+                    if smaller is not None and r != 64:  # from there on ds and dB are two launches
+                        assert all(candidate in smaller for candidate in listed)
+                    smaller = listed
+
+
 def test_using_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="plan: got 'fast'"), plans.using("fast"):
         pass

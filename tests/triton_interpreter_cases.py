@@ -5,39 +5,20 @@ TRITON_INTERPRET=1 before triton is imported. fp32 and fp16 only; its bf16 produ
 """
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from interpreted import NAMES, SCALING, Case, Problem, error, laid_out, ops, serves
 
 import lora_kernels
 from lora_kernels import _env
 from lora_kernels.backends import choose, plans, reference
 from lora_kernels.backends import triton as backend
 from lora_kernels.backends.dropout import keep_mask, keep_scale
+from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.launch import Target, assume, intercept
 
-ops = torch.ops.lora_kernels
-NAMES = ("y", "s", "dx", "da", "db")
-SCALING = 0.75
 AMPERE, HOPPER = Target(80, 2), Target(90, 3)  # pointers; TMA descriptors where operands allow
-FUSED = ("shrink_gemm", "dual")
-
-
-class Case(NamedTuple):
-    M: int
-    N: int
-    K: int
-    r: int
-    dtype: torch.dtype = torch.float16
-    p: float = 0.0
-    bias: bool = False
-    layout: str = "contiguous"
-    wide_adapters: bool = False  # fp32 masters beside a 16-bit x
-
-
 F32 = torch.float32
 CASES = (
     Case(1, 1, 1, 1, F32),
@@ -66,81 +47,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
-    if layout == "transposed":
-        return torch.randn(columns, rows).to(dtype).t()
-    if layout == "expanded":
-        return torch.randn(1, columns).to(dtype).expand(rows, columns)
-    if layout == "sliced":
-        return torch.randn(rows, columns + 3).to(dtype)[:, 1 : columns + 1]
-    return torch.randn(rows, columns).to(dtype)
-
-
-class Problem:
-    """Inputs of a case and a gradient of its output."""
-
-    def __init__(self, case: Case) -> None:
-        torch.manual_seed(1000 * case.M + case.r)
-        M, N, K, r = case[:4]
-        adapters = torch.float32 if case.wide_adapters else case.dtype
-        self.case = case
-        self.x = laid_out(M, K, case.layout, case.dtype)
-        weights = "transposed" if case.layout == "transposed" else "contiguous"
-        self.weight = (laid_out(N, K, weights, case.dtype) / math.sqrt(K)).to(case.dtype)
-        self.a = (torch.randn(r, K) / math.sqrt(K)).to(adapters)
-        self.b = (torch.randn(N, r) / math.sqrt(r)).to(adapters)
-        self.bias = torch.randn(N).to(case.dtype) if case.bias else None
-        self.dy = laid_out(M, N, case.layout, case.dtype)
-        # Cases with an odd number of rows are parts of a larger matrix.
-        place = [5 * case.M, 8 * case.K] if case.M % 2 else []
-        self.seed = torch.tensor([-(3 << 40) - case.M, *place]) if case.p else None
-        self.branch = (SCALING, case.p, self.seed)
-
-    def keep(self) -> torch.Tensor | float:
-        if not self.case.p:
-            return 1.0
-        mask = keep_mask(self.seed, 0, self.case.M, self.case.K, self.case.p)
-        return mask * keep_scale(self.case.p)
-
-    def unfused(self, dtype: torch.dtype, base: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Plain torch in `dtype`, adapters rounded to x's: in fp64 the oracle, else the rival."""
-        low = self.case.dtype
-        x, w, dy = (t.to(dtype) for t in (self.x, self.weight, self.dy))
-        a, b = (t.to(low).to(dtype) for t in (self.a, self.b))
-        x, a, b = (t.detach().requires_grad_() for t in (x, a, b))
-        keep = self.keep()
-        dropped = x * (keep if isinstance(keep, float) else keep.to(dtype))
-        s = F.linear(dropped, a) * SCALING
-        if base is None:
-            bias = None if self.bias is None else self.bias.to(dtype)
-            y = F.linear(x, w, bias) + F.linear(s, b)
-        else:
-            y = base.to(dtype) + F.linear(s, b)
-        dx, da, db = torch.autograd.grad(y, (x, a, b), dy)
-        return dict(zip(NAMES, (y.detach(), s.detach(), dx, da, db), strict=True))
-
-    def linear(self, needed=(True, False, True, True)) -> dict[str, torch.Tensor]:
-        y, s, mask = ops.lora_linear(
-            self.x, self.weight, self.a, self.b, self.bias, *self.branch, True, False
-        )
-        dx, _, da, db = ops.lora_linear_backward(
-            self.dy, self.x, self.weight, self.a, self.b, s, mask, *self.branch, *needed
-        )
-        return dict(zip(NAMES, (y, s, dx, da, db), strict=True))
-
-    def add(self, base: torch.Tensor) -> dict[str, torch.Tensor]:
-        y, s, mask = ops.lora_add(base, self.x, self.a, self.b, *self.branch, True, False)
-        dx, da, db = ops.lora_add_backward(
-            self.dy, self.x, self.a, self.b, s, mask, *self.branch, True, True, True
-        )
-        return dict(zip(NAMES, (y, s, dx, da, db), strict=True))
-
-
-def error(out: torch.Tensor, exact: torch.Tensor) -> float:
-    assert out.isfinite().all()
-    return ((out.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
-
-
 def ratios(problem: Problem, outputs: dict, base: torch.Tensor | None = None) -> dict[str, float]:
     """Error over the error of unfused torch, having checked the rule for each case."""
     exact = problem.unfused(torch.float64, base)
@@ -163,11 +69,6 @@ def geometric_means(found: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def serves(plan: str, case: Case) -> bool:
-    dtype = str(case.dtype).removeprefix("torch.")
-    return plans.refusal(plan, plans.Call("forward", dtype, *case[:4], case.p > 0)) is None
-
-
 @pytest.mark.parametrize(
     ("plan", "target"),
     [
@@ -176,6 +77,8 @@ def serves(plan: str, case: Case) -> bool:
         ("shrink_gemm", HOPPER),
         ("dual", AMPERE),
         ("decode", HOPPER),
+        ("flag", AMPERE),
+        ("flag", HOPPER),
     ],
 )
 def test_linear_and_gradients(monkeypatch, plan, target):
@@ -195,6 +98,40 @@ def test_linear_and_gradients(monkeypatch, plan, target):
     if plan != "cublas":
         assert means["y"] < 1
         assert means["dx"] < 1
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("forward", Case(40, 48, 1024, 16, bias=True)),
+        ("forward", Case(513, 272, 64, 16, bias=True)),
+        ("backward", Case(513, 48, 80, 16, p=0.2)),
+    ],
+)
+def test_candidates_of_a_tuner(op, case):
+    """Whatever tiles a tuned table may name compute the same."""
+    problem = Problem(case)
+    call = plans.Call(op, "float16", *case[:4], case.p > 0)
+    listed = tiles.candidates(call, HOPPER)
+    saved = problem.linear()["s"]
+
+    def compute() -> dict[str, torch.Tensor]:
+        tensors = (problem.x, problem.weight, problem.a, problem.b)
+        if op == "forward":
+            y, _, _ = ops.lora_linear(*tensors, problem.bias, *problem.branch, True, False)
+            return {"y": y}
+        dx, _, da, db = ops.lora_linear_backward(
+            problem.dy, *tensors, saved, saved[:0], *problem.branch, True, False, True, True
+        )
+        return {"dx": dx, "da": da, "db": db}
+
+    with assume(HOPPER):
+        for plan, fields in listed:
+            if fields:
+                with plans.using(plan, fields):
+                    ratios(problem, compute())
+    varied = {launch for _, fields in listed for launch in fields}
+    assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx"})
 
 
 def test_add_and_gradients():
@@ -293,108 +230,55 @@ def test_empty_batch():
     assert problem.add(torch.empty(0, 24).half())["y"].shape == (0, 24)
 
 
+def kernels_of(run) -> set[tuple]:
+    """What has to be compiled for a call: kernels, dtypes and constants."""
+    found = set()
+
+    def record(kernel, grid, args, meta, launch) -> None:
+        kinds = tuple(getattr(arg, "dtype", None) for arg in args)
+        found.add((kernel.fn.__name__, kinds, tuple(sorted(meta.items()))))
+        launch()
+
+    with intercept(record):
+        run()
+    return found
+
+
+def test_warmup_compiles_what_calls_need():
+    """Once for equal layers, not for merged ones; torch's state is as before."""
+
+    def layer(N: int, **options) -> lora_kernels.FusedLoRALinear:
+        return lora_kernels.FusedLoRALinear(72, N, 8, dtype=torch.float16, **options)
+
+    layers = [layer(40), layer(40), layer(40, dropout=0.1), layer(24, bias=False), layer(56)]
+    model = torch.nn.Sequential(*layers)
+    layers[-1].merge()
+    before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    made = []
+    compiled = kernels_of(lambda: made.append(lora_kernels.warmup(model, (3, 40))))
+    assert made == [3 * 2 * 2]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert lora_kernels.warmup(layers[3], 40, backward=False) == 1
+
+    def train_and_infer() -> None:
+        for one in layers[:-1]:
+            x = torch.randn(40, 72).half().requires_grad_()
+            one.requires_grad_(False)
+            one.lora_A.requires_grad_()
+            one.lora_B.requires_grad_()
+            one.train()(x).sum().backward()
+            with torch.no_grad():
+                one.eval()(x)
+
+    assert kernels_of(train_and_infer) <= compiled
+
+
 def test_forced_backend_refuses_what_it_cannot_serve():
     for dtype in (torch.float64, torch.bfloat16):
         with pytest.raises(RuntimeError, match=r"fp16|interpreter"):
             Problem(Case(2, 3, 4, 1, dtype)).linear()
-
-
-class _FullSizeOps(TorchDispatchMode):
-    """Names the ATen ops that touch the arrays they are told of, allocations and views aside."""
-
-    _FREE = (
-        "empty",
-        "new_empty",
-        "view",
-        "t.",
-        "transpose",
-        "detach",
-        "slice",
-        "select",
-        "fill_",
-        "alias",
-    )
-
-    def __init__(self, touched: list) -> None:
-        super().__init__()
-        self.touched = touched
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = str(function)
-        if not any(f"aten.{free}" in name for free in self._FREE):
-            tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor)]
-            self.touched.append((name, [t.untyped_storage().data_ptr() for t in tensors]))
-        return out
-
-
-def kernels_touching(problem: Problem, run) -> dict[str, list[str]]:
-    """The kernels and ATen ops that touch each full-size array of a call."""
-    touched = []
-
-    def record(kernel, grid, args, meta, launch) -> None:
-        storages = [t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)]
-        touched.append((kernel.fn.__name__, storages))
-        with torch.utils._python_dispatch._disable_current_modes():
-            launch()
-
-    with intercept(record), _FullSizeOps(touched):
-        arrays = run()
-    return {
-        name: [kernel for kernel, seen in touched if t.untyped_storage().data_ptr() in seen]
-        for name, t in arrays.items()
-    }
-
-
-@pytest.mark.parametrize("plan", FUSED)
-@pytest.mark.parametrize("r", [16, 64])
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_passes_over_full_size_arrays(monkeypatch, plan, r, p):
-    monkeypatch.setattr(_env, "PLAN", plan)
-    case = Case(48, 136, 72, r, p=p, bias=True)
-    if not serves(plan, case):
-        with pytest.raises(RuntimeError, match="with dropout, got r = 64"):
-            Problem(case).linear()
-        return
-    problem = Problem(case)
-    saved = {}
-
-    def forward() -> dict:
-        y, s, mask = backend.lora_linear(
-            problem.x, problem.weight, problem.a, problem.b, problem.bias, *problem.branch,
-            True, False,
-        )  # fmt: skip
-        saved.update(s=s, mask=mask)
-        return {"x": problem.x, "y": y, "weight": problem.weight}
-
-    def backward() -> dict:
-        dx, *_ = backend.lora_linear_backward(
-            problem.dy, problem.x, problem.weight, problem.a, problem.b, saved["s"],
-            saved["mask"], *problem.branch, True, False, True, True,
-        )  # fmt: skip
-        return {"x": problem.x, "dx": dx, "dy": problem.dy, "weight": problem.weight}
-
-    counts = {n: len(k) for n, k in kernels_touching(problem, forward).items()}
-    assert counts["x"] <= 2
-    assert counts["y"] == counts["weight"] == 1
-    touched = kernels_touching(problem, backward)
-    counts = {n: len(k) for n, k in touched.items()}
-    assert counts["dy"] == (3 if r >= 64 else 2), touched
-    assert counts["x"] == counts["dx"] == counts["weight"] == 1, touched
-
-
-def test_the_count_sees_aten_too(monkeypatch):
-    """The plan that adds the branch to torch's product touches y twice."""
-    monkeypatch.setattr(_env, "PLAN", "cublas")
-    problem = Problem(Case(48, 136, 72, 16))
-
-    def forward() -> dict:
-        y, _, _ = backend.lora_linear(
-            problem.x, problem.weight, problem.a, problem.b, None, *problem.branch, True, False
-        )
-        return {"y": y}
-
-    assert len(kernels_touching(problem, forward)["y"]) == 2
 
 
 def test_aten_plan_is_the_reference(monkeypatch):

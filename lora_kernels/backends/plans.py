@@ -5,6 +5,7 @@
     shrink_gemm  the GEMM in Triton, the low-rank term one more step into its accumulator
     decode       forward in one launch for M <= 64, every program recomputes s
     dual         the same kernel with larger tiles, for small N
+    flag         forward in one launch, the tiles of column 0 compute s for the others; no dropout
 
 A plan becomes a default only once it has run correctly on a real GPU of that name and the GPU's
 table says so. The tables are `triton/tuned/<gpu>.json`, the GPU's name in lower case with runs of
@@ -41,7 +42,7 @@ from lora_kernels import _env
 TUNED = Path(__file__).parent / "triton" / "tuned"
 DECODE_ROWS = 64
 LAUNCHES = {
-    "forward": ("shrink", "gemm", "expand", "dual"),
+    "forward": ("shrink", "gemm", "expand", "dual", "flag"),
     "backward": ("ds_db", "ds", "db", "da", "dx", "expand_dx"),
 }
 
@@ -162,9 +163,11 @@ def refusal(plan: str, call: Call) -> str | None:
         return None
     if plan == "decode" and call.M > DECODE_ROWS:
         return f"the plan serves M <= {DECODE_ROWS}, got M = {call.M}"
+    if plan == "flag" and call.dropout:
+        return "the plan serves no dropout"
     # One block holds s; a masked x on its way to two products would stall the one by the weight.
     most = 32 if call.dropout or call.dtype == "float32" else 128
-    if plan in ("decode", "dual") and call.r > most:
+    if plan in ("decode", "dual", "flag") and call.r > most:
         kind = call.dtype + " with dropout" * call.dropout
         return f"the plan serves r <= {most} in {kind}, got r = {call.r}"
     return None

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_kernels.backends import plans, reference
 from lora_kernels.backends.triton import dropout, tiles
 from lora_kernels.backends.triton.dual import dual
+from lora_kernels.backends.triton.flag import flag
 from lora_kernels.backends.triton.gemm import gemm
 from lora_kernels.backends.triton.gradients import ds_db, tall
 from lora_kernels.backends.triton.launch import INTERPRETED
@@ -108,6 +109,9 @@ def lora_linear(
     a, b = _adapters(x, lora_a, lora_b)
     if plan in ("decode", "dual"):
         y, s = dual(x, weight, a, b, bias, scaling, save_s, drop, tile.get("dual"))
+        return y, *_saved(s, r, save_s)
+    if plan == "flag":
+        y, s = flag(x, weight, a, b, bias, scaling, tile.get("flag"))
         return y, *_saved(s, r, save_s)
     s = shrink(x, a, scaling, drop, tile.get("shrink"))
     if plan == "cublas":

@@ -31,17 +31,18 @@ def tile_pointers(ptr, rows, cols, stride_r, stride_c):
 @triton.jit
 def load_tile(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols):
     """The tile rows x cols of a [n_rows, n_cols] matrix, zero outside it."""
-    return load_tile_hinted(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, "")
+    return load_tile_hinted(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, "", "")
 
 
 @triton.jit
 def load_tile_hinted(
-    ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, EVICTION: tl.constexpr
+    ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, EVICTION: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
-    """`load_tile` with an eviction policy."""
+    """`load_tile` with an eviction policy and a cache modifier."""
     inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
     pointers = tile_pointers(ptr, rows, cols, stride_r, stride_c)
-    return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)
+    return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION, cache_modifier=CACHE)
 
 
 @triton.jit
@@ -91,13 +92,14 @@ def add_low_rank(
     """acc + low @ mat, or with DROP acc + scale * keep * (low @ mat); low [M,r] is contiguous.
 
     low is read from memory, where it lies rounded: handed over in registers it would become the
-    left operand of a register-form wgmma, which old ptxas releases miscompile.
+    left operand of a register-form wgmma, which old ptxas releases miscompile. Past L1, because
+    another program of the same launch may have written it.
     """
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     term = tl.zeros((BM, BN), tl.float32) if DROP else acc
     for block in tl.range(RANKS, num_stages=1):
         rank = block * R + tl.arange(0, R)
-        left = load_tile(low, rows, rank, r, 1, M, r)
+        left = load_tile_hinted(low, rows, rank, r, 1, M, r, "", ".cg")
         right = load_tile(mat, rank, cols, stride_mr, stride_mc, r, N)
         term = tl.dot(left, right, term, input_precision=PRECISION)
     if DROP:

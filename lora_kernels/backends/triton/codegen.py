@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,68 +21,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lora_kernels import _env
+from lora_kernels.backends import plans
 from lora_kernels.backends import triton as backend
+from lora_kernels.backends.triton.cases import SHORT, Case, cases
 from lora_kernels.backends.triton.launch import INTERPRETED, Target, assume, intercept
 
 TARGETS = {80: Target(80, 108), 90: Target(90, 132), 100: Target(100, 148)}
 _SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
-_GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel")
-
-
-class Case(NamedTuple):
-    """One forward call, and a backward one for the plans in BACKWARD."""
-
-    plan: str = "shrink_gemm"
-    dtype: torch.dtype = torch.bfloat16
-    M: int = 8192
-    N: int = 4096
-    K: int = 4096
-    r: int = 16
-    dropout: float = 0.0
-    bias: bool = False
-    transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
-
-    def __str__(self) -> str:
-        flags = f"{' dropout' * bool(self.dropout)}{' bias' * self.bias}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        shape = f"{self.M}x{self.N}x{self.K} r{self.r}"
-        return f"{self.plan} {dtype} {shape}{flags}{' strided' * self.transposed}"
-
-
-# The other plans have a forward of their own and share the backward of shrink_gemm.
-BACKWARD = ("cublas", "shrink_gemm")
-SHORT = (Case(bias=True), Case(r=64, dropout=0.1))
-
-
-def cases() -> Iterator[Case]:
-    yield from SHORT
-    for r in (1, 8, 32, 128, 200):
-        yield Case(r=r)
-        yield Case(r=r, dropout=0.1)
-    yield Case(bias=True, dropout=0.1)
-    yield Case(dtype=torch.float16, bias=True)
-    yield Case(plan="cublas", dropout=0.1)
-    yield Case(plan="cublas", r=128)
-    yield Case(M=512, bias=True)
-    yield Case(M=512, r=64, dropout=0.1)
-    yield Case(M=16, r=64)
-    yield Case(N=1544, K=1032, M=1000)
-    yield Case(N=1543, K=1031, M=1000, dropout=0.1)
-    yield Case(transposed=True, r=64)
-    for r in (1, 16, 64, 128):
-        yield Case(plan="dual", N=1024, r=r, bias=True)
-        if r <= 32:
-            yield Case(plan="dual", N=1024, r=r, dropout=0.1)
-        yield Case(plan="decode", M=1, r=r, bias=True)
-        yield Case(plan="decode", M=16, r=r)
-        yield Case(plan="decode", M=64, N=14336, r=r)
-    yield Case(plan="decode", M=8, N=1543, K=1031, r=8)
-    yield Case(plan="decode", M=8, dtype=torch.float32, r=32)
-    yield Case(plan="dual", M=512, N=1024, dtype=torch.float32, r=16, dropout=0.1)
-    yield Case(dtype=torch.float32, r=16, bias=True)
-    yield Case(dtype=torch.float32, r=64, dropout=0.1)
-    yield Case(dtype=torch.float32, r=128, M=512)
+_GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel")
 
 
 class Kernel(NamedTuple):
@@ -190,7 +135,7 @@ def faults(kernel: Kernel) -> list[str]:
         "tensor memory": k.tensor_memory <= 512,
         "ptxas warning": not k.warnings,
         "register-form wgmma": k.register_form == 0,
-        "no TMA": k.name != "gemm_tma_kernel" or k.tma > 0,
+        "no TMA": not (k.name == "gemm_tma_kernel" or k.constants.get("TMA")) or k.tma > 0,
         "no wgmma": not (full and k.arch == 90) or k.wgmma > 0,
         "wgmma serialised": not (full and aligned and k.arch == 90) or k.pending >= 1,
         "no asynchronous loads": not (main and aligned) or k.tma + k.cp_async > 0,
@@ -204,12 +149,16 @@ def faults(kernel: Kernel) -> list[str]:
     return [name for name, kept in rules.items() if not kept]
 
 
-def compile_case(case: Case, arch: int) -> list[Kernel]:
-    """The kernels of a case. Takes the process's Triton driver for good."""
+def compile_case(case: Case, arch: int, seen: set[str]) -> list[Kernel]:
+    """The kernels of a case whose hashes are not in `seen`, which gets them. Takes the process's
+    Triton driver for good."""
     kernels = []
 
     def build(kernel, grid, args, meta, run) -> None:
         compiled = kernel.warmup(*args, grid=grid, **meta)
+        if compiled.hash in seen:
+            return
+        seen.add(compiled.hash)
         dtype = {2: "16 bit", 4: "fp32"}[case.dtype.itemsize]
         aligned = case.N % 16 == case.K % 16 == 0
         constants = {**meta, "dtype": dtype, "aligned": aligned}
@@ -222,17 +171,18 @@ def compile_case(case: Case, arch: int) -> list[Kernel]:
     weight = tensor(K, N).t() if case.transposed else tensor(N, K)
     x, dy = (tensor(M, 2 * n)[:, :n] if case.transposed else tensor(M, n) for n in (K, N))
     bias = tensor(1, N)[0] if case.bias else None
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout else None
+    words = 3 if case.part else 1
+    seed = torch.empty(words, dtype=torch.int64, device="meta") if case.dropout else None
     branch = (1.0, case.dropout, seed)
     # Not put back: where there is no GPU, Triton has no driver to return to.
-    _env.PLAN = case.plan
     triton.runtime.driver.set_active(_OfflineDriver(arch))
-    with assume(TARGETS[arch]), intercept(build):
-        a, b = tensor(r, K), tensor(N, r)
-        _, s, mask = backend.lora_linear(x, weight, a, b, bias, *branch, True, False)
-        needed = (True, False, True, True)
-        if case.plan in BACKWARD:
-            backend.lora_linear_backward(dy, x, weight, a, b, s, mask, *branch, *needed)
+    with assume(TARGETS[arch]), intercept(build), plans.using(case.plan, case.tiles):
+        a, b, s = tensor(r, K), tensor(N, r), tensor(M, r)
+        if "forward" in case.ops:
+            backend.lora_linear(x, weight, a, b, bias, *branch, True, False)
+        if "backward" in case.ops:
+            needed = (True, False, True, True)
+            backend.lora_linear_backward(dy, x, weight, a, b, s, s[:0], *branch, *needed)
     return kernels
 
 
@@ -264,13 +214,9 @@ def main() -> int:
     broken = total = 0
     for arch in options.arch or TARGETS:
         seen = set()
-        chosen = SHORT if options.short else cases()
+        chosen = SHORT if options.short else cases(TARGETS[arch])
         for case in (case for case in chosen if re.search(options.only, str(case))):
-            for kernel in compile_case(case, arch):
-                key = kernel._replace(case="", constants={})._replace(constants=None)
-                if key in seen:
-                    continue
-                seen.add(key)
+            for kernel in compile_case(case, arch, seen):
                 reasons = faults(kernel)
                 print(
                     row(kernel),

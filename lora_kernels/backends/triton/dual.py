@@ -2,6 +2,7 @@
 
 It serves two plans. With few rows (decode) the weight is streamed once and the adapter comes from
 L2; with few columns (dual) recomputing s costs less than a second launch and a second read of x.
+Where even so there are too few programs, they share out K, and a second launch adds up.
 """
 
 from __future__ import annotations
@@ -21,43 +22,48 @@ from lora_kernels.backends.triton.blocks import (
 )
 from lora_kernels.backends.triton.dropout import Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+from lora_kernels.backends.triton.reduce import reduce_partials
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def dual_kernel(
     x, weight, a, b, bias, s, y, seed_ptr, M, N, K, r, scale, threshold,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (column tile, row tile). All products are formed transposed: the weight is the left
-    operand, and s, which lies in registers, a right one, which wgmma takes from shared memory only.
-    s is stored if it is not None, by the programs of column 0."""
-    col, row = tl.program_id(0) * BN, tl.program_id(1) * BM
+    """Program (column tile, row tile, share of K). All products are formed transposed: the weight
+    is the left operand, and s, which lies in registers, a right one, which wgmma takes from shared
+    memory only. s is stored if it is not None, by the programs of column 0. With SPLIT > 1 y and s
+    are shares, [SPLIT,M,N] and [SPLIT,M,r] in fp32: s B^T is the sum of its shares like the rest.
+    """
+    col, row, share = tl.program_id(0) * BN, tl.program_id(1) * BM, tl.program_id(2)
     rows, cols, rank = row + tl.arange(0, BM), col + tl.arange(0, BN), tl.arange(0, R)
     if DROP:
         seed = load_seed(seed_ptr, DROP)
     acc = tl.zeros((BN, BM), tl.float32)
     low = tl.zeros((R, BM), tl.float32)
-    for i in range(loop_steps(K, BK)):
-        ks = i * BK + tl.arange(0, BK)
-        w_tile = load_tile_hinted(weight, cols, ks, stride_wn, stride_wk, N, K, "evict_first")
-        x_tile = load_tile_hinted(x, rows, ks, stride_xm, stride_xk, M, K, "evict_last")
-        a_tile = load_tile_hinted(a, rank, ks, stride_ar, stride_ak, r, K, "evict_last")
+    steps = loop_steps(K, BK * SPLIT)
+    for i in range(steps):
+        first = (share * steps + i) * BK
+        ks = first + tl.arange(0, BK)
+        w_tile = load_tile_hinted(weight, cols, ks, stride_wn, stride_wk, N, K, "evict_first", "")
+        x_tile = load_tile_hinted(x, rows, ks, stride_xm, stride_xk, M, K, "evict_last", "")
+        a_tile = load_tile_hinted(a, rank, ks, stride_ar, stride_ak, r, K, "evict_last", "")
         acc = tl.dot(w_tile, x_tile.T, acc, input_precision=PRECISION)
         if DROP:
-            x_tile = tl.where(keep_tile(seed, rows, i * BK, threshold, BK), x_tile, 0.0)
+            x_tile = tl.where(keep_tile(seed, rows, first, threshold, BK), x_tile, 0.0)
             x_tile = x_tile.to(x.dtype.element_ty)
         low = tl.dot(a_tile, x_tile.T, low, input_precision=PRECISION)
-    s_tile = (low * scale).to(x.dtype.element_ty)
+    low *= scale
     if s is not None and col == 0:
-        store_tile(s, s_tile, rank, rows, 1, r, r, M)
+        store_tile(s + share.to(tl.int64) * M * r, low, rank, rows, 1, r, r, M)
     b_tile = load_tile(b, cols, rank, stride_bn, stride_br, N, r)
-    acc = tl.dot(b_tile, s_tile, acc, input_precision=PRECISION)
+    acc = tl.dot(b_tile, low.to(x.dtype.element_ty), acc, input_precision=PRECISION)
     if bias is not None:
-        values = tl.load(bias + cols, mask=cols < N, other=0.0)
-        acc += values.to(y.dtype.element_ty).to(tl.float32)[:, None]
-    store_tile(y, acc, cols, rows, 1, N, N, M)
+        values = tl.load(bias + cols, mask=(cols < N) & (share == 0), other=0.0)
+        acc += values.to(x.dtype.element_ty).to(tl.float32)[:, None]
+    store_tile(y + share.to(tl.int64) * M * N, acc, cols, rows, 1, N, N, M)
 
 
 def dual(
@@ -77,14 +83,23 @@ def dual(
     tile = tiles.dual(target(x.device), x.dtype, M, N, r, aligned)
     tile = tiles.replaced(tile, fields)
     y, s = x.new_empty(M, N), x.new_empty((M, r) if save_s else 0)
+    split = tile.split > 1
+    part_y, part_s = (
+        out.new_empty((tile.split, *out.shape), dtype=tiles.ACCUMULATOR) if split else out
+        for out in (y, s)
+    )
     drop = dropout is not None
     launch(
-        dual_kernel, (triton.cdiv(N, tile.bn), triton.cdiv(M, tile.bm)),
-        x, weight, a, b, None if bias is None else bias.contiguous(), s if save_s else None, y,
+        dual_kernel, (tiles.cdiv(N, tile.bn), tiles.cdiv(M, tile.bm), tile.split),
+        x, weight, a, b, None if bias is None else bias.contiguous(),
+        part_s if save_s else None, part_y,
         dropout.seed if drop else None, M, N, K, r, scale * dropout.scale if drop else scale,
         dropout.threshold if drop else 0,
         *x.stride(), *weight.stride(), *a.stride(), *b.stride(),
-        R=tiles.dual_rank(r), BM=tile.bm, BN=tile.bn, BK=tile.bk, DROP=words(dropout),
-        PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
+        R=tiles.dual_rank(r), BM=tile.bm, BN=tile.bn, BK=tile.bk, SPLIT=tile.split,
+        DROP=words(dropout), PRECISION=fp32_precision(),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if split:
+        reduce_partials((part_y, y, 1.0), (part_s, s, 1.0) if save_s else None)
     return y, s

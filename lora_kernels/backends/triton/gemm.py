@@ -170,7 +170,7 @@ def gemm_tma_kernel(
         )  # fmt: skip
 
 
-def _has_tma_rows(matrix: Tensor) -> bool:
+def has_tma_rows(matrix: Tensor) -> bool:
     """Whether a TMA descriptor may describe the matrix: unit stride, rows and base on 16 bytes."""
     unit = 16 // matrix.element_size()
     return (
@@ -201,16 +201,18 @@ def gemm(
     tma = (
         device.arch >= 90
         and x.element_size() == 2
-        and _has_tma_rows(x)
-        and _has_tma_rows(stored)
-        and _has_tma_rows(out)
+        and has_tma_rows(x)
+        and has_tma_rows(stored)
+        and has_tma_rows(out)
     )
     aligned = tma or (tiles.vectorises(x) and tiles.vectorises(mat))
-    tile = tiles.replaced(tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma), fields)
+    tile = tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma)
+    if tma or device.arch < 90:  # elsewhere the pointer version has to stand in
+        tile = tiles.replaced(tile, fields)
     R = tiles.gemm_rank(device, x.dtype, r, drop)
     shape = {
         "R": R,
-        "RANKS": triton.cdiv(r, R),
+        "RANKS": tiles.cdiv(r, R),
         "BM": tile.bm,
         "BN": tile.bn,
         "BK": tile.bk,
@@ -220,7 +222,7 @@ def gemm(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    programs = triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn)
+    programs = tiles.cdiv(M, tile.bm) * tiles.cdiv(N, tile.bn)
     values = (
         x, mat, low, low_mat, None if bias is None else bias.contiguous(), out,
         dropout.seed if drop else None, M, N, K, r,

@@ -55,7 +55,7 @@ def ds_db(
     """(scaling * dy @ mat, dy^T s in `dtype`) from one pass over dy [M,N]; mat [N,r], s [M,r]."""
     (M, N), r = dy.shape, mat.shape[1]
     tile = tiles.replaced(tiles.ds_db(target(dy.device), dy.dtype, M, N, r), fields)
-    rows = triton.cdiv(M, tile.bm)
+    rows = tiles.cdiv(M, tile.bm)
     part_ds = dy.new_empty((tile.split, M, r), dtype=tiles.ACCUMULATOR)
     part_db = dy.new_empty((rows, N, r), dtype=tiles.ACCUMULATOR)
     launch(
@@ -118,7 +118,7 @@ def tall(
     drop = dropout is not None
     scale = dropout.scale if drop else 1.0
     launch(
-        tall_kernel, (triton.cdiv(C, tile.bk), triton.cdiv(r, tile.r), tile.split),
+        tall_kernel, (tiles.cdiv(C, tile.bk), tiles.cdiv(r, tile.r), tile.split),
         low, rows, part, dropout.seed if drop else None, M, C, r, scale,
         dropout.threshold if drop else 0, *rows.stride(), stride_r, stride_c,
         R=tile.r, BM=tile.bm, BC=tile.bk, SPLIT=tile.split, DROP=words(dropout),

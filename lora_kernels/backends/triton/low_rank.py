@@ -73,7 +73,7 @@ def shrink(
     if drop:
         scale = scale * dropout.scale
     launch(
-        shrink_kernel, (triton.cdiv(M, tile.bm), triton.cdiv(r, tile.r), tile.split),
+        shrink_kernel, (tiles.cdiv(M, tile.bm), tiles.cdiv(r, tile.r), tile.split),
         x, mat, part, dropout.seed if drop else None, M, K, r, scale,
         dropout.threshold if drop else 0, *x.stride(), *mat.stride(),
         R=tile.r, BM=tile.bm, BK=tile.bk, SPLIT=tile.split, DROP=words(dropout),
@@ -121,10 +121,10 @@ def expand(
     tile = tiles.replaced(tiles.expand(target(low.device), low.dtype, M, r), fields)
     drop = dropout is not None
     launch(
-        expand_kernel, (triton.cdiv(M, tile.bm), triton.cdiv(N, tile.bn)),
+        expand_kernel, (tiles.cdiv(M, tile.bm), tiles.cdiv(N, tile.bn)),
         base, low, mat, out, dropout.seed if drop else None, M, N, r,
         dropout.scale if drop else 1.0, dropout.threshold if drop else 0,
         *(out if base is None else base).stride(), *mat.stride(), *out.stride(),
-        R=tile.r, RANKS=triton.cdiv(r, tile.r), BM=tile.bm, BN=tile.bn, DROP=words(dropout),
+        R=tile.r, RANKS=tiles.cdiv(r, tile.r), BM=tile.bm, BN=tile.bn, DROP=words(dropout),
         PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

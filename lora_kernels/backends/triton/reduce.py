@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.launch import launch
 
 _BLOCK = 256
@@ -54,7 +55,7 @@ def reduce_partials(
         return part, out, part.shape[0], out.numel(), scale
 
     jobs = [first] if second is None else [first, second]
-    blocks = sum(triton.cdiv(out.numel(), _BLOCK) for _, out, _ in jobs)
+    blocks = sum(tiles.cdiv(out.numel(), _BLOCK) for _, out, _ in jobs)
     other = (None, None, 0, 0, 1.0) if second is None else arguments(second)
     launch(
         reduce_kernel, (blocks,), *arguments(first), *other,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
+from lora_kernels._env import PLANS
 from lora_kernels.backends.plans import Call, refusal
 from lora_kernels.backends.triton.launch import Target
 
+_remembered = lru_cache(maxsize=4096)
 ACCUMULATOR = torch.float32
 Fields = Mapping[str, int] | None
 
@@ -45,7 +47,27 @@ class GemmTile(NamedTuple):
     group: int = 8
 
 
-Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile)
+class DualTile(NamedTuple):
+    bm: int
+    bn: int
+    bk: int
+    stages: int
+    warps: int
+    split: int = 1
+
+
+Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile, DualTile)
+
+
+# Triton's own of these two take microseconds from Python, and every launch needs several.
+
+
+def cdiv(extent: int, block: int) -> int:
+    return -(extent // -block)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def replaced(tile: Tile, fields: Fields) -> Tile:
@@ -67,10 +89,12 @@ def padded_rank(r: int) -> int:
 
 def vectorises(matrix: Tensor) -> bool:
     """Whether Triton may load the matrix in wide words: it looks for multiples of 16 in the stride
-    between rows (or columns), the other being 1, and in the extent that its loads are masked by."""
+    between rows (or columns), the other being 1, in the extent that its loads are masked by and in
+    its address."""
     strides = sorted(matrix.stride())
     unit = matrix.stride().index(1) if 1 in strides else 0
-    return strides[0] == 1 and strides[1] % 16 == 0 and matrix.shape[unit] % 16 == 0
+    wide = strides[1] % 16 == matrix.shape[unit] % 16 == matrix.data_ptr() % 16 == 0
+    return strides[0] == 1 and wide
 
 
 def _row_block(M: int, most: int) -> int:
@@ -86,6 +110,7 @@ def _is_wide(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+@_remembered
 def shrink(
     target: Target, dtype: torch.dtype, M: int, K: int, r: int, aligned: bool
 ) -> LowRankTile:
@@ -95,6 +120,7 @@ def shrink(
     return LowRankTile(bm, bk, R, split, 8 if R == 128 else 4, 4)
 
 
+@_remembered
 def expand(target: Target, dtype: torch.dtype, M: int, r: int) -> ExpandTile:
     bn = 64 if _is_wide(dtype) else 128
     return ExpandTile(_row_block(M, 64), bn, rank_block(dtype, r, 64), 4, 1)
@@ -106,6 +132,7 @@ def fuses_ds_db(dtype: torch.dtype, r: int) -> bool:
     return r < 64 and r <= rank_block(dtype, r)
 
 
+@_remembered
 def ds_db(target: Target, dtype: torch.dtype, M: int, N: int, r: int) -> LowRankTile:
     bm = _row_block(M, 32 if _is_wide(dtype) else 128)
     bn = 32 if _is_wide(dtype) else 64
@@ -113,6 +140,7 @@ def ds_db(target: Target, dtype: torch.dtype, M: int, N: int, r: int) -> LowRank
     return LowRankTile(bm, bn, rank_block(dtype, r), split, 4, 4)
 
 
+@_remembered
 def tall(target: Target, dtype: torch.dtype, M: int, C: int, r: int) -> LowRankTile:
     R = rank_block(dtype, r)
     bm, bc = (32, 64) if _is_wide(dtype) else (64, 128)
@@ -128,6 +156,7 @@ def gemm_rank(target: Target, dtype: torch.dtype, r: int, drop: bool) -> int:
     return rank_block(dtype, r, 32 if drop or target.arch < 90 else 64)
 
 
+@_remembered
 def gemm(
     target: Target,
     dtype: torch.dtype,
@@ -144,7 +173,7 @@ def gemm(
     elif not aligned:
         tile = GemmTile(_row_block(M, 64), 64, 32, 3, 4)
     elif M <= 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
-        tile = GemmTile(_row_block(M, 64), 128, 64, 4, 4)
+        tile = GemmTile(_row_block(M, 64), 64 if drop and target.arch >= 100 else 128, 64, 4, 4)
     elif tma:
         tile = GemmTile(128, 256, 64, 3, 8, strips=2)
     elif target.arch >= 90:
@@ -159,53 +188,134 @@ def dual_rank(r: int) -> int:
     return max(16, next_power_of_2(r))
 
 
-def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> GemmTile:
+@_remembered
+def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> DualTile:
     """For few rows, column tiles that give every SM one; else square tiles."""
     R = dual_rank(r)
     if _is_wide(dtype):
-        return GemmTile(_row_block(M, 32), 32, 16, 3, 4)
+        return DualTile(_row_block(M, 32), 32, 16, 3, 4)
     if not aligned:
-        return GemmTile(_row_block(M, 64), 32, 64 if R <= 64 else 32, 2, 4)
+        return DualTile(_row_block(M, 64), 32, 64 if R <= 64 else 32, 2, 4)
     if M <= 64:
         bn = 64 if cdiv(N, 64) >= target.sms else 32
-        return GemmTile(_row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
+        return DualTile(_row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
     if target.arch >= 90 and R <= 64:
-        return GemmTile(128, 128, 64, 3, 8)
-    return GemmTile(64, 64, 64 if R <= 64 else 32, 3, 4)
+        return DualTile(128, 128, 64, 3, 8)
+    return DualTile(64, 64, 64 if R <= 64 else 32, 3, 4)
 
 
-def _gemm_tiles(target: Target, M: int, drop: bool) -> tuple[GemmTile, ...]:
-    """Configurations worth timing of an aligned 16-bit GEMM."""
+@_remembered
+def flag(target: Target, dtype: torch.dtype, M: int, N: int, r: int, tma: bool) -> GemmTile:
+    """Room for the second accumulator, which the tiles of column 0 need."""
+    if _is_wide(dtype):
+        return GemmTile(_row_block(M, 32), 32, 16, 3, 4)
+    if not tma:
+        return GemmTile(_row_block(M, 64), 64, 32, 3, 8)
     if M <= 64:
-        tiles = (GemmTile(_row_block(M, 64), bn, 64, 4, 4) for bn in (64, 128))
-    elif target.arch < 90:
-        tiles = (GemmTile(128, 128, 32, 4, 8), GemmTile(128, 64, 32, 4, 8))
+        return GemmTile(_row_block(M, 64), 64, 64, 3, 4)
+    if r > 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
+        return GemmTile(128, 128, 64, 4, 8, strips=2)
+    return GemmTile(128, 256, 64, 3, 8, strips=2)
+
+
+def _splits(extent: int) -> Iterator[dict[str, int]]:
+    return ({"split": split} for split in (1, 2, 4, 8) if extent >= 512 * split)
+
+
+def _gemm_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]:
+    """Configurations of an aligned 16-bit GEMM, widest first. A masked term needs registers of its
+    own and leaves room for fewer of them."""
+    if M <= 64:
+        tiles = tuple(GemmTile(_row_block(M, 64), bn, 64, 4, 4) for bn in (64, 128))
+        return tiles[:1] if masked else tiles
+    if target.arch < 90:
+        few = (GemmTile(64, 128, 64, 4, 4), GemmTile(128, 64, 32, 4, 8))
+        return (
+            few if M <= 512 else (GemmTile(128, 128, 32, 4, 8), GemmTile(128, 128, 64, 3, 8), *few)
+        )
+    few = (GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
+    wide = (GemmTile(128, 256, 64, 3, 8, 2), GemmTile(128, 256, 64, 4, 8, 4))
+    if not masked:
+        few += (GemmTile(64, 128, 64, 4, 4), GemmTile(64, 128, 64, 5, 4))
+        few += (GemmTile(64, 256, 64, 4, 4, 4),) if r <= 64 else ()
+        wide += (GemmTile(256, 128, 64, 3, 8, 2), GemmTile(128, 128, 64, 5, 4, 2))
+    return few if M <= 512 else wide + few
+
+
+def _dual_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[DualTile, ...]:
+    if M <= 16:
+        deep = (DualTile(16, 32, 256, 4, 4),) if r <= 32 else ()
+        return (*deep, DualTile(16, 64, 128, 5, 4)) if r <= 64 else ()
+    if M <= 64:
+        return () if masked or r > 64 else (DualTile(64, 64, 128, 4, 4),)
+    if target.arch < 90:
+        return ()
+    return (DualTile(128, 128, 64, 4, 8), DualTile(128, 256, 64, 3, 8))
+
+
+def _flag_tiles(target: Target, M: int, r: int) -> tuple[GemmTile, ...]:
+    if target.arch < 90 or M <= 64:
+        return ()
+    wide = () if r > 64 else (GemmTile(128, 256, 64, 3, 8, 2),)
+    return (*wide, GemmTile(128, 128, 64, 4, 8, 2), GemmTile(64, 128, 64, 3, 4, 2))
+
+
+def _variants(launch: str, call: Call, target: Target) -> Iterator[dict[str, int]]:
+    """Fields worth timing for one launch of an aligned 16-bit call, beside the analytic tile."""
+    if launch in ("gemm", "dx"):
+        masked = call.dropout and launch == "dx"
+        for tile in _gemm_tiles(target, call.M, call.r, masked):
+            yield (tile._replace(strips=tile.bn // 64) if masked else tile)._asdict()
+    elif launch == "dual":
+        listed = _dual_tiles(target, call.M, call.r, call.dropout)
+        yield from (tile._asdict() for tile in listed)
+        if call.M <= 16 or (call.M <= 64 and not call.dropout):
+            yield from ({"split": split} for split in (2, 4) if 512 * split <= call.K)
+    elif launch == "flag":
+        yield from (tile._asdict() for tile in _flag_tiles(target, call.M, call.r))
+    elif launch in ("expand", "expand_dx"):
+        yield from ({"bn": 64}, {"bm": 32}, {"bm": 128, "warps": 8})
+    elif launch == "ds_db":
+        yield from _splits(call.N)
+        yield {"bm": 64}
+    elif launch in ("da", "db"):
+        yield from _splits(call.M)
+        yield {"bm": 128, "bk": 64}
     else:
-        wide = (GemmTile(128, 256, 64, 3, 8, 2), GemmTile(128, 128, 64, 3, 8))
-        tiles = (*wide, GemmTile(128, 128, 64, 4, 8), GemmTile(64, 128, 64, 4, 4))
-    return tuple(tile._replace(strips=tile.bn // 64) if drop else tile for tile in tiles)
+        yield from _splits(call.N if launch == "ds" else call.K)
+        yield from ({"bm": 32}, {"bk": 64})
+
+
+def _launches(plan: str, call: Call) -> tuple[str, ...]:
+    """The launches of a plan that serve a call."""
+    if call.op == "forward":
+        return {
+            "cublas": ("shrink", "expand"),
+            "shrink_gemm": ("shrink", "gemm"),
+            "decode": ("dual",),
+            "dual": ("dual",),
+            "flag": ("flag",),
+        }[plan]
+    shared = ("ds_db",) if fuses_ds_db(getattr(torch, call.dtype), call.r) else ("ds", "db")
+    return (*shared, "da", "expand_dx" if plan == "cublas" else "dx")
 
 
 def candidates(call: Call, target: Target) -> list[tuple[str, dict[str, dict[str, int]]]]:
     """(plan, tiles) of everything that may serve a call, to be timed `with plans.using(...)`.
 
     The first of a plan has the analytic tiles; every other one changes one launch, so that a tuner
-    may join the best of each. Only fields that do not depend on the rank are listed.
+    may join the best of each. What is listed for a rank is listed for every smaller one, except
+    the launches of a backward that fuses ds and dB at one rank and not at the other.
     """
-    dtype = getattr(torch, call.dtype)
-    legal = ("aten", "cublas", "shrink_gemm", "decode", "dual")
+    legal = PLANS
     if call.op == "backward":  # the other plans share the backward of shrink_gemm
         legal = legal[:3]
-    found = [(plan, {}) for plan in legal if refusal(plan, call) is None]
-    if _is_wide(dtype) or not call.aligned:
-        return found
-    if call.r <= 128:  # larger ranks leave the GEMM few registers; its default alone is checked
-        launch = "gemm" if call.op == "forward" else "dx"
-        for tile in _gemm_tiles(target, call.M, call.dropout):
-            found.append(("shrink_gemm", {launch: tile._asdict()}))
-    low, extent = ("shrink", call.K) if call.op == "forward" else ("da", call.M)
-    for plan in ("cublas", "shrink_gemm"):
-        for split in (1, 2, 4, 8):
-            if extent >= 512 * split:
-                found.append((plan, {low: {"split": split}}))
+    found = []
+    for plan in (plan for plan in legal if refusal(plan, call) is None):
+        found.append((plan, {}))
+        # Larger ranks leave the kernels few registers: their analytic tiles alone are checked.
+        if plan == "aten" or call.dtype == "float32" or not call.aligned or call.r > 128:
+            continue
+        for launch in _launches(plan, call):
+            found += [(plan, {launch: fields}) for fields in _variants(launch, call, target)]
     return found

@@ -1,0 +1,81 @@
+"""`warmup`: kernels compiled and loaded before the first real call needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lora_kernels import backends
+from lora_kernels.functional import lora_linear
+from lora_kernels.nn import FusedLoRALinear
+
+
+def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True) -> int:
+    """Compile and load the kernels of a model's LoRA layers, before a request, a timed step or the
+    capture of a CUDA graph waits for them.
+
+    Every distinct layer computes once on zeros for each number of rows: as in inference, and with
+    `backward` also forward and backward as in training. Parameters, their gradients and torch's
+    generators stay as they are. Call it under the autocast that the model will run under.
+
+    Args:
+        model: a `FusedLoRALinear` or a model that has some; merged layers are passed over.
+        rows: the number, or numbers, of rows of x (batch x tokens) to expect. Kernels depend on it
+            by a few size classes only, the choice of plan by the buckets of the GPU's tuned table.
+        backward: False for a model that only infers.
+
+    Returns:
+        How many calls were made. 0 where nothing is ever compiled: CPU, a GPU without a tuned
+        table, the reference backend; the call costs nothing there.
+
+    Raises:
+        TypeError: rows are not integers.
+        ValueError: rows below 1, or no `FusedLoRALinear` in the model.
+    """
+    counts = [rows] if isinstance(rows, int) else list(rows)
+    for count in counts:
+        if type(count) is not int:
+            raise TypeError(f"rows: expected integers, got {type(count).__name__}")
+        if count < 1:
+            raise ValueError(f"rows: expected numbers >= 1, got {count}")
+    layers = [module for module in model.modules() if isinstance(module, FusedLoRALinear)]
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no FusedLoRALinear")
+    distinct = {_signature(layer): layer for layer in layers if not layer.merged}
+    calls = 0
+    for layer in distinct.values():
+        if backends.choose(layer.weight.device.type).name == "triton":
+            for count in counts:
+                calls += _call(layer, count, backward)
+    return calls
+
+
+def _signature(layer: FusedLoRALinear) -> tuple:
+    """What kernels depend on."""
+    weight, bias = layer.weight, layer.bias is not None
+    tensors = [
+        (tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        for tensor in (weight, layer.lora_A, layer.lora_B)
+    ]
+    return (*tensors, bias, layer.dropout > 0)
+
+
+def _call(layer: FusedLoRALinear, rows: int, backward: bool) -> int:
+    """One call for inference and one for training; returns their number."""
+    bias = None if layer.bias is None else layer.bias.detach()
+    x = layer.weight.new_zeros(rows, layer.in_features)
+    tensors = [t.detach() for t in (x, layer.weight, layer.lora_A, layer.lora_B)]
+    with torch.no_grad():
+        y = lora_linear(*tensors, bias, scaling=layer.scaling)
+    if not backward:
+        return 1
+    x, weight, a, b = tensors
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    with torch.enable_grad():
+        y = lora_linear(
+            x, weight, a, b, bias, scaling=layer.scaling, dropout_p=layer.dropout, seed=0
+        )
+        torch.autograd.grad(y, leaves, torch.zeros_like(y))
+    return 2

@@ -1,0 +1,116 @@
+"""The calls whose kernels the code generation check compiles.
+
+A kernel depends on a call through its plan, its tiles, dtypes, rank, flags and alignment; of M, N
+and K only what the tiles make of them. So these calls, few as they are, stand for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from lora_kernels.backends.plans import Call, Tiles
+from lora_kernels.backends.triton import tiles
+from lora_kernels.backends.triton.launch import Target
+
+
+class Case(NamedTuple):
+    """One forward call and the backward one that follows, or either alone."""
+
+    plan: str = "shrink_gemm"
+    dtype: torch.dtype = torch.bfloat16
+    M: int = 8192
+    N: int = 4096
+    K: int = 4096
+    r: int = 16
+    dropout: float = 0.0
+    bias: bool = False
+    transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
+    part: bool = False  # x is a part of a larger matrix: the dropout mask has an offset
+    ops: tuple[str, ...] = ("forward", "backward")
+    tiles: Tiles = {}  # noqa: RUF012 never changed
+
+    def __str__(self) -> str:
+        flags = f"{' dropout' * bool(self.dropout)}{' bias' * self.bias}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"{self.M}x{self.N}x{self.K} r{self.r}"
+        fields = "".join(
+            f" {launch}({', '.join(f'{name} {value}' for name, value in tile.items())})"
+            for launch, tile in self.tiles.items()
+        )
+        flags += f"{' strided' * self.transposed}{' part' * self.part}"
+        return f"{self.plan} {dtype} {shape}{flags}{fields}"
+
+
+SHORT = (Case(bias=True), Case(r=64, dropout=0.1))
+
+
+def _defaults() -> Iterator[Case]:
+    """What the analytic tiles give; the other plans share the backward of shrink_gemm."""
+    yield from SHORT
+    for r in (1, 8, 32, 128, 200):
+        yield Case(r=r)
+        yield Case(r=r, dropout=0.1)
+    yield Case(bias=True, dropout=0.1)
+    for plan in ("cublas", "shrink_gemm"):
+        yield Case(plan=plan, dropout=0.1, part=True)
+        yield Case(plan=plan, dropout=0.1, part=True, r=64)
+    yield Case(dtype=torch.float16, bias=True)
+    yield Case(plan="cublas", dropout=0.1)
+    yield Case(plan="cublas", r=128)
+    yield Case(M=512, bias=True)
+    yield Case(M=512, r=64, dropout=0.1)
+    yield Case(M=16, r=64)
+    yield Case(N=1544, K=1032, M=1000)
+    yield Case(N=1543, K=1031, M=1000, dropout=0.1)
+    yield Case(transposed=True, r=64)
+    yield Case(dtype=torch.float32, r=16, bias=True)
+    yield Case(dtype=torch.float32, r=64, dropout=0.1)
+    yield Case(dtype=torch.float32, r=128, M=512)
+    forward = Case(ops=("forward",))
+    for r in (1, 16, 64, 128):
+        yield forward._replace(plan="dual", N=1024, r=r, bias=True)
+        if r == 16:
+            yield forward._replace(plan="decode", M=16, r=r, dropout=0.1, part=True)
+        if r <= 32:
+            yield forward._replace(plan="dual", N=1024, r=r, dropout=0.1)
+        decode = forward._replace(plan="decode", r=r)
+        yield decode._replace(M=1, bias=True)
+        yield decode._replace(M=16)
+        yield decode._replace(M=64, N=14336)
+        yield forward._replace(plan="flag", r=r, bias=True)
+    flag = forward._replace(plan="flag")
+    yield flag._replace(M=64, r=64)
+    yield flag._replace(N=1543, K=1031, M=1000)
+    yield flag._replace(N=1544, K=1032, M=1000, r=8)
+    yield flag._replace(transposed=True)
+    yield flag._replace(transposed=True, r=128)
+    yield flag._replace(dtype=torch.float32)
+    decode = forward._replace(plan="decode", M=8)
+    yield decode._replace(N=1543, K=1031, r=8)
+    yield decode._replace(dtype=torch.float32, r=32)
+    yield forward._replace(plan="dual", M=512, N=1024, dtype=torch.float32, r=16, dropout=0.1)
+
+
+def _tuned(target: Target) -> Iterator[Case]:
+    """What a tuned table may say: all candidates, at every rank that makes another kernel."""
+    for r in (1, 8, 16, 32, 64, 128):
+        for M in (16, 64, 512, 8192):
+            for dropout in (0.0, 0.1):
+                for op in ("forward", "backward"):
+                    case = Case(M=M, r=r, dropout=dropout, ops=(op,), bias=True)
+                    call = Call(op, "bfloat16", M, case.N, case.K, r, dropout > 0)
+                    for plan, fields in tiles.candidates(call, target):
+                        if fields:
+                            yield case._replace(plan=plan, tiles=fields)
+                            if r == 16 and M == 8192:
+                                yield case._replace(plan=plan, tiles=fields, transposed=True)
+                            if dropout and r in (16, 64) and M == 8192:
+                                yield case._replace(plan=plan, tiles=fields, part=True)
+
+
+def cases(target: Target) -> Iterator[Case]:
+    yield from _defaults()
+    yield from _tuned(target)

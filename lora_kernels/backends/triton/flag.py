@@ -1,0 +1,141 @@
+"""Forward in one launch without computing s twice: the tiles of column 0 make it beside their own
+product and raise a flag; the others, when their reduction is over, wait for the flag of their rows.
+
+Programs take tiles by ticket, and the tiles of column 0 have the lowest tickets of their group:
+whoever waits, waits for a tile that a running program holds and that waits for nobody.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.triton import tiles
+from lora_kernels.backends.triton.blocks import load_tile, loop_steps, store_tile, tile_order
+from lora_kernels.backends.triton.gemm import finish_tile, has_tma_rows
+from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+
+
+@triton.jit
+def descriptor(
+    ptr, n_rows, n_cols, stride, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """A TMA descriptor of tiles of a matrix, or None."""
+    if TMA:
+        desc = tl.make_tensor_descriptor(ptr, [n_rows, n_cols], [stride, 1], [ROWS, COLS])
+    else:
+        desc = None
+    return desc
+
+
+@triton.jit
+def read_tile(
+    desc, ptr, row, col, stride_r, stride_c, n_rows, n_cols,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The tile at (row, col), zero outside the matrix."""
+    if desc is None:
+        rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
+        tile = load_tile(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols)
+    else:
+        tile = desc.load([row, col])
+    return tile
+
+
+@triton.jit
+def flag_loop(
+    x, weight, a, x_desc, w_desc, a_desc, row, col, M, N, K, r,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, R: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of x @ weight^T, and with LOW of x @ a^T."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    low = tl.zeros((BM, R), tl.float32)
+    for i in range(loop_steps(K, BK)):
+        k = i * BK
+        x_tile = read_tile(x_desc, x, row, k, stride_xm, stride_xk, M, K, BM, BK)
+        w_tile = read_tile(w_desc, weight, col, k, stride_wn, stride_wk, N, K, BN, BK)
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
+        if LOW:
+            a_tile = read_tile(a_desc, a, 0, k, stride_ar, stride_ak, r, K, R, BK)
+            low = tl.dot(x_tile, a_tile.T, low, input_precision=PRECISION)
+    return acc, low
+
+
+@triton.jit(do_not_specialize=["M"])
+def flag_kernel(
+    x, weight, a, b, bias, s, y, flags, M, N, K, r, scale,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_br, stride_bn,
+    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, STRIPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """flags [row tiles + 1] start as 0; the last is the ticket counter. s [M,r] is contiguous."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    x_desc = descriptor(x, M, K, stride_xm, BM, BK, TMA)
+    w_desc = descriptor(weight, N, K, stride_wn, BN, BK, TMA)
+    a_desc = descriptor(a, r, K, stride_ar, R, BK, TMA)
+    y_desc = descriptor(y, M, N, N, BM, BN // STRIPS, TMA)
+    tile = tl.atomic_add(flags + tiles_m, 1, sem="relaxed")
+    while tile < tiles_m * tiles_n:
+        pm, pn = tile_order(tile, tiles_m, tiles_n, GROUP)
+        row, col = pm * BM, pn * BN
+        if pn == 0:
+            acc, low = flag_loop(
+                x, weight, a, x_desc, w_desc, a_desc, row, col, M, N, K, r,
+                stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak,
+                R, BM, BN, BK, True, PRECISION,
+            )  # fmt: skip
+            store_tile(s, low * scale, row + tl.arange(0, BM), tl.arange(0, R), r, 1, M, r)
+            tl.debug_barrier()
+            tl.atomic_xchg(flags + pm, 1, sem="release")
+        else:
+            acc, _ = flag_loop(
+                x, weight, a, x_desc, w_desc, a_desc, row, col, M, N, K, r,
+                stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak,
+                R, BM, BN, BK, False, PRECISION,
+            )  # fmt: skip
+            while tl.atomic_cas(flags + pm, 1, 1, sem="acquire") == 0:
+                pass
+        finish_tile(
+            acc, y, y_desc, s, b, bias, None, row, col, M, N, r, 1.0, 0, stride_br, stride_bn,
+            R, 1, BM, BN, STRIPS, False, PRECISION,
+        )  # fmt: skip
+        tile = tl.atomic_add(flags + tiles_m, 1, sem="relaxed")
+
+
+def flag(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    fields: tiles.Fields = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, s): x [M,K], weight [N,K], a [r,K], b [N,r]."""
+    (M, K), N, r = x.shape, weight.shape[0], a.shape[0]
+    y, s = x.new_empty(M, N), x.new_empty(M, r)
+    device = target(x.device)
+    tma = (
+        device.arch >= 90
+        and x.element_size() == 2
+        and all(has_tma_rows(matrix) for matrix in (x, weight, a, y))
+    )
+    tile = tiles.flag(device, x.dtype, M, N, r, tma)
+    if tma:
+        tile = tiles.replaced(tile, fields)
+    rows, columns = tiles.cdiv(M, tile.bm), tiles.cdiv(N, tile.bn)
+    # Cleared by a kernel of its own in this stream, so that a graph replay finds zeros too.
+    flags = torch.zeros(rows + 1, dtype=torch.int32, device=x.device)
+    launch(
+        flag_kernel, (min(rows * columns, device.sms),),
+        x, weight, a, b, None if bias is None else bias.contiguous(), s, y, flags,
+        M, N, K, r, scale, *x.stride(), *weight.stride(), *a.stride(), *b.t().stride(),
+        R=tiles.dual_rank(r), BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP=tile.group,
+        STRIPS=tile.strips, TMA=tma, PRECISION=fp32_precision(),
+        num_warps=tile.warps, num_stages=tile.stages, descriptors=tma,
+    )  # fmt: skip
+    return y, s

@@ -1,0 +1,106 @@
+"""What the cases in Triton's interpreter share: problems of odd shapes and layouts on the CPU."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from lora_kernels.backends import plans
+from lora_kernels.backends.dropout import keep_mask, keep_scale
+
+ops = torch.ops.lora_kernels
+NAMES = ("y", "s", "dx", "da", "db")
+SCALING = 0.75
+
+
+class Case(NamedTuple):
+    M: int
+    N: int
+    K: int
+    r: int
+    dtype: torch.dtype = torch.float16
+    p: float = 0.0
+    bias: bool = False
+    layout: str = "contiguous"
+    wide_adapters: bool = False  # fp32 masters beside a 16-bit x
+
+
+def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
+    if layout == "transposed":
+        return torch.randn(columns, rows).to(dtype).t()
+    if layout == "expanded":
+        return torch.randn(1, columns).to(dtype).expand(rows, columns)
+    if layout == "sliced":
+        return torch.randn(rows, columns + 3).to(dtype)[:, 1 : columns + 1]
+    return torch.randn(rows, columns).to(dtype)
+
+
+class Problem:
+    """Inputs of a case and a gradient of its output."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(1000 * case.M + case.r)
+        M, N, K, r = case[:4]
+        adapters = torch.float32 if case.wide_adapters else case.dtype
+        self.case = case
+        self.x = laid_out(M, K, case.layout, case.dtype)
+        weights = "transposed" if case.layout == "transposed" else "contiguous"
+        self.weight = (laid_out(N, K, weights, case.dtype) / math.sqrt(K)).to(case.dtype)
+        self.a = (torch.randn(r, K) / math.sqrt(K)).to(adapters)
+        self.b = (torch.randn(N, r) / math.sqrt(r)).to(adapters)
+        self.bias = torch.randn(N).to(case.dtype) if case.bias else None
+        self.dy = laid_out(M, N, case.layout, case.dtype)
+        # Cases with an odd number of rows are parts of a larger matrix.
+        place = [5 * case.M, 8 * case.K] if case.M % 2 else []
+        self.seed = torch.tensor([-(3 << 40) - case.M, *place]) if case.p else None
+        self.branch = (SCALING, case.p, self.seed)
+
+    def keep(self) -> torch.Tensor | float:
+        if not self.case.p:
+            return 1.0
+        mask = keep_mask(self.seed, 0, self.case.M, self.case.K, self.case.p)
+        return mask * keep_scale(self.case.p)
+
+    def unfused(self, dtype: torch.dtype, base: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Plain torch in `dtype`, adapters rounded to x's: in fp64 the oracle, else the rival."""
+        low = self.case.dtype
+        x, w, dy = (t.to(dtype) for t in (self.x, self.weight, self.dy))
+        a, b = (t.to(low).to(dtype) for t in (self.a, self.b))
+        x, a, b = (t.detach().requires_grad_() for t in (x, a, b))
+        keep = self.keep()
+        dropped = x * (keep if isinstance(keep, float) else keep.to(dtype))
+        s = F.linear(dropped, a) * SCALING
+        if base is None:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            y = F.linear(x, w, bias) + F.linear(s, b)
+        else:
+            y = base.to(dtype) + F.linear(s, b)
+        dx, da, db = torch.autograd.grad(y, (x, a, b), dy)
+        return dict(zip(NAMES, (y.detach(), s.detach(), dx, da, db), strict=True))
+
+    def linear(self, needed=(True, False, True, True)) -> dict[str, torch.Tensor]:
+        y, s, mask = ops.lora_linear(
+            self.x, self.weight, self.a, self.b, self.bias, *self.branch, True, False
+        )
+        dx, _, da, db = ops.lora_linear_backward(
+            self.dy, self.x, self.weight, self.a, self.b, s, mask, *self.branch, *needed
+        )
+        return dict(zip(NAMES, (y, s, dx, da, db), strict=True))
+
+    def add(self, base: torch.Tensor) -> dict[str, torch.Tensor]:
+        y, s, mask = ops.lora_add(base, self.x, self.a, self.b, *self.branch, True, False)
+        dx, da, db = ops.lora_add_backward(
+            self.dy, self.x, self.a, self.b, s, mask, *self.branch, True, True, True
+        )
+        return dict(zip(NAMES, (y, s, dx, da, db), strict=True))
+
+
+def error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    assert out.isfinite().all()
+    return ((out.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def serves(plan: str, case: Case) -> bool:
+    dtype = str(case.dtype).removeprefix("torch.")
+    return plans.refusal(plan, plans.Call("forward", dtype, *case[:4], case.p > 0)) is None
