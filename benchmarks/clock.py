@@ -1,5 +1,5 @@
-"""Timing: peers take turns, so drifting clocks and noisy neighbours hit all alike, and a peer's ratio
-is the median over the rounds of its time over the first peer's in the same round.
+"""Timing: peers take turns, so drifting clocks and noisy neighbours hit all alike, and the ratio of a
+peer is the median over the rounds of its time over the frozen layer's in the same round.
 
 On a GPU every turn begins with a cold L2 cache, and times are between events. The pass over memory
 that empties the cache also hides the first ~0.1 ms of host work, so what a call costs on the host
@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -75,8 +76,8 @@ def _turn_on_gpu(turn: Turn) -> list[torch.cuda.Event]:
 def _parts(marks: list) -> list[float]:
     """Seconds between neighbouring marks."""
     if isinstance(marks[0], float):
-        return [b - a for a, b in zip(marks, marks[1:], strict=False)]
-    return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        return [b - a for a, b in pairwise(marks)]
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
 
 def interleaved(
@@ -118,4 +119,3 @@ def summary(seconds: Iterable[float], base: Iterable[float]) -> dict[str, float]
         "p20": round(cuts[0], 4),
         "p80": round(cuts[-1], 4),
     }
-

@@ -1,7 +1,7 @@
 """The layers that are compared: one problem, equal weights, each peer with its own copy of them."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,11 +35,6 @@ class Problem(NamedTuple):
     a: Tensor
     b: Tensor
     dy: Tensor
-
-    def rows(self, count: int) -> "Problem":
-        """The problem of the first rows alone."""
-        x = self.x.detach()[:count].clone().requires_grad_()
-        return self._replace(case=self.case._replace(M=len(x)), x=x, dy=self.dy[:count].clone())
 
 
 def problem(case: Case, device: torch.device) -> Problem:
@@ -182,13 +177,8 @@ _BUILDERS: dict[str, Callable[[Problem], Peer]] = {
 }
 
 
-def build(names: Iterable[str], p: Problem) -> dict[str, Peer]:
-    """The named peers, in training mode."""
-    built = {}
-    for name in names:
-        if name.startswith(_PLAN):
-            built[name] = _ours(p, name.removeprefix(_PLAN))
-        else:
-            built[name] = _BUILDERS[name](p)
-        built[name].layer.train()
-    return built
+def build(name: str, p: Problem) -> Peer:
+    """The named peer, in training mode."""
+    peer = _ours(p, name.removeprefix(_PLAN)) if name.startswith(_PLAN) else _BUILDERS[name](p)
+    peer.layer.train()
+    return peer
