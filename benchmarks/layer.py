@@ -28,7 +28,7 @@ from clock import Deadline, graphed, interleaved, summary
 from gate import WrongResult, drawn_seed, expected
 from machine import machine, machine_line
 from memory import peak_bytes
-from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, PEFT_FP32, UNFUSED, Peer, Problem
+from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, PEFT_FP32, PEERS, UNFUSED, Peer, Problem
 from shapes import Case
 from store import Results
 from torch import Tensor
@@ -37,7 +37,6 @@ from lora_kernels._env import PLANS
 from lora_kernels.backends import plans
 
 GRID = (FROZEN, ADDMM, OURS)
-_ALL = (FROZEN, UNFUSED, ADDMM, PEFT, PEFT_FP32, PEFT_COMPILED, OURS)
 
 
 class Job(NamedTuple):
@@ -61,7 +60,7 @@ def gpu_jobs() -> list[Job]:
     return [
         *(Job("headline", case, GRID) for case in grid if shapes.is_headline(case)),
         *(Job("lorafusion", case, (FROZEN, UNFUSED, ADDMM, OURS)) for case in shapes.lorafusion()),
-        *(Job("slow", c, (*_ALL, *_legal_plans(c))) for c in shapes.named_cells()),
+        *(Job("slow", c, (*PEERS, *_legal_plans(c))) for c in shapes.named_cells()),
         *(Job("decode", c, (*decode, *_legal_plans(c))) for c in shapes.decode()),
         *(Job("grid", case, GRID) for case in grid if not shapes.is_headline(case)),
     ]

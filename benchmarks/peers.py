@@ -18,6 +18,7 @@ SCALING = 2.0
 FROZEN, OURS = "frozen nn.Linear", "lora_kernels"
 UNFUSED, ADDMM = "unfused torch", "addmm autograd"
 PEFT, PEFT_FP32, PEFT_COMPILED = "PEFT, same dtype", "PEFT, fp32 adapters", "PEFT, torch.compile"
+PEERS = (FROZEN, UNFUSED, ADDMM, PEFT, PEFT_FP32, PEFT_COMPILED, OURS)
 _PLAN = f"{OURS}, plan "
 
 
