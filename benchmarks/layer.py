@@ -28,7 +28,7 @@ from clock import Deadline, graphed, interleaved, summary
 from gate import WrongResult, drawn_seed, expected
 from machine import machine, machine_line
 from memory import peak_bytes
-from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, PEFT_FP32, PEERS, UNFUSED, Peer, Problem
+from peers import ADDMM, FROZEN, OURS, PEERS, PEFT, PEFT_COMPILED, PEFT_FP32, UNFUSED, Peer, Problem
 from shapes import Case
 from store import Results
 from torch import Tensor

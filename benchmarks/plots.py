@@ -1,4 +1,4 @@
-"""The plots of a result file: ratio to the frozen layer by M, position under the roofline, decode."""
+"""The plots of a result file: ratio to the frozen layer by M, the roofline, decode."""
 
 from collections import defaultdict
 from collections.abc import Iterator
