@@ -43,6 +43,12 @@ def error(out: Tensor, exact: Tensor) -> float:
     return float((out.detach().double() - exact).norm() / exact.norm())
 
 
+def is_fatal(error: Exception) -> bool:
+    """Whether nothing can run in this process any more."""
+    text = str(error)
+    return any(words in text for words in ("CUDA error", "illegal", "unspecified launch failure"))
+
+
 class Expected(NamedTuple):
     """What is right for a problem: y and dx in some rows, the adapters' gradients whole."""
 

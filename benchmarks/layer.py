@@ -25,7 +25,7 @@ import peers
 import shapes
 import torch
 from clock import Deadline, graphed, interleaved, summary
-from gate import WrongResult, drawn_seed, expected
+from gate import drawn_seed, expected, is_fatal
 from machine import machine, machine_line
 from memory import peak_bytes
 from peers import ADDMM, FROZEN, OURS, PEERS, PEFT, PEFT_COMPILED, PEFT_FP32, UNFUSED, Peer, Problem
@@ -103,7 +103,9 @@ def usable(names: Iterable[str], p: Problem) -> tuple[dict[str, Peer], dict[str,
             peer = peers.build(name, p)
             is_right(name, peer, p)
             right[name] = peer
-        except (WrongResult, RuntimeError, ImportError) as error:
+        except Exception as error:
+            if is_fatal(error):
+                raise
             refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return right, refused
 
@@ -134,6 +136,10 @@ def rows_of(job: Job, seconds: float, rounds: tuple[int, int], device: torch.dev
     """One row a peer: milliseconds and ratio of each pass, peak memory."""
     p = peers.problem(job.case, device)
     right, refused = usable(job.peers, p)
+    key = {"table": job.table, "layer": shapes.names(job.case.N, job.case.K), **job.case._asdict()}
+    reasons = [key | {"peer": name, "refused": why} for name, why in refused.items()]
+    if FROZEN not in right:
+        return reasons
     alone = job.table == "decode"
     turns = {
         name: _forward_alone(peer, p.x.detach()) if alone else peer.turn(p)
@@ -141,7 +147,6 @@ def rows_of(job: Job, seconds: float, rounds: tuple[int, int], device: torch.dev
     }
     times = {name: _passes(parts) for name, parts in
              interleaved(turns, device, seconds, rounds).items()}  # fmt: skip
-    key = {"table": job.table, "layer": shapes.names(job.case.N, job.case.K), **job.case._asdict()}
     rows = []
     for name, passes in times.items():
         row = key | {"peer": name, "rounds": len(passes["forward"])}
@@ -153,7 +158,7 @@ def rows_of(job: Job, seconds: float, rounds: tuple[int, int], device: torch.dev
                 peak_bytes(lambda step=step: step(lambda: None), device) / 2**20, 3
             )
         rows.append(row)
-    return rows + [key | {"peer": name, "refused": why} for name, why in refused.items()]
+    return rows + reasons
 
 
 def ceilings(dtypes: Iterable[str], device: torch.device, scale: int) -> list[dict]:

@@ -1,6 +1,6 @@
 """Result files -> the tables of the README and the plots, by one command.
 
-    python benchmarks/report.py     # benchmarks/results/*.json -> README.md, benchmarks/results/*.png
+    python benchmarks/report.py     # benchmarks/results/*.json -> README.md, plots beside them
 
 The tables stand between the lines `<!-- bench:cpu -->` and `<!-- /bench:cpu -->`, and the same for
 gpu; what is between them is replaced. A README that does not exist is made of the two tables.
@@ -77,9 +77,8 @@ def _spread(row: dict | None, which: str) -> str:
 def _peers_in(rows: list[dict]) -> list[str]:
     """The peers of some rows beside the frozen layer, ours last and its plans after it."""
     present = dict.fromkeys(row["peer"] for row in rows)
-    return [n for n in PEERS if n in present and n != FROZEN] + [
-        n for n in present if n not in PEERS
-    ]
+    known = [name for name in PEERS if name in present and name != FROZEN]
+    return known + [name for name in present if name not in PEERS]
 
 
 def cpu_table(document: Document) -> list[str]:
@@ -90,12 +89,11 @@ def cpu_table(document: Document) -> list[str]:
     lines = []
     for case, found in by_case(rows).items():
         frozen = found[FROZEN]
-        memory = (
-            f"{frozen['peak_mib']:.0f} / {found[OURS]['peak_mib']:.0f}" if OURS in found else "–"
-        )
+        peaks = [f"{found[n]['peak_mib']:.0f}" if n in found else "–" for n in (FROZEN, OURS)]
         lines.append(
             [case.dtype, f"({case.M}, {case.K}, {case.N}, {case.r})", f"{case.dropout:g}",
-             f"{frozen['both']['ms']:.3g} ms", *(_spread(found.get(n), "both") for n in names), memory]
+             f"{frozen['both']['ms']:.3g} ms", *(_spread(found.get(n), "both") for n in names),
+             " / ".join(peaks)]
         )  # fmt: skip
     header = ["dtype", "(M, K, N, r)", "dropout", "frozen", *names, "peak MiB, frozen / ours"]
     return [
@@ -140,9 +138,8 @@ def rows_table(document: Document) -> list[str]:
     for key in sorted({(case.r, case.dropout, case.M) for case in cases}):
         some = {c: found for c, found in cases.items() if (c.r, c.dropout, c.M) == key}
         r, dropout, M = key
-        means = [
-            mean for which in ("forward", "both") for mean in _means(some, (ADDMM, OURS), which)
-        ]
+        pair = (ADDMM, OURS)
+        means = [*_means(some, pair, "forward"), *_means(some, pair, "both")]
         lines.append([str(r), f"{dropout:g}", str(M), *means, str(len(some))])
     header = ["r", "dropout", "M", f"{ADDMM}, forward", f"{OURS}, forward",
               f"{ADDMM}, both", f"{OURS}, both", "shapes"]  # fmt: skip
@@ -173,8 +170,8 @@ def lorafusion_table(document: Document) -> list[str]:
         for case, found in cases.items()
     ]  # fmt: skip
     return [
-        "LoRAFusion's setup (r = 16, dropout 0.1, bf16, forward and backward; it reports 1.27× mean",
-        f"over unfused torch on an H100): mean {geometric_mean(speed.values()):.2f}×.",
+        "LoRAFusion's setup (r = 16, dropout 0.1, bf16, forward and backward; it reports a mean of",
+        f"1.27× over unfused torch on an H100): mean {geometric_mean(speed.values()):.2f}×.",
         "",
         *markdown(["M", "K = N", UNFUSED, OURS, "faster by"], lines),
     ]

@@ -1,6 +1,6 @@
 """Times every legal plan and tile set per shape and writes the table that picks among them.
 
-    python benchmarks/tune.py --minutes 5             # lora_kernels/backends/triton/tuned/<gpu>.json
+    python benchmarks/tune.py --minutes 5       # the package's backends/triton/tuned/<gpu>.json
     python benchmarks/tune.py --merge A.json B.json --out C.json
 
 Every candidate is checked against fp64 before it is timed. The table is on disk after every bucket;
@@ -54,8 +54,15 @@ class Table:
 
     def __init__(self, path: Path, gpu: str, info: dict) -> None:
         self.path = path
-        self.content = {"gpu": gpu, "date": str(date.today()), "versions": info["versions"],
-                        "commit": info["commit"], "proven": [], "failed": [], "buckets": []}  # fmt: skip
+        self.content = {
+            "gpu": gpu,
+            "date": str(date.today()),
+            "versions": info["versions"],
+            "commit": info["commit"],
+            "proven": [],
+            "failed": [],
+            "buckets": [],
+        }
         if path.exists():
             found = plans.read_table(path)
             for name in ("gpu", "versions"):
