@@ -1,5 +1,5 @@
-"""Timing: peers take turns, so drifting clocks and noisy neighbours hit all alike, and a ratio is the
-median over the rounds of a peer's time over the frozen layer's in the same round.
+"""Timing: peers take turns, so drifting clocks and noisy neighbours hit all alike, and a ratio is
+the median over the rounds of a peer's time over the frozen layer's in the same round.
 
 On a GPU every turn begins with a cold L2 cache, and times are between events. The pass over memory
 that empties the cache also hides the first ~0.1 ms of host work, so what a call costs on the host
