@@ -48,10 +48,11 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 def test_flops_are_those_that_torch_counts(name, adapter):
     p = peers.problem(CASE, CPU)
     peer = peers.build(name, p)
-    counted = []
     with FlopCounterMode(display=False) as counter:
-        peer.turn(p)(lambda: counted.append(counter.get_total_flops()))
-    forward, both = counted
+        y = peer.layer(p.x)
+        forward = counter.get_total_flops()
+        y.backward(p.dy)
+    both = counter.get_total_flops()
     assert shapes.flops(CASE, "forward", adapter) == forward
     assert shapes.flops(CASE, "backward", adapter) == both - forward
     assert shapes.flops(CASE, "both", adapter) == both
@@ -230,7 +231,8 @@ def test_gpu_tables(tmp_path):
           for peer, ratio in ((FROZEN, 1.0), (ADDMM, 1.2), (OURS, ours))),
         *(_row("lorafusion", published, peer, 1.0, ms)
           for peer, ms in ((FROZEN, 1.0), (UNFUSED, 3.0), (OURS, 2.0))),
-        *(_row("decode", decode, peer, ratio, 0.01) for peer, ratio in ((FROZEN, 1.0), (OURS, 1.1))),
+        *(_row("decode", decode, peer, ratio, 0.01)
+          for peer, ratio in ((FROZEN, 1.0), (OURS, 1.1))),
     ]  # fmt: skip
     info = {"gpu": "Test", "cpu": "c", "python": "3", "versions": {}, "commit": "x"}
     (tmp_path / "layer-gpu.json").write_text(json.dumps({"machine": info, "rows": rows}))
@@ -325,7 +327,7 @@ def test_a_wrong_plan_is_struck_out(tmp_path):
     assert table.refuses(tune.Candidate("dual", {}), {"M": 3})
 
 
-# ---------------------------------------------------------------------------- the day, models, micro
+# ----------------------------------------------------------------------- the day, models, micro
 
 
 def test_gpu_day_keeps_to_its_budget_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -358,8 +360,8 @@ def test_gpu_day_keeps_to_its_budget_and_goes_on(tmp_path, monkeypatch, capsys):
 def test_gpu_day_dry_run(tmp_path, capsys):
     assert gpu_day.main(["--minutes", "9", "--out", str(tmp_path), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    order = [next(i for i, line in enumerate(lines) if name in line)
-             for name in ("pytest -q -m gpu", "tune.py", "layer.py", "model.py", "report.py")]  # fmt: skip
+    scripts = ("pytest -q -m gpu", "tune.py", "layer.py", "model.py", "report.py")
+    order = [next(i for i, line in enumerate(lines) if name in line) for name in scripts]
     assert order == sorted(order)
     assert not list(tmp_path.iterdir())
     for gpu in (True, False):
@@ -401,7 +403,8 @@ def test_micro_suite(tmp_path):
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "micro.json"
     python("-m", "pytest", "-q", "benchmarks", "--benchmark-only", "-k", "host", "-p", "no:xdist",
-           "--benchmark-max-time=0.02", "--benchmark-min-rounds=2", f"--benchmark-json={out}")  # fmt: skip
+           "--benchmark-max-time=0.02", "--benchmark-min-rounds=2",
+           f"--benchmark-json={out}")  # fmt: skip
     found = json.loads(out.read_text())["benchmarks"]
     assert len({entry["group"] for entry in found}) == 2
     for entry in found:
