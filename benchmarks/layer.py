@@ -155,7 +155,7 @@ def rows_of(job: Job, seconds: float, rounds: tuple[int, int], device: torch.dev
         if not alone:
             step = right[name].turn(p)
             row["peak_mib"] = round(
-                peak_bytes(lambda step=step: step(lambda: None), device) / 2**20, 3
+                peak_bytes(lambda step=step: step(lambda: None), device) / 2**20, 6
             )
         rows.append(row)
     return rows + reasons

@@ -1,4 +1,4 @@
-"""The benchmark scripts at tiny sizes: their files, and their arithmetic of flops, bytes, ratios."""
+"""The benchmark scripts at tiny sizes: their files, their arithmetic of flops, bytes, ratios."""
 
 import json
 import os
@@ -227,7 +227,8 @@ def test_gpu_tables(tmp_path):
     published = shapes.lorafusion()[0]
     decode = shapes.decode()[0]
     rows = [
-        *(_row("headline", case, peer, ratio) for case, ours in zip(headline, (1.0, 1.21), strict=True)
+        *(_row("headline", case, peer, ratio)
+          for case, ours in zip(headline, (1.0, 1.21), strict=True)
           for peer, ratio in ((FROZEN, 1.0), (ADDMM, 1.2), (OURS, ours))),
         *(_row("lorafusion", published, peer, 1.0, ms)
           for peer, ms in ((FROZEN, 1.0), (UNFUSED, 3.0), (OURS, 2.0))),
