@@ -19,7 +19,7 @@ demo: setup
 	$(PY) examples/demo.py --out demo_output $(ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -p no:benchmark $(ARGS)
 
 codegen: setup
 	$(PY) -m lora_kernels.backends.triton.codegen $(ARGS)

@@ -1,166 +1,251 @@
-"""What a LoRA layer costs against the frozen layer: forward + backward, every peer in one process.
+"""What a LoRA layer costs against the frozen layer and against every other way to do it today.
 
-    python benchmarks/layer.py --out benchmarks/results/layer-cpu.json
+    python benchmarks/layer.py --out benchmarks/results/layer-cpu.json     # or: make bench
 
-Each round times every peer once, in turn; a peer's ratio is the median over the rounds of its time
-over the frozen layer's time in the same round, so drifting clocks and noisy neighbours cancel.
-Before anything is timed every LoRA peer's output and gradients are checked against fp64.
+Every peer is checked against fp64 before it is timed; a wrong one is reported and not timed. Peers
+take turns in one process, and the ratio of a peer is the median over the rounds of its time over
+the frozen layer's in the same round. Results are on disk after every case, and the same command
+goes on where the last one ended. The tables, in this order on a GPU:
+
+    headline    Llama-3-8B and 70B at M = 8192, r = 16
+    lorafusion  the published setup of LoRAFusion
+    slow        a dozen cells for PEFT in its three forms, and for each plan of ours
+    decode      few rows, forward alone, as a CUDA graph
+    grid        the other named shapes, rows and ranks
 """
 
 import argparse
-import copy
 import gc
-import json
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import peers
+import shapes
 import torch
+from clock import Deadline, graphed, interleaved, summary
+from gate import drawn_seed, expected, is_fatal
 from machine import machine, machine_line
-from torch import Tensor, nn
+from memory import peak_bytes
+from peers import ADDMM, FROZEN, OURS, PEERS, PEFT, PEFT_COMPILED, PEFT_FP32, UNFUSED, Peer, Problem
+from shapes import Case
+from store import Results
+from torch import Tensor
 
-from lora_kernels import FusedLoRALinear
+from lora_kernels._env import PLANS
+from lora_kernels.backends import plans
 
-# (M, K, N, r)
-SHAPES = [(1024, 2048, 2048, 16), (4096, 768, 768, 8), (16, 2048, 2048, 16)]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FROZEN, PEFT, OURS = "frozen nn.Linear", "PEFT, same dtype", "lora_kernels"
-
-
-def peers(K: int, N: int, r: int, dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
-    """One layer per peer, each with its own copy of equal weights: none warms another's cache."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    linear = nn.Linear(K, N, bias=False).to(dtype).requires_grad_(False)
-    ours = FusedLoRALinear.from_linear(copy.deepcopy(linear), r, alpha=2 * r, dropout=dropout)
-    nn.init.normal_(ours.lora_B, std=0.02)
-    holder = nn.Sequential(nn.Linear(K, N, bias=False).to(dtype))
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["0"])
-    peft = get_peft_model(holder, config, autocast_adapter_dtype=False).base_model.model[0]
-    with torch.no_grad():
-        peft.base_layer.weight.copy_(linear.weight)
-        peft.lora_A["default"].weight.copy_(ours.lora_A)
-        peft.lora_B["default"].weight.copy_(ours.lora_B)
-    return {FROZEN: linear, PEFT: peft, OURS: ours}
+GRID = (FROZEN, ADDMM, OURS)
 
 
-def check(layers: dict[str, nn.Module], x: Tensor, dy: Tensor) -> None:
-    """Raises unless ours is as near to fp64 as PEFT is (within 1 % of its error plus one eps)."""
-    for layer in layers.values():
-        layer.eval()
+class Job(NamedTuple):
+    table: str
+    case: Case
+    peers: Sequence[str]
 
-    def results(layer: nn.Module) -> list[Tensor]:
-        y = layer(x)
-        trained = [p for p in layer.parameters() if p.requires_grad]
-        return [y.detach(), *torch.autograd.grad(y, [x, *trained], dy)]
 
-    ours = layers[OURS]
-    x64, dy64 = x.detach().double(), dy.double()
-    W, A, B = (p.detach().double() for p in (ours.weight, ours.lora_A, ours.lora_B))
-    ds = ours.scaling * (dy64 @ B)
-    exact = [
-        x64 @ W.T + ours.scaling * (x64 @ A.T) @ B.T,
-        dy64 @ W + ds @ A,
-        ds.T @ x64,
-        dy64.T @ (ours.scaling * (x64 @ A.T)),
+def _legal_plans(case: Case) -> list[str]:
+    call = plans.Call(
+        "forward", str(peers.DTYPES[case.dtype]).removeprefix("torch."),
+        case.M, case.N, case.K, case.r, case.dropout > 0,
+    )  # fmt: skip
+    return [peers.of_plan(plan) for plan in PLANS if plans.refusal(plan, call) is None]
+
+
+def gpu_jobs() -> list[Job]:
+    """What matters most comes first: a run that is cut short has it."""
+    grid = shapes.grid()
+    decode = (FROZEN, ADDMM, PEFT, OURS)
+    return [
+        *(Job("headline", case, GRID) for case in grid if shapes.is_headline(case)),
+        *(Job("lorafusion", case, (FROZEN, UNFUSED, ADDMM, OURS)) for case in shapes.lorafusion()),
+        *(Job("slow", c, (*PEERS, *_legal_plans(c))) for c in shapes.named_cells()),
+        *(Job("decode", c, (*decode, *_legal_plans(c))) for c in shapes.decode()),
+        *(Job("grid", case, GRID) for case in grid if not shapes.is_headline(case)),
     ]
 
-    def errors(layer: nn.Module) -> list[float]:
-        pairs = zip(results(layer), exact, strict=True)
-        return [float((got.double() - want).norm() / want.norm()) for got, want in pairs]
 
-    for name, mine, theirs in zip(
-        ("y", "dx", "dA", "dB"), errors(ours), errors(layers[PEFT]), strict=True
-    ):
-        if not mine <= 1.01 * theirs + torch.finfo(x.dtype).eps:
-            raise AssertionError(
-                f"{name}: error {mine:.2e}, PEFT's {theirs:.2e}; nothing was timed"
-            )
-    for layer in layers.values():
-        layer.train()
+def cpu_jobs() -> list[Job]:
+    jobs = []
+    for case in shapes.cpu():
+        fp32 = [PEFT_FP32] if case.dtype != "fp32" else []
+        compiled = [PEFT_COMPILED] if case.M == 1024 and not case.dropout else []
+        jobs.append(Job("cpu", case, (FROZEN, ADDMM, PEFT, *fp32, *compiled, OURS)))
+    return jobs
 
 
-def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
-
-    def step() -> None:
-        torch.autograd.grad(layer(x), trained, dy)
-
-    return step
+def scaled(job: Job, scale: int) -> Job:
+    """The job with M, K and N divided, for a smoke run."""
+    M, K, N = (max(1, size // scale) for size in job.case[:3])
+    return job._replace(case=job.case._replace(M=M, K=K, N=N))
 
 
-def measure(
-    layers: dict[str, nn.Module], x: Tensor, dy: Tensor, seconds: float, rounds: tuple[int, int]
-) -> dict[str, list[float]]:
-    """Seconds per step of each peer, one entry a round."""
-    steps = {name: _step(layer, x, dy) for name, layer in layers.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    gc.collect()
-    begin = time.perf_counter()
-    while len(times[FROZEN]) < rounds[0] or (
-        time.perf_counter() - begin < seconds and len(times[FROZEN]) < rounds[1]
-    ):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    return times
+def is_right(name: str, peer: Peer, p: Problem) -> None:
+    """Raises WrongResult unless the peer computes the layer; ours with its dropout mask, others,
+    whose mask is their own affair, without."""
+    if not peer.adapters:
+        return
+    if name.startswith(OURS):
+        seed = drawn_seed(p.x.device)
+        expected(p, seed).require(name, peer.results(p))
+        return
+    peer.layer.eval()
+    expected(p).require(name, peer.results(p))
+    peer.layer.train()
 
 
-def rows_of(times: dict[str, list[float]], case: dict[str, object]) -> list[dict[str, object]]:
+def usable(names: Iterable[str], p: Problem) -> tuple[dict[str, Peer], dict[str, str]]:
+    """The peers that are right, and why the others are not timed."""
+    right, refused = {}, {}
+    for name in names:
+        try:
+            peer = peers.build(name, p)
+            is_right(name, peer, p)
+            right[name] = peer
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return right, refused
+
+
+def _forward_alone(peer: Peer, x: Tensor) -> Callable[[Callable[[], None]], None]:
+    def forward() -> Tensor:
+        with torch.no_grad(), peer.context():
+            return peer.layer(x)
+
+    run = graphed(forward) if x.is_cuda else forward
+
+    def turn(mark: Callable[[], None]) -> None:
+        run()
+        mark()
+
+    return turn
+
+
+def _passes(parts: list[list[float]]) -> dict[str, list[float]]:
+    """Seconds of each pass by round, from the parts of a turn."""
+    if len(parts[0]) == 1:
+        return {"forward": [part[0] for part in parts]}
+    forward, backward = zip(*parts, strict=True)
+    return {"forward": forward, "backward": backward, "both": [sum(part) for part in parts]}
+
+
+def rows_of(job: Job, seconds: float, rounds: tuple[int, int], device: torch.device) -> list[dict]:
+    """One row a peer: milliseconds and ratio of each pass, peak memory."""
+    p = peers.problem(job.case, device)
+    right, refused = usable(job.peers, p)
+    key = {"table": job.table, "layer": shapes.names(job.case.N, job.case.K), **job.case._asdict()}
+    reasons = [key | {"peer": name, "refused": why} for name, why in refused.items()]
+    if FROZEN not in right:
+        return reasons
+    alone = job.table == "decode"
+    turns = {
+        name: _forward_alone(peer, p.x.detach()) if alone else peer.turn(p)
+        for name, peer in right.items()
+    }
+    times = {name: _passes(parts) for name, parts in
+             interleaved(turns, device, seconds, rounds).items()}  # fmt: skip
     rows = []
-    for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(seconds, times[FROZEN], strict=True)]
-        cuts = statistics.quantiles(ratios, n=5)
+    for name, passes in times.items():
+        row = key | {"peer": name, "rounds": len(passes["forward"])}
+        for which, spent in passes.items():
+            row[which] = summary(spent, times[FROZEN][which])
+        if not alone:
+            step = right[name].turn(p)
+            row["peak_mib"] = round(
+                peak_bytes(lambda step=step: step(lambda: None), device) / 2**20, 6
+            )
+        rows.append(row)
+    return rows + reasons
+
+
+def ceilings(dtypes: Iterable[str], device: torch.device, scale: int) -> list[dict]:
+    """What this device reached at best: bytes per second of a copy, operations of a product."""
+    gpu = device.type == "cuda"
+    size, n = ((1 << 30) if gpu else (1 << 28)) // scale, (8192 if gpu else 2048) // scale
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    rows = []
+    for dtype in dtypes:
+        matrix = torch.randn(n, n, device=device).to(peers.DTYPES[dtype])
+
+        def both(mark: Callable[[], None], matrix: Tensor = matrix) -> None:
+            target.copy_(source)
+            mark()
+            matrix @ matrix
+            mark()
+
+        parts = interleaved({"": both}, device, 1.0, (3, 20))[""]
+        copy, product = (min(part) for part in zip(*parts, strict=True))
         rows.append(
-            case
-            | {
-                "peer": name,
-                "ms": round(statistics.median(seconds) * 1e3, 3),
-                "ratio": round(statistics.median(ratios), 4),
-                "p20": round(cuts[0], 4),
-                "p80": round(cuts[-1], 4),
-                "rounds": len(seconds),
-            }
-        )
+            {"table": "ceiling", "dtype": dtype, "gb_s": round(2 * size / copy / 1e9, 2),
+             "tflops": round(2 * n**3 / product / 1e12, 4)}
+        )  # fmt: skip
     return rows
 
 
-def main() -> None:
+def _print(rows: list[dict]) -> None:
+    job = {name: rows[0][name] for name in Case._fields}
+    print(f"{rows[0]['table']}: {Case(**job)} {rows[0]['layer']}", flush=True)
+    for row in rows:
+        if "refused" in row:
+            print(f"    {row['peer']:26} not timed: {row['refused']}", flush=True)
+            continue
+        cells = "".join(
+            f"  {which} {row[which]['ms']:9.3f} ms {row[which]['ratio']:6.3f}x"
+            for which in shapes.PASSES
+            if which in row
+        )
+        memory = f"  {row['peak_mib']:9.1f} MiB" if "peak_mib" in row else ""
+        print(f"    {row['peer']:26}{cells}{memory}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 if a form of ours was wrong or is missing, 0 if all is well or time ran out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="result file (JSON)")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--seconds", type=float, default=20, help="time box of one case")
+    parser.add_argument("--out", type=Path, help="result file (JSON), continued if it is there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=7.5, help="time box of the run")
+    parser.add_argument("--seconds", type=float, help="of one case (GPU 0.15, CPU 6)")
     parser.add_argument("--rounds", type=int, nargs=2, default=(3, 100), metavar=("MIN", "MAX"))
-    parser.add_argument("--scale", type=int, default=1, help="divides M, K and N (for a smoke run)")
-    args = parser.parse_args()
-    info = machine()
+    parser.add_argument("--tables", nargs="+", help="only these")
+    parser.add_argument("--dtypes", nargs="+", choices=peers.DTYPES, help="only these")
+    parser.add_argument("--scale", type=int, default=1, help="divides M, K and N (a smoke run)")
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    gpu = device.type == "cuda"
+    seconds = args.seconds if args.seconds is not None else 0.15 if gpu else 6.0
+    deadline = Deadline(args.minutes)
+    info = machine(gpu)
     print(machine_line(info), flush=True)
-    rows = []
-    for dtype in args.dtypes:
-        for M, K, N, r in SHAPES:
-            M, K, N = (max(1, size // args.scale) for size in (M, K, N))
-            layers = peers(K, N, r, DTYPES[dtype], args.dropout)
-            x = torch.randn(M, K).to(DTYPES[dtype]).requires_grad_()
-            dy = torch.randn(M, N).to(DTYPES[dtype])
-            check(layers, x, dy)
-            case = {"dtype": dtype, "M": M, "K": K, "N": N, "r": r, "dropout": args.dropout}
-            rows += rows_of(measure(layers, x, dy, args.seconds, args.rounds), case)
-            for row in rows[-len(layers) :]:
-                print(
-                    f"{dtype} ({M},{K},{N},r={r})  {row['peer']:18} {row['ms']:10.2f} ms"
-                    f"  {row['ratio']:.3f}x  [{row['p20']:.3f}, {row['p80']:.3f}]",
-                    flush=True,
-                )
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
+    results = Results(args.out, info)
+    jobs = [
+        scaled(job, args.scale)
+        for job in (gpu_jobs() if gpu else cpu_jobs())
+        if (args.tables is None or job.table in args.tables)
+        and (args.dtypes is None or job.case.dtype in args.dtypes)
+    ]
+    if not results.done({"table": "ceiling"}):
+        results.add(ceilings(dict.fromkeys(j.case.dtype for j in jobs), device, args.scale))
+    for index, job in enumerate(jobs):
+        if results.done({"table": job.table, **job.case._asdict()}):
+            continue
+        if deadline.left() <= 0:
+            print(f"time is over with {len(jobs) - index} cases left; run again to go on")
+            break
+        begin = time.perf_counter()
+        rows = rows_of(job, seconds, tuple(args.rounds), device)
+        results.add(rows)
+        _print(rows)
+        gc.collect()
+        print(f"    {time.perf_counter() - begin:.1f} s", flush=True)
+    wrong = [row for row in results.rows if "refused" in row and row["peer"].startswith(OURS)]
+    for row in wrong:
+        print(f"FAILED {row['table']} {row['peer']}: {row['refused']}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+import lora_kernels
+
 
 def _cpu_name() -> str:
     try:
@@ -31,16 +33,16 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def machine() -> dict[str, object]:
-    """What a number cannot be understood without."""
-    packages = ("torch", "triton", "peft", "transformers", "lora_kernels")
+def machine(gpu: bool) -> dict[str, object]:
+    """What a number taken on the GPU, or on the CPU, cannot be understood without."""
+    versions = {name: _version(name) for name in ("torch", "triton", "peft", "transformers")}
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if gpu else None,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": versions | {"lora_kernels": lora_kernels.__version__},
         "commit": _commit(),
     }
 

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from layer import DTYPES, OURS, check, measure, peers, rows_of
+from clock import interleaved, summary
+from layer import is_right
 from machine import machine, machine_line
+from peers import DTYPES, FROZEN, OURS, PEFT, build, problem
+from shapes import Case
 from torch import Tensor, nn
 
 from lora_kernels import _env
@@ -84,28 +87,38 @@ def main() -> None:
         isa = min(extension.ISA_NAMES.index(args.isa), extension.best_isa())
         native.best_isa = lambda: isa
     kernels = "native" if args.forced else None
-    info = machine() | {"extension": extension.status()}
+    info = machine(gpu=False) | {"extension": extension.status()}
     print(machine_line(info), extension.status(), sep="; ", flush=True)
     rows = []
     for dtype in args.dtypes:
         for dropout in args.dropout:
             for M, K, N, r in SHAPES:
                 M, K, N = (max(1, size // args.scale) for size in (M, K, N))
-                layers = peers(K, N, r, DTYPES[dtype], dropout)
-                x = torch.randn(M, K).to(DTYPES[dtype]).requires_grad_()
-                dy = torch.randn(M, N).to(DTYPES[dtype])
-                ours = layers.pop(OURS)
-                aten = copy.deepcopy(ours)
-                for name, layer in (("reference", aten), (kernels, ours)):
+                p = problem(Case(M, K, N, r, dtype, dropout), torch.device("cpu"))
+                built = {name: build(name, p) for name in (FROZEN, PEFT, OURS)}
+                ours = built.pop(OURS)
+                aten = ours._replace(layer=copy.deepcopy(ours.layer))
+                aten = aten._replace(adapters=(aten.layer.lora_A, aten.layer.lora_B))
+                for name, peer in (("reference", aten), (kernels, ours)):
                     with backend(name):
-                        check(layers | {OURS: layer}, x, dy)
-                layers |= {"ours, ATen": On(aten, "reference"), "ours": On(ours, kernels)}
-                times = measure(layers, x, dy, args.seconds, args.rounds)
-                case = {"dtype": dtype, "M": M, "K": K, "N": N, "r": r, "dropout": dropout}
-                rows += rows_of(times, case)
+                        is_right(OURS, peer, p)
+                built["ours, ATen"] = aten._replace(layer=On(aten.layer, "reference"))
+                built["ours"] = ours._replace(layer=On(ours.layer, kernels))
+                turns = {name: peer.turn(p) for name, peer in built.items()}
+                times = {
+                    name: [sum(parts) for parts in of_peer]
+                    for name, of_peer in interleaved(
+                        turns, p.x.device, args.seconds, tuple(args.rounds)
+                    ).items()
+                }
+                case = p.case._asdict()
+                rows += [
+                    case | {"peer": name, "rounds": len(t), **summary(t, times[FROZEN])}
+                    for name, t in times.items()
+                ]
                 cells = "".join(
                     f"  {row['peer']} {row['ratio']:.3f} [{row['p20']:.3f}, {row['p80']:.3f}]"
-                    for row in rows[1 - len(layers) :]
+                    for row in rows[1 - len(built) :]
                 )
                 print(f"{dtype} ({M},{K},{N},r={r}) p={dropout}:{cells}", flush=True)
     if args.out:

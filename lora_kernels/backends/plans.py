@@ -107,7 +107,8 @@ def _checked(tiles: Tiles, where: str) -> Tiles:
     return tiles
 
 
-def _file_name(gpu: str) -> str:
+def file_name(gpu: str) -> str:
+    """Of a GPU's table."""
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
@@ -134,7 +135,7 @@ def has_tables() -> bool:
 @cache
 def tuned(index: int) -> dict | None:
     """The table of a CUDA device, None if there is none."""
-    path = TUNED / _file_name(torch.cuda.get_device_name(index))
+    path = TUNED / file_name(torch.cuda.get_device_name(index))
     return read_table(path) if path.exists() else None
 
 

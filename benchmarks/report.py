@@ -1,0 +1,286 @@
+"""Result files -> the tables of the README and the plots, by one command.
+
+    python benchmarks/report.py     # benchmarks/results/*.json -> README.md, plots beside them
+
+The tables stand between the lines `<!-- bench:cpu -->` and `<!-- /bench:cpu -->`, and the same for
+gpu; what is between them is replaced. A README that does not exist is made of the two tables.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import NamedTuple
+
+import plots
+import shapes
+from machine import machine_line
+from peers import ADDMM, FROZEN, OURS, PEERS, UNFUSED
+from shapes import Case
+
+ROOT = Path(__file__).parents[1]
+NOTHING = "Not measured yet."
+
+
+class Document(NamedTuple):
+    """One result file."""
+
+    path: Path
+    machine: dict
+    rows: list[dict]
+
+    def of(self, *tables: str) -> list[dict]:
+        """The timed rows of some tables."""
+        return [row for row in self.rows if row["table"] in tables and "refused" not in row]
+
+
+def load(folder: Path) -> list[Document]:
+    """The files of `layer.py` and `model.py`; files of other benchmarks are left out."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        rows = [row for row in content.get("rows", ()) if "table" in row]
+        if rows and "machine" in content:
+            found.append(Document(path, content["machine"], rows))
+    return found
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def _case(row: dict) -> Case:
+    return Case(**{name: row[name] for name in Case._fields})
+
+
+def by_case(rows: Iterable[dict]) -> dict[Case, dict[str, dict]]:
+    """case -> peer -> row, in the order of the file."""
+    cases: dict[Case, dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault(_case(row), {})[row["peer"]] = row
+    return cases
+
+
+def _ratio(row: dict | None, which: str) -> str:
+    return f"{row[which]['ratio']:.2f}×" if row and which in row else "–"
+
+
+def _spread(row: dict | None, which: str) -> str:
+    if not row:
+        return "–"
+    return f"{_ratio(row, which)} [{row[which]['p20']:.2f}, {row[which]['p80']:.2f}]"
+
+
+def _peers_in(rows: list[dict]) -> list[str]:
+    """The peers of some rows beside the frozen layer, ours last and its plans after it."""
+    present = dict.fromkeys(row["peer"] for row in rows)
+    known = [name for name in PEERS if name in present and name != FROZEN]
+    return known + [name for name in present if name not in PEERS]
+
+
+def cpu_table(document: Document) -> list[str]:
+    rows = document.of("cpu")
+    if not rows:
+        return []
+    names = _peers_in(rows)
+    lines = []
+    for case, found in by_case(rows).items():
+        frozen = found[FROZEN]
+        peaks = [f"{found[n]['peak_mib']:.0f}" if n in found else "–" for n in (FROZEN, OURS)]
+        lines.append(
+            [case.dtype, f"({case.M}, {case.K}, {case.N}, {case.r})", f"{case.dropout:g}",
+             f"{frozen['both']['ms']:.3g} ms", *(_spread(found.get(n), "both") for n in names),
+             " / ".join(peaks)]
+        )  # fmt: skip
+    header = ["dtype", "(M, K, N, r)", "dropout", "frozen", *names, "peak MiB, frozen / ours"]
+    return [
+        "Forward and backward of one layer; ratios to the frozen `nn.Linear` are medians of paired",
+        "rounds, 20 and 80 % quantiles in brackets, lower is better (`make bench`).",
+        "",
+        *markdown(header, lines),
+    ]
+
+
+def mean_ratio(found: Iterable[dict[str, dict]], peer: str, which: str) -> float | None:
+    """Geometric mean of a peer's ratio to the frozen layer over the cases that have it."""
+    ratios = [peers[peer][which]["ratio"] for peers in found if peer in peers]
+    return geometric_mean(ratios) if ratios else None
+
+
+def _means(cases: dict[Case, dict[str, dict]], names: Sequence[str], which: str) -> list[str]:
+    means = (mean_ratio(cases.values(), name, which) for name in names)
+    return ["–" if mean is None else f"{mean:.3f}×" for mean in means]
+
+
+def headline_table(document: Document) -> list[str]:
+    cases = by_case(document.of("headline"))
+    lines = []
+    for dropout in shapes.DROPOUTS:
+        some = {case: found for case, found in cases.items() if case.dropout == dropout}
+        for which in shapes.PASSES if some else ():
+            lines.append([f"{dropout:g}", which, *_means(some, (ADDMM, OURS), which)])
+    if not lines:
+        return []
+    return [
+        "Llama-3-8B and 70B layers, M = 8192, r = 16, bf16: geometric mean of the ratio to frozen.",
+        "",
+        *markdown(["dropout", "pass", ADDMM, OURS], lines),
+    ]
+
+
+def rows_table(document: Document) -> list[str]:
+    """By rows and rank, over all named shapes."""
+    cases = by_case(document.of("headline", "grid"))
+    lines = []
+    for key in sorted({(case.r, case.dropout, case.M) for case in cases}):
+        some = {c: found for c, found in cases.items() if (c.r, c.dropout, c.M) == key}
+        r, dropout, M = key
+        pair = (ADDMM, OURS)
+        means = [*_means(some, pair, "forward"), *_means(some, pair, "both")]
+        lines.append([str(r), f"{dropout:g}", str(M), *means, str(len(some))])
+    header = ["r", "dropout", "M", f"{ADDMM}, forward", f"{OURS}, forward",
+              f"{ADDMM}, both", f"{OURS}, both", "shapes"]  # fmt: skip
+    slower = [
+        case for case, found in cases.items()
+        if ADDMM in found and OURS in found
+        and found[OURS]["both"]["p20"] > found[ADDMM]["both"]["p80"]
+    ]  # fmt: skip
+    if not lines:
+        return []
+    return [
+        "All named shapes: geometric mean of the ratio to frozen. Forward and backward was slower"
+        f" than {ADDMM}, beyond the quantiles, in {len(slower)} of {len(cases)} cells.",
+        "",
+        *markdown(header, lines),
+    ]
+
+
+def lorafusion_table(document: Document) -> list[str]:
+    cases = by_case(document.of("lorafusion"))
+    cases = {case: found for case, found in cases.items() if {UNFUSED, OURS} <= found.keys()}
+    if not cases:
+        return []
+    speed = {c: f[UNFUSED]["both"]["ms"] / f[OURS]["both"]["ms"] for c, f in cases.items()}
+    lines = [
+        [str(case.M), str(case.N), f"{found[UNFUSED]['both']['ms']:.3f} ms",
+         f"{found[OURS]['both']['ms']:.3f} ms", f"{speed[case]:.2f}×"]
+        for case, found in cases.items()
+    ]  # fmt: skip
+    return [
+        "LoRAFusion's setup (r = 16, dropout 0.1, bf16, forward and backward; it reports a mean of",
+        f"1.27× over unfused torch on an H100): mean {geometric_mean(speed.values()):.2f}×.",
+        "",
+        *markdown(["M", "K = N", UNFUSED, OURS, "faster by"], lines),
+    ]
+
+
+def slow_table(document: Document) -> list[str]:
+    rows = document.of("slow")
+    if not rows:
+        return []
+    names = _peers_in(rows)
+    lines = [
+        [f"({case.M}, {case.K}, {case.N}, {case.r})", f"{case.dropout:g}",
+         f"{found[FROZEN]['both']['ms']:.3f} ms", *(_ratio(found.get(n), "both") for n in names)]
+        for case, found in by_case(rows).items()
+    ]  # fmt: skip
+    return [
+        "Every peer, forward and backward, ratio to frozen.",
+        "",
+        *markdown(["(M, K, N, r)", "dropout", "frozen", *names], lines),
+    ]
+
+
+def weight_gb_s(case: Case, milliseconds: float) -> float:
+    """Weight bytes per second: what limits few rows."""
+    return case.N * case.K * shapes.ITEM_BYTES[case.dtype] / milliseconds / 1e6
+
+
+def decode_table(document: Document) -> list[str]:
+    rows = document.of("decode")
+    if not rows:
+        return []
+    names = _peers_in(rows)
+    lines = [
+        [f"({case.M}, {case.K}, {case.N}, {case.r})",
+         f"{weight_gb_s(case, found[FROZEN]['forward']['ms']):.0f}",
+         *(_ratio(found.get(name), "forward") for name in names)]
+        for case, found in by_case(rows).items()
+    ]  # fmt: skip
+    return [
+        "Few rows, forward alone: weight traffic of the frozen layer, and ratios to it.",
+        "",
+        *markdown(["(M, K, N, r)", "frozen, GB/s", *names], lines),
+    ]
+
+
+def model_table(document: Document) -> list[str]:
+    rows = document.of("train", "generate")
+    if not rows:
+        return []
+    lines = [
+        [row["what"], row["peer"], f"{row['tokens_s']:.4g}", f"{row['ratio']:.2f}×",
+         f"{row['peak_mib']:.0f}"]
+        for row in rows
+    ]  # fmt: skip
+    return [
+        "A Llama-architecture model, end to end; ratio of the time to the frozen model's.",
+        "",
+        *markdown(["what", "model", "tokens/s", "time", "peak MiB"], lines),
+    ]
+
+
+_TABLES = (
+    cpu_table, headline_table, rows_table, lorafusion_table, slow_table, decode_table, model_table,
+)  # fmt: skip
+
+
+def section(documents: Iterable[Document]) -> str:
+    """The tables of some result files, each under its machine line."""
+    lines: list[str] = []
+    for document in documents:
+        tables = [line for table in _TABLES for line in table(document)]
+        if tables:
+            lines += [*tables, f"`{document.path.name}`: {machine_line(document.machine)}", ""]
+    return "\n".join(lines).strip() or NOTHING
+
+
+def insert(text: str, name: str, body: str) -> str:
+    """The text with what stands between the two markers of `name` replaced."""
+    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"README: expected one {begin} … {end}")
+    return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--plots", type=Path, help="folder of the plots (that of the results)")
+    args = parser.parse_args(arguments)
+    documents = load(args.results)
+    names = ("cpu", "gpu")
+    text = "\n\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->" for name in names) + "\n"
+    if args.readme.exists():
+        text = args.readme.read_text()
+    for name in names:
+        on_gpu = name == "gpu"
+        kind = [document for document in documents if bool(document.machine["gpu"]) == on_gpu]
+        text = insert(text, name, section(kind))
+    args.readme.write_text(text)
+    print(args.readme)
+    folder = args.plots or args.results
+    folder.mkdir(parents=True, exist_ok=True)
+    for document in documents:
+        for path in plots.draw(document.rows, machine_line(document.machine),
+                               folder / document.path.stem):  # fmt: skip
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

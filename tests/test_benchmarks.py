@@ -1,0 +1,413 @@
+"""The benchmark scripts at tiny sizes: their files, their arithmetic of flops, bytes, ratios."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+import clock
+import gate
+import gpu_day
+import layer
+import peers
+import report
+import shapes
+import store
+from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
+from shapes import Case
+
+from lora_kernels.backends import plans
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+CASE = Case(24, 40, 56, 8, "fp32")
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    path = os.environ.get("PYTHONPATH")
+    environment["PYTHONPATH"] += os.pathsep + path if path else ""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+# --------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(("name", "adapter"), [(UNFUSED, True), (FROZEN, False)])
+def test_flops_are_those_that_torch_counts(name, adapter):
+    p = peers.problem(CASE, CPU)
+    peer = peers.build(name, p)
+    with FlopCounterMode(display=False) as counter:
+        y = peer.layer(p.x)
+        forward = counter.get_total_flops()
+        y.backward(p.dy)
+    both = counter.get_total_flops()
+    assert shapes.flops(CASE, "forward", adapter) == forward
+    assert shapes.flops(CASE, "backward", adapter) == both - forward
+    assert shapes.flops(CASE, "both", adapter) == both
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bytes_are_those_of_the_tensors(dtype):
+    case = CASE._replace(dtype=dtype)
+    p = peers.problem(case, CPU)
+    y, dx, d_a, d_b = peers.build(OURS, p).results(p)
+    s = p.x @ p.a.t()
+    frozen = (p.x, p.weight, y)
+    forward = (*frozen, p.a, p.b, s)
+    backward = (p.dy, p.weight, p.a, p.b, s, p.x, dx, d_a, d_b)
+    for which, adapter, tensors in (
+        ("forward", False, frozen),
+        ("forward", True, forward),
+        ("backward", False, (p.dy, p.weight, dx)),
+        ("backward", True, backward),
+        ("both", True, (*forward, *backward)),
+    ):
+        assert shapes.least_bytes(case, which, adapter) == sum(t.nbytes for t in tensors), which
+
+
+def test_ratios_are_medians_of_pairs():
+    # Medians 4 and 2, but paired ratios 2, 2 and 9.
+    assert clock.summary([2.0, 4.0, 9.0], [1.0, 2.0, 1.0]) == {
+        "ms": 4000.0, "ratio": 2.0, "p20": 2.0, "p80": 6.2,
+    }  # fmt: skip
+
+
+def test_turns_are_interleaved_and_timed_by_part():
+    calls = []
+
+    def turn_of(name):
+        def turn(mark):
+            calls.append(name)
+            mark()
+            mark()
+
+        return turn
+
+    times = clock.interleaved({n: turn_of(n) for n in "ab"}, CPU, 0.0, (3, 9))
+    assert calls == ["a", "b"] * 4  # once to warm up
+    assert {name: [len(part) for part in parts] for name, parts in times.items()} == {
+        "a": [2, 2, 2],
+        "b": [2, 2, 2],
+    }
+
+
+def test_the_cells():
+    grid = shapes.grid()
+    assert len(set(grid)) == len(grid) == len(shapes.weights()) * 6 * 4 * 2
+    headline = [shapes.is_headline(case) for case in grid]
+    assert headline == sorted(headline, reverse=True)
+    assert sum(headline) == 2 * len(shapes.weights(("Llama-3-8B", "Llama-3-70B")))
+    assert len(shapes.named_cells()) == 12
+    assert len(shapes.lorafusion()) == 9
+    assert shapes.names(14336, 4096) == "Llama-3-8B gate, up"
+
+
+# --------------------------------------------------------------------------------------------- gate
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_right_peers_pass_the_gate(dtype, dropout):
+    p = peers.problem(CASE._replace(dtype=dtype, dropout=dropout), CPU)
+    for name in (FROZEN, UNFUSED, ADDMM, PEFT, peers.PEFT_FP32, OURS):
+        layer.is_right(name, peers.build(name, p), p)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_wrong_output_does_not(index):
+    p = peers.problem(CASE, CPU)
+    outs = peers.build(OURS, p).results(p)
+    outs[index] = outs[index] * 1.0001
+    with pytest.raises(gate.WrongResult, match=f"ours: {gate.NAMES[index]} has error"):
+        gate.expected(p).require("ours", outs)
+
+
+def test_another_dropout_mask_does_not():
+    p = peers.problem(CASE._replace(dropout=0.25), CPU)
+    seed = gate.drawn_seed(CPU)
+    with pytest.raises(gate.WrongResult):
+        gate.expected(p, seed + 1).require(OURS, peers.build(OURS, p).results(p))
+
+
+def test_a_wrong_peer_is_not_timed(monkeypatch):
+    build = peers.build
+
+    def wrong(name, p):
+        peer = build(name, p)
+        if name == OURS:
+            peer.adapters[0].data.mul_(1.01)
+        return peer
+
+    monkeypatch.setattr(peers, "build", wrong)
+    rows = layer.rows_of(layer.Job("cpu", CASE, (FROZEN, ADDMM, OURS)), 0.0, (1, 1), CPU)
+    assert [row["peer"] for row in rows if "both" in row] == [FROZEN, ADDMM]
+    assert rows[-1]["refused"].startswith("WrongResult: lora_kernels: y has error")
+
+
+# -------------------------------------------------------------------------------- files and reports
+
+
+def test_layer_benchmark_and_report(tmp_path, capsys):
+    out = tmp_path / "results" / "layer-cpu.json"
+    arguments = ["--scale", "64", "--seconds", "0", "--rounds", "2", "2", "--device", "cpu",
+                 "--dtypes", "fp32", "--out", str(out)]  # fmt: skip
+    # A compiler may be missing; then that peer is reported and not timed.
+    assert layer.main(arguments) == 0
+    first = json.loads(out.read_text())
+    assert set(first["machine"]) >= {"cpu", "threads", "gpu", "versions", "commit"}
+    rows = [row for row in first["rows"] if row["table"] == "cpu"]
+    expected = [job for job in layer.cpu_jobs() if job.case.dtype == "fp32"]
+    assert len(rows) == sum(len(job.peers) for job in expected)
+    for row in rows:
+        if row["peer"] == PEFT_COMPILED and "refused" in row:
+            continue
+        assert row["peak_mib"] > 0
+        for which in shapes.PASSES:
+            assert row[which]["p20"] <= row[which]["ratio"] <= row[which]["p80"]
+            if row["peer"] == FROZEN:
+                assert row[which]["ratio"] == 1
+    assert layer.main([*arguments, "--minutes", "0"]) == 0
+    assert json.loads(out.read_text()) == first
+
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nb\n"
+                      "<!-- bench:gpu --><!-- /bench:gpu -->\nc\n")  # fmt: skip
+    command = ["--results", str(out.parent), "--readme", str(readme)]
+    report.main(command)
+    text = readme.read_text()
+    assert text.startswith("a\n<!-- bench:cpu -->\nForward and backward")
+    assert text.endswith("b\n<!-- bench:gpu -->\nNot measured yet.\n<!-- /bench:gpu -->\nc\n")
+    assert "old" not in text
+    assert text.count("| fp32 |") == len(expected)
+    report.main(command)
+    assert readme.read_text() == text
+    for name in ("ratio", "roofline"):
+        assert (out.parent / f"layer-cpu-{name}.png").stat().st_size > 10_000
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="README: expected one <!-- bench:cpu -->"):
+        report.main(command)
+    assert readme.read_text() == "no markers"
+
+
+def test_time_over_leaves_cases(tmp_path, capsys):
+    arguments = ["--scale", "64", "--device", "cpu", "--dtypes", "fp32", "--minutes", "0"]
+    assert layer.main([*arguments, "--out", str(tmp_path / "a.json")]) == 0
+    assert "time is over with 6 cases left" in capsys.readouterr().out
+
+
+def test_results_of_another_machine_are_set_aside(tmp_path, capsys):
+    path = tmp_path / "layer.json"
+    store.Results(path, {"commit": "a"}).add([{"table": "cpu"}])
+    assert store.Results(path, {"commit": "a"}).done({"table": "cpu"})
+    assert not store.Results(path, {"commit": "b"}).done({"table": "cpu"})
+    assert json.loads((tmp_path / "layer.1.json").read_text())["machine"] == {"commit": "a"}
+    assert not path.exists()
+
+
+def _row(table, case, peer, ratio, milliseconds=1.0):
+    figures = {"ms": milliseconds, "ratio": ratio, "p20": ratio, "p80": ratio}
+    passes = {"forward": figures, "backward": figures, "both": figures}
+    return {"table": table, **case._asdict(), "peer": peer, "peak_mib": 1, **passes}
+
+
+def test_gpu_tables(tmp_path):
+    headline = [case for case in shapes.grid() if shapes.is_headline(case)][:2]
+    published = shapes.lorafusion()[0]
+    decode = shapes.decode()[0]
+    rows = [
+        *(_row("headline", case, peer, ratio)
+          for case, ours in zip(headline, (1.0, 1.21), strict=True)
+          for peer, ratio in ((FROZEN, 1.0), (ADDMM, 1.2), (OURS, ours))),
+        *(_row("lorafusion", published, peer, 1.0, ms)
+          for peer, ms in ((FROZEN, 1.0), (UNFUSED, 3.0), (OURS, 2.0))),
+        *(_row("decode", decode, peer, ratio, 0.01)
+          for peer, ratio in ((FROZEN, 1.0), (OURS, 1.1))),
+    ]  # fmt: skip
+    info = {"gpu": "Test", "cpu": "c", "python": "3", "versions": {}, "commit": "x"}
+    (tmp_path / "layer-gpu.json").write_text(json.dumps({"machine": info, "rows": rows}))
+    (tmp_path / "other.json").write_text(json.dumps({"rows": [{"peer": "x"}]}))
+    readme = tmp_path / "report.md"
+    report.main(["--results", str(tmp_path), "--readme", str(readme)])
+    text = readme.read_text()
+    assert "| 0 | both | 1.200× | 1.100× |" in text  # geometric mean of 1 and 1.21
+    assert "in 1 of 2 cells" in text
+    assert "an H100): mean 1.50×" in text
+    assert f"| {4096 * 4096 * 2 / 1e-5 / 1e9:.0f} | 1.10× |" in text
+    assert "<!-- bench:cpu -->\nNot measured yet.\n<!-- /bench:cpu -->" in text
+    assert (tmp_path / "layer-gpu-decode.png").exists()
+
+
+# -------------------------------------------------------------------------------------------- tuner
+
+
+def test_tuner_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    table = tmp_path / "tuned.json"
+    command = ("benchmarks/tune.py", "--dtype", "fp16", "--sizes", "16,32,32,8", "--rounds", "1",
+               "2", "--seconds", "0", "--out", str(table))  # fmt: skip
+    python(*command, TRITON_INTERPRET="1")
+    found = plans.read_table(table)
+    assert found["proven"] == ["aten", "cublas", "shrink_gemm", "decode", "dual"]
+    assert [(b["op"], b["dropout"]) for b in found["buckets"]] == [
+        ("forward", False), ("backward", False), ("forward", True), ("backward", True),
+    ]  # fmt: skip
+    assert "trying" not in found
+    assert set(found) >= {"date", "versions", "commit"}
+
+    # The process died in a candidate: it is not tried again, and its plan is not proven.
+    last = found["buckets"].pop()
+    call = {name: last[name] for name in ("op", "dtype", "M", "N", "K", "r", "dropout")}
+    table.write_text(json.dumps(found | {"trying": {"plan": "cublas", "tiles": {}, "call": call}}))
+    python(*command, TRITON_INTERPRET="1")
+    again = plans.read_table(table)
+    assert again["buckets"][:3] == found["buckets"]
+    assert again["buckets"][3]["plan"] != "cublas"
+    assert set(again["proven"]) == {"aten", "shrink_gemm", "decode", "dual"}
+    assert again["failed"][0]["why"] == "the process died"
+
+
+def _bucket(M, plan, **more):
+    call = {"op": "forward", "dtype": "bfloat16", "M": M, "N": 8, "K": 8, "r": 8, "dropout": False}
+    return call | {"plan": plan, **more}
+
+
+def test_merging_tables(tmp_path):
+    tune = pytest.importorskip("tune")
+    one = {"gpu": "G", "versions": {"triton": "3"}, "proven": ["aten", "cublas", "dual"],
+           "failed": [], "buckets": [_bucket(1, "dual"), _bucket(2, "aten")]}  # fmt: skip
+    wrong = {"plan": "dual", "tiles": {}, "call": {}, "why": "", "wrong": True}
+    other = one | {"proven": ["shrink_gemm"], "failed": [wrong], "buckets": [_bucket(2, "cublas")]}
+    paths = []
+    for name, table in (("a", one), ("b", other)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(table))
+    out = tmp_path / "c.json"
+    tune.main(["--merge", *map(str, paths), "--out", str(out)])
+    merged = plans.read_table(out)
+    assert merged["proven"] == ["aten", "cublas", "shrink_gemm"]
+    assert [(b["M"], b["plan"]) for b in merged["buckets"]] == [(1, "dual"), (2, "cublas")]
+    with pytest.raises(ValueError, match="gpu: cannot merge G with H"):
+        tune.merge(one, other | {"gpu": "H"})
+
+
+def test_what_the_tuner_takes():
+    tune = pytest.importorskip("tune")
+    gemm, shrink = {"gemm": {"bm": 64}}, {"shrink": {"split": 2}}
+    found = [tune.Candidate(*c) for c in (("aten", {}), ("shrink_gemm", {}), ("shrink_gemm", gemm),
+             ("shrink_gemm", shrink), ("shrink_gemm", {"gemm": {"bm": 128}}))]  # fmt: skip
+    assert tune.joined(found, [5.0, 4.0, 3.0, 3.5, 3.8]) == [("shrink_gemm", gemm | shrink)]
+    assert tune.joined(found, [5.0, 4.0, 3.0, 4.5, 3.8]) == []
+    assert tune.simplest(found, [5.0, 4.0, 3.0, 3.5, 3.8]) == 2
+    assert tune.simplest(found, [3.02, 4.0, 3.0, 3.5, 3.8]) == 0
+
+
+def test_a_wrong_plan_is_struck_out(tmp_path):
+    tune = pytest.importorskip("tune")
+    table = tune.Table(tmp_path / "t.json", "G", {"versions": {}, "commit": "x"})
+    tiled = tune.Candidate("dual", {"dual": {"bm": 64}})
+    table.worked(tiled)
+    table.failed(tiled, {"M": 1}, "too large", wrong=False)
+    assert table.content["proven"] == ["dual"]
+    assert table.refuses(tiled, {"M": 1})
+    assert not table.refuses(tiled, {"M": 2})
+    table.failed(tiled, {"M": 2}, "wrong")
+    table.worked(tiled)
+    assert table.content["proven"] == []
+    assert table.refuses(tune.Candidate("dual", {}), {"M": 3})
+
+
+# ----------------------------------------------------------------------- the day, models, micro
+
+
+def test_gpu_day_keeps_to_its_budget_and_goes_on(tmp_path, monkeypatch, capsys):
+    marks = tmp_path / "marks"
+    write = f"open({str(marks)!r}, 'a').write"
+
+    def step(name, code, until, **options):
+        return gpu_day.Step(name, [sys.executable, "-c", code], until, **options)
+
+    planned = [
+        step("once", f"{write}('o')", 0.3, once=True),
+        step("dies", f"{write}('d'); raise SystemExit(3)", 0.5, tries=2),
+        step("slow", f"{write}('s'); import time; time.sleep(60)", 0.8),
+        step("last", f"{write}('l')", 1.0),
+    ]
+    monkeypatch.setattr(gpu_day, "_GRACE", 0.2)
+    monkeypatch.setattr(gpu_day, "steps", lambda out, gpu: planned)
+    monkeypatch.setattr(gpu_day, "has_gpu", lambda: False)
+    command = ["--minutes", "0.05", "--out", str(tmp_path)]
+    assert gpu_day.main(command) == 1
+    said = capsys.readouterr().out
+    assert marks.read_text() == "oddsl"
+    assert "slow: stopped: its time was over" in said
+    assert json.loads((tmp_path / "day.json").read_text())["dies"]["status"] == 3
+    assert gpu_day.main(command) == 1
+    assert "once: done before" in capsys.readouterr().out
+    assert marks.read_text() == "oddsl" + "ddsl"
+
+
+def test_gpu_day_dry_run(tmp_path, capsys):
+    assert gpu_day.main(["--minutes", "9", "--out", str(tmp_path), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    scripts = ("pytest -q -m gpu", "tune.py", "layer.py", "model.py", "report.py")
+    order = [next(i for i, line in enumerate(lines) if name in line) for name in scripts]
+    assert order == sorted(order)
+    assert not list(tmp_path.iterdir())
+    for gpu in (True, False):
+        ends = [step.until for step in gpu_day.steps(tmp_path, gpu)]
+        assert ends == sorted(ends)
+        assert ends[-1] == 1
+
+
+def test_model_benchmark(tmp_path, capsys):
+    model = pytest.importorskip("model")
+    out = tmp_path / "model-cpu.json"
+    arguments = ["--size", "smoke", "--dtype", "bf16", "--seconds", "0", "--rounds", "1", "1",
+                 "--new-tokens", "2", "--out", str(out)]  # fmt: skip
+    model.main(arguments)
+    rows = json.loads(out.read_text())["rows"]
+    names = [FROZEN, peers.PEFT_FP32, PEFT, OURS]
+    assert [row["peer"] for row in rows] == names * 2
+    for row in rows:
+        tokens = 2 if row["table"] == "generate" else 8
+        assert row["tokens_s"] == pytest.approx(1e3 * tokens / row["ms"], rel=1e-3)
+        assert row["peak_mib"] > 0
+    model.main(arguments)
+    assert len(json.loads(out.read_text())["rows"]) == len(rows)
+
+
+def test_model_gate_sees_a_wrong_adapter():
+    model = pytest.importorskip("model")
+    base = model.base_model("smoke", torch.float32, CPU)
+    models = {PEFT: model._peft(base, fp32=False), OURS: model._ours(base)}
+    model.equalise(list(models.values()))
+    ids = torch.randint(64, (1, 8))
+    model.gate(models, ids)
+    next(iter(model.adapters(models[OURS]).values())).data.mul_(1.01)
+    with pytest.raises(gate.WrongResult):
+        model.gate(models, ids)
+
+
+def test_micro_suite(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path / "micro.json"
+    python("-m", "pytest", "-q", "benchmarks", "--benchmark-only", "-k", "host", "-p", "no:xdist",
+           "--benchmark-max-time=0.02", "--benchmark-min-rounds=2",
+           f"--benchmark-json={out}")  # fmt: skip
+    found = json.loads(out.read_text())["benchmarks"]
+    assert len({entry["group"] for entry in found}) == 2
+    for entry in found:
+        assert 0 < entry["stats"]["median"] < 0.1
+    assert len(found) == 8
