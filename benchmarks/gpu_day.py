@@ -108,18 +108,18 @@ class Day:
         if step.once and self.state.get(step.name, {}).get("status") == 0:
             print(f"{step.name}: done before")
             return
-        status, begin = None, self.spent()
+        status, tried, begin = None, False, self.spent()
         for _ in range(step.tries):
             left = step.until * self.budget - self.spent()
             if left <= _GRACE:
                 break
-            status = self._once(step, left)
+            tried, status = True, self._once(step, left)
             if status == 0:
                 break
-        seconds = round(self.spent() - begin, 1)
-        if not seconds:
+        if not tried:
             print(f"{step.name}: no time left")
             return
+        seconds = round(self.spent() - begin, 1)
         self.state[step.name] = {"status": status, "seconds": seconds}
         replace_text(self.file, json.dumps(self.state, indent=1) + "\n")
         said = {0: "ok", None: "stopped: its time was over"}.get(status, f"exit status {status}")
