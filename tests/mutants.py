@@ -90,7 +90,7 @@ def killed_by(file, old, new, tests):
     """The test that fails on the mutant, or None."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "lora_kernels"
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         source = (copy / file).read_text()
         if source.count(old) != 1:
             raise SystemExit(f"{file}: {source.count(old)} occurrences of {old!r}, expected one")
