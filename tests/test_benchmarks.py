@@ -261,7 +261,7 @@ def test_tuner_in_the_interpreter(tmp_path):
                "2", "--seconds", "0", "--out", str(table))  # fmt: skip
     python(*command, TRITON_INTERPRET="1")
     found = plans.read_table(table)
-    assert found["proven"] == list(_env.PLANS)
+    assert set(found["proven"]) == set(_env.PLANS)
     assert [(b["op"], b["dropout"]) for b in found["buckets"]] == [
         ("forward", False), ("backward", False), ("forward", True), ("backward", True),
     ]  # fmt: skip

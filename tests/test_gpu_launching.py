@@ -76,7 +76,29 @@ def test_autograd_from_another_thread(plan):
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("plan", ["shrink_gemm", "dual", "flag"])
+@pytest.mark.parametrize("M", [64, 4096])
+@pytest.mark.parametrize("split", [1, 4])
+def test_overlapped_launches(M, split):
+    """The GEMM begins while s is being made: the bits of plain order, call after call and replayed,
+    with other calls between that take and free memory."""
+    problem, other = Problem(M, 1024, 2048, 16), Problem(512, 1024, 1024, 64)
+    tiles = {"shrink": {"split": split}}
+    with plans.using("shrink_gemm", tiles):
+        right = problem.run()
+    with plans.using("shrink_gemm", tiles | {"gemm": {"pdl": 1}}):
+        for _ in range(100):
+            other.run()
+            assert all(map(torch.equal, problem.run(), right))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = problem.forward()
+        for _ in range(20):
+            y.detach().fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(y, right[0])
+
+
+@pytest.mark.parametrize("plan", ["shrink_gemm", "grouped", "dual", "flag"])
 def test_no_copy_of_a_full_size_array(plan):
     """Beside what a call returns: partial sums and descriptors, a few MiB however large x is, and
     in backward one partial dB for 128 rows."""

@@ -75,6 +75,8 @@ def geometric_means(found: list[dict[str, float]]) -> dict[str, float]:
         ("cublas", HOPPER),
         ("shrink_gemm", AMPERE),
         ("shrink_gemm", HOPPER),
+        ("grouped", AMPERE),
+        ("grouped", HOPPER),
         ("dual", AMPERE),
         ("decode", HOPPER),
         ("flag", AMPERE),
@@ -131,7 +133,7 @@ def test_candidates_of_a_tuner(op, case):
                 with plans.using(plan, fields):
                     ratios(problem, compute())
     varied = {launch for _, fields in listed for launch in fields}
-    assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx"})
+    assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx", "dx_da"})
 
 
 def test_add_and_gradients():

@@ -83,6 +83,9 @@ def backward(problem: Problem) -> dict[str, torch.Tensor]:
         ("shrink_gemm", 64, F16, 3),
         ("shrink_gemm", 16, F32, 2),
         ("shrink_gemm", 17, F32, 3),  # one block of an fp32 kernel holds 16 ranks
+        ("grouped", 16, F16, 2),
+        ("grouped", 64, F16, 3),
+        ("grouped", 17, F32, 3),
         ("dual", 16, F16, 2),
         ("dual", 24, F32, 3),
         ("decode", 16, F16, 2),

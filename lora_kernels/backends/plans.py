@@ -3,6 +3,7 @@
     aten         ATen calls throughout: the reference backend
     cublas       torch's GEMM, low-rank kernels beside it
     shrink_gemm  the GEMM in Triton, the low-rank term one more step into its accumulator
+    grouped      the same, but backward makes dx and dA in one launch
     decode       forward in one launch for M <= 64, every program recomputes s
     dual         the same kernel with larger tiles, for small N
     flag         forward in one launch, the tiles of column 0 compute s for the others; no dropout
@@ -43,7 +44,7 @@ TUNED = Path(__file__).parent / "triton" / "tuned"
 DECODE_ROWS = 64
 LAUNCHES = {
     "forward": ("shrink", "gemm", "expand", "dual", "flag"),
-    "backward": ("ds_db", "ds", "db", "da", "dx", "expand_dx"),
+    "backward": ("ds_db", "ds", "db", "da", "dx", "expand_dx", "dx_da"),
 }
 
 Tiles = Mapping[str, Mapping[str, int]]
@@ -158,8 +159,8 @@ def nearest(table: dict, call: Call) -> Choice | None:
 
 
 def refusal(plan: str, call: Call) -> str | None:
-    """Why a plan cannot serve a call, None if it can. Backward has two forms, the plain one and the
-    fused one of all other plans, and either serves every call."""
+    """Why a plan cannot serve a call, None if it can. Every plan has a backward, which serves
+    every call."""
     if call.op == "backward":
         return None
     if plan == "decode" and call.M > DECODE_ROWS:

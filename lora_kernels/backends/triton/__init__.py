@@ -18,6 +18,7 @@ from lora_kernels.backends.triton.dual import dual
 from lora_kernels.backends.triton.flag import flag
 from lora_kernels.backends.triton.gemm import gemm
 from lora_kernels.backends.triton.gradients import ds_db, tall
+from lora_kernels.backends.triton.grouped import dx_da
 from lora_kernels.backends.triton.launch import INTERPRETED
 from lora_kernels.backends.triton.low_rank import expand, shrink
 
@@ -113,7 +114,8 @@ def lora_linear(
     if plan == "flag":
         y, s = flag(x, weight, a, b, bias, scaling, tile.get("flag"))
         return y, *_saved(s, r, save_s)
-    s = shrink(x, a, scaling, drop, tile.get("shrink"))
+    held = [] if tile.get("gemm", {}).get("pdl") else None
+    s = shrink(x, a, scaling, drop, tile.get("shrink"), held)
     if plan == "cublas":
         y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         expand(y, s, b.t(), y, None, tile.get("expand"))
@@ -192,13 +194,16 @@ def lora_linear_backward(
         )  # fmt: skip
     drop = dropout.of(dropout_p, seed)
 
-    def product(ds: Tensor, a: Tensor) -> Tensor:
+    def product(ds: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
         w = weight.to(dy.dtype)
+        if plan == "grouped" and need_a:
+            fields = tile.get("dx_da"), tile.get("da")
+            return dx_da(dy, w, ds, a, x, lora_a.dtype, drop, *fields)
         if plan != "cublas":
-            return gemm(dy, w, ds, a, None, drop, tile.get("dx"))
+            return gemm(dy, w, ds, a, None, drop, tile.get("dx")), None
         dx = torch.mm(dy, w)
         expand(dx, ds, a, dx, drop, tile.get("expand_dx"))
-        return dx
+        return dx, None
 
     dweight = torch.mm(dy.t(), x).to(weight.dtype) if need_weight else _none(weight)
     dx, d_a, d_b = _backward(
@@ -229,10 +234,10 @@ def lora_add_backward(
         )
     drop = dropout.of(dropout_p, seed)
 
-    def product(ds: Tensor, a: Tensor) -> Tensor:
+    def product(ds: Tensor, a: Tensor) -> tuple[Tensor, None]:
         dx = dy.new_empty(dy.shape[0], a.shape[1])
         expand(None, ds, a, dx, drop)
-        return dx
+        return dx, None
 
     return _backward(
         dy, x, lora_a, lora_b, s, scaling, drop, product if need_x else None, need_a, need_b, {}
@@ -247,16 +252,16 @@ def _backward(
     s: Tensor,
     scaling: float,
     drop: dropout.Dropout | None,
-    product: Callable[[Tensor, Tensor], Tensor] | None,
+    product: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None,
     need_a: bool,
     need_b: bool,
     tile: plans.Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB); dx is what `product` makes of ds and A, of size 0 without it."""
+    """(dx, dA, dB). `product` makes dx of ds and A, and may make dA with it."""
     r = lora_a.shape[0]
     a, b = _adapters(dy, lora_a, lora_b)
     need_ds = product is not None or need_a
-    dx, d_a, d_b = _none(dy), _none(lora_a), _none(lora_b)
+    dx, d_a, d_b = _none(dy), None, _none(lora_b)
     if need_b:
         s = _pad(s, dy.shape[0], a.shape[0])
     if need_ds and need_b and tiles.fuses_ds_db(b.dtype, b.shape[1]):
@@ -267,7 +272,8 @@ def _backward(
         if need_b:
             d_b = tall(s, dy, lora_b.dtype, True, None, tile.get("db"))
     if product is not None:
-        dx = product(ds, a)
-    if need_a:
-        d_a = tall(ds, x, lora_a.dtype, False, drop, tile.get("da"))
+        dx, d_a = product(ds, a)
+    if d_a is None:
+        fields = tile.get("da")
+        d_a = tall(ds, x, lora_a.dtype, False, drop, fields) if need_a else _none(lora_a)
     return dx, d_a[:r], d_b[:, :r].contiguous() if need_b else d_b

@@ -104,6 +104,11 @@ def launch(kernel, grid: tuple[int, ...], *args, descriptors: bool = False, **me
         _intercept(kernel, grid, args, meta, run)
 
 
+def overlaps(device: Target) -> bool:
+    """Whether a kernel can be launched while the one before it runs (programmatic dependence)."""
+    return device.arch >= 90 and not INTERPRETED
+
+
 def fp32_precision() -> str:
     """Input precision of fp32 products: tf32 only where torch itself may use it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
