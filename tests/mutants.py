@@ -82,6 +82,10 @@ MUTANTS = {
     "triton: last partial sum lost": (TRITON + "reduce.py", "(index[:, None] < count)", "(index[:, None] < count - 1)", KERNELS),
     "triton: bias added after a strip": (TRITON + "gemm.py", "acc += values.to(out.dtype.element_ty).to(tl.float32)[None, :]", "acc += values.to(tl.float32)[None, :] * (col < BN)", KERNELS),
     "triton: s of the flag kernel unscaled": (TRITON + "flag.py", "store_tile(s, low * scale,", "store_tile(s, low,", KERNELS),
+    "triton: a share of the rows missing in grouped dA": (TRITON + "grouped.py", "columns * ranks * SPLIT:", "columns * ranks * SPLIT - 1:", KERNELS),
+    "triton: 1/(1-p) missing in grouped dA": (TRITON + "grouped.py", "reduce_partials((part, out, scale))", "reduce_partials((part, out, 1.0))", KERNELS),
+    "triton: alignment not in the key": (TRITON + "launch.py", "key.append(arg.data_ptr() % 16)", "pass", "triton_launch"),
+    "triton: partial sums freed too early": (TRITON + "low_rank.py", "held.append(part)", "pass", "triton_backend"),
     "triton: dy read once more": (TRITON + "tiles.py", "return r < 64 and r <= rank_block(dtype, r)", "return False", KERNELS),
 }  # fmt: skip
 
