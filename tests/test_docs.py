@@ -59,6 +59,22 @@ def test_functional_transforms_are_refused():
         torch.func.grad(lambda v: lora_kernels.lora_linear(x, w, v, b).sum())(a)
 
 
+def test_exported_with_dynamic_rows():
+    class Layer(torch.nn.Module):
+        def forward(self, x, w, a, b, seed):
+            return lora_kernels.lora_linear(x, w, a, b, dropout_p=0.25, seed=seed)
+
+    x, w, a, b = torch.randn(3, 8), torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2)
+    given = (x, w, a, b, torch.tensor(5))
+    rows = ({0: torch.export.Dim("rows")}, None, None, None, None)
+    program = torch.export.export(Layer(), given, dynamic_shapes=rows)
+    assert [n.name for n in program.graph.nodes if "lora_linear" in str(n.target)] == [
+        "lora_linear"
+    ]
+    x = torch.randn(7, 8)
+    assert torch.equal(program.module()(x, *given[1:]), Layer()(x, *given[1:]))
+
+
 @pytest.fixture(scope="module")
 def their_library(tmp_path_factory):
     """The page's C++ block, compiled by the command under it."""
