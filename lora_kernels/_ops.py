@@ -12,7 +12,8 @@ known.
 """
 
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from lora_kernels import backends
+from lora_kernels import _checks, backends
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _LIBRARY = torch.library.Library("lora_kernels", "DEF")
@@ -45,6 +46,10 @@ for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=_TAGS)
 
 _ops = torch.ops.lora_kernels
+_CHECKS = {
+    name: _checks.checker([a.name for a in getattr(_ops, name).default._schema.arguments])
+    for name in OPS
+}
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -60,9 +65,32 @@ def refuse_forward_mode(args: Iterable) -> None:
             raise NotImplementedError("lora_kernels: forward-mode AD (jvp) is not supported")
 
 
+class _Vouched(threading.local):
+    """Whether the arguments of the call on its way down have been checked by its caller."""
+
+    now = False
+
+
+_vouched = _Vouched()
+
+
+def _vouch(op: Callable, *args):
+    _vouched.now = True
+    try:
+        return op(*args)
+    finally:
+        _vouched.now = False
+
+
 def _kernel(name: str):
+    check = _CHECKS[name]
+
     def run(*args):
         refuse_forward_mode(args)
+        if _vouched.now:
+            _vouched.now = False
+        else:
+            check(args)
         device = args[0].device.type
         function = getattr(backends.choose(device).module, name)
         if torch.is_autocast_enabled(device):
@@ -135,6 +163,14 @@ def _lora_add_backward_fake(
     )
 
 
+def _checked(name: str, fake: Callable) -> Callable:
+    def run(*args):
+        _CHECKS[name](args)
+        return fake(*args)
+
+    return run
+
+
 for _name, _fake in {
     "lora_linear": _lora_linear_fake,
     "lora_add": _lora_add_fake,
@@ -142,7 +178,7 @@ for _name, _fake in {
     "lora_linear_backward": _lora_linear_backward_fake,
     "lora_add_backward": _lora_add_backward_fake,
 }.items():
-    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"lora_kernels::{_name}", _checked(_name, _fake), lib=_LIBRARY)
 
 
 # ----------------------------------------------------------------------------------------- autograd
@@ -154,12 +190,13 @@ def _serve_dtensors() -> None:
 
 
 def _below_autograd(op, keyset, args):
-    """The op past its autograd kernel; keyset is None where no autograd kernel made the call."""
+    """The op past its autograd kernel; keyset is None where no autograd kernel made the call, but
+    one who has checked the arguments."""
     if "torch.distributed.tensor" in sys.modules:
         _serve_dtensors()
     with torch._C._AutoDispatchBelowAutograd():
         if keyset is None:
-            return op(*args)
+            return _vouch(op, *args)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
@@ -281,18 +318,28 @@ class _Once(torch.autograd.Function):
 
 
 def call(name: str, *args) -> Tensor:
-    """The op's y, as `functional` calls it. Where nothing above autograd listens (torch.compile,
-    torch.func, __torch_function__), its autograd function is applied at once: one trip through the
-    dispatcher and Python less."""
+    """The op's y, as `functional` calls it, with arguments that it has checked. Where nothing above
+    autograd listens (torch.compile, torch.func, __torch_function__), its autograd function is
+    applied at once: one trip through the dispatcher and Python less."""
     op = getattr(_ops, name).default
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.overrides.has_torch_function(args[:4])
-        or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
     ):
         return op(*args)[0]
-    return _FUNCTIONS[name].apply(op, None, *args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _FUNCTIONS[name].apply(op, None, *args)
+    return _vouch(op, *args)[0]
+
+
+def call_in_place(*args) -> None:
+    """`lora_add_` with arguments that have been checked."""
+    op = _ops.lora_add_.default
+    if torch.compiler.is_compiling():
+        op(*args)
+    else:
+        _vouch(op, *args)
 
 
 _FUNCTIONS = {

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lora_kernels import _ops
 
-_op = torch.ops.lora_kernels
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -137,7 +136,7 @@ def lora_add_(
             f"base_out: expected leading dimensions that view as one, got strides {result.stride()}"
             f" for shape {_shape(result)}"
         ) from error
-    _op.lora_add_.default(rows, _rows(x), lora_a, lora_b, scaling, dropout_p, seed)
+    _ops.call_in_place(rows, _rows(x), lora_a, lora_b, scaling, dropout_p, seed)
     return result
 
 

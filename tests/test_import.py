@@ -15,6 +15,7 @@ OPTIONAL = ("triton", "transformers", "peft", "safetensors", "matplotlib")
 # __init__ for what is taken from the library as its users do.
 FLOORS = {
     "_env": -2,
+    "_checks": -2,
     "backends": -1,
     "_ops": 0,
     "functional": 1,

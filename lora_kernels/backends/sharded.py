@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
 
-_DIMENSIONS = {
-    "x": "MK", "weight": "NK", "lora_a": "rK", "lora_b": "Nr", "bias": "N", "base_out": "MN",
-    "y": "MN", "s": "Mr", "dy": "MN", "dx": "MK", "dweight": "NK", "da": "rK", "db": "Nr",
-}  # fmt: skip
+from lora_kernels._checks import DIMENSIONS as _DIMENSIONS
+from lora_kernels._checks import NOT_GIVEN as _NOT_GIVEN
+
 # What is a sum over a split dimension that it does not have itself.
 _SUMS = {
     "M": {"dweight", "da", "db"},
@@ -34,7 +33,6 @@ _LEADING = {
     "lora_add_": ("base_out",),
     "lora_add_backward": ("dy", "x", "lora_b", "lora_a"),
 }
-_NOT_GIVEN = (0,)  # the shape in which a backward op gets and returns what is not needed
 
 
 def register(library: torch.library.Library) -> None:

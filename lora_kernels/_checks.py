@@ -1,0 +1,104 @@
+"""Whether the arguments of an op fit together, for callers that come past `functional`: a wrong one
+must not read foreign memory or give, silently, the result of another call.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+# The dimensions of every matrix of the ops by name: x [M,K] and so on.
+DIMENSIONS = {
+    "x": "MK", "weight": "NK", "lora_a": "rK", "lora_b": "Nr", "bias": "N", "base_out": "MN",
+    "y": "MN", "s": "Mr", "dy": "MN", "dx": "MK", "dweight": "NK", "da": "rK", "db": "Nr",
+}  # fmt: skip
+NOT_GIVEN = (0,)  # the shape in which a backward op gets and returns what is not needed
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Dtypes beside that of the first tensor: fp32 master copies, and what autocast leaves as it is.
+_ALSO = {
+    "lora_a": _DTYPES[:1], "lora_b": _DTYPES[:1], "weight": _DTYPES[:3], "bias": _DTYPES[:3],
+}  # fmt: skip
+_READERS = {"x": ("need_weight", "need_a"), "s": ("need_b",)}
+
+
+def checker(names: Sequence[str]) -> Callable[[Sequence], None]:
+    """The check of an op with arguments of these names: it raises ValueError (shape, device, value)
+    or TypeError (dtype), naming the argument; all must fit the first."""
+    tensors = [(i, DIMENSIONS[key], key) for i, key in enumerate(names) if key in DIMENSIONS]
+    values = itemgetter(*map(names.index, ("scaling", "dropout_p", "seed")))
+    backward = names[0] == "dy"
+
+    def check(args: Sequence) -> None:
+        sizes: dict[str, int] = {}
+        leading = args[0]
+        dtype, device = leading.dtype, leading.device
+        if dtype not in _DTYPES:
+            raise TypeError(
+                f"{names[0]}: expected float32, float16, bfloat16 or float64, got {dtype}"
+            )
+        for i, letters, key in tensors:
+            tensor = args[i]
+            if tensor is None and key == "bias":
+                continue
+            shape = tensor.shape
+            if len(shape) != len(letters):
+                if backward and shape == NOT_GIVEN and not _is_read(key, names, args):
+                    continue
+                raise ValueError(f"{key}: expected {_layout(letters)}, got {tuple(shape)}")
+            for letter, size in zip(letters, shape):  # noqa: B905, of one length; strict costs
+                if sizes.setdefault(letter, size) != size:
+                    _refuse(key, letters, f"{letter} = {sizes[letter]}", shape)
+            if tensor.dtype is not dtype:
+                _check_other_dtype(names[0], dtype, key, tensor)
+            if tensor.device != device:
+                raise ValueError(
+                    f"{key}: expected {names[0]}'s device {device}, got {tensor.device}"
+                )
+        if 0 in (sizes["N"], sizes["K"], sizes["r"]):
+            raise ValueError(f"{names[0]}: expected N, K and r of at least 1, got {sizes}")
+        _check_values(*values(args), device)
+
+    return check
+
+
+def _is_read(key: str, names: Sequence[str], args: Sequence) -> bool:
+    return key not in _READERS or any(
+        args[names.index(reader)] for reader in _READERS[key] if reader in names
+    )
+
+
+def _layout(letters: str) -> str:
+    return f"shape [{', '.join(letters)}]"
+
+
+def _refuse(key: str, letters: str, wanted: str, shape: torch.Size) -> None:
+    raise ValueError(f"{key}: expected {_layout(letters)} with {wanted}, got {tuple(shape)}")
+
+
+def _check_other_dtype(first: str, dtype: torch.dtype, key: str, tensor: Tensor) -> None:
+    legal = [t for t in _ALSO.get(key, ()) if t != dtype and dtype != torch.float64]
+    if tensor.dtype not in legal:
+        expected = " or ".join([f"{first}'s dtype {dtype}", *map(str, legal)])
+        raise TypeError(f"{key}: expected {expected}, got {tensor.dtype}")
+
+
+def _check_values(
+    scaling: float, dropout_p: float, seed: Tensor | None, device: torch.device
+) -> None:
+    if not abs(scaling) <= sys.float_info.max:
+        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if seed is None:
+        if dropout_p:
+            raise ValueError(f"seed: expected an int64 tensor with dropout_p {dropout_p}, got None")
+    elif seed.dtype != torch.int64 or seed.numel() not in (1, 3):
+        raise ValueError(
+            "seed: expected an int64 tensor of one element, or of three (seed, row, column),"
+            f" got {seed.dtype} {tuple(seed.shape)}"
+        )
+    elif seed.device != device:
+        raise ValueError(f"seed: expected the tensors' device {device}, got {seed.device}")

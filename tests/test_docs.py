@@ -1,0 +1,131 @@
+"""docs/ops.md says what is: its schemas and signatures are the registered ones, its code runs, and
+the example that calls the ops does too."""
+
+import inspect
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import _ops
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "ops.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def quoted(prefix):
+    """Entries of the text blocks, {name: the rest}, each on one line."""
+    lines = [line for block in blocks("text") for line in re.sub(r"\n\s+", " ", block).splitlines()]
+    entries = (line.removeprefix(prefix) for line in lines if line.startswith(prefix))
+    return {entry.partition("(")[0]: entry for entry in entries}
+
+
+def test_schemas_are_the_registered_ones():
+    registered = {
+        name: str(getattr(torch.ops.lora_kernels, name).default._schema) for name in _ops.OPS
+    }
+    assert {k: f"lora_kernels::{v}" for k, v in quoted("lora_kernels::").items()} == registered
+
+
+def test_signatures_are_those_of_the_functions():
+    functions = [lora_kernels.lora_linear, lora_kernels.lora_add, lora_kernels.lora_add_]
+    signatures = {
+        f.__name__: f.__name__ + str(inspect.signature(f)).replace("torch.Tensor", "Tensor")
+        for f in functions
+    }
+    assert quoted("lora_kernels.") == signatures
+
+
+def test_python_blocks_run_in_order():
+    namespace = {}
+    for block in blocks("python"):
+        exec(compile(block, "docs/ops.md", "exec"), namespace)
+    assert {"expected", "da", "kept", "part"} <= namespace.keys()
+
+
+def test_functional_transforms_are_refused():
+    x, w, a, b = torch.randn(3, 8), torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2)
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda v: lora_kernels.lora_linear(x, w, v, b).sum())(a)
+
+
+def test_exported_with_dynamic_rows():
+    class Layer(torch.nn.Module):
+        def forward(self, x, w, a, b, seed):
+            return lora_kernels.lora_linear(x, w, a, b, dropout_p=0.25, seed=seed)
+
+    x, w, a, b = torch.randn(3, 8), torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2)
+    given = (x, w, a, b, torch.tensor(5))
+    rows = ({0: torch.export.Dim("rows")}, None, None, None, None)
+    program = torch.export.export(Layer(), given, dynamic_shapes=rows)
+    assert [n.name for n in program.graph.nodes if "lora_linear" in str(n.target)] == [
+        "lora_linear"
+    ]
+    x = torch.randn(7, 8)
+    assert torch.equal(program.module()(x, *given[1:]), Layer()(x, *given[1:]))
+
+
+@pytest.fixture(scope="module")
+def their_library(tmp_path_factory):
+    """The page's C++ block, compiled by the command under it."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here (c++ on the PATH)")
+    folder = tmp_path_factory.mktemp("cpp")
+    (source,) = blocks("cpp")
+    (folder / "their.cpp").write_text(source)
+    (command,) = re.findall(r"^    (c\+\+ .*(?:\n        .*)*)", PAGE, re.MULTILINE)
+    command = command.replace("\\\n", " ").replace("TORCH/", f"{Path(torch.__file__).parent}/")
+    result = subprocess.run(
+        shlex.split(command), cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    torch.ops.load_library(folder / "their.so")
+    return torch.ops.their_library
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_called_from_cpp(their_library, dtype, p):
+    shapes = ((130, 40), (24, 40), (3, 40), (24, 3))
+    tensors = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    dy = torch.randn(130, 24, dtype=dtype)
+    seed = torch.tensor(5) if p else None
+    y = their_library.project(*tensors, 2.0, p, seed)
+    expected = lora_kernels.lora_linear(*tensors, scaling=2.0, dropout_p=p, seed=seed)
+    assert torch.equal(y, expected)
+    for one, two in zip(
+        torch.autograd.grad(y, tensors, dy),
+        torch.autograd.grad(expected, tensors, dy),
+        strict=True,
+    ):
+        assert torch.equal(one, two)
+    with torch.inference_mode():
+        assert torch.equal(their_library.project(*tensors, 2.0, p, seed), expected)
+
+
+def test_bad_input_from_cpp_is_refused(their_library):
+    x, weight, a, b = torch.ones(2, 8), torch.ones(4, 8), torch.ones(3, 8), torch.ones(5, 3)
+    for p, seed in ((0.0, None), (0.5, None), (1.0, torch.tensor(5))):
+        lora_b = b if p == 0 else b[:4]
+        with pytest.raises(RuntimeError, match="lora_kernels::lora_linear"):
+            their_library.project(x, weight, a, lora_b, 1.0, p, seed)
+    assert their_library.project(x, weight, a, b[:4], 1.0, 0.0, None).shape == (2, 4)
+
+
+def test_example_that_calls_the_ops(capsys):
+    main = runpy.run_path(str(ROOT / "examples" / "call_the_ops.py"))["main"]
+    main(["--compile-backend", "aot_eager"])
+    out = capsys.readouterr().out
+    for words in ("Linear, with dropout, raw op", "Int8Linear, compiled", "lora_add_: in place"):
+        assert words in out

@@ -1,0 +1,127 @@
+"""Bad input to the raw ops, which other libraries and C++ call past `functional`: always a
+ValueError or TypeError that names the argument, never a result."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from lora_kernels import _checks, _ops, lora_add_, lora_linear
+
+ops = torch.ops.lora_kernels
+M, K, N, R = 6, 16, 5, 3
+FORWARD = ("lora_linear", "lora_add", "lora_add_")
+BACKWARD = ("lora_linear_backward", "lora_add_backward")
+
+
+def good(name):
+    """Arguments by name, in the order of the schema."""
+    shapes = {
+        "x": (M, K), "weight": (N, K), "lora_a": (R, K), "lora_b": (N, R), "bias": (N,),
+        "base_out": (M, N), "dy": (M, N), "s": (M, R), "mask": (0,),
+    }  # fmt: skip
+    values = {key: torch.randn(shape) for key, shape in shapes.items()}
+    values |= {"scaling": 2.0, "dropout_p": 0.0, "seed": None}
+    arguments = getattr(ops, name).default._schema.arguments
+    return {a.name: values.get(a.name, True) for a in arguments}
+
+
+def of(*shape, dtype=torch.float32, device="cpu"):
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def seed(*values, dtype=torch.int64):
+    return {"dropout_p": 0.5, "seed": torch.tensor(values, dtype=dtype)}
+
+
+# what is wrong, the words that the message has, the error, the ops with such an argument
+BAD = [
+    ({"x": of(2, 3, K)}, r"x: expected shape \[M, K\], got \(2, 3, 16\)", ValueError, FORWARD),
+    ({"x": of(K)}, r"x: expected shape \[M, K\], got \(16,\)", ValueError, FORWARD),
+    ({"x": of(M + 1, K)}, "expected shape .* with M = ", ValueError, FORWARD[1:] + BACKWARD),
+    ({"weight": of(N, K + 1)}, r"\[N, K\] with K = 16, got \(5, 17\)", ValueError, FORWARD[:1]),
+    ({"weight": of(N, K).double()}, "weight: expected x's dtype", TypeError, FORWARD[:1]),
+    ({"weight": of(N, K, device="meta")}, "x's device cpu, got meta", ValueError, FORWARD[:1]),
+    ({"lora_a": of(R, K + 1)}, "lora_a: .* with K = 16", ValueError, FORWARD + BACKWARD),
+    ({"lora_a": of(R + 1, K)}, "lora_b: .* with r = 4", ValueError, FORWARD + BACKWARD),
+    ({"lora_a": of(R, K).half()}, "lora_a: expected .* dtype", TypeError, FORWARD + BACKWARD),
+    ({"lora_b": of(1, R)}, "lora_b: .* with N = 5", ValueError, FORWARD + BACKWARD),
+    ({"lora_a": of(0, K), "lora_b": of(N, 0)}, "r of at least 1", ValueError, FORWARD),
+    ({"bias": of(1)}, r"bias: expected shape \[N\] with N = 5", ValueError, FORWARD[:1]),
+    ({"bias": of(M, N)}, r"bias: expected shape \[N\], got", ValueError, FORWARD[:1]),
+    ({"base_out": of(M, 1)}, "with N = 1", ValueError, FORWARD[1:]),
+    ({"base_out": of(M, N).half()}, "x: expected base_out's dtype", TypeError, FORWARD[1:]),
+    ({"x": of(M, K, dtype=torch.int64)}, "expected", TypeError, FORWARD),
+    ({"dropout_p": 1.0}, r"dropout_p: .* in \[0, 1\), got 1.0", ValueError, FORWARD + BACKWARD),
+    ({"dropout_p": -0.5}, "dropout_p", ValueError, FORWARD + BACKWARD),
+    ({"dropout_p": float("nan")}, "dropout_p", ValueError, FORWARD + BACKWARD),
+    ({"dropout_p": 0.5}, "seed: expected an int64 tensor", ValueError, FORWARD + BACKWARD),
+    (seed(1, 2), "seed: .* of one element, or of three", ValueError, FORWARD + BACKWARD),
+    (seed(5, dtype=torch.int32), "got torch.int32", ValueError, FORWARD + BACKWARD),
+    ({"scaling": float("inf")}, "scaling: expected a finite", ValueError, FORWARD + BACKWARD),
+    ({"dy": of(M, N + 1)}, "expected shape .* N = 6", ValueError, BACKWARD),
+    ({"dy": of(M, N).half()}, "expected dy's dtype", TypeError, BACKWARD),
+    ({"s": of(M, R + 1)}, "s: expected shape .* r = 3", ValueError, BACKWARD),
+    ({"s": of(0)}, r"s: expected shape \[M, r\], got \(0,\)", ValueError, BACKWARD),
+    ({"x": of(0)}, r"x: expected shape \[M, K\], got \(0,\)", ValueError, BACKWARD),
+]
+CASES = [(op, *case[:3]) for case in BAD for op in case[3]]
+
+
+@pytest.mark.parametrize(("name", "wrong", "words", "error"), CASES)
+def test_bad_input_is_refused(name, wrong, words, error):
+    op, args = getattr(ops, name), good(name)
+    op(*args.values())
+    args |= wrong
+    before = {key: t.clone() for key, t in args.items() if isinstance(t, torch.Tensor)}
+    with pytest.raises(error, match=words):
+        op(*args.values())
+    with torch.inference_mode(), pytest.raises(error, match=words):
+        op(*args.values())
+    for key, tensor in before.items():
+        assert tensor.is_meta or torch.equal(tensor, args[key])
+
+
+@pytest.mark.parametrize("name", FORWARD[:2])
+def test_autograd_and_fake_tensors_refuse_it_too(name):
+    args = good(name) | {"lora_a": torch.randn(R, K).requires_grad_(), "lora_b": of(1, R)}
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in args.values()]
+    for given in (args.values(), fake):
+        with pytest.raises(ValueError, match=r"lora_b: .* with N = 5"):
+            getattr(ops, name)(*given)
+
+
+def test_what_a_gradient_does_not_read_may_be_left_out():
+    args = good("lora_linear_backward") | {"x": of(0), "s": of(0)}
+    args |= {"need_weight": False, "need_a": False, "need_b": False}
+    dx, *others = ops.lora_linear_backward(*args.values())
+    assert dx.shape == (M, K)
+    assert all(t.shape == (0,) for t in others)
+    args["need_a"] = True
+    with pytest.raises(ValueError, match="x: expected"):
+        ops.lora_linear_backward(*args.values())
+
+
+def test_a_checked_call_vouches_for_itself_alone(monkeypatch):
+    """lora_linear checks once, above the op; the next raw call is checked again, whatever became
+    of it."""
+    checks = []
+    monkeypatch.setattr(_checks, "_check_values", lambda *args: checks.append(args))
+    args = good("lora_linear")
+    x, weight, a, b, *_ = args.values()
+    for grad in (False, True):
+        a.requires_grad_(grad)
+        y = lora_linear(x, weight, a, b)
+        if grad:
+            y.sum().backward()
+    lora_add_(y.detach(), x, a.detach(), b)
+    assert not checks
+    lora_linear(*(torch.empty_like(v, device="meta") for v in (x, weight, a, b)))
+    checks.clear()
+    with monkeypatch.context() as broken:
+        broken.setattr(_ops.backends, "choose", lambda device: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lora_linear(x, weight, a, b)
+    assert not checks
+    ops.lora_linear(*args.values())
+    assert len(checks) == 1
