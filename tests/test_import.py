@@ -16,6 +16,8 @@ OPTIONAL = ("triton", "transformers", "peft", "safetensors", "matplotlib")
 FLOORS = {
     "_env": -2,
     "backends": -1,
+    "_flops": -1,
+    "_vmap": -1,
     "_ops": 0,
     "functional": 1,
     "nn": 2,
