@@ -51,8 +51,8 @@ _ops = torch.ops.lora_kernels
 
 
 def refuse_forward_mode(args: Iterable) -> None:
-    """Below autograd a tangent would be dropped without a word. torch.func.jvp has none left in the
-    kernel, so autograd's part of the op asks too, and `functional`, which inference mode reaches."""
+    """Below autograd a tangent would be dropped without a word; torch.func.jvp drops its own before
+    the kernel, so autograd's part of the op asks too."""
     if forward_ad._current_level < 0:
         return
     for arg in args:
@@ -313,6 +313,7 @@ def call(name: str, *args) -> Tensor:
         or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
     ):
         return op(*args)[0]
+    refuse_forward_mode(args)
     return _FUNCTIONS[name].apply(op, None, *args)
 
 
