@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import FusedLoRALinear
+from lora_kernels.layer import LoRALayer
 
 _BASE = "_lora_base_"
 _SWAPPED = "_lora_swapped"
@@ -41,10 +41,10 @@ class Saved(NamedTuple):
         return buffer if self.swapped else self.parameter.detach()
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """(name, layer) of every LoRA layer, shared ones once, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, FusedLoRALinear):
+        if isinstance(module, LoRALayer):
             yield name, module
 
 
@@ -85,7 +85,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def require_layers(model: nn.Module) -> list[tuple[str, FusedLoRALinear]]:
+def require_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """The LoRA layers; ValueError where there is none."""
     layers = list(lora_layers(model))
     if not layers:
@@ -95,7 +95,7 @@ def require_layers(model: nn.Module) -> list[tuple[str, FusedLoRALinear]]:
 
 def attach(
     model: nn.Module,
-    layers: dict[nn.Module, FusedLoRALinear],
+    layers: dict[nn.Module, LoRALayer],
     saved: dict[str, nn.Module],
     trainable_before: list[str],
 ) -> None:
@@ -130,8 +130,7 @@ def rollback_on_error(model: nn.Module) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def detach(model: nn.Module) -> None:
-    """Undoes `attach`: plain nn.Linear layers that share the same weights, gradients as they
-    were."""
+    """Undoes `attach`: plain layers that share the same weights, gradients as they were."""
     plain = {layer: layer.to_linear() for _, layer in lora_layers(model)}
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():

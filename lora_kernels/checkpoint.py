@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lora_kernels import adapters, targets
 from lora_kernels.adapters import lora_layers
-from lora_kernels.nn import FusedLoRALinear, copy_whole, is_sharded, whole
+from lora_kernels.layer import LoRALayer, copy_whole, features, is_sharded, whole
+from lora_kernels.nn import layer_class
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -25,8 +26,8 @@ _INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # Options of PEFT that change what an adapter computes and that this library does not have.
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
-    "layer_replication", "target_parameters", "trainable_token_indices", "fan_in_fan_out",
-    "kasa_config", "monteclora_config", "velora_config",
+    "layer_replication", "target_parameters", "trainable_token_indices", "kasa_config",
+    "monteclora_config", "velora_config",
 )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         "peft_type": "LORA",
         "base_model_name_or_path": base_model or getattr(model, "name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha(first),
@@ -201,10 +202,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             else:
                 master = A.dtype == torch.float32 and modules[name].weight.dtype != torch.float64
                 dtype = torch.float32 if master else None
-                layer = FusedLoRALinear.from_linear(
-                    modules[name], rank, alpha=alpha, use_rslora=use_rslora, adapter_dtype=dtype
+                base = modules[name]
+                layer = layer_class(base).from_linear(
+                    base, rank, alpha=alpha, use_rslora=use_rslora, adapter_dtype=dtype
                 )
-                layers[modules[name]] = layer
+                layers[base] = layer
             values[name] = (layer, A, B, alpha, use_rslora)
 
     if layers or saved_modules:
@@ -289,7 +291,7 @@ def _sort(
         if (found := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)) is not None:
             layer, part = found.groups()
             if layer not in modules:
-                known = targets.summary(n for n, m in modules.items() if isinstance(m, nn.Linear))
+                known = targets.summary(n for n, m in modules.items() if targets.is_linear(m))
                 raise ValueError(
                     f"{key}: the model has no module {layer!r}; its linear layers are {known}"
                 )
@@ -333,19 +335,17 @@ def _layer_config(config: dict, name: str) -> tuple[int, float, bool]:
 
 def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int) -> None:
     key = f"{_PREFIX}{name}.lora_"
-    if not isinstance(module, FusedLoRALinear):
+    if not isinstance(module, LoRALayer):
         reason = targets.objection(module)
         if reason is not None:
             raise ValueError(f"{key}A.weight: cannot go to {name}: {reason}")
-    for part, tensor, shape in (
-        ("A", A, (rank, module.in_features)),
-        ("B", B, (module.out_features, rank)),
-    ):
+    K, N = features(module)
+    for part, tensor, shape in (("A", A, (rank, K)), ("B", B, (N, rank))):
         if tensor.shape != shape:
             raise ValueError(
                 f"{key}{part}.weight: has shape {tuple(tensor.shape)}, expected {shape}"
                 f" for rank {rank} of the config and {name}"
-                f" ({module.in_features} -> {module.out_features})"
+                f" ({K} -> {N})"
             )
         if not tensor.is_floating_point():
             raise ValueError(
@@ -353,7 +353,7 @@ def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int) -
             )
 
 
-def _check_present(name: str, layer: FusedLoRALinear, A: Tensor) -> None:
+def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
     key = f"{_PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")

@@ -20,6 +20,7 @@ FLOORS = {
     "_vmap": -1,
     "_ops": 0,
     "functional": 1,
+    "layer": 1.9,
     "nn": 2,
     "adapters": 3.1,
     "targets": 3.1,
