@@ -164,5 +164,5 @@ def other_linear_maps(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if not is_linear(module) and not isinstance(module, _NOT_LINEAR_MAPS)
         for attribute, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() in (2, 3) and min(parameter.shape[-2:]) > 1
+        if parameter.dim() in (2, 3) and min(parameter.shape) > 1
     ]
