@@ -167,7 +167,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     For reference log-probabilities (DPO, GRPO) without a second model. Contexts may be nested.
     """
     layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]
-    saved = [saved for saved in adapters.saved_parameters(model) if not saved.swapped]
+    saved = [saved for saved in adapters.saved_tensors(model) if not saved.swapped]
     for layer in layers:
         layer._disabled = True
     adapters.swap_saved(saved)

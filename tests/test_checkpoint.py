@@ -77,7 +77,7 @@ def test_a_file_of_peft_with_patterns(tmp_path):
 @pytest.mark.parametrize("where", ["safetensors.torch.save_file", "os.replace"])
 def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, where):
     save_adapter(adapted(), tmp_path)
-    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    old = read(tmp_path)
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
@@ -85,7 +85,7 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, where):
     monkeypatch.setattr(where, fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(adapted(alpha=3), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+    assert read(tmp_path) == old
 
 
 def damage(key, change):
@@ -174,10 +174,16 @@ def test_a_file_goes_into_adapters_that_are_there(tmp_path, dtype):
     assert other.model.layers[0].self_attn.q_proj.scaling == 2
 
 
-def test_an_interruption_between_the_two_files_keeps_a_loadable_pair(tmp_path, monkeypatch):
-    old, new = adapted(), adapted()
-    save_adapter(old, tmp_path)
-    replace, calls = os.replace, []
+def read(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("first_save", [False, True])
+@pytest.mark.parametrize("links", [True, False])
+def test_a_rename_that_fails_brings_the_old_pair_back(tmp_path, monkeypatch, first_save, links):
+    if not first_save:
+        save_adapter(adapted(), tmp_path)
+    before, replace, calls = read(tmp_path), os.replace, []
 
     def second_fails(source, target):
         calls.append(target)
@@ -185,13 +191,41 @@ def test_an_interruption_between_the_two_files_keeps_a_loadable_pair(tmp_path, m
             raise OSError("disk full")
         replace(source, target)
 
+    def no_links(source, target):
+        raise OSError("not supported")
+
     monkeypatch.setattr("os.replace", second_fails)
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
     with pytest.raises(OSError, match="disk full"):
-        save_adapter(new, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
-    fresh = llama()
-    load_adapter(fresh, tmp_path)
-    assert torch.equal(logits(fresh), logits(new))
+        save_adapter(adapted(alpha=3), tmp_path)
+    assert len(calls) == (2 if first_save else 4)
+    assert read(tmp_path) == before
+
+
+@pytest.mark.parametrize(("options", "key"), [
+    ({"alpha": 3}, "lora_alpha = 8.* has 3"), ({"use_rslora": True}, "use_rslora = False"),
+])  # fmt: skip
+def test_files_of_two_saves_are_told_apart(tmp_path, options, key):
+    """What a machine that stops between the two renames leaves."""
+    save_adapter(adapted(), tmp_path)
+    save_adapter(adapted(**options), tmp_path / "other")
+    os.replace(tmp_path / "other" / CONFIG, tmp_path / CONFIG)
+    model = llama()
+    types, values = state_of(model)
+    with pytest.raises(ValueError, match=f"was saved with {key}.*of two saves.*save the adapter a"):
+        load_adapter(model, tmp_path)
+    after_types, after = state_of(model)
+    assert after_types == types
+    assert after.keys() == values.keys()
+
+
+def test_the_config_s_other_entries_may_be_edited(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config.update(base_model_name_or_path="elsewhere", inference_mode=False)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    load_adapter(llama(), tmp_path)
 
 
 def test_after_a_final_merge_nothing_is_left_to_save(tmp_path):
@@ -216,3 +250,67 @@ def test_a_copy_saves_itself(tmp_path):
     load_adapter(fresh, tmp_path)
     assert torch.equal(logits(fresh), logits(twin))
     assert not torch.equal(logits(fresh), logits(model))
+
+
+class Normed(torch.nn.Module):
+    """Batch normalisation, whose running statistics are buffers that training moves."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.norm = torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.inner(x)).relu())
+
+
+ROWS = torch.randn(16, 6, generator=torch.Generator().manual_seed(2))
+
+
+def trained_with_its_norm():
+    model = Normed()
+    apply_lora(model, 2, target_modules=["inner"], modules_to_save=["norm"])
+    optimizer = torch.optim.SGD(lora_kernels.lora_parameters(model), lr=0.1)
+    for _ in range(3):
+        model.train()(ROWS).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_buffers_of_modules_to_save_are_part_of_the_adapter(tmp_path):
+    model = trained_with_its_norm()
+    y, base = model(ROWS), Normed().eval()
+    assert not torch.equal(model.norm.running_mean, base.norm.running_mean)
+    save_adapter(model, tmp_path)
+    ours = Normed().eval()
+    load_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Normed().eval(), tmp_path).eval()
+    fresh = Normed().eval()
+    apply_lora(fresh, 2, target_modules=["inner"], modules_to_save=["norm"])
+    fresh.load_state_dict(lora_kernels.lora_state_dict(model), strict=False)
+    assert torch.equal(ours(ROWS), y)
+    assert torch.equal(fresh(ROWS), y)
+    assert close(theirs(ROWS), y)
+    assert ours.norm.num_batches_tracked == 3
+    theirs.save_pretrained(tmp_path / "again")
+    back = Normed().eval()
+    load_adapter(back, tmp_path / "again")
+    assert torch.equal(back(ROWS), y)
+
+
+def test_buffers_of_modules_to_save_go_back_with_them():
+    model, base = trained_with_its_norm(), Normed().eval()
+    y, expected = model(ROWS), base(ROWS)
+    with lora_kernels.disable_adapters(model):
+        assert torch.equal(model(ROWS), expected)
+        saved = lora_kernels.lora_state_dict(model)["norm.running_mean"]
+    assert torch.equal(model(ROWS), y)
+    assert torch.equal(model.norm.running_mean, saved)
+    lora_kernels.remove_lora(model)
+    assert torch.equal(model(ROWS), expected)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    kept = trained_with_its_norm()
+    lora_kernels.merge_lora(kept, keep_base=False)
+    lora_kernels.remove_lora(kept)
+    assert close(kept(ROWS), y)

@@ -22,6 +22,7 @@ FLOORS = {
     "functional": 1,
     "layer": 1.9,
     "nn": 2,
+    "files": -2,
     "adapters": 3.1,
     "targets": 3.1,
     "rank": 3.1,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters import require_layers, saved_parameters
+from lora_kernels.adapters import require_layers, saved_tensors
 from lora_kernels.layer import LoRALayer
 from lora_kernels.rank import allocate_ranks, refactor, spectrum, widen
 from lora_kernels.recipes.batches import Criterion
@@ -257,7 +257,7 @@ class _Undo:
         ]
         self.groups = [dict(group, params=group["params"][:]) for group in optimizer.param_groups]
         moving = {p for group in self.groups for p in group["params"] if p.requires_grad}
-        moving |= {saved.parameter for saved in saved_parameters(model)}
+        moving |= {saved.tensor for saved in saved_tensors(model)}
         moving |= {parameter for _, A, B, _ in self.adapters for parameter in (A, B)}
         self.values = [(parameter, parameter.detach().clone()) for parameter in moving]
         self.state = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
