@@ -165,7 +165,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     directory = Path(directory)
     config = _read_config(directory / CONFIG_NAME)
     tensors = _read_tensors(directory / WEIGHTS_NAME, config)
-    pairs, saved = _sort(model, tensors)
+    targets.require_no_peft(model)
+    pairs, saved = _sort(model, tensors, _origin(config))
     present = dict(lora_layers(model))
     if present and set(present) != set(pairs):
         extra, missing = sorted(set(pairs) - set(present)), sorted(set(present) - set(pairs))
@@ -182,7 +183,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     with adapters.rollback_on_error(model) as trainable:
         for name, (A, B) in pairs.items():
             rank, alpha, use_rslora = _layer_config(config, name)
-            _check_pair(name, modules[name], A, B, rank)
+            _check_pair(name, modules[name], A, B, rank, _origin(config))
             if name in present:
                 layer = present[name]
                 _check_present(name, layer, A)
@@ -272,8 +273,14 @@ def _read_tensors(path: Path, config: dict) -> dict[str, Tensor]:
     return tensors
 
 
+def _origin(config: dict) -> str:
+    """Where an adapter that does not fit belongs."""
+    base = config.get("base_model_name_or_path")
+    return f"; load it into the model it was trained on{f', {base}' if base else ''}"
+
+
 def _sort(
-    model: nn.Module, tensors: dict[str, Tensor]
+    model: nn.Module, tensors: dict[str, Tensor], origin: str
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """(layer name -> (A, B), name -> tensor of modules_to_save), each found in the
     model."""
@@ -292,18 +299,19 @@ def _sort(
             if layer not in modules:
                 known = targets.summary(n for n, m in modules.items() if targets.is_linear(m))
                 raise ValueError(
-                    f"{key}: the model has no module {layer!r}; its linear layers are {known}"
+                    f"{key}: the model has no module {layer!r}; its linear layers are"
+                    f" {known}{origin}"
                 )
             halves.setdefault(layer, {})[part] = tensor
         elif name in tensors_there:
             if tensor.shape != tensors_there[name].shape:
                 raise ValueError(
                     f"{key}: has shape {tuple(tensor.shape)}, the model's {name} has"
-                    f" {tuple(tensors_there[name].shape)}"
+                    f" {tuple(tensors_there[name].shape)}{origin}"
                 )
             saved[name] = tensor
         else:
-            raise ValueError(f"{key}: the model has no parameter or buffer {name!r}")
+            raise ValueError(f"{key}: the model has no parameter or buffer {name!r}{origin}")
     if not halves:
         raise ValueError(f"the adapter file holds no LoRA tensor, only {targets.summary(tensors)}")
     for layer, parts in halves.items():
@@ -332,7 +340,7 @@ def _layer_config(config: dict, name: str) -> tuple[int, float, bool]:
     )
 
 
-def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int) -> None:
+def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int, origin: str) -> None:
     key = f"{_PREFIX}{name}.lora_"
     if not isinstance(module, LoRALayer):
         reason = targets.objection(module)
@@ -344,7 +352,7 @@ def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int) -
             raise ValueError(
                 f"{key}{part}.weight: has shape {tuple(tensor.shape)}, expected {shape}"
                 f" for rank {rank} of the config and {name}"
-                f" ({K} -> {N})"
+                f" ({K} -> {N}){origin}"
             )
         if not tensor.is_floating_point():
             raise ValueError(

@@ -73,6 +73,18 @@ def objection(module: nn.Module) -> str | None:
     return refusal(module)
 
 
+def require_no_peft(model: nn.Module) -> None:
+    """ValueError for a model with PEFT's adapters, whose own linear layers would look like
+    targets."""
+    for name, module in model.named_modules():
+        kinds = (kind.__module__ for kind in type(module).__mro__)
+        if hasattr(module, "base_layer") and any(k.startswith("peft.tuners.") for k in kinds):
+            raise ValueError(
+                f"model: {name} carries an adapter of PEFT; fuse_peft(model) moves those onto the"
+                " fused op, model.unload() or model.merge_and_unload() takes them out"
+            )
+
+
 def find_targets(
     model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -82,13 +94,15 @@ def find_targets(
     `get_output_embeddings()`.
 
     Raises:
-        ValueError: a pattern matches nothing, or only modules that cannot carry an adapter.
+        ValueError: a pattern matches nothing, or only modules that cannot carry an adapter; the
+            model has adapters of PEFT.
     """
     if is_linear(model):
         raise ValueError(
             "model: is itself a linear layer, nothing can be replaced in it;"
             " use FusedLoRALinear.from_linear"
         )
+    require_no_peft(model)
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)

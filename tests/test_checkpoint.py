@@ -13,6 +13,7 @@ from lora_kernels import apply_lora, load_adapter, save_adapter
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+tiny_models = pytest.importorskip("tiny_models")
 TOKENS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -172,6 +173,42 @@ def test_a_file_goes_into_adapters_that_are_there(tmp_path, dtype):
     load_adapter(other, tmp_path)
     assert torch.equal(logits(other), logits(model))
     assert other.model.layers[0].self_attn.q_proj.scaling == 2
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("bert", {}, "no module .*; its linear layers are bert.encoder.layer"),
+    ("llama", {"hidden_size": 16}, r"lora_A.weight: has shape \(4, 32\), expected \(4, 16\)"),
+    ("llama", {"vocab_size": 60}, r"lm_head.weight: has shape \(64, 32\), .* has \(60, 32\)"),
+    ("llama", {"num_hidden_layers": 1}, "no module 'model.layers.1.*linear layers are model.layer"),
+    ("gpt2", {}, "has no module .*; its linear layers are transformer.h.*.attn.c_attn"),
+])  # fmt: skip
+def test_an_adapter_of_another_architecture(tmp_path, name, options, message):
+    saved = ["lm_head"] if "vocab_size" in options else None
+    save_adapter(adapted(modules_to_save=saved), tmp_path, base_model="some/llama")
+    other = tiny_models.build(name, **options)
+    types, values = state_of(other)
+    flags = [p.requires_grad for p in other.parameters()]
+    with pytest.raises(ValueError, match=f"{message}.*the model it was trained on, some/llama"):
+        load_adapter(other, tmp_path)
+    after_types, after = state_of(other)
+    assert after_types == types
+    assert [p.requires_grad for p in other.parameters()] == flags
+    assert after.keys() == values.keys()
+    assert all(torch.equal(after[key], value) for key, value in values.items())
+
+
+def test_a_model_of_peft_is_not_given_a_second_adapter(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    for fused in (False, True):
+        model = peft.PeftModel.from_pretrained(llama(), tmp_path)
+        if fused:
+            lora_kernels.fuse_peft(model)
+        types, _ = state_of(model)
+        for call in (lambda m: apply_lora(m, 2), lambda m: load_adapter(m, tmp_path)):
+            with pytest.raises(ValueError, match=r"q_proj carries an adapter of PEFT; fuse_peft\("):
+                call(model)
+        assert state_of(model)[0] == types
+        apply_lora(model.unload(), 2)
 
 
 def read(folder):
