@@ -162,7 +162,11 @@ def test_candidates_of_a_rank_serve_every_smaller_one(arch):
                 for r in (1, 8, 16, 32, 64, 128, 200):
                     wanted = call(op=op, M=M, r=r, dropout=dropout)
                     listed = tiles.candidates(wanted, Target(arch, 132))
-                    assert r > 128 or all((p, repr(f), r) in compiled for p, f in listed if f)
+                    assert r > 128 or all(
+                        (plan, repr(fields), r) in compiled
+                        for plan, fields in listed
+                        if fields and plan != "decode_cuda"
+                    )
                     if smaller is not None and r != 64:  # from there on ds and dB are two launches
                         assert all(candidate in smaller for candidate in listed)
                     smaller = listed

@@ -112,7 +112,7 @@ def test_fused_plans(monkeypatch, plan, r, dtype, p, arch, reads_of_dy):
 
 def test_every_fused_plan_is_counted():
     mark = next(m for m in test_fused_plans.pytestmark if "plan" in m.args[0])
-    assert {case[0] for case in mark.args[1]} == set(_env.PLANS) - {"aten", "cublas"}
+    assert {case[0] for case in mark.args[1]} == set(_env.PLANS) - {"aten", "cublas", "decode_cuda"}
     assert set(_env.PLANS) >= set(ONE_LAUNCH)
 
 

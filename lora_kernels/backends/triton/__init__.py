@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import plans, reference
+from lora_kernels.backends.native import decode
 from lora_kernels.backends.triton import dropout, tiles
 from lora_kernels.backends.triton.dual import dual
 from lora_kernels.backends.triton.flag import flag
 from lora_kernels.backends.triton.gemm import gemm
 from lora_kernels.backends.triton.gradients import ds_db, tall
 from lora_kernels.backends.triton.grouped import dx_da
-from lora_kernels.backends.triton.launch import INTERPRETED
+from lora_kernels.backends.triton.launch import INTERPRETED, target
 from lora_kernels.backends.triton.low_rank import expand, shrink
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -51,10 +52,15 @@ def _on_device(function: Callable) -> Callable:
     return run
 
 
-def _choice(op: str, rows: Tensor, weight: Tensor, r: int, dropout_p: float) -> plans.Choice:
+def _choice(
+    op: str, rows: Tensor, weight: Tensor, lora_a: Tensor, dropout_p: float
+) -> plans.Choice:
     (N, K), dtype = weight.shape, str(rows.dtype).removeprefix("torch.")
+    M, r = rows.shape[0], lora_a.shape[0]
     aligned = tiles.vectorises(rows) and tiles.vectorises(weight)
-    call = plans.Call(op, dtype, rows.shape[0], N, K, r, dropout_p > 0, aligned)
+    few = op == "forward" and decode.MAX_ROWS >= M
+    readable = few and not decode.unreadable(rows, weight, lora_a)
+    call = plans.Call(op, dtype, M, N, K, r, dropout_p > 0, aligned, readable)
     return plans.choose(call, rows.device)
 
 
@@ -100,13 +106,18 @@ def lora_linear(
     M, N, r = x.shape[0], weight.shape[0], lora_a.shape[0]
     if M == 0:
         return x.new_empty(0, N), *_saved(x.new_empty(0, r), r, save_s)
-    plan, tile = _choice("forward", x, weight, r, dropout_p)
+    plan, tile = _choice("forward", x, weight, lora_a, dropout_p)
     if plan == "aten":
         return reference.lora_linear(
             x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask
         )
     drop = dropout.of(dropout_p, seed)
     weight = weight.to(x.dtype)  # a copy under autocast alone
+    if plan == "decode_cuda":
+        fields = tile.get("decode_cuda")
+        config = tiles.replaced(tiles.decode_cuda(target(x.device), M, N, r), fields)
+        y, s = decode.decode(x, weight, lora_a, lora_b, bias, scaling, save_s, *config)
+        return y, s, _none(x)
     a, b = _adapters(x, lora_a, lora_b)
     if plan in ("decode", "dual"):
         y, s = dual(x, weight, a, b, bias, scaling, save_s, drop, tile.get("dual"))
@@ -186,7 +197,7 @@ def lora_linear_backward(
     """(dx, dweight, dA, dB), each of size 0 where not needed; x is read for dweight and dA only."""
     plan, tile = "aten", {}
     if dy.shape[0]:
-        plan, tile = _choice("backward", dy, weight, lora_a.shape[0], dropout_p)
+        plan, tile = _choice("backward", dy, weight, lora_a, dropout_p)
     if plan == "aten":
         return reference.lora_linear_backward(
             dy, x, weight, lora_a, lora_b, s, mask, scaling, dropout_p, seed,

@@ -57,7 +57,15 @@ class DualTile(NamedTuple):
     split: int = 1
 
 
-Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile, DualTile)
+class DecodeCudaTile(NamedTuple):
+    """Rows of the weight and warps of a block, blocks that share out s."""
+
+    rows: int
+    warps: int
+    cluster: int
+
+
+Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile, DualTile, DecodeCudaTile)
 
 
 # Triton's own of these two take microseconds from Python, and every launch needs several.
@@ -234,6 +242,24 @@ def flag(target: Target, dtype: torch.dtype, M: int, N: int, r: int, tma: bool) 
     return GemmTile(128, 256, 64, 3, 8, strips=2)
 
 
+def decode_cuda(target: Target, M: int, N: int, r: int) -> DecodeCudaTile:
+    """Blocks of 32 rows read x and A half as often as those of 16; there must be enough of them.
+    Before sm_90 there are no clusters and, on some devices, half the shared memory."""
+    if target.arch < 90:
+        return DecodeCudaTile(16, 4, 1)
+    rows = 32 if cdiv(N, 32) >= 2 * target.sms else 16
+    return DecodeCudaTile(rows, 8, 8 if r > 16 else 4)
+
+
+def _decode_cuda_tiles(target: Target) -> Iterator[DecodeCudaTile]:
+    for rows in (16, 32):
+        if target.arch < 90:
+            yield DecodeCudaTile(rows, 4, 1)
+        else:
+            yield from (DecodeCudaTile(rows, 8, cluster) for cluster in (1, 2, 4, 8))
+            yield DecodeCudaTile(rows, 4, 4)
+
+
 def _splits(extent: int) -> Iterator[dict[str, int]]:
     return ({"split": split} for split in (1, 2, 4, 8) if extent >= 512 * split)
 
@@ -308,6 +334,8 @@ def _variants(launch: str, call: Call, target: Target) -> Iterator[dict[str, int
             yield from ({"split": split} for split in (2, 4) if 512 * split <= call.K)
     elif launch == "flag":
         yield from map(_fields, _flag_tiles(target, call.M, call.r))
+    elif launch == "decode_cuda":
+        yield from map(_fields, _decode_cuda_tiles(target))
     elif launch in ("expand", "expand_dx"):
         yield from ({"bn": 64}, {"bm": 32}, {"bm": 128, "warps": 8})
     elif launch == "ds_db":
@@ -330,6 +358,7 @@ def _launches(plan: str, call: Call) -> tuple[str, ...]:
             "decode": ("dual",),
             "dual": ("dual",),
             "flag": ("flag",),
+            "decode_cuda": ("decode_cuda",),
         }[plan]
     shared = ("ds_db",) if fuses_ds_db(getattr(torch, call.dtype), call.r) else ("ds", "db")
     last = {"cublas": "expand_dx", "shrink_gemm": "dx", "grouped": "dx_da"}
@@ -344,7 +373,7 @@ def candidates(call: Call, target: Target) -> list[tuple[str, dict[str, dict[str
     the launches of a backward that fuses ds and dB at one rank and not at the other.
     """
     # The one-launch plans share the backward of shrink_gemm, and that plan the forward of grouped.
-    skipped = ("decode", "dual", "flag") if call.op == "backward" else ("grouped",)
+    skipped = ("decode", "dual", "flag", "decode_cuda") if call.op == "backward" else ("grouped",)
     legal = [plan for plan in PLANS if plan not in skipped]
     found = []
     for plan in (plan for plan in legal if refusal(plan, call) is None):
