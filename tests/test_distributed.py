@@ -3,7 +3,11 @@
 import pytest
 import worlds
 
-WORLDS = [("checks_tensor_parallel", 2), ("checks_data_parallel", 2)]
+WORLDS = [
+    ("checks_tensor_parallel", 2),
+    ("checks_data_parallel", 2),
+    ("checks_two_dimensional", 4),
+]
 
 
 @pytest.mark.parametrize(
