@@ -248,7 +248,7 @@ def fresh_status():
 
 def test_status_of_the_cuda_part(fresh_status, monkeypatch, tmp_path):
     monkeypatch.setattr(extension, "_file", lambda name: None)
-    assert extension.cuda_status() == "not built (no nvcc at install?)"
+    assert extension.cuda_status() == "not built (no nvcc, or torch without CUDA, at install?)"
     assert backends.extension_status()["CUDA"] == extension.cuda_status()
     broken = tmp_path / "_native_cuda.abi3.so"
     broken.write_text("no library")
