@@ -204,7 +204,11 @@ def test_what_the_plan_serves(there, changes, reason):
 
 
 def test_forced_without_the_kernel_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(extension, "_cuda", lambda: (None, "not built (no nvcc at install?)"))
+    monkeypatch.setattr(
+        extension,
+        "_cuda",
+        lambda: (None, "not built (no nvcc, or torch without CUDA, at install?)"),
+    )
     with (
         plans.using("decode_cuda"),
         pytest.raises(RuntimeError, match=r"decode_cuda.*CUDA kernels are not there: not built"),

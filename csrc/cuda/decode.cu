@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/Layout.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -14,6 +15,7 @@
 namespace lora {
 namespace {
 
+using torch::headeronly::Layout;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -27,6 +29,7 @@ void check_cuda(cudaError_t status, const char* what) {
 void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns,
                   const Tensor& like) {
   STD_TORCH_CHECK(t.is_cuda(), name, ": must be a CUDA tensor");
+  STD_TORCH_CHECK(t.layout() == Layout::Strided, name, ": must be dense");
   STD_TORCH_CHECK(t.get_device_index() == like.get_device_index(), name, ": must be on device ",
                   like.get_device_index(), " of x, got ", t.get_device_index());
   STD_TORCH_CHECK(t.dim() == 2, name, ": must have 2 dimensions, got ", t.dim());
@@ -97,6 +100,7 @@ void decode_cuda(const Tensor x, const Tensor weight, const Tensor lora_a, const
                  const std::optional<Tensor> bias, double scale, int64_t rows, int64_t warps,
                  int64_t cluster, std::optional<Tensor> s, Tensor y) {
   STD_TORCH_CHECK(x.is_cuda(), "x: must be a CUDA tensor");
+  STD_TORCH_CHECK(x.layout() == Layout::Strided, "x: must be dense");
   STD_TORCH_CHECK(x.dim() == 2, "x: must have 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(weight.dim() == 2, "weight: must have 2 dimensions, got ", weight.dim());
   STD_TORCH_CHECK(lora_a.dim() == 2, "lora_a: must have 2 dimensions, got ", lora_a.dim());
@@ -119,7 +123,8 @@ void decode_cuda(const Tensor x, const Tensor weight, const Tensor lora_a, const
   check_rows(lora_a, "lora_a");
   if (bias.has_value())
     STD_TORCH_CHECK(bias->is_cuda() && bias->get_device_index() == x.get_device_index() &&
-                        bias->dim() == 1 && bias->size(0) == N,
+                        bias->layout() == Layout::Strided && bias->dim() == 1 &&
+                        bias->size(0) == N,
                     "bias: must have ", N, " elements on the device of x");
   check_output(y, "y", M, N, x);
   if (s.has_value()) check_output(*s, "s", M, r, x);

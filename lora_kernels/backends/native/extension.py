@@ -59,7 +59,7 @@ def _cpu() -> tuple[torch.library.Library | None, str]:
 def _cuda() -> tuple[torch.library.Library | None, str]:
     if _file("_native_cuda") is not None and not torch.cuda.is_available():
         return None, "built, not loaded: no CUDA device here"
-    library, why = _load("_native_cuda", _CUDA_SCHEMAS, "no nvcc")
+    library, why = _load("_native_cuda", _CUDA_SCHEMAS, "no nvcc, or torch without CUDA,")
     return library, why or "CUDA kernels"
 
 
