@@ -338,8 +338,8 @@ class _Once(torch.autograd.Function):
 
 def call(name: str, *args) -> Tensor:
     """The op's y, as `functional` calls it, with arguments that it has checked. Where nothing above
-    autograd listens (torch.compile, torch.func, __torch_function__), its autograd function is
-    applied at once: one trip through the dispatcher and Python less."""
+    autograd listens (torch.compile, torch.func, __torch_function__), its autograd kernel is passed
+    over: one trip through the dispatcher and Python less."""
     op = getattr(_ops, name).default
     if torch._C._are_functorch_transforms_active():
         # Whether a gradient will be asked for is known only at the level that asks.
@@ -349,7 +349,7 @@ def call(name: str, *args) -> Tensor:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         refuse_forward_mode(args)
         return _FUNCTIONS[name].apply(op, None, *args)
-    return _vouch(op, *args)[0]
+    return _below_autograd(op, None, args)[0]
 
 
 def call_in_place(*args) -> None:
