@@ -66,7 +66,8 @@ def apply_lora(
             name; None means every nn.Linear and Conv1D (GPT-2) but the output head
             (`get_output_embeddings()`).
         exclude_modules: the same, taken out of the targets.
-        modules_to_save: the same; these modules are trained in full and saved with the adapter.
+        modules_to_save: the same; these modules are trained in full and saved with the adapter,
+            their buffers (running statistics) too.
 
     Raises:
         ValueError: a pattern that matches nothing (it lists what there is), a value out of range.

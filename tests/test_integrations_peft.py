@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import tempfile
 from contextlib import contextmanager
 
 import pytest
@@ -129,6 +130,59 @@ def test_several_active_adapters():
     check(model, x_of(), calls=4)
     model.set_adapter("other")
     check(model, x_of())
+
+
+def delete(model):
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    return model
+
+
+def add(model):
+    torch.manual_seed(4)
+    model.add_adapter("third", config(r=4))
+    model.set_adapter("third")
+    return model
+
+
+def weigh(model):
+    model.add_weighted_adapter(["default", "other"], [0.3, 0.7], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    return model
+
+
+def merge_one(model):
+    model.merge_adapter(["other"])
+    model.unmerge_adapter()
+    return model
+
+
+def save_and_load(model):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model.load_adapter(f"{folder}/other", "again")
+    model.set_adapter("again")
+    return model
+
+
+@pytest.mark.parametrize("base", [Toy, lambda: Toy(Conv1D(17, 40))], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("life", [
+    delete, add, weigh, merge_one, save_and_load, lambda m: m.merge_and_unload(),
+    lambda m: m.merge_and_unload(safe_merge=True), lambda m: m.unload(),
+])  # fmt: skip
+def test_an_adapter_s_life_is_that_of_peft_s_own_layers(base, life):
+    theirs = build(base(), adapters=("default", "other"))
+    ours = copy.deepcopy(theirs)
+    fuse_peft(ours)
+    ours, theirs = life(ours).eval(), life(theirs).eval()
+    ours_y, theirs_y = ours(x_of()), theirs(x_of())
+    assert (ours_y - theirs_y).norm() <= 1e-5 * theirs_y.norm()
+    expected, got = theirs.state_dict(), ours.state_dict()
+    assert got.keys() == expected.keys()
+    for key, tensor in got.items():
+        assert (tensor - expected[key]).norm() <= 1e-6 * expected[key].norm(), key
+    trained = {n for n, p in theirs.named_parameters() if p.requires_grad}
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == trained
 
 
 @torch.no_grad()

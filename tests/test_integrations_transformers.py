@@ -11,6 +11,7 @@ from torch import nn
 from lora_kernels import (
     apply_lora,
     disable_adapters,
+    fuse_peft,
     load_adapter,
     lora_parameters,
     merge_lora,
@@ -88,10 +89,13 @@ def test_gradients_are_peft_s_on_the_same_factors(name, tmp_path):
     theirs = peft.PeftModel.from_pretrained(build(name), tmp_path, is_trainable=True).eval()
     assert_close(logits(model, name), logits(theirs, name))
     expected, got = gradients(theirs, name), gradients(model, name)
-    assert got.keys() == expected.keys()
-    for key, grad in got.items():
-        assert_close(grad, expected[key], 1e-4)
-        assert grad.any(), key
+    theirs.zero_grad()
+    assert len(fuse_peft(theirs).fused) == len(got) // 2
+    for ours in (got, gradients(theirs, name)):
+        assert ours.keys() == expected.keys()
+        for key, grad in ours.items():
+            assert_close(grad, expected[key], 1e-4)
+            assert grad.any(), key
 
 
 @pytest.mark.parametrize("name", tiny_models.MODELS)
