@@ -61,9 +61,9 @@ def check_ddp_accumulates():
 def check_fsdp():
     model = shard(build())
     weight = model[0].up.weight
-    assert weight.to_local().shape == (12, 16)
+    assert weight.to_local().shape == (16, 16)
     require_as_reference(model, build())
-    assert model[0].up.weight.to_local().shape == (12, 16)
+    assert model[0].up.weight.to_local().shape == (16, 16)
 
 
 def check_fsdp_with_activation_checkpoints():
@@ -153,7 +153,7 @@ def check_a_sharded_model_keeps_its_rank():
     model = shard(build())
     layer, before = model[0].up, list(model.parameters())
     try:
-        layer.set_adapter(torch.ones(2, 16), torch.ones(24, 2))
+        layer.set_adapter(torch.ones(2, 16), torch.ones(32, 2))
     except ValueError as error:
         assert "before" in str(error), error  # noqa: PT017
     else:
