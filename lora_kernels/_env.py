@@ -3,7 +3,7 @@
 import os
 
 _BACKENDS = ("reference", "native", "triton")
-PLANS = ("aten", "cublas", "shrink_gemm", "decode", "dual", "flag")
+PLANS = ("aten", "cublas", "shrink_gemm", "grouped", "decode", "dual", "flag", "decode_cuda")
 
 
 def _choice(name: str, legal: tuple[str, ...]) -> str | None:

@@ -1,4 +1,4 @@
-"""The contract of the ops on one page: schemas, fakes, autograd, flops. Kernels live in backends/.
+"""The contract of the ops on one page: schemas, fakes, autograd. Kernels live in backends/.
 
 All tensors are 2-D here: x [M,K], weight [N,K], lora_a [r,K], lora_b [N,r], bias [N], y and
 base_out [M,N]; seed is an int64 tensor on x's device of one element, or of three where x is a part
@@ -19,10 +19,10 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
-from lora_kernels import _checks, backends
+from lora_kernels import _checks, _flops, _vmap, backends
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _LIBRARY = torch.library.Library("lora_kernels", "DEF")
@@ -57,7 +57,7 @@ _CHECKS = {
 
 def refuse_forward_mode(args: Iterable) -> None:
     """Below autograd a tangent would be dropped without a word; torch.func.jvp drops its own before
-    the kernel, so `functional` asks too."""
+    the kernel, so autograd's part of the op asks too."""
     if forward_ad._current_level < 0:
         return
     for arg in args:
@@ -205,15 +205,34 @@ def _call_backward(op, *args):
     return op(*args) if torch.is_grad_enabled() else _below_autograd(op, None, args)
 
 
+def _single_level(function: type[torch.autograd.Function]) -> type:
+    """The function as one level of torch.func.grad sees it: within the op's autograd kernel the
+    transforms have come down to that level, so nothing is left for Function.apply to arrange."""
+
+    def forward(ctx, *args):
+        # For the levels below, which have graphs and tangents of their own.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return function.forward(ctx, *args)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.function._SingleLevelFunction,), members)
+
+
 def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
     """What torch.library.register_autograd does, at 50 us less a call: that one walks the schema in
     Python every time to fill in default arguments, of which these ops have none."""
     op = getattr(_ops, name).default
 
+    single_level = _single_level(function)
+
     def dispatch(keyset, *args):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(op, keyset, *args)
-        return _below_autograd(op, keyset, args)
+        refuse_forward_mode(args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return _below_autograd(op, keyset, args)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return single_level.apply(op, keyset, *args)
+        return function.apply(op, keyset, *args)
 
     _LIBRARY.impl(name, dispatch, "Autograd", with_keyset=True)
 
@@ -322,13 +341,13 @@ def call(name: str, *args) -> Tensor:
     autograd listens (torch.compile, torch.func, __torch_function__), its autograd function is
     applied at once: one trip through the dispatcher and Python less."""
     op = getattr(_ops, name).default
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.overrides.has_torch_function(args[:4])
-    ):
+    if torch._C._are_functorch_transforms_active():
+        # Whether a gradient will be asked for is known only at the level that asks.
+        return op(*args[:-2], True, args[-4] > 0)[0]
+    if torch.compiler.is_compiling() or torch.overrides.has_torch_function(args[:4]):
         return op(*args)[0]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        refuse_forward_mode(args)
         return _FUNCTIONS[name].apply(op, None, *args)
     return _vouch(op, *args)[0]
 
@@ -352,38 +371,5 @@ for _name, _function in _FUNCTIONS.items():
     _register_autograd(_name, _function)
 
 
-# -------------------------------------------------------------------------------------- flop counts
-
-
-@register_flop_formula(_ops.lora_linear)
-def _lora_linear_flops(x, weight, lora_a, *args, out_shape=None, **kwargs) -> int:
-    (M, K), (N, _), (r, _) = x, weight, lora_a
-    return 2 * M * (K * N + r * (K + N))
-
-
-@register_flop_formula(_ops.lora_add)
-def _lora_add_flops(base_out, x, lora_a, *args, out_shape=None, **kwargs) -> int:
-    (M, N), (_, K), (r, _) = base_out, x, lora_a
-    return 2 * M * r * (K + N)
-
-
-def _branch_backward_flops(
-    M: int, N: int, K: int, r: int, need_x: bool, need_a: bool, need_b: bool
-) -> int:
-    ds, dx, d_a, d_b = need_x or need_a, need_x, need_a, need_b
-    return 2 * M * r * (N * ds + K * dx + K * d_a + N * d_b)
-
-
-@register_flop_formula(_ops.lora_linear_backward)
-def _lora_linear_backward_flops(dy, x, weight, lora_a, *args, out_shape=None, **kwargs) -> int:
-    (M, N), (r, K) = dy, lora_a
-    need_x, need_weight, need_a, need_b = args[-4:]
-    return 2 * M * N * K * (need_x + need_weight) + _branch_backward_flops(
-        M, N, K, r, need_x, need_a, need_b
-    )
-
-
-@register_flop_formula(_ops.lora_add_backward)
-def _lora_add_backward_flops(dy, x, lora_a, *args, out_shape=None, **kwargs) -> int:
-    (M, N), (r, K) = dy, lora_a
-    return _branch_backward_flops(M, N, K, r, *args[-3:])
+_vmap.register(_LIBRARY)
+_flops.register()

@@ -1,8 +1,9 @@
 """The adapters of a whole model: its LoRA layers and the modules trained in full beside them.
 
-A module trained in full (`modules_to_save`) keeps its original parameters in non-persistent buffers
-`_lora_base_<name>`; that a parameter has one is what marks it as part of the adapter. Within
-`disable_adapters` the two have changed places, and the module's `_lora_swapped` names it.
+A module trained in full (`modules_to_save`) keeps the originals of its parameters and of its
+persistent buffers (running statistics) in non-persistent buffers `_lora_base_<name>`; that a tensor
+has one is what marks it as part of the adapter. Within `disable_adapters` the two have changed
+places, and the module's `_lora_swapped` names it.
 """
 
 import contextlib
@@ -12,19 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import FusedLoRALinear
+from lora_kernels.layer import LoRALayer
 
 _BASE = "_lora_base_"
 _SWAPPED = "_lora_swapped"
 
 
 class Saved(NamedTuple):
-    """One parameter that is trained in full, and where its original lies."""
+    """A parameter, or a buffer, of a module trained in full, and where its original lies."""
 
     name: str
     module: nn.Module
     attribute: str
-    parameter: nn.Parameter
+    tensor: Tensor
 
     @property
     def swapped(self) -> bool:
@@ -33,41 +34,50 @@ class Saved(NamedTuple):
     @property
     def base(self) -> Tensor:
         buffer = self.module._buffers[_BASE + self.attribute]
-        return self.parameter.detach() if self.swapped else buffer
+        return self.tensor.detach() if self.swapped else buffer
 
     @property
     def trained(self) -> Tensor:
         buffer = self.module._buffers[_BASE + self.attribute]
-        return buffer if self.swapped else self.parameter.detach()
+        return buffer if self.swapped else self.tensor.detach()
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """(name, layer) of every LoRA layer, shared ones once, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, FusedLoRALinear):
+        if isinstance(module, LoRALayer):
             yield name, module
 
 
-def saved_parameters(model: nn.Module) -> Iterator[Saved]:
-    """The parameters that are trained in full beside the LoRA layers."""
+def saved_tensors(model: nn.Module) -> Iterator[Saved]:
+    """What is trained in full beside the LoRA layers: parameters, and buffers that go with them."""
     for module_name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
+        for attribute, tensor in state_of(module).items():
             if _BASE + attribute in module._buffers:
                 name = f"{module_name}.{attribute}".lstrip(".")
-                yield Saved(name, module, attribute, parameter)
+                yield Saved(name, module, attribute, tensor)
+
+
+def saved_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters among them, tied ones once."""
+    tensors = (saved.tensor for saved in saved_tensors(model))
+    yield from dict.fromkeys(t for t in tensors if isinstance(t, nn.Parameter))
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a module, without its submodules'."""
+    found = {**module._parameters, **module._buffers}
+    passing = module._non_persistent_buffers_set
+    return {n: t for n, t in found.items() if t is not None and n not in passing}
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """What to give an optimizer: lora_A and lora_B of every layer, then the modules trained in
     full."""
-    seen = set()
     for _, layer in lora_layers(model):
         yield layer.lora_A
         yield layer.lora_B
-    for saved in saved_parameters(model):
-        if saved.parameter not in seen:
-            seen.add(saved.parameter)
-            yield saved.parameter
+    yield from saved_parameters(model)
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -80,12 +90,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
             tensor = getattr(layer, key)
             if tensor is not None:
                 state[prefix + key] = tensor.detach()
-    for saved in saved_parameters(model):
+    for saved in saved_tensors(model):
         state[saved.name] = saved.trained
     return state
 
 
-def require_layers(model: nn.Module) -> list[tuple[str, FusedLoRALinear]]:
+def require_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """The LoRA layers; ValueError where there is none."""
     layers = list(lora_layers(model))
     if not layers:
@@ -95,7 +105,7 @@ def require_layers(model: nn.Module) -> list[tuple[str, FusedLoRALinear]]:
 
 def attach(
     model: nn.Module,
-    layers: dict[nn.Module, FusedLoRALinear],
+    layers: dict[nn.Module, LoRALayer],
     saved: dict[str, nn.Module],
     trainable_before: list[str],
 ) -> None:
@@ -107,9 +117,9 @@ def attach(
                 parent._modules[attribute] = layers[child]
     for outer in saved.values():
         for module in outer.modules():
-            for attribute, parameter in module._parameters.items():
-                if parameter is not None and _BASE + attribute not in module._buffers:
-                    base = parameter.detach().clone()
+            for attribute, tensor in state_of(module).items():
+                if _BASE + attribute not in module._buffers:
+                    base = tensor.detach().clone()
                     module.register_buffer(_BASE + attribute, base, persistent=False)
     model.requires_grad_(False)
     for parameter in lora_parameters(model):
@@ -130,8 +140,7 @@ def rollback_on_error(model: nn.Module) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def detach(model: nn.Module) -> None:
-    """Undoes `attach`: plain nn.Linear layers that share the same weights, gradients as they
-    were."""
+    """Undoes `attach`: plain layers that share the same weights, gradients as they were."""
     plain = {layer: layer.to_linear() for _, layer in lora_layers(model)}
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
@@ -147,28 +156,28 @@ def detach(model: nn.Module) -> None:
 @torch.no_grad()
 def release_saved(model: nn.Module, keep_saved: bool) -> None:
     """Ends full training of `modules_to_save`, with their trained or their original values."""
-    for saved in list(saved_parameters(model)):
-        saved.parameter.copy_(saved.trained if keep_saved else saved.base)
+    for saved in list(saved_tensors(model)):
+        saved.tensor.copy_(saved.trained if keep_saved else saved.base)
         saved.module.__dict__.get(_SWAPPED, set()).discard(saved.attribute)
         del saved.module._buffers[_BASE + saved.attribute]
         saved.module._non_persistent_buffers_set.discard(_BASE + saved.attribute)
-        saved.parameter.requires_grad_(False)
+        saved.tensor.requires_grad_(False)
 
 
-def swap_saved(parameters: list[Saved]) -> None:
-    """Exchanges the trained and the original values of parameters trained in full, tied ones once.
+def swap_saved(tensors: list[Saved]) -> None:
+    """Exchanges the trained and the original values of what is trained in full, tied ones once.
 
     Those released in the meantime are left alone.
     """
-    replaced: dict[nn.Parameter, Tensor] = {}
-    for saved in parameters:
+    replaced: dict[Tensor, Tensor] = {}
+    for saved in tensors:
         buffers, name = saved.module._buffers, _BASE + saved.attribute
         if name not in buffers:
             continue
-        if saved.parameter not in replaced:
-            replaced[saved.parameter] = saved.parameter.data
-            saved.parameter.data = buffers[name]
-        buffers[name] = replaced[saved.parameter]
+        if saved.tensor not in replaced:
+            replaced[saved.tensor] = saved.tensor.data
+            saved.tensor.data = buffers[name]
+        buffers[name] = replaced[saved.tensor]
         saved.module.__dict__.setdefault(_SWAPPED, set()).symmetric_difference_update(
             {saved.attribute}
         )

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_kernels import backends
 from lora_kernels.functional import lora_linear
-from lora_kernels.nn import FusedLoRALinear
+from lora_kernels.layer import LoRALayer
 
 
 def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True) -> int:
@@ -21,7 +21,7 @@ def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True
     generators stay as they are. Call it under the autocast that the model will run under.
 
     Args:
-        model: a `FusedLoRALinear` or a model that has some; merged layers are passed over.
+        model: a `FusedLoRALinear` or a model that has LoRA layers; merged layers are passed over.
         rows: the number, or numbers, of rows of x (batch x tokens) to expect. Kernels depend on it
             by a few size classes only, the choice of plan by the buckets of the GPU's tuned table.
         backward: False for a model that only infers.
@@ -32,7 +32,7 @@ def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True
 
     Raises:
         TypeError: rows are not integers.
-        ValueError: rows below 1, or no `FusedLoRALinear` in the model.
+        ValueError: rows below 1, or no LoRA layer in the model.
     """
     counts = [rows] if isinstance(rows, int) else list(rows)
     for count in counts:
@@ -40,9 +40,9 @@ def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True
             raise TypeError(f"rows: expected integers, got {type(count).__name__}")
         if count < 1:
             raise ValueError(f"rows: expected numbers >= 1, got {count}")
-    layers = [module for module in model.modules() if isinstance(module, FusedLoRALinear)]
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers:
-        raise ValueError(f"model: {type(model).__name__} has no FusedLoRALinear")
+        raise ValueError(f"model: {type(model).__name__} has no LoRA layer")
     distinct = {_signature(layer): layer for layer in layers if not layer.merged}
     calls = 0
     for layer in distinct.values():
@@ -52,9 +52,9 @@ def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True
     return calls
 
 
-def _signature(layer: FusedLoRALinear) -> tuple:
+def _signature(layer: LoRALayer) -> tuple:
     """What kernels depend on."""
-    weight, bias = layer.weight, layer.bias is not None
+    weight, bias = layer.matrix, layer.bias is not None
     tensors = [
         (tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
         for tensor in (weight, layer.lora_A, layer.lora_B)
@@ -62,11 +62,11 @@ def _signature(layer: FusedLoRALinear) -> tuple:
     return (*tensors, bias, layer.dropout > 0)
 
 
-def _call(layer: FusedLoRALinear, rows: int, backward: bool) -> int:
+def _call(layer: LoRALayer, rows: int, backward: bool) -> int:
     """One call for inference and one for training; returns their number."""
     bias = None if layer.bias is None else layer.bias.detach()
     x = layer.weight.new_zeros(rows, layer.in_features)
-    tensors = [t.detach() for t in (x, layer.weight, layer.lora_A, layer.lora_B)]
+    tensors = [t.detach() for t in (x, layer.matrix, layer.lora_A, layer.lora_B)]
     with torch.no_grad():
         y = lora_linear(*tensors, bias, scaling=layer.scaling)
     if not backward:

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,18 +13,24 @@ from torch import Tensor, nn
 
 from lora_kernels import adapters, targets
 from lora_kernels.adapters import lora_layers
-from lora_kernels.nn import FusedLoRALinear, copy_whole, is_sharded, whole
+from lora_kernels.files import replace_together
+from lora_kernels.layer import LoRALayer, copy_whole, features, is_sharded, whole
+from lora_kernels.nn import layer_class
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Entries of the config without which the weights mean something else; the weights' metadata holds
+# them too, so that files of two saves are told apart.
+_DECISIVE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_PAIRED = "lora_kernels_config"
 # Starts that leave PEFT's base weight as it is; "pissa", "olora" and others change it on loading.
 _INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # Options of PEFT that change what an adapter computes and that this library does not have.
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
-    "layer_replication", "target_parameters", "trainable_token_indices", "fan_in_fan_out",
-    "kasa_config", "monteclora_config", "velora_config",
+    "layer_replication", "target_parameters", "trainable_token_indices", "kasa_config",
+    "monteclora_config", "velora_config",
 )  # fmt: skip
 
 
@@ -35,9 +39,10 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of a model in PEFT's format; PEFT's `PeftModel.from_pretrained` reads it.
 
-    Each file is replaced atomically, the config last, so an interrupted save leaves the old
-    adapter. An adapter started with PiSSA is written relative to the original base, as plain LoRA
-    of rank 2r. All ranks of a sharded model make the call: it gathers, and rank 0 writes.
+    An interrupted save leaves the old adapter: both files are written before either is replaced,
+    and `load_adapter` notices files of two saves. An adapter started with PiSSA is written relative
+    to the original base, as plain LoRA of rank 2r. All ranks of a sharded model make the call: it
+    gathers, and rank 0 writes.
 
     Args:
         directory: made if missing.
@@ -65,7 +70,7 @@ def _write(
             raise RuntimeError(f"{name}: merged with keep_base=False, there is no adapter to save")
         for part, tensor in zip("AB", factors[name], strict=True):
             tensors[f"{_PREFIX}{name}.lora_{part}.weight"] = tensor
-    for saved in adapters.saved_parameters(model):
+    for saved in adapters.saved_tensors(model):
         tensors[_PREFIX + saved.name] = saved.trained
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
     sharded = any(map(is_sharded, tensors.values()))
@@ -76,30 +81,12 @@ def _write(
         return
     config = _config(model, {name: a.shape[0] for name, (a, _) in factors.items()}, base_model)
     directory.mkdir(parents=True, exist_ok=True)
-    replace_atomically(
-        directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"})
-    )
-    replace_atomically(
-        directory / CONFIG_NAME,
-        lambda path: Path(path).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"),
-    )
-
-
-def replace_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Writes beside `path`, flushes to disk, then renames over it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    metadata = {"format": "pt", _PAIRED: json.dumps({key: config[key] for key in _DECISIVE})}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    replace_together({
+        directory / WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
+        directory / CONFIG_NAME: lambda path: Path(path).write_text(text),
+    })  # fmt: skip
 
 
 def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> dict:
@@ -125,12 +112,12 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         """A pattern for this name alone: PEFT takes others as last parts of names."""
         return "^" + re.escape(name)
 
-    saved = {saved.name.rpartition(".")[0] for saved in adapters.saved_parameters(model)}
+    saved = {saved.name.rpartition(".")[0] for saved in adapters.saved_tensors(model)}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model or getattr(model, "name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha(first),
@@ -171,13 +158,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is truncated, uses an option of PEFT that this library lacks, or holds a
-            tensor (named) that is non-finite or does not fit the model.
+        ValueError: a file is truncated, is not of the same save as the other, uses an option of
+            PEFT that this library lacks, or holds a tensor (named) that is non-finite or does not
+            fit the model.
     """
     directory = Path(directory)
     config = _read_config(directory / CONFIG_NAME)
-    tensors = _read_tensors(directory / WEIGHTS_NAME)
-    pairs, saved = _sort(model, tensors)
+    tensors = _read_tensors(directory / WEIGHTS_NAME, config)
+    targets.require_no_peft(model)
+    pairs, saved = _sort(model, tensors, _origin(config))
     present = dict(lora_layers(model))
     if present and set(present) != set(pairs):
         extra, missing = sorted(set(pairs) - set(present)), sorted(set(present) - set(pairs))
@@ -194,17 +183,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     with adapters.rollback_on_error(model) as trainable:
         for name, (A, B) in pairs.items():
             rank, alpha, use_rslora = _layer_config(config, name)
-            _check_pair(name, modules[name], A, B, rank)
+            _check_pair(name, modules[name], A, B, rank, _origin(config))
             if name in present:
                 layer = present[name]
                 _check_present(name, layer, A)
             else:
                 master = A.dtype == torch.float32 and modules[name].weight.dtype != torch.float64
                 dtype = torch.float32 if master else None
-                layer = FusedLoRALinear.from_linear(
-                    modules[name], rank, alpha=alpha, use_rslora=use_rslora, adapter_dtype=dtype
+                base = modules[name]
+                layer = layer_class(base).from_linear(
+                    base, rank, alpha=alpha, use_rslora=use_rslora, adapter_dtype=dtype
                 )
-                layers[modules[name]] = layer
+                layers[base] = layer
             values[name] = (layer, A, B, alpha, use_rslora)
 
     if layers or saved_modules:
@@ -217,7 +207,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             layer.alpha, layer.use_rslora = alpha, use_rslora
             layer.dropout = config.get("lora_dropout") or 0.0
         for name, tensor in saved.items():
-            copy_whole(model.get_parameter(name), tensor)
+            owner, _, attribute = name.rpartition(".")
+            copy_whole(getattr(model.get_submodule(owner), attribute), tensor)
 
 
 def _read_config(path: Path) -> dict:
@@ -257,31 +248,48 @@ def _is_number(value: object) -> bool:
     return number and math.isfinite(value)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def _read_tensors(path: Path, config: dict) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            paired = json.loads((file.metadata() or {}).get(_PAIRED, "{}"))
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from error
+    for key, value in paired.items():
+        if config.get(key) != value:
+            raise ValueError(
+                f"{path}: was saved with {key} = {value!r}, but {CONFIG_NAME} has"
+                f" {config.get(key)!r}: the files are of two saves, or one was changed since;"
+                " save the adapter again, or bring the other file back"
+            )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name}: holds non-finite values ({path})")
     return tensors
 
 
+def _origin(config: dict) -> str:
+    """Where an adapter that does not fit belongs."""
+    base = config.get("base_model_name_or_path")
+    return f"; load it into the model it was trained on{f', {base}' if base else ''}"
+
+
 def _sort(
-    model: nn.Module, tensors: dict[str, Tensor]
+    model: nn.Module, tensors: dict[str, Tensor], origin: str
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """(layer name -> (A, B), parameter name -> tensor of modules_to_save), each found in the
+    """(layer name -> (A, B), name -> tensor of modules_to_save), each found in the
     model."""
-    modules, parameters = (
-        dict(model.named_modules()),
-        dict(model.named_parameters(remove_duplicate=False)),
-    )
+    modules = dict(model.named_modules())
+    tensors_there = {
+        f"{prefix}.{name}".lstrip("."): tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in adapters.state_of(module).items()
+    }
     halves: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in tensors.items():
@@ -289,20 +297,21 @@ def _sort(
         if (found := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)) is not None:
             layer, part = found.groups()
             if layer not in modules:
-                known = targets.summary(n for n, m in modules.items() if isinstance(m, nn.Linear))
+                known = targets.summary(n for n, m in modules.items() if targets.is_linear(m))
                 raise ValueError(
-                    f"{key}: the model has no module {layer!r}; its linear layers are {known}"
+                    f"{key}: the model has no module {layer!r}; its linear layers are"
+                    f" {known}{origin}"
                 )
             halves.setdefault(layer, {})[part] = tensor
-        elif name in parameters:
-            if tensor.shape != parameters[name].shape:
+        elif name in tensors_there:
+            if tensor.shape != tensors_there[name].shape:
                 raise ValueError(
                     f"{key}: has shape {tuple(tensor.shape)}, the model's {name} has"
-                    f" {tuple(parameters[name].shape)}"
+                    f" {tuple(tensors_there[name].shape)}{origin}"
                 )
             saved[name] = tensor
         else:
-            raise ValueError(f"{key}: the model has no parameter {name!r}")
+            raise ValueError(f"{key}: the model has no parameter or buffer {name!r}{origin}")
     if not halves:
         raise ValueError(f"the adapter file holds no LoRA tensor, only {targets.summary(tensors)}")
     for layer, parts in halves.items():
@@ -331,21 +340,19 @@ def _layer_config(config: dict, name: str) -> tuple[int, float, bool]:
     )
 
 
-def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int) -> None:
+def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int, origin: str) -> None:
     key = f"{_PREFIX}{name}.lora_"
-    if not isinstance(module, FusedLoRALinear):
+    if not isinstance(module, LoRALayer):
         reason = targets.objection(module)
         if reason is not None:
             raise ValueError(f"{key}A.weight: cannot go to {name}: {reason}")
-    for part, tensor, shape in (
-        ("A", A, (rank, module.in_features)),
-        ("B", B, (module.out_features, rank)),
-    ):
+    K, N = features(module)
+    for part, tensor, shape in (("A", A, (rank, K)), ("B", B, (N, rank))):
         if tensor.shape != shape:
             raise ValueError(
                 f"{key}{part}.weight: has shape {tuple(tensor.shape)}, expected {shape}"
                 f" for rank {rank} of the config and {name}"
-                f" ({module.in_features} -> {module.out_features})"
+                f" ({K} -> {N}){origin}"
             )
         if not tensor.is_floating_point():
             raise ValueError(
@@ -353,7 +360,7 @@ def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int) -
             )
 
 
-def _check_present(name: str, layer: FusedLoRALinear, A: Tensor) -> None:
+def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
     key = f"{_PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")

@@ -11,7 +11,8 @@ from torch import nn
 from lora_kernels import adapters, targets
 from lora_kernels.adapters import lora_parameters
 from lora_kernels.checkpoint import guard_save_pretrained, release_save_pretrained
-from lora_kernels.nn import FusedLoRALinear, Init
+from lora_kernels.layer import Init
+from lora_kernels.nn import layer_class
 from lora_kernels.targets import Names
 
 
@@ -62,7 +63,8 @@ def apply_lora(
         model: any module; its weights stay the same objects.
         rank, alpha, dropout, use_rslora, adapter_dtype, init: as in `FusedLoRALinear.from_linear`.
         target_modules: names or their last parts as a list, or one regular expression for the whole
-            name; None means every nn.Linear but the output head (`get_output_embeddings()`).
+            name; None means every nn.Linear and Conv1D (GPT-2) but the output head
+            (`get_output_embeddings()`).
         exclude_modules: the same, taken out of the targets.
         modules_to_save: the same; these modules are trained in full and saved with the adapter.
 
@@ -87,7 +89,7 @@ def apply_lora(
                 )
     with adapters.rollback_on_error(model) as trainable:
         layers = {
-            linear: FusedLoRALinear._prepare(
+            linear: layer_class(linear)._prepare(
                 linear, rank, alpha, dropout, use_rslora, adapter_dtype, init
             )
             for linear in found.values()
@@ -108,7 +110,7 @@ def apply_lora(
     )
 
 
-def _require_untied(model: nn.Module, layers: list[nn.Linear], what: str) -> None:
+def _require_untied(model: nn.Module, layers: list[nn.Module], what: str) -> None:
     owners = targets.owners(model)
     for layer in layers:
         names = owners[layer.weight]
@@ -147,8 +149,7 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Takes the adapters out: plain nn.Linear layers that share the base weights, as before
-    `apply_lora`.
+    """Takes the adapters out: plain layers that share the base weights, as before `apply_lora`.
 
     Layers merged with keep_base=False keep the sum: `merge_lora(model, keep_base=False)` and then
     `remove_lora(model)` leave a plain model with the adapter in its weights. Where PiSSA took its
@@ -166,7 +167,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     For reference log-probabilities (DPO, GRPO) without a second model. Contexts may be nested.
     """
     layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]
-    saved = [saved for saved in adapters.saved_parameters(model) if not saved.swapped]
+    saved = [saved for saved in adapters.saved_tensors(model) if not saved.swapped]
     for layer in layers:
         layer._disabled = True
     adapters.swap_saved(saved)

@@ -39,7 +39,8 @@ def describe() -> Iterator[str]:
     yield f"python        {platform.python_version()} on {platform.machine()}"
     yield f"torch         {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
     yield f"triton        {_package('triton')}"
-    yield f"extension     {backends.extension_status()}"
+    for part, status in backends.extension_status().items():
+        yield f"csrc, {part:7} {status}"
     yield f"gpu           {_gpu()}"
     capability = torch.backends.cpu.get_cpu_capability()
     yield f"cpu           {capability}, {torch.get_num_threads()} threads"

@@ -175,7 +175,6 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    _ops.refuse_forward_mode(tensors.values())
 
 
 def _check_branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[int, int]:

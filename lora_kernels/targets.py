@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lora_kernels.nn import FusedLoRALinear, refusal
+from lora_kernels.layer import LoRALayer, is_conv1d, refusal
 
 Names = str | Iterable[str] | None
 # Matrices of these are no linear maps of activations.
@@ -56,43 +56,54 @@ def summary(names: Iterable[str], limit: int = 40) -> str:
     return ", ".join(folded[:limit]) + more or "none"
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, with an adapter or without."""
+    return isinstance(module, (nn.Linear, LoRALayer)) or is_conv1d(module)
 
 
 def objection(module: nn.Module) -> str | None:
     """Why a module cannot carry an adapter; None if it can."""
-    if isinstance(module, FusedLoRALinear):
+    if isinstance(module, LoRALayer):
         return "already carries an adapter"
-    if _is_conv1d(module):
-        return "Transformers' Conv1D (weight [in, out]) is not supported"
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         return f"{type(module).__name__} is not a torch.nn.Linear"
-    if type(module) is not nn.Linear and not is_parametrized(module):
+    known = type(module) is nn.Linear or is_conv1d(module)
+    if not known and not is_parametrized(module):
         return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
     return refusal(module)
 
 
+def require_no_peft(model: nn.Module) -> None:
+    """ValueError for a model with PEFT's adapters, whose own linear layers would look like
+    targets."""
+    for name, module in model.named_modules():
+        kinds = (kind.__module__ for kind in type(module).__mro__)
+        if hasattr(module, "base_layer") and any(k.startswith("peft.tuners.") for k in kinds):
+            raise ValueError(
+                f"model: {name} carries an adapter of PEFT; fuse_peft(model) moves those onto the"
+                " fused op, model.unload() or model.merge_and_unload() takes them out"
+            )
+
+
 def find_targets(
     model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
-) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """(name -> linear layers to replace, name -> why others were not).
 
-    The default is every nn.Linear but the model's output head, which is `get_output_embeddings()`.
+    The default is every nn.Linear and Conv1D but the model's output head, which is
+    `get_output_embeddings()`.
 
     Raises:
-        ValueError: a pattern matches nothing, or only modules that cannot carry an adapter.
+        ValueError: a pattern matches nothing, or only modules that cannot carry an adapter; the
+            model has adapters of PEFT.
     """
-    if isinstance(model, nn.Linear):
+    if is_linear(model):
         raise ValueError(
             "model: is itself a linear layer, nothing can be replaced in it;"
             " use FusedLoRALinear.from_linear"
         )
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or _is_conv1d(module)
-    }
+    require_no_peft(model)
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
     if target_modules is not None and not wanted:
@@ -165,7 +176,7 @@ def other_linear_maps(model: nn.Module) -> list[str]:
     return [
         f"{name}.{attribute} {list(parameter.shape)}".lstrip(".")
         for name, module in model.named_modules()
-        if not isinstance(module, (nn.Linear, *_NOT_LINEAR_MAPS))
+        if not is_linear(module) and not isinstance(module, _NOT_LINEAR_MAPS)
         for attribute, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() in (2, 3) and min(parameter.shape[-2:]) > 1
+        if parameter.dim() in (2, 3) and min(parameter.shape) > 1
     ]

@@ -23,6 +23,11 @@ def triton_backend(monkeypatch):
     backends._forced_triton.cache_clear()
 
 
+def most_rows(plan: str, rows: int) -> int:
+    """As many of these rows as the plan serves."""
+    return min(rows, {"decode": 64, "decode_cuda": 16}.get(plan, rows))
+
+
 def refused(plan: str, dtype: torch.dtype, shape: tuple[int, ...], p: float) -> str | None:
     call = plans.Call("forward", str(dtype).removeprefix("torch."), *shape, p > 0)
     return plans.refusal(plan, call)

@@ -14,8 +14,9 @@ import tempfile
 
 TESTS = pathlib.Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "lora_kernels"
-OPS, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
+OPS, VMAP, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
     "_ops.py",
+    "_vmap.py",
     "functional.py",
     "backends/dropout.py",
     "backends/blocked.py",
@@ -64,8 +65,16 @@ MUTANTS = {
     "lora_add works in place": (REFERENCE, "base_out.clone(memory_format=torch.contiguous_format)", "base_out", "ops"),
     "uninitialised sum": (BLOCKED, "dy.new_zeros(r, N, dtype=total)", "dy.new_empty(r, N, dtype=total)", "ops"),
     "forward mode not refused": (OPS, "if forward_ad._current_level < 0:", "if True:", "ops"),
-    "jvp not refused": (FUNCTIONAL, "    _ops.refuse_forward_mode(tensors.values())\n", "", "ops"),
-    "flops without the branch": (OPS, "(K * N + r * (K + N))", "K * N", "ops"),
+    "flops without the branch": ("_flops.py", "(K * N + r * (K + N))", "K * N", "ops"),
+    "flops never registered": ("_flops.py", "sys.meta_path.insert(0, _Finder())", "pass", "import"),
+    "dual tensors not refused": (OPS, "    refuse_forward_mode(args)\n    return _FUNCTIONS", "    return _FUNCTIONS", "ops"),
+    "jvp not refused": (OPS, "        refuse_forward_mode(args)\n        if not (", "        if not (", "transforms"),
+    "no graph below a level of grad": (OPS, "with torch.enable_grad(), forward_ad", "with forward_ad", "transforms"),
+    "no tangents below a level of grad": (OPS, "forward_ad._set_fwd_grad_enabled(True):", "forward_ad._set_fwd_grad_enabled(False):", "transforms"),
+    "dropout folded by vmap": (VMAP, "return args[dropout_p] == 0 and ", "return ", "transforms"),
+    "dA folded by vmap": (VMAP, " and not any(args[len(args) - flags :])", "", "transforms"),
+    "batched adapter folded by vmap": (VMAP, " and batched.issubset(rows)", "", "transforms"),
+    "lora_add_ onto one base by vmap": (VMAP, "and in_dims[0] is None", "and False", "transforms"),
     "fixed seed": (FUNCTIONAL, "torch.randint(2**63 - 1, (), dtype", "torch.randint(1, (), dtype", "dropout"),
     "autocast inside the op": (OPS, "if torch.is_autocast_enabled(device):", "if False:", "functional"),
     "lora_add_ in grad mode": (FUNCTIONAL, "if torch.is_grad_enabled() and any(", "if False and any(", "functional"),
@@ -82,6 +91,10 @@ MUTANTS = {
     "triton: last partial sum lost": (TRITON + "reduce.py", "(index[:, None] < count)", "(index[:, None] < count - 1)", KERNELS),
     "triton: bias added after a strip": (TRITON + "gemm.py", "acc += values.to(out.dtype.element_ty).to(tl.float32)[None, :]", "acc += values.to(tl.float32)[None, :] * (col < BN)", KERNELS),
     "triton: s of the flag kernel unscaled": (TRITON + "flag.py", "store_tile(s, low * scale,", "store_tile(s, low,", KERNELS),
+    "triton: a share of the rows missing in grouped dA": (TRITON + "grouped.py", "columns * ranks * SPLIT:", "columns * ranks * SPLIT - 1:", KERNELS),
+    "triton: 1/(1-p) missing in grouped dA": (TRITON + "grouped.py", "reduce_partials((part, out, scale))", "reduce_partials((part, out, 1.0))", KERNELS),
+    "triton: alignment not in the key": (TRITON + "launch.py", "key.append(arg.data_ptr() % 16)", "pass", "triton_launch"),
+    "triton: partial sums freed too early": (TRITON + "low_rank.py", "held.append(part)", "pass", "triton_backend"),
     "triton: dy read once more": (TRITON + "tiles.py", "return r < 64 and r <= rank_block(dtype, r)", "return False", KERNELS),
 }  # fmt: skip
 

@@ -254,6 +254,9 @@ def test_gpu_tables(tmp_path):
 # -------------------------------------------------------------------------------------------- tuner
 
 
+INTERPRETED = [plan for plan in _env.PLANS if plan != "decode_cuda"]
+
+
 def test_tuner_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     table = tmp_path / "tuned.json"
@@ -261,7 +264,7 @@ def test_tuner_in_the_interpreter(tmp_path):
                "2", "--seconds", "0", "--out", str(table))  # fmt: skip
     python(*command, TRITON_INTERPRET="1")
     found = plans.read_table(table)
-    assert found["proven"] == list(_env.PLANS)
+    assert set(found["proven"]) == set(INTERPRETED)
     assert [(b["op"], b["dropout"]) for b in found["buckets"]] == [
         ("forward", False), ("backward", False), ("forward", True), ("backward", True),
     ]  # fmt: skip
@@ -276,7 +279,7 @@ def test_tuner_in_the_interpreter(tmp_path):
     again = plans.read_table(table)
     assert again["buckets"][:3] == found["buckets"]
     assert again["buckets"][3]["plan"] != "cublas"
-    assert set(again["proven"]) == set(_env.PLANS) - {"cublas"}
+    assert set(again["proven"]) == set(INTERPRETED) - {"cublas"}
     assert again["failed"][0]["why"] == "the process died"
 
 

@@ -7,8 +7,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from lora_kernels import backends
+from lora_kernels.backends.native import extension
 
 ROOT = pathlib.Path(__file__).parents[1]
+NO_CUDA = {"LORA_KERNELS_BUILD_CUDA": "0"}
+NO_CPU = {"LORA_KERNELS_BUILD_CPU": "0"}
+WITHOUT_CUDA = "lora_kernels: CUDA kernels: skipped, LORA_KERNELS_BUILD_CUDA=0"
+WITHOUT_CPU = "lora_kernels: CPU kernels: skipped, LORA_KERNELS_BUILD_CPU=0"
+SETTINGS = ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
 
 
 def build(folder, **variables):
@@ -16,7 +25,11 @@ def build(folder, **variables):
         sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"),
         "--build-temp", str(folder / "temp"),
     ]  # fmt: skip
-    env = {k: v for k, v in os.environ.items() if k != "CXX" and not k.startswith("LORA_KERNELS")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SETTINGS and not name.startswith("LORA_KERNELS")
+    }
     result = subprocess.run(
         command, cwd=ROOT, env=env | variables, capture_output=True, text=True, timeout=600
     )
@@ -25,18 +38,19 @@ def build(folder, **variables):
 
 
 def test_without_a_compiler_the_part_is_skipped(tmp_path):
-    result, lines = build(tmp_path, PATH=str(tmp_path))
+    result, lines = build(tmp_path, PATH=str(tmp_path), **NO_CUDA)
     assert result.returncode == 0, result.stderr
     assert lines == [
-        "lora_kernels: CPU kernels: skipped, no C++ compiler found (CXX, or c++ on the PATH)"
+        "lora_kernels: CPU kernels: skipped, no C++ compiler found (CXX, or c++ on the PATH)",
+        WITHOUT_CUDA,
     ]
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_left_out_on_demand(tmp_path):
-    result, lines = build(tmp_path, LORA_KERNELS_BUILD_CPU="0")
+    result, lines = build(tmp_path, **NO_CPU, **NO_CUDA)
     assert result.returncode == 0, result.stderr
-    assert lines == ["lora_kernels: CPU kernels: skipped, LORA_KERNELS_BUILD_CPU=0"]
+    assert lines == [WITHOUT_CPU, WITHOUT_CUDA]
 
 
 @pytest.mark.parametrize(
@@ -44,10 +58,15 @@ def test_left_out_on_demand(tmp_path):
     [
         ({"CXX": "no-such-compiler"}, "LORA_KERNELS_BUILD_CPU=1, but: no C++ compiler found"),
         ({"LORA_KERNELS_BUILD_CPU": "yes"}, "got 'yes', legal values are auto, 0, 1"),
+        (
+            NO_CPU | {"LORA_KERNELS_BUILD_CUDA": "1", "CUDA_HOME": "/nowhere"},
+            "LORA_KERNELS_BUILD_CUDA=1, but: no nvcc found",
+        ),
+        (NO_CPU | {"LORA_KERNELS_BUILD_CUDA": "2"}, "got '2', legal values are auto, 0, 1"),
     ],
 )
 def test_what_was_demanded_and_cannot_be_built_fails(tmp_path, variables, words):
-    result, _ = build(tmp_path, **{"LORA_KERNELS_BUILD_CPU": "1"} | variables)
+    result, _ = build(tmp_path, **{"LORA_KERNELS_BUILD_CPU": "1"} | NO_CUDA | variables)
     assert result.returncode != 0
     assert words in result.stderr
 
@@ -56,18 +75,188 @@ def test_a_compiler_that_fails_skips_the_part(tmp_path):
     broken = tmp_path / "broken-c++"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    result, lines = build(tmp_path, CXX=str(broken))
+    result, lines = build(tmp_path, CXX=str(broken), **NO_CUDA)
     assert result.returncode == 0, result.stderr
-    assert len(lines) == 1
-    assert lines[0].startswith("lora_kernels: CPU kernels: skipped, the build failed")
-    result, _ = build(tmp_path, CXX=str(broken), LORA_KERNELS_BUILD_CPU="1")
+    assert len(lines) == 2
+    assert lines[1].startswith("lora_kernels: CPU kernels: skipped, the build failed")
+    result, _ = build(tmp_path, CXX=str(broken), LORA_KERNELS_BUILD_CPU="1", **NO_CUDA)
     assert result.returncode != 0
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
 def test_built_and_loaded_by_one_name(tmp_path):
-    result, lines = build(tmp_path, LORA_KERNELS_BUILD_CPU="1", MAX_JOBS="2")
+    result, lines = build(tmp_path, LORA_KERNELS_BUILD_CPU="1", MAX_JOBS="2", **NO_CUDA)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert lines == [f"lora_kernels: CPU kernels: built with {shutil.which('c++')}"]
+    assert lines == [WITHOUT_CUDA, f"lora_kernels: CPU kernels: built with {shutil.which('c++')}"]
     (library,) = tmp_path.glob("lib/lora_kernels/*.so")
     assert library.name == "_native_cpu.abi3.so"
+    assert_stable(library)
+
+
+# --------------------------------------------------------------------------------------------- ABI
+
+
+def assert_stable(library: pathlib.Path) -> set[str]:
+    """What it takes from torch is of the stable ABI: no C++ name of torch's, no Python."""
+    tool = shutil.which("nm")
+    if tool is None:
+        pytest.skip("nm is not installed")
+    command = [tool, "-D", "--undefined-only", str(library)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+    foreign = ("3c10", "2at", "5torch")  # namespaces as they stand in mangled names
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
+    assert not [name for name in names if name.startswith("_Z") and any(f in name for f in foreign)]
+    found = {name for name in names if name.startswith(("aoti_torch_", "torch_"))}
+    assert "torch_library_impl" in found
+    return found
+
+
+@pytest.mark.skipif(not extension.available(), reason=extension.status())
+def test_the_installed_library_uses_the_stable_abi_alone():
+    assert_stable(extension._file("_native_cpu"))
+
+
+# -------------------------------------------------------------------------------------------- CUDA
+
+
+def fake_nvcc(folder: pathlib.Path, script: str) -> pathlib.Path:
+    """A CUDA_HOME whose compiler is a shell script."""
+    program = folder / "home" / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return program
+
+
+RECORD = """echo "$@" > "$(dirname "$0")/arguments"
+while [ "$1" != -o ]; do shift; done
+echo library > "$2"
+"""
+
+
+def test_without_nvcc_the_part_is_skipped(tmp_path):
+    result, lines = build(tmp_path, CUDA_HOME=str(tmp_path), **NO_CPU)
+    assert result.returncode == 0, result.stderr
+    skipped = "CUDA kernels: skipped, no nvcc found (CUDA_HOME, the PATH, /usr/local/cuda)"
+    assert lines == [WITHOUT_CPU, f"lora_kernels: {skipped}"]
+
+
+def test_nvcc_alone_is_not_enough_unless_demanded(tmp_path):
+    nvcc = fake_nvcc(tmp_path, RECORD)
+    result, lines = build(tmp_path, CUDA_HOME=str(tmp_path / "home"), **NO_CPU)
+    assert result.returncode == 0, result.stderr
+    if torch.version.cuda is None:
+        assert "skipped, torch has no CUDA" in lines[1]
+        assert not list(tmp_path.rglob("*.so"))
+    else:
+        assert f"built with {nvcc}" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said", "flags"),
+    [
+        (
+            {},
+            "8.0, 8.9, 9.0+PTX",
+            "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_89,code=sm_89"
+            " -gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90",
+        ),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "7.5 8.6;10.0a+PTX", "MAX_JOBS": "7"},
+            "8.6, 10.0a+PTX",
+            "-gencode=arch=compute_86,code=sm_86 -gencode=arch=compute_100a,code=sm_100a"
+            " -gencode=arch=compute_100a,code=compute_100a",
+        ),
+    ],
+)
+def test_what_nvcc_is_asked_for(tmp_path, variables, said, flags):
+    nvcc = fake_nvcc(tmp_path, RECORD)
+    demanded = {"LORA_KERNELS_BUILD_CUDA": "1", "CUDA_HOME": str(tmp_path / "home")}
+    result, lines = build(tmp_path, **NO_CPU, **demanded, **variables)
+    assert result.returncode == 0, result.stderr
+    assert lines == [WITHOUT_CPU, f"lora_kernels: CUDA kernels: built with {nvcc} for {said}"]
+    arguments = (nvcc.parent / "arguments").read_text()
+    assert " ".join(word for word in arguments.split() if "gencode" in word) == flags
+    assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in arguments
+    assert f"--threads {variables.get('MAX_JOBS', min(3, os.cpu_count()))} " in arguments
+    (library,) = tmp_path.glob("lib/lora_kernels/*.so")
+    assert library.name == "_native_cuda.abi3.so"
+
+
+@pytest.mark.parametrize(
+    ("archs", "words"),
+    [("Ampere", "TORCH_CUDA_ARCH_LIST: got 'Ampere'"), ("7.0;7.5", "no architecture from 8.0 on")],
+)
+def test_architectures_that_cannot_be(tmp_path, archs, words):
+    fake_nvcc(tmp_path, RECORD)
+    variables = {"CUDA_HOME": str(tmp_path / "home"), "TORCH_CUDA_ARCH_LIST": archs}
+    result, _ = build(tmp_path, **NO_CPU, LORA_KERNELS_BUILD_CUDA="1", **variables)
+    assert result.returncode != 0
+    assert words in result.stderr
+
+
+def test_an_nvcc_that_fails_fails_what_was_demanded(tmp_path):
+    fake_nvcc(tmp_path, "exit 5")
+    home = str(tmp_path / "home")
+    result, _ = build(tmp_path, **NO_CPU, LORA_KERNELS_BUILD_CUDA="1", CUDA_HOME=home)
+    assert result.returncode != 0
+    assert "nvcc: exit status 5" in result.stderr
+
+
+LOAD = """
+import sys, torch
+from lora_kernels.backends.native import extension
+torch.ops.load_library(sys.argv[1])
+library = torch.library.Library("lora_kernels", "FRAGMENT")
+for schema in extension._CUDA_SCHEMAS:
+    library.define(schema)
+assert torch._C._dispatch_has_kernel_for_dispatch_key("lora_kernels::_decode_cuda", "CUDA")
+"""
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+def test_cross_built_without_a_gpu(tmp_path):
+    """nvcc and torch's headers are enough. What only a torch with CUDA has is one function, which
+    a stand-in gives here, so that the library loads and registers its op."""
+    variables = {"LORA_KERNELS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    result, lines = build(tmp_path, **NO_CPU, **variables)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert lines[1].startswith("lora_kernels: CUDA kernels: built with ")
+    (library,) = tmp_path.glob("lib/lora_kernels/*.so")
+    taken = assert_stable(library)
+    assert [name for name in taken if "cuda" in name and "device_type" not in name] == [
+        "aoti_torch_get_current_cuda_stream"
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if not torch.cuda.is_available():
+        source, stand_in = tmp_path / "stream.c", tmp_path / "stream.so"
+        source.write_text("int aoti_torch_get_current_cuda_stream(int d, void** s) { return 1; }")
+        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", stand_in], check=True)
+        environment["LD_PRELOAD"] = str(stand_in)
+    command = [sys.executable, "-c", LOAD, str(library)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.fixture
+def fresh_status():
+    extension._cuda.cache_clear()
+    yield
+    extension._cuda.cache_clear()
+
+
+def test_status_of_the_cuda_part(fresh_status, monkeypatch, tmp_path):
+    monkeypatch.setattr(extension, "_file", lambda name: None)
+    assert extension.cuda_status() == "not built (no nvcc, or torch without CUDA, at install?)"
+    assert backends.extension_status()["CUDA"] == extension.cuda_status()
+    broken = tmp_path / "_native_cuda.abi3.so"
+    broken.write_text("no library")
+    monkeypatch.setattr(extension, "_file", lambda name: broken)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    extension._cuda.cache_clear()
+    assert extension.cuda_status() == "built, not loaded: no CUDA device here"
+    assert not extension.cuda_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    extension._cuda.cache_clear()
+    assert extension.cuda_status().startswith("_native_cuda.abi3.so does not load: ")

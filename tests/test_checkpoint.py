@@ -13,6 +13,7 @@ from lora_kernels import apply_lora, load_adapter, save_adapter
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+tiny_models = pytest.importorskip("tiny_models")
 TOKENS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -77,7 +78,7 @@ def test_a_file_of_peft_with_patterns(tmp_path):
 @pytest.mark.parametrize("where", ["safetensors.torch.save_file", "os.replace"])
 def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, where):
     save_adapter(adapted(), tmp_path)
-    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    old = read(tmp_path)
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
@@ -85,7 +86,7 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, where):
     monkeypatch.setattr(where, fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(adapted(alpha=3), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+    assert read(tmp_path) == old
 
 
 def damage(key, change):
@@ -174,10 +175,52 @@ def test_a_file_goes_into_adapters_that_are_there(tmp_path, dtype):
     assert other.model.layers[0].self_attn.q_proj.scaling == 2
 
 
-def test_an_interruption_between_the_two_files_keeps_a_loadable_pair(tmp_path, monkeypatch):
-    old, new = adapted(), adapted()
-    save_adapter(old, tmp_path)
-    replace, calls = os.replace, []
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("bert", {}, "no module .*; its linear layers are bert.encoder.layer"),
+    ("llama", {"hidden_size": 16}, r"lora_[AB].weight: has shape \(.*32.*\), expected \(.*16.*\)"),
+    ("llama", {"vocab_size": 60}, r"lm_head.weight: has shape \(64, 32\), .* has \(60, 32\)"),
+    ("llama", {"num_hidden_layers": 1}, "no module 'model.layers.1.*linear layers are model.layer"),
+    ("gpt2", {}, "has no module .*; its linear layers are transformer.h.*.attn.c_attn"),
+])  # fmt: skip
+def test_an_adapter_of_another_architecture(tmp_path, name, options, message):
+    saved = ["lm_head"] if "vocab_size" in options else None
+    save_adapter(adapted(modules_to_save=saved), tmp_path, base_model="some/llama")
+    other = tiny_models.build(name, **options)
+    types, values = state_of(other)
+    flags = [p.requires_grad for p in other.parameters()]
+    with pytest.raises(ValueError, match=f"{message}.*the model it was trained on, some/llama"):
+        load_adapter(other, tmp_path)
+    after_types, after = state_of(other)
+    assert after_types == types
+    assert [p.requires_grad for p in other.parameters()] == flags
+    assert after.keys() == values.keys()
+    assert all(torch.equal(after[key], value) for key, value in values.items())
+
+
+def test_a_model_of_peft_is_not_given_a_second_adapter(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    for fused in (False, True):
+        model = peft.PeftModel.from_pretrained(llama(), tmp_path)
+        if fused:
+            lora_kernels.fuse_peft(model)
+        types, _ = state_of(model)
+        for call in (lambda m: apply_lora(m, 2), lambda m: load_adapter(m, tmp_path)):
+            with pytest.raises(ValueError, match=r"q_proj carries an adapter of PEFT; fuse_peft\("):
+                call(model)
+        assert state_of(model)[0] == types
+        apply_lora(model.unload(), 2)
+
+
+def read(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("first_save", [False, True])
+@pytest.mark.parametrize("links", [True, False])
+def test_a_rename_that_fails_brings_the_old_pair_back(tmp_path, monkeypatch, first_save, links):
+    if not first_save:
+        save_adapter(adapted(), tmp_path)
+    before, replace, calls = read(tmp_path), os.replace, []
 
     def second_fails(source, target):
         calls.append(target)
@@ -185,13 +228,41 @@ def test_an_interruption_between_the_two_files_keeps_a_loadable_pair(tmp_path, m
             raise OSError("disk full")
         replace(source, target)
 
+    def no_links(source, target):
+        raise OSError("not supported")
+
     monkeypatch.setattr("os.replace", second_fails)
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
     with pytest.raises(OSError, match="disk full"):
-        save_adapter(new, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
-    fresh = llama()
-    load_adapter(fresh, tmp_path)
-    assert torch.equal(logits(fresh), logits(new))
+        save_adapter(adapted(alpha=3), tmp_path)
+    assert len(calls) == (2 if first_save else 4)
+    assert read(tmp_path) == before
+
+
+@pytest.mark.parametrize(("options", "key"), [
+    ({"alpha": 3}, "lora_alpha = 8.* has 3"), ({"use_rslora": True}, "use_rslora = False"),
+])  # fmt: skip
+def test_files_of_two_saves_are_told_apart(tmp_path, options, key):
+    """What a machine that stops between the two renames leaves."""
+    save_adapter(adapted(), tmp_path)
+    save_adapter(adapted(**options), tmp_path / "other")
+    os.replace(tmp_path / "other" / CONFIG, tmp_path / CONFIG)
+    model = llama()
+    types, values = state_of(model)
+    with pytest.raises(ValueError, match=f"was saved with {key}.*of two saves.*save the adapter a"):
+        load_adapter(model, tmp_path)
+    after_types, after = state_of(model)
+    assert after_types == types
+    assert after.keys() == values.keys()
+
+
+def test_the_config_s_other_entries_may_be_edited(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config.update(base_model_name_or_path="elsewhere", inference_mode=False)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    load_adapter(llama(), tmp_path)
 
 
 def test_after_a_final_merge_nothing_is_left_to_save(tmp_path):
@@ -218,18 +289,65 @@ def test_a_copy_saves_itself(tmp_path):
     assert not torch.equal(logits(fresh), logits(model))
 
 
-def test_trainer_resumes_from_its_checkpoint(tmp_path):
-    data = [{"input_ids": row, "labels": row} for row in torch.arange(192).reshape(24, 8) % 64]
+class Normed(torch.nn.Module):
+    """Batch normalisation, whose running statistics are buffers that training moves."""
 
-    def run(model, steps, resume=None):
-        arguments = transformers.TrainingArguments(
-            output_dir=tmp_path, max_steps=steps, save_steps=2, per_device_train_batch_size=4,
-            learning_rate=1e-2, report_to=[], disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
-        transformers.Trainer(model, arguments, train_dataset=data).train(resume)
-        return model.eval()
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.norm = torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, 2)
 
-    whole = run(adapted(dropout=0.1), 4)
-    resumed = run(adapted(alpha=8, dropout=0.1), 4, str(tmp_path / "checkpoint-2"))
-    assert close(logits(resumed), logits(whole))
-    assert not close(logits(resumed), logits(adapted()))
+    def forward(self, x):
+        return self.head(self.norm(self.inner(x)).relu())
+
+
+ROWS = torch.randn(16, 6, generator=torch.Generator().manual_seed(2))
+
+
+def trained_with_its_norm():
+    model = Normed()
+    apply_lora(model, 2, target_modules=["inner"], modules_to_save=["norm"])
+    optimizer = torch.optim.SGD(lora_kernels.lora_parameters(model), lr=0.1)
+    for _ in range(3):
+        model.train()(ROWS).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_buffers_of_modules_to_save_are_part_of_the_adapter(tmp_path):
+    model = trained_with_its_norm()
+    y, base = model(ROWS), Normed().eval()
+    assert not torch.equal(model.norm.running_mean, base.norm.running_mean)
+    save_adapter(model, tmp_path)
+    ours = Normed().eval()
+    load_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Normed().eval(), tmp_path).eval()
+    fresh = Normed().eval()
+    apply_lora(fresh, 2, target_modules=["inner"], modules_to_save=["norm"])
+    fresh.load_state_dict(lora_kernels.lora_state_dict(model), strict=False)
+    assert torch.equal(ours(ROWS), y)
+    assert torch.equal(fresh(ROWS), y)
+    assert close(theirs(ROWS), y)
+    assert ours.norm.num_batches_tracked == 3
+    theirs.save_pretrained(tmp_path / "again")
+    back = Normed().eval()
+    load_adapter(back, tmp_path / "again")
+    assert torch.equal(back(ROWS), y)
+
+
+def test_buffers_of_modules_to_save_go_back_with_them():
+    model, base = trained_with_its_norm(), Normed().eval()
+    y, expected = model(ROWS), base(ROWS)
+    with lora_kernels.disable_adapters(model):
+        assert torch.equal(model(ROWS), expected)
+        saved = lora_kernels.lora_state_dict(model)["norm.running_mean"]
+    assert torch.equal(model(ROWS), y)
+    assert torch.equal(model.norm.running_mean, saved)
+    lora_kernels.remove_lora(model)
+    assert torch.equal(model(ROWS), expected)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    kept = trained_with_its_norm()
+    lora_kernels.merge_lora(kept, keep_base=False)
+    lora_kernels.remove_lora(kept)
+    assert close(kept(ROWS), y)

@@ -23,7 +23,7 @@ def test_short_check_passes():
     command = [sys.executable, "-m", "lora_kernels.backends.triton.codegen", "--short"]
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert "gemm_tma_kernel" in run.stdout
+    assert {"gemm_tma_kernel", "dx_da_kernel"} <= set(run.stdout.split())
     assert "0 break a rule" in run.stdout
 
 
@@ -44,6 +44,7 @@ SOUND = codegen.Kernel(
     tma=6,
     cp_async=0,
     fma=0,
+    waits=0,
     warnings=(),
 )
 
@@ -62,6 +63,7 @@ def test_a_sound_kernel_breaks_no_rule():
         ({"warnings": ("C7515",)}, "ptxas warning"),
         ({"register_form": 1}, "register-form wgmma"),
         ({"tma": 0}, "no TMA"),
+        ({"constants": SOUND.constants | {"PDL": True}}, "overlap"),
         ({"wgmma": 0}, "no wgmma"),
         ({"pending": 0}, "wgmma serialised"),
         ({"arch": 100}, "no tcgen05"),

@@ -145,18 +145,6 @@ def test_a_classifier_is_no_output_head():
     assert "inner.lm_head" in apply_lora(wrapped, 2).replaced
 
 
-def test_gpt2_is_refused_for_its_conv1d():
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64)
-    model = transformers.GPT2LMHeadModel(config)
-    before = snapshot(model)
-    for targets in (None, ["c_attn"]):
-        with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn: Transformers' Conv1D .* not"):
-            apply_lora(model, 4, target_modules=targets)
-    assert_same(before, snapshot(model))
-    report = apply_lora(model, 4, target_modules=["lm_head"])
-    assert report.replaced == ["lm_head"]
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

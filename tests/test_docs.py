@@ -53,12 +53,6 @@ def test_python_blocks_run_in_order():
     assert {"expected", "da", "kept", "part"} <= namespace.keys()
 
 
-def test_functional_transforms_are_refused():
-    x, w, a, b = torch.randn(3, 8), torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2)
-    with pytest.raises(RuntimeError):
-        torch.func.grad(lambda v: lora_kernels.lora_linear(x, w, v, b).sum())(a)
-
-
 def test_exported_with_dynamic_rows():
     class Layer(torch.nn.Module):
         def forward(self, x, w, a, b, seed):

@@ -7,7 +7,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu_problem import DEVICE, PLANS, SCALING, Problem, error, refused, triton_backend
+from gpu_problem import (
+    DEVICE,
+    PLANS,
+    SCALING,
+    Problem,
+    error,
+    most_rows,
+    refused,
+    triton_backend,
+)
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
@@ -115,7 +124,9 @@ def test_mask_is_the_references(seed):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_same_bits_over_50_runs(plan):
-    shape = (64 if plan == "decode" else 1024, 1024, 1024, 16)
+    shape = (most_rows(plan, 1024), 1024, 1024, 16)
+    if refused(plan, torch.bfloat16, shape, 0.0):
+        pytest.skip(refused(plan, torch.bfloat16, shape, 0.0))
     p = 0.0 if refused(plan, torch.bfloat16, shape, 0.1) else 0.1
     problem = Problem(*shape, p=p)
     with plans.using(plan):

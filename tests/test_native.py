@@ -227,7 +227,7 @@ THREE = torch.tensor([1, 2, 4])
         (expand, {"out": torch.ones(6).expand(4, 6)}, "out: its elements overlap"),
         (expand, {"out": torch.ones(4, 6).double()}, "out: must be float32, bfloat16 or float16"),
         (expand, {"low": torch.ones(4, 2).half()}, "low: must have the dtype of the rows"),
-        (expand, {"bias": torch.ones(5)}, "bias: must be a CPU tensor of 6 elements"),
+        (expand, {"bias": torch.ones(5)}, "bias: must have 6 elements, got 5"),
         (expand, {"bias": torch.ones(6).long()}, "bias: must be float32"),
         (expand, {"low": (4, 0), "matrix": (0, 6)}, "rank and columns: must be at least 1"),
     ],

@@ -108,14 +108,15 @@ def test_forward_mode_raises(name, grad, which):
     def function(value):
         return both({**t, which: value})[name]()
 
+    message = "lora_kernels: forward-mode AD"
     value = t[which].detach()
-    with pytest.raises(NotImplementedError, match=r"forward.mode AD"):
+    with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(function, (value,), (value,))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
-        with pytest.raises(NotImplementedError, match=r"forward.mode AD"):
+        with pytest.raises(NotImplementedError, match=message):
             function(dual)
-        with torch.no_grad(), pytest.raises(NotImplementedError, match=r"forward.mode AD"):
+        with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
             function(dual)
 
 

@@ -29,5 +29,5 @@ def test_bad_rows(rows, error, message):
 
 
 def test_a_model_without_adapters():
-    with pytest.raises(ValueError, match="model: Linear has no FusedLoRALinear"):
+    with pytest.raises(ValueError, match="model: Linear has no LoRA layer"):
         lora_kernels.warmup(nn.Linear(3, 4), 8)

@@ -75,6 +75,8 @@ def geometric_means(found: list[dict[str, float]]) -> dict[str, float]:
         ("cublas", HOPPER),
         ("shrink_gemm", AMPERE),
         ("shrink_gemm", HOPPER),
+        ("grouped", AMPERE),
+        ("grouped", HOPPER),
         ("dual", AMPERE),
         ("decode", HOPPER),
         ("flag", AMPERE),
@@ -131,7 +133,7 @@ def test_candidates_of_a_tuner(op, case):
                 with plans.using(plan, fields):
                     ratios(problem, compute())
     varied = {launch for _, fields in listed for launch in fields}
-    assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx"})
+    assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx", "dx_da"})
 
 
 def test_add_and_gradients():
@@ -206,11 +208,11 @@ def test_mask_of_the_fused_gradient(monkeypatch, target, seed):
     monkeypatch.setattr(_env, "PLAN", "shrink_gemm")
     M, K, p, seed = 150, 264, 0.3, torch.tensor(seed)
     kept = (keep_mask(seed, 0, M, K, p) * keep_scale(p)).half()
-    one = torch.ones(8, K).half()
+    one, none = torch.ones(8, K).half(), torch.ones(0).half()
     with assume(target):
         dx, *_ = ops.lora_linear_backward(
-            torch.eye(M, 8).half() * 0 + 1, one[:0], one * 0, one[:1], one[:, :1] / 8,
-            one[:0], one[:0], 1.0, p, seed, True, False, False, False,
+            torch.ones(M, 8).half(), none, one * 0, one[:1], one[:, :1] / 8,
+            none, none, 1.0, p, seed, True, False, False, False,
         )  # fmt: skip
     assert torch.equal(dx, kept)
 

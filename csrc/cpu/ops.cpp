@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/Layout.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -17,6 +18,7 @@
 namespace lora {
 namespace {
 
+using torch::headeronly::Layout;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -61,9 +63,17 @@ const Kernels& kernels_of(int64_t isa) {
   return kBase;
 }
 
-void check_matrix(const Tensor& t, const char* name) {
+void check_tensor(const Tensor& t, const char* name, int64_t dimensions) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": must be a CPU tensor");
-  STD_TORCH_CHECK(t.dim() == 2, name, ": must have 2 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.layout() == Layout::Strided, name, ": must be dense");
+  STD_TORCH_CHECK(t.dim() == dimensions, name, ": must have ", dimensions, " dimensions, got ",
+                  t.dim());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0, name,
+                  ": must start at a multiple of its element size");
+}
+
+void check_matrix(const Tensor& t, const char* name) {
+  check_tensor(t, name, 2);
   STD_TORCH_CHECK(t.stride(0) >= 0 && t.stride(1) >= 0, name, ": negative stride");
 }
 
@@ -104,9 +114,10 @@ std::optional<Dropout> dropout_of(int64_t threshold, const std::optional<Tensor>
   STD_TORCH_CHECK(0 <= threshold && threshold < 65536, "threshold: must be in [0, 65536), got ",
                   threshold);
   if (!seed.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long &&
+  check_tensor(*seed, "seed", seed->dim());
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long &&
                       (seed->numel() == 1 || seed->numel() == 3) && seed->is_contiguous(),
-                  "seed: must be a contiguous int64 CPU tensor of one element or of three");
+                  "seed: must be a contiguous int64 tensor of one element or of three");
   const int64_t* const words = static_cast<const int64_t*>(seed->const_data_ptr());
   const int64_t row = seed->numel() == 3 ? words[1] : 0, column = seed->numel() == 3 ? words[2] : 0;
   constexpr int64_t kRowLimit = int64_t{1} << 32;
@@ -297,8 +308,8 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
   STD_TORCH_CHECK(C == 1 || out.stride(1) == 1, "out: the columns must be contiguous, got stride ",
                   out.stride(1));
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == C,
-                    "bias: must be a CPU tensor of ", C, " elements");
+    check_tensor(*bias, "bias", 1);
+    STD_TORCH_CHECK(bias->size(0) == C, "bias: must have ", C, " elements, got ", bias->size(0));
     check_type(*bias, "bias", type, true);
   }
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);

@@ -26,9 +26,9 @@ _REFERENCE = Choice("reference", reference, "ATen composite, the default of ever
 _FORCED_REFERENCE = Choice("reference", reference, "forced by LORA_KERNELS_BACKEND")
 
 
-def extension_status() -> str:
-    """Whether the compiled extension is there."""
-    return extension.status()
+def extension_status() -> dict[str, str]:
+    """Whether the parts of the compiled extension are there."""
+    return {"CPU": extension.status(), "CUDA": extension.cuda_status()}
 
 
 def choose(device_type: str) -> Choice:

@@ -3,9 +3,11 @@
     aten         ATen calls throughout: the reference backend
     cublas       torch's GEMM, low-rank kernels beside it
     shrink_gemm  the GEMM in Triton, the low-rank term one more step into its accumulator
+    grouped      the same, but backward makes dx and dA in one launch
     decode       forward in one launch for M <= 64, every program recomputes s
     dual         the same kernel with larger tiles, for small N
     flag         forward in one launch, the tiles of column 0 compute s for the others; no dropout
+    decode_cuda  forward in one launch, compiled CUDA, for M <= 16 in 16 bits; no dropout
 
 A plan becomes a default only once it has run correctly on a real GPU of that name and the GPU's
 table says so. The tables are `triton/tuned/<gpu>.json`, the GPU's name in lower case with runs of
@@ -38,12 +40,13 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels import _env
+from lora_kernels.backends.native import decode
 
 TUNED = Path(__file__).parent / "triton" / "tuned"
 DECODE_ROWS = 64
 LAUNCHES = {
-    "forward": ("shrink", "gemm", "expand", "dual", "flag"),
-    "backward": ("ds_db", "ds", "db", "da", "dx", "expand_dx"),
+    "forward": ("shrink", "gemm", "expand", "dual", "flag", "decode_cuda"),
+    "backward": ("ds_db", "ds", "db", "da", "dx", "expand_dx", "dx_da"),
 }
 
 Tiles = Mapping[str, Mapping[str, int]]
@@ -60,6 +63,7 @@ class Call(NamedTuple):
     r: int
     dropout: bool
     aligned: bool = True  # rows and bases of x, the weight and dy allow loads in wide words
+    readable: bool = True  # x, the weight and lora_a have the rows that decode_cuda reads
 
 
 class Choice(NamedTuple):
@@ -120,7 +124,7 @@ def read_table(path: Path) -> dict:
         legal = ", ".join(_env.PLANS)
         raise ValueError(f"{path}: proven: got {proven!r}, expected a list of {legal}")
     for bucket in table.get("buckets", ()):
-        missing = {*Call._fields, "plan"} - {"aligned", *bucket}
+        missing = {*Call._fields, "plan"} - {"aligned", "readable", *bucket}
         if missing:
             raise ValueError(f"{path}: a bucket lacks {', '.join(sorted(missing))}: {bucket}")
         _checked(bucket.get("tiles", {}), f"{path}: tiles")
@@ -158,20 +162,35 @@ def nearest(table: dict, call: Call) -> Choice | None:
 
 
 def refusal(plan: str, call: Call) -> str | None:
-    """Why a plan cannot serve a call, None if it can. Backward has two forms, the plain one and the
-    fused one of all other plans, and either serves every call."""
+    """Why a plan cannot serve a call, None if it can. Every plan has a backward, which serves
+    every call."""
     if call.op == "backward":
         return None
     if plan == "decode" and call.M > DECODE_ROWS:
         return f"the plan serves M <= {DECODE_ROWS}, got M = {call.M}"
-    if plan == "flag" and call.dropout:
+    if plan in ("flag", "decode_cuda") and call.dropout:
         return "the plan serves no dropout"
+    if plan == "decode_cuda":
+        return _decode_cuda_refusal(call)
     # One block holds s; a masked x on its way to two products would stall the one by the weight.
     most = 32 if call.dropout or call.dtype == "float32" else 128
     if plan in ("decode", "dual", "flag") and call.r > most:
         kind = call.dtype + " with dropout" * call.dropout
         return f"the plan serves r <= {most} in {kind}, got r = {call.r}"
     return None
+
+
+def _decode_cuda_refusal(call: Call) -> str | None:
+    if call.M > decode.MAX_ROWS:
+        return f"the plan serves M <= {decode.MAX_ROWS}, got M = {call.M}"
+    if getattr(torch, call.dtype) not in decode.DTYPES:
+        return f"the plan serves float16 and bfloat16, got {call.dtype}"
+    if call.K % 8 or not call.readable:
+        return (
+            "the plan serves x, weight and lora_a with contiguous rows of a multiple of 8 elements"
+            f" that start at multiples of 16 bytes, got others (K = {call.K})"
+        )
+    return decode.why_absent()
 
 
 @lru_cache(maxsize=4096)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters import require_layers, saved_parameters
-from lora_kernels.nn import FusedLoRALinear
+from lora_kernels.adapters import require_layers, saved_tensors
+from lora_kernels.layer import LoRALayer
 from lora_kernels.rank import allocate_ranks, refactor, spectrum, widen
 from lora_kernels.recipes.batches import Criterion
 from lora_kernels.recipes.evaluation import evaluate_model
@@ -175,15 +175,15 @@ def _next_rank(path: list[int] | None, current: int, goal: int, k_final: int) ->
     return max(goal, (current + goal) // 2 if ruled_out else current // 2)
 
 
-def _ranks(layers: dict[str, FusedLoRALinear]) -> dict[str, int]:
+def _ranks(layers: dict[str, LoRALayer]) -> dict[str, int]:
     return {name: layer.rank for name, layer in layers.items()}
 
 
-def _widen(layers: dict[str, FusedLoRALinear], k: int) -> dict[str, _New]:
+def _widen(layers: dict[str, LoRALayer], k: int) -> dict[str, _New]:
     return {n: (*widen(layer.lora_A, layer.lora_B, k), 1.0) for n, layer in layers.items()}
 
 
-def _compress(layers: dict[str, FusedLoRALinear], k: int, per_layer: bool) -> dict[str, _New]:
+def _compress(layers: dict[str, LoRALayer], k: int, per_layer: bool) -> dict[str, _New]:
     """All are made before the first layer changes: an error leaves the model as it was."""
     ranks = _share(layers, k) if per_layer else dict.fromkeys(layers, k)
     new = {}
@@ -194,7 +194,7 @@ def _compress(layers: dict[str, FusedLoRALinear], k: int, per_layer: bool) -> di
 
 
 def _apply(
-    layers: dict[str, FusedLoRALinear],
+    layers: dict[str, LoRALayer],
     new: dict[str, _New],
     optimizer: torch.optim.Optimizer,
     original_base: bool,
@@ -213,12 +213,12 @@ def _apply(
     exchange_parameters(optimizer, exchanged)
 
 
-def _costs(layers: dict[str, FusedLoRALinear]) -> dict[str, int]:
+def _costs(layers: dict[str, LoRALayer]) -> dict[str, int]:
     """Parameters of one unit of rank."""
     return {name: layer.in_features + layer.out_features for name, layer in layers.items()}
 
 
-def _share(layers: dict[str, FusedLoRALinear], k: int) -> dict[str, int]:
+def _share(layers: dict[str, LoRALayer], k: int) -> dict[str, int]:
     costs = _costs(layers)
     spectra = {
         name: abs(layer.scaling) * spectrum(*layer.delta_factors())
@@ -257,7 +257,7 @@ class _Undo:
         ]
         self.groups = [dict(group, params=group["params"][:]) for group in optimizer.param_groups]
         moving = {p for group in self.groups for p in group["params"] if p.requires_grad}
-        moving |= {saved.parameter for saved in saved_parameters(model)}
+        moving |= {saved.tensor for saved in saved_tensors(model)}
         moving |= {parameter for _, A, B, _ in self.adapters for parameter in (A, B)}
         self.values = [(parameter, parameter.detach().clone()) for parameter in moving]
         self.state = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.checkpoint import replace_atomically
+from lora_kernels.files import replace_atomically
 
 _FORMAT = 1
 

@@ -1,6 +1,7 @@
-"""The compiled extension: where it is, whether it loads, and the private ops it implements.
+"""The compiled extension: where its parts are, whether they load, and the private ops in them.
 
-Nothing is loaded at import; `status` says why the extension is not there.
+Nothing is loaded at import, and the CUDA part only where there is a CUDA device. `status` and
+`cuda_status` say why a part is not there.
 """
 
 from functools import cache
@@ -9,45 +10,75 @@ from pathlib import Path
 
 import torch
 
-_SCHEMAS = (
+_CPU_SCHEMAS = (
     "_cpu_isa() -> int",
     "_shrink_cpu(Tensor rows, Tensor? matrix, Tensor? low, float scale, float gradient_scale,"
     " int threshold, Tensor? seed, int isa, Tensor(a!)? shrunk, Tensor(b!)? gradient) -> ()",
     "_expand_cpu(Tensor low, Tensor matrix, Tensor? bias, float scale, int threshold,"
     " Tensor? seed, bool accumulate, int isa, Tensor(a!) out) -> ()",
 )
+_CUDA_SCHEMAS = (
+    "_decode_cuda(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias,"
+    " float scale, int rows, int warps, int cluster, Tensor(a!)? s, Tensor(b!) y) -> ()",
+)
 ISA_NAMES = ("plain C++", "AVX2", "AVX-512")
 
 
-def _file() -> Path | None:
+def _file(name: str) -> Path | None:
     package = Path(__file__).parents[2]
-    names = (package / f"_native_cpu{suffix}" for suffix in EXTENSION_SUFFIXES)
+    names = (package / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in names if path.exists()), None)
 
 
-@cache
-def _load() -> tuple[torch.library.Library | None, str]:
-    """(what keeps the schemas registered, None where there is no extension; why)."""
-    path = _file()
+def _load(
+    name: str, schemas: tuple[str, ...], missing: str
+) -> tuple[torch.library.Library | None, str]:
+    """(what keeps the schemas registered, None where the part is not there; why)."""
+    path = _file(name)
     if path is None:
-        return None, "not built (no C++ compiler at install?)"
+        return None, f"not built ({missing} at install?)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return None, f"{path.name} does not load: {error}"
     library = torch.library.Library("lora_kernels", "FRAGMENT")
-    for schema in _SCHEMAS:
+    for schema in schemas:
         library.define(schema)
+    return library, ""
+
+
+@cache
+def _cpu() -> tuple[torch.library.Library | None, str]:
+    library, why = _load("_native_cpu", _CPU_SCHEMAS, "no C++ compiler")
+    if library is None:
+        return None, why
     return library, f"CPU kernels, {ISA_NAMES[torch.ops.lora_kernels._cpu_isa()]}"
 
 
+@cache
+def _cuda() -> tuple[torch.library.Library | None, str]:
+    if _file("_native_cuda") is not None and not torch.cuda.is_available():
+        return None, "built, not loaded: no CUDA device here"
+    library, why = _load("_native_cuda", _CUDA_SCHEMAS, "no nvcc, or torch without CUDA,")
+    return library, why or "CUDA kernels"
+
+
 def available() -> bool:
-    return _load()[0] is not None
+    return _cpu()[0] is not None
 
 
 def status() -> str:
-    """What was built and will run here, or why it is not there."""
-    return _load()[1]
+    """What was built for the CPU and will run here, or why it is not there."""
+    return _cpu()[1]
+
+
+def cuda_available() -> bool:
+    return _cuda()[0] is not None
+
+
+def cuda_status() -> str:
+    """What was built for CUDA and will run here, or why it is not there."""
+    return _cuda()[1]
 
 
 @cache

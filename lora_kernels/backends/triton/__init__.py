@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import plans, reference
+from lora_kernels.backends.native import decode
 from lora_kernels.backends.triton import dropout, tiles
 from lora_kernels.backends.triton.dual import dual
 from lora_kernels.backends.triton.flag import flag
 from lora_kernels.backends.triton.gemm import gemm
 from lora_kernels.backends.triton.gradients import ds_db, tall
-from lora_kernels.backends.triton.launch import INTERPRETED
+from lora_kernels.backends.triton.grouped import dx_da
+from lora_kernels.backends.triton.launch import INTERPRETED, target
 from lora_kernels.backends.triton.low_rank import expand, shrink
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,10 +52,15 @@ def _on_device(function: Callable) -> Callable:
     return run
 
 
-def _choice(op: str, rows: Tensor, weight: Tensor, r: int, dropout_p: float) -> plans.Choice:
+def _choice(
+    op: str, rows: Tensor, weight: Tensor, lora_a: Tensor, dropout_p: float
+) -> plans.Choice:
     (N, K), dtype = weight.shape, str(rows.dtype).removeprefix("torch.")
+    M, r = rows.shape[0], lora_a.shape[0]
     aligned = tiles.vectorises(rows) and tiles.vectorises(weight)
-    call = plans.Call(op, dtype, rows.shape[0], N, K, r, dropout_p > 0, aligned)
+    few = op == "forward" and decode.MAX_ROWS >= M
+    readable = few and not decode.unreadable(rows, weight, lora_a)
+    call = plans.Call(op, dtype, M, N, K, r, dropout_p > 0, aligned, readable)
     return plans.choose(call, rows.device)
 
 
@@ -99,13 +106,18 @@ def lora_linear(
     M, N, r = x.shape[0], weight.shape[0], lora_a.shape[0]
     if M == 0:
         return x.new_empty(0, N), *_saved(x.new_empty(0, r), r, save_s)
-    plan, tile = _choice("forward", x, weight, r, dropout_p)
+    plan, tile = _choice("forward", x, weight, lora_a, dropout_p)
     if plan == "aten":
         return reference.lora_linear(
             x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask
         )
     drop = dropout.of(dropout_p, seed)
     weight = weight.to(x.dtype)  # a copy under autocast alone
+    if plan == "decode_cuda":
+        fields = tile.get("decode_cuda")
+        config = tiles.replaced(tiles.decode_cuda(target(x.device), M, N, r), fields)
+        y, s = decode.decode(x, weight, lora_a, lora_b, bias, scaling, save_s, *config)
+        return y, s, _none(x)
     a, b = _adapters(x, lora_a, lora_b)
     if plan in ("decode", "dual"):
         y, s = dual(x, weight, a, b, bias, scaling, save_s, drop, tile.get("dual"))
@@ -113,7 +125,8 @@ def lora_linear(
     if plan == "flag":
         y, s = flag(x, weight, a, b, bias, scaling, tile.get("flag"))
         return y, *_saved(s, r, save_s)
-    s = shrink(x, a, scaling, drop, tile.get("shrink"))
+    held = [] if tile.get("gemm", {}).get("pdl") else None
+    s = shrink(x, a, scaling, drop, tile.get("shrink"), held)
     if plan == "cublas":
         y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         expand(y, s, b.t(), y, None, tile.get("expand"))
@@ -184,7 +197,7 @@ def lora_linear_backward(
     """(dx, dweight, dA, dB), each of size 0 where not needed; x is read for dweight and dA only."""
     plan, tile = "aten", {}
     if dy.shape[0]:
-        plan, tile = _choice("backward", dy, weight, lora_a.shape[0], dropout_p)
+        plan, tile = _choice("backward", dy, weight, lora_a, dropout_p)
     if plan == "aten":
         return reference.lora_linear_backward(
             dy, x, weight, lora_a, lora_b, s, mask, scaling, dropout_p, seed,
@@ -192,13 +205,16 @@ def lora_linear_backward(
         )  # fmt: skip
     drop = dropout.of(dropout_p, seed)
 
-    def product(ds: Tensor, a: Tensor) -> Tensor:
+    def product(ds: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
         w = weight.to(dy.dtype)
+        if plan == "grouped" and need_a:
+            fields = tile.get("dx_da"), tile.get("da")
+            return dx_da(dy, w, ds, a, x, lora_a.dtype, drop, *fields)
         if plan != "cublas":
-            return gemm(dy, w, ds, a, None, drop, tile.get("dx"))
+            return gemm(dy, w, ds, a, None, drop, tile.get("dx")), None
         dx = torch.mm(dy, w)
         expand(dx, ds, a, dx, drop, tile.get("expand_dx"))
-        return dx
+        return dx, None
 
     dweight = torch.mm(dy.t(), x).to(weight.dtype) if need_weight else _none(weight)
     dx, d_a, d_b = _backward(
@@ -229,10 +245,10 @@ def lora_add_backward(
         )
     drop = dropout.of(dropout_p, seed)
 
-    def product(ds: Tensor, a: Tensor) -> Tensor:
+    def product(ds: Tensor, a: Tensor) -> tuple[Tensor, None]:
         dx = dy.new_empty(dy.shape[0], a.shape[1])
         expand(None, ds, a, dx, drop)
-        return dx
+        return dx, None
 
     return _backward(
         dy, x, lora_a, lora_b, s, scaling, drop, product if need_x else None, need_a, need_b, {}
@@ -247,16 +263,16 @@ def _backward(
     s: Tensor,
     scaling: float,
     drop: dropout.Dropout | None,
-    product: Callable[[Tensor, Tensor], Tensor] | None,
+    product: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None,
     need_a: bool,
     need_b: bool,
     tile: plans.Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB); dx is what `product` makes of ds and A, of size 0 without it."""
+    """(dx, dA, dB). `product` makes dx of ds and A, and may make dA with it."""
     r = lora_a.shape[0]
     a, b = _adapters(dy, lora_a, lora_b)
     need_ds = product is not None or need_a
-    dx, d_a, d_b = _none(dy), _none(lora_a), _none(lora_b)
+    dx, d_a, d_b = _none(dy), None, _none(lora_b)
     if need_b:
         s = _pad(s, dy.shape[0], a.shape[0])
     if need_ds and need_b and tiles.fuses_ds_db(b.dtype, b.shape[1]):
@@ -267,7 +283,8 @@ def _backward(
         if need_b:
             d_b = tall(s, dy, lora_b.dtype, True, None, tile.get("db"))
     if product is not None:
-        dx = product(ds, a)
-    if need_a:
-        d_a = tall(ds, x, lora_a.dtype, False, drop, tile.get("da"))
+        dx, d_a = product(ds, a)
+    if d_a is None:
+        fields = tile.get("da")
+        d_a = tall(ds, x, lora_a.dtype, False, drop, fields) if need_a else _none(lora_a)
     return dx, d_a[:r], d_b[:, :r].contiguous() if need_b else d_b

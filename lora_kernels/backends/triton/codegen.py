@@ -28,7 +28,7 @@ from lora_kernels.backends.triton.launch import INTERPRETED, Target, assume, int
 
 TARGETS = {80: Target(80, 108), 90: Target(90, 132), 100: Target(100, 148)}
 _SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
-_GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel")
+_GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel")
 
 
 class Kernel(NamedTuple):
@@ -50,6 +50,7 @@ class Kernel(NamedTuple):
     tma: int
     cp_async: int
     fma: int
+    waits: int  # for the kernel before
     warnings: tuple[str, ...]
 
 
@@ -117,6 +118,7 @@ def _inspect(case: Case, arch: int, compiled, constants: dict) -> Kernel:
         tma=count(r"cp\.async\.bulk\.tensor\.\dd\.shared"),
         cp_async=count(r"cp\.async\.c[ag]"),
         fma=count(r"fma\.rn\.f32"),
+        waits=count(r"griddepcontrol\.wait"),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d", log)))),
     )
 
@@ -136,6 +138,7 @@ def faults(kernel: Kernel) -> list[str]:
         "ptxas warning": not k.warnings,
         "register-form wgmma": k.register_form == 0,
         "no TMA": not (k.name == "gemm_tma_kernel" or k.constants.get("TMA")) or k.tma > 0,
+        "overlap": k.waits == k.constants.get("PDL", 0),
         "no wgmma": not (full and k.arch == 90) or k.wgmma > 0,
         "wgmma serialised": not (full and aligned and k.arch == 90) or k.pending >= 1,
         "no asynchronous loads": not (main and aligned) or k.tma + k.cp_async > 0,

@@ -20,7 +20,13 @@ from lora_kernels.backends.triton.blocks import (
     tile_order,
 )
 from lora_kernels.backends.triton.dropout import Dropout, words
-from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+from lora_kernels.backends.triton.launch import (
+    Target,
+    fp32_precision,
+    launch,
+    overlaps,
+    target,
+)
 
 
 @triton.jit
@@ -153,9 +159,11 @@ def gemm_tma_kernel(
     stride_xm, stride_w, stride_lr, stride_ln,
     R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, NT: tl.constexpr, STRIPS: tl.constexpr, DROP: tl.constexpr,
-    SMS: tl.constexpr,
+    SMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Persistent version on TMA descriptors: 16-bit operands, aligned rows of unit stride."""
+    """Persistent version on TMA descriptors: 16-bit operands, aligned rows of unit stride. With PDL
+    the kernel that writes low may still run: its end is awaited where low is first read, and
+    nothing but descriptors is written before."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     x_desc = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BM, BK])
     mat_desc = right_descriptor(mat, K, N, stride_w, BK, BN, NT)
@@ -164,6 +172,8 @@ def gemm_tma_kernel(
         pm, pn = tile_order(tile, tiles_m, tiles_n, GROUP)
         row, col = pm * BM, pn * BN
         acc = tma_loop(x_desc, mat_desc, row, col, K, BM, BN, BK, NT)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         finish_tile(
             acc, out, out_desc, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
             stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, "ieee",
@@ -179,6 +189,19 @@ def has_tma_rows(matrix: Tensor) -> bool:
         and matrix.stride(0) >= matrix.shape[1]
         and matrix.data_ptr() % 16 == 0
     )
+
+
+def gemm_layout(x: Tensor, mat: Tensor, out: Tensor, device: Target) -> tuple[bool, Tensor, bool]:
+    """(whether TMA may serve x @ mat, mat as it lies in memory, whether loads are wide)."""
+    stored = mat.t() if mat.stride(0) == 1 and mat.shape[0] > 1 else mat
+    tma = (
+        device.arch >= 90
+        and x.element_size() == 2
+        and has_tma_rows(x)
+        and has_tma_rows(stored)
+        and has_tma_rows(out)
+    )
+    return tma, stored, tma or (tiles.vectorises(x) and tiles.vectorises(mat))
 
 
 def gemm(
@@ -197,15 +220,7 @@ def gemm(
     (M, K), N, r = x.shape, mat.shape[1], low.shape[1]
     out = x.new_empty(M, N)
     device, drop = target(x.device), dropout is not None
-    stored = mat.t() if mat.stride(0) == 1 and mat.shape[0] > 1 else mat
-    tma = (
-        device.arch >= 90
-        and x.element_size() == 2
-        and has_tma_rows(x)
-        and has_tma_rows(stored)
-        and has_tma_rows(out)
-    )
-    aligned = tma or (tiles.vectorises(x) and tiles.vectorises(mat))
+    tma, stored, aligned = gemm_layout(x, mat, out, device)
     tile = tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma)
     if tma or device.arch < 90:  # elsewhere the pointer version has to stand in
         tile = tiles.replaced(tile, fields)
@@ -222,6 +237,7 @@ def gemm(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+    pdl = tma and bool(tile.pdl) and overlaps(device)
     programs = tiles.cdiv(M, tile.bm) * tiles.cdiv(N, tile.bn)
     values = (
         x, mat, low, low_mat, None if bias is None else bias.contiguous(), out,
@@ -232,7 +248,8 @@ def gemm(
         launch(
             gemm_tma_kernel, (min(programs, device.sms),), *values,
             x.stride(0), stored.stride(0), *low_mat.stride(), **shape,
-            NT=stored is not mat, SMS=device.sms, descriptors=True,
+            NT=stored is not mat, SMS=device.sms, PDL=pdl, descriptors=True,
+            **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     else:
         launch(

@@ -69,19 +69,18 @@ def ds_db(
     return ds, db
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
-def tall_kernel(
-    low, rows_ptr, out, seed_ptr, M, C, r, scale, threshold,
+@triton.jit
+def tall_tile(
+    low, rows_ptr, out, seed_ptr, col, rank_block, share, M, C, r, scale, threshold,
     stride_xm, stride_xc, stride_or, stride_oc,
     R: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr,
     DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (column tile, rank block, share of the rows): scale * low^T @ drop(rows) to out, or
-    with SPLIT > 1 the unscaled share to fp32 partials [SPLIT, r * C], laid out as out is.
-    """
-    col, share = tl.program_id(0) * BC, tl.program_id(2)
+    """Columns from `col` and one rank block of scale * low^T @ drop(rows) to out, or with SPLIT > 1
+    what one share of the rows adds to it, unscaled, to fp32 partials [SPLIT, r * C], each laid out
+    as out is."""
     cols = col + tl.arange(0, BC)
-    rank = tl.program_id(1) * R + tl.arange(0, R)
+    rank = rank_block * R + tl.arange(0, R)
     steps = loop_steps(M, BM * SPLIT)
     if DROP:
         seed = load_seed(seed_ptr, DROP)
@@ -98,6 +97,21 @@ def tall_kernel(
         store_tile(out, acc * scale, rank, cols, stride_or, stride_oc, r, C)
     else:
         store_tile(out + share.to(tl.int64) * r * C, acc, rank, cols, stride_or, stride_oc, r, C)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def tall_kernel(
+    low, rows, out, seed_ptr, M, C, r, scale, threshold,
+    stride_xm, stride_xc, stride_or, stride_oc,
+    R: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (column tile, rank block, share of the rows): one tile."""
+    tall_tile(
+        low, rows, out, seed_ptr, tl.program_id(0) * BC, tl.program_id(1), tl.program_id(2),
+        M, C, r, scale, threshold, stride_xm, stride_xc, stride_or, stride_oc,
+        R, BM, BC, SPLIT, DROP, PRECISION,
+    )  # fmt: skip
 
 
 def tall(

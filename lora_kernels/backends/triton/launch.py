@@ -79,9 +79,71 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+@cache
+def _unspecialised(kernel) -> frozenset[int]:
+    return frozenset(i for i, p in enumerate(kernel.params) if p.do_not_specialize)
+
+
+def _key(kernel, args, meta) -> tuple:
+    """Everything that the compiled code depends on: what Triton specialises on, and for integers
+    more than that, their values. Alignment counts in 16 bytes, width in 31 bits."""
+    key = [kernel]
+    free = _unspecialised(kernel)
+    for index, arg in enumerate(args):
+        kind = type(arg)
+        if kind is int:
+            key.append(arg.bit_length() > 31 if index in free else arg)
+        elif arg is None or kind is float:
+            key.append(kind)
+        else:
+            key.append(arg.dtype)
+            key.append(arg.data_ptr() % 16)
+    return (*key, *meta.items())
+
+
+_hooks = triton.knobs.runtime
+
+
+def _is_watched(kernel) -> bool:
+    """Whether somebody, a profiler say, wants to be told of launches."""
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    calls = getattr(enter, "calls", enter), getattr(leave, "calls", leave)  # chains, None, or one
+    return bool(calls[0] or calls[1] or kernel.pre_run_hooks)
+
+
+# By device and key: the compiled kernel, and the constants that end its list of arguments.
+_compiled: dict[tuple, tuple] = {}
+_MOST_COMPILED = 4096
+
+
+def _start(kernel, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
+    """kernel[grid](*args, **meta), without the several microseconds that Triton takes to find the
+    compiled kernel, from the second time on."""
+    if _is_watched(kernel):
+        kernel[grid](*args, **meta)
+        return
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    key = (device, _key(kernel, args, meta))
+    found = _compiled.get(key)
+    if found is None:
+        constants = tuple(meta[name] for name in kernel.arg_names[len(args) :])
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = kernel[grid](*args, **meta), constants
+        return
+    compiled, constants = found
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = driver.get_current_stream(device)
+    compiled.run(
+        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *args, *constants,
+    )  # fmt: skip
+
+
 def _with_scratch(kernel, grid, args, meta) -> None:
     triton.set_allocator(_scratch)
-    kernel[grid](*args, **meta)
+    _start(kernel, grid, args, meta)
 
 
 def launch(kernel, grid: tuple[int, ...], *args, descriptors: bool = False, **meta) -> None:
@@ -93,15 +155,22 @@ def launch(kernel, grid: tuple[int, ...], *args, descriptors: bool = False, **me
     """
 
     def run() -> None:
-        if descriptors and not INTERPRETED:
+        if INTERPRETED:
+            kernel[grid](*args, **meta)
+        elif descriptors:
             copy_context().run(_with_scratch, kernel, grid, args, meta)
         else:
-            kernel[grid](*args, **meta)
+            _start(kernel, grid, args, meta)
 
     if _intercept is None:
         run()
     else:
         _intercept(kernel, grid, args, meta, run)
+
+
+def overlaps(device: Target) -> bool:
+    """Whether a kernel can be launched while the one before it runs (programmatic dependence)."""
+    return device.arch >= 90 and not INTERPRETED
 
 
 def fp32_precision() -> str:

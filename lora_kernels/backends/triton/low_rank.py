@@ -16,7 +16,7 @@ from lora_kernels.backends.triton.blocks import (
     store_tile,
 )
 from lora_kernels.backends.triton.dropout import Dropout, words
-from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+from lora_kernels.backends.triton.launch import fp32_precision, launch, overlaps, target
 from lora_kernels.backends.triton.reduce import reduce_partials
 
 
@@ -25,14 +25,16 @@ def shrink_kernel(
     x, mat, out, seed_ptr, M, K, r, scale, threshold,
     stride_xm, stride_xk, stride_ar, stride_ak,
     R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    DROP: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr, FREE: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, rank block, share of K): scale * drop(x) @ mat^T to out [M,r], or with
     SPLIT > 1 the unscaled share to fp32 partials [SPLIT,M,r].
 
     The product is formed transposed, mat @ x^T: a masked x then is the right operand, which wgmma
-    takes from shared memory only.
+    takes from shared memory only. With FREE the next kernel may begin already.
     """
+    if FREE:
+        tl.extra.cuda.gdc_launch_dependents()
     row, share = tl.program_id(0) * BM, tl.program_id(2)
     rows = row + tl.arange(0, BM)
     rank = tl.program_id(1) * R + tl.arange(0, R)
@@ -61,10 +63,17 @@ def shrink(
     scale: float,
     dropout: Dropout | None = None,
     fields: tiles.Fields = None,
+    held: list[Tensor] | None = None,
 ) -> Tensor:
-    """scale * drop(x) @ mat^T [M,r] in x's dtype, rounded once: x [M,K], mat [r,K]."""
+    """scale * drop(x) @ mat^T [M,r] in x's dtype, rounded once: x [M,K], mat [r,K].
+
+    With `held` the next kernel in the stream may begin before this is done, if it is launched so.
+    What is still read then is put there: memory that the next launch must not be given.
+    """
     (M, K), r = x.shape, mat.shape[0]
-    tile = tiles.shrink(target(x.device), x.dtype, M, K, r, tiles.vectorises(x))
+    device = target(x.device)
+    free = held is not None and overlaps(device)
+    tile = tiles.shrink(device, x.dtype, M, K, r, tiles.vectorises(x))
     tile = tiles.replaced(tile, fields)
     out = x.new_empty(M, r)
     split = tile.split > 1
@@ -77,10 +86,13 @@ def shrink(
         x, mat, part, dropout.seed if drop else None, M, K, r, scale,
         dropout.threshold if drop else 0, *x.stride(), *mat.stride(),
         R=tile.r, BM=tile.bm, BK=tile.bk, SPLIT=tile.split, DROP=words(dropout),
-        PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=fp32_precision(), FREE=free and not split,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split:
-        reduce_partials((part, out, scale))
+        reduce_partials((part, out, scale), free=free)
+        if held is not None:
+            held.append(part)
     return out
 
 

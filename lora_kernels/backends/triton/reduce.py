@@ -34,9 +34,12 @@ def sum_partials(part, out, count, size, scale, block, LANES: tl.constexpr, BLOC
 @triton.jit(do_not_specialize=["count_0", "size_0", "count_1", "size_1"])
 def reduce_kernel(
     part_0, out_0, count_0, size_0, scale_0, part_1, out_1, count_1, size_1, scale_1,
-    LANES: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, FREE: tl.constexpr,
 ):  # fmt: skip
-    """One launch for one or two sets of partials; the second may be None."""
+    """One launch for one or two sets of partials; the second may be None. With FREE the next kernel
+    may begin already."""
+    if FREE:
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     blocks = tl.cdiv(size_0, BLOCK)
     if pid < blocks:
@@ -46,7 +49,9 @@ def reduce_kernel(
 
 
 def reduce_partials(
-    first: tuple[Tensor, Tensor, float], second: tuple[Tensor, Tensor, float] | None = None
+    first: tuple[Tensor, Tensor, float],
+    second: tuple[Tensor, Tensor, float] | None = None,
+    free: bool = False,
 ) -> None:
     """For one or two of (part [count,...], out [...], scale): out = scale * part.sum(0)."""
 
@@ -59,5 +64,5 @@ def reduce_partials(
     other = (None, None, 0, 0, 1.0) if second is None else arguments(second)
     launch(
         reduce_kernel, (blocks,), *arguments(first), *other,
-        LANES=_LANES, BLOCK=_BLOCK, num_warps=4,
+        LANES=_LANES, BLOCK=_BLOCK, FREE=free, num_warps=4,
     )  # fmt: skip

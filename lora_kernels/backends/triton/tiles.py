@@ -45,6 +45,7 @@ class GemmTile(NamedTuple):
     warps: int
     strips: int = 1  # of columns, stored one after the other: less staging memory and registers
     group: int = 8
+    pdl: int = 0  # whether the launch may begin before the one that makes its low-rank rows ends
 
 
 class DualTile(NamedTuple):
@@ -56,7 +57,15 @@ class DualTile(NamedTuple):
     split: int = 1
 
 
-Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile, DualTile)
+class DecodeCudaTile(NamedTuple):
+    """Rows of the weight and warps of a block, blocks that share out s."""
+
+    rows: int
+    warps: int
+    cluster: int
+
+
+Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile, DualTile, DecodeCudaTile)
 
 
 # Triton's own of these two take microseconds from Python, and every launch needs several.
@@ -183,6 +192,21 @@ def gemm(
     return tile._replace(strips=tile.bn // 64) if drop else tile
 
 
+@_remembered
+def dx_da(
+    target: Target, dtype: torch.dtype, M: int, K: int, r: int, drop: bool, aligned: bool, tma: bool
+) -> GemmTile:
+    """As `gemm`, but eight warps, and narrower where dA does not fit beside dx."""
+    tile = gemm(target, dtype, M, K, r, drop, aligned, tma)
+    if _is_wide(dtype) or not aligned:
+        return tile._replace(warps=8)
+    if target.arch < 90:
+        return tile._replace(bm=128, bk=32, warps=8)
+    if tile.bn == 256 and r <= 64 and not drop:
+        return tile
+    return GemmTile(128, 128, 64, 4, 8, strips=2 if drop else 1)
+
+
 def dual_rank(r: int) -> int:
     """Ranks of the one block that the dual kernel keeps s in."""
     return max(16, next_power_of_2(r))
@@ -218,6 +242,24 @@ def flag(target: Target, dtype: torch.dtype, M: int, N: int, r: int, tma: bool) 
     return GemmTile(128, 256, 64, 3, 8, strips=2)
 
 
+def decode_cuda(target: Target, M: int, N: int, r: int) -> DecodeCudaTile:
+    """Blocks of 32 rows read x and A half as often as those of 16; there must be enough of them.
+    Before sm_90 there are no clusters and, on some devices, half the shared memory."""
+    if target.arch < 90:
+        return DecodeCudaTile(16, 4, 1)
+    rows = 32 if cdiv(N, 32) >= 2 * target.sms else 16
+    return DecodeCudaTile(rows, 8, 8 if r > 16 else 4)
+
+
+def _decode_cuda_tiles(target: Target) -> Iterator[DecodeCudaTile]:
+    for rows in (16, 32):
+        if target.arch < 90:
+            yield DecodeCudaTile(rows, 4, 1)
+        else:
+            yield from (DecodeCudaTile(rows, 8, cluster) for cluster in (1, 2, 4, 8))
+            yield DecodeCudaTile(rows, 4, 4)
+
+
 def _splits(extent: int) -> Iterator[dict[str, int]]:
     return ({"split": split} for split in (1, 2, 4, 8) if extent >= 512 * split)
 
@@ -242,6 +284,18 @@ def _gemm_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile,
     return few if M <= 512 else wide + few
 
 
+def _grouped_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]:
+    if M <= 512:
+        return ()
+    if target.arch < 90:
+        return (GemmTile(128, 128, 64, 3, 8),)
+    tiles = (GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
+    if not masked:
+        tiles += (GemmTile(256, 128, 64, 3, 8, 2),)
+        tiles += (GemmTile(128, 256, 64, 3, 8, 2),) if r <= 64 else ()
+    return tiles
+
+
 def _dual_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[DualTile, ...]:
     if M <= 16:
         deep = (DualTile(16, 32, 256, 4, 4),) if r <= 32 else ()
@@ -260,19 +314,28 @@ def _flag_tiles(target: Target, M: int, r: int) -> tuple[GemmTile, ...]:
     return (*wide, GemmTile(128, 128, 64, 4, 8, 2), GemmTile(64, 128, 64, 3, 4, 2))
 
 
+def _fields(tile: Tile) -> dict[str, int]:
+    return {name: value for name, value in tile._asdict().items() if value}
+
+
 def _variants(launch: str, call: Call, target: Target) -> Iterator[dict[str, int]]:
     """Fields worth timing for one launch of an aligned 16-bit call, beside the analytic tile."""
-    if launch in ("gemm", "dx"):
-        masked = call.dropout and launch == "dx"
-        for tile in _gemm_tiles(target, call.M, call.r, masked):
-            yield (tile._replace(strips=tile.bn // 64) if masked else tile)._asdict()
+    if launch in ("gemm", "dx", "dx_da"):
+        masked = call.dropout and launch != "gemm"
+        listed = _grouped_tiles if launch == "dx_da" else _gemm_tiles
+        for tile in listed(target, call.M, call.r, masked):
+            yield _fields(tile._replace(strips=tile.bn // 64) if masked else tile)
+        if launch == "gemm" and target.arch >= 90:
+            yield {"pdl": 1}
     elif launch == "dual":
         listed = _dual_tiles(target, call.M, call.r, call.dropout)
-        yield from (tile._asdict() for tile in listed)
+        yield from map(_fields, listed)
         if call.M <= 16 or (call.M <= 64 and not call.dropout):
             yield from ({"split": split} for split in (2, 4) if 512 * split <= call.K)
     elif launch == "flag":
-        yield from (tile._asdict() for tile in _flag_tiles(target, call.M, call.r))
+        yield from map(_fields, _flag_tiles(target, call.M, call.r))
+    elif launch == "decode_cuda":
+        yield from map(_fields, _decode_cuda_tiles(target))
     elif launch in ("expand", "expand_dx"):
         yield from ({"bn": 64}, {"bm": 32}, {"bm": 128, "warps": 8})
     elif launch == "ds_db":
@@ -295,9 +358,11 @@ def _launches(plan: str, call: Call) -> tuple[str, ...]:
             "decode": ("dual",),
             "dual": ("dual",),
             "flag": ("flag",),
+            "decode_cuda": ("decode_cuda",),
         }[plan]
     shared = ("ds_db",) if fuses_ds_db(getattr(torch, call.dtype), call.r) else ("ds", "db")
-    return (*shared, "da", "expand_dx" if plan == "cublas" else "dx")
+    last = {"cublas": "expand_dx", "shrink_gemm": "dx", "grouped": "dx_da"}
+    return (*shared, "da", last[plan])
 
 
 def candidates(call: Call, target: Target) -> list[tuple[str, dict[str, dict[str, int]]]]:
@@ -307,9 +372,9 @@ def candidates(call: Call, target: Target) -> list[tuple[str, dict[str, dict[str
     may join the best of each. What is listed for a rank is listed for every smaller one, except
     the launches of a backward that fuses ds and dB at one rank and not at the other.
     """
-    legal = PLANS
-    if call.op == "backward":  # the other plans share the backward of shrink_gemm
-        legal = legal[:3]
+    # The one-launch plans share the backward of shrink_gemm, and that plan the forward of grouped.
+    skipped = ("decode", "dual", "flag", "decode_cuda") if call.op == "backward" else ("grouped",)
+    legal = [plan for plan in PLANS if plan not in skipped]
     found = []
     for plan in (plan for plan in legal if refusal(plan, call) is None):
         found.append((plan, {}))

@@ -1,0 +1,73 @@
+"""The ops under torch.func.vmap.
+
+Where only the rows are batched (x, base_out, dy, s), there is no dropout and no gradient of a
+parameter is asked for, the batch becomes more rows of one call. Otherwise the op is called once for
+every element: with dropout because each has a mask from its own first row on, equal ones for
+randomness="same" (one seed), others for "different" (a batch of seeds).
+"""
+
+import torch
+from torch import Tensor
+
+# The arguments of [M, ...] and the place of dropout_p; the flags of gradients stand last.
+_ROWS = {
+    "lora_linear": ((0,), 6),
+    "lora_add": ((0, 1), 5),
+    "lora_linear_backward": ((0, 1, 5, 6), 8),
+    "lora_add_backward": ((0, 1, 4, 5), 7),
+}
+_PARAMETER_GRADIENTS = {"lora_linear_backward": 3, "lora_add_backward": 2}
+
+
+def register(library: torch.library.Library) -> None:
+    for name in (*_ROWS, "lora_add_"):
+        torch.library.register_vmap(f"lora_kernels::{name}", _rule(name), lib=library)
+
+
+def _rule(name: str):
+    op = getattr(torch.ops.lora_kernels, name).default
+
+    def rule(info, in_dims, *args):
+        if _only_rows(name, in_dims, args):
+            return _as_rows(op, _ROWS[name][0], info.batch_size, in_dims, args)
+        return _one_by_one(op, info.batch_size, in_dims, args)
+
+    return rule
+
+
+def _only_rows(name: str, in_dims: tuple, args: tuple) -> bool:
+    if name not in _ROWS:
+        return False
+    rows, dropout_p = _ROWS[name]
+    batched = {i for i, dim in enumerate(in_dims) if dim is not None}
+    flags = _PARAMETER_GRADIENTS.get(name, 0)
+    return args[dropout_p] == 0 and batched.issubset(rows) and not any(args[len(args) - flags :])
+
+
+def _as_rows(op, rows: tuple[int, ...], batch: int, in_dims: tuple, args: tuple):
+    args = list(args)
+    for i in rows:
+        dim = in_dims[i]
+        args[i] = args[i].expand(batch, *args[i].shape) if dim is None else args[i].movedim(dim, 0)
+    leading = args[rows[0]].shape[:2]
+    for i in rows:
+        args[i] = args[i].flatten(0, 1)
+    outputs = op(*args)
+    # What was not asked for is of size 0 and has one dimension.
+    dims = tuple(0 if output.dim() == 2 else None for output in outputs)
+    return tuple(o.unflatten(0, leading) if o.dim() == 2 else o for o in outputs), dims
+
+
+def _one_by_one(op, batch: int, in_dims: tuple, args: tuple):
+    if not op._schema.returns and in_dims[0] is None:
+        raise ValueError("base_out: is not batched by vmap, x or the adapter is; call lora_add")
+    if batch == 0:
+        raise ValueError("vmap: a batch of size 0 needs one where only x is batched, no dropout")
+    calls = [
+        op(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
+        for i in range(batch)
+    ]
+    if not op._schema.returns:
+        return None, None
+    outputs: tuple[Tensor, ...] = tuple(map(torch.stack, zip(*calls, strict=True)))
+    return outputs, (0,) * len(outputs)
