@@ -42,7 +42,7 @@ def save_adapter(
     An interrupted save leaves the old adapter: both files are written before either is replaced,
     and `load_adapter` notices files of two saves. An adapter started with PiSSA is written relative
     to the original base, as plain LoRA of rank 2r. All ranks of a sharded model make the call: it
-    gathers, and rank 0 writes.
+    gathers, and rank 0 writes. Names are those within DistributedDataParallel and torch.compile.
 
     Args:
         directory: made if missing.
@@ -52,8 +52,20 @@ def save_adapter(
     Raises:
         ValueError: the model has no LoRA layer. RuntimeError: it was merged with keep_base=False.
     """
+    model = _unwrapped(model)
     factors = {n: layer.delta_factors() for n, layer in adapters.require_layers(model)}
     _write(model, Path(directory), factors, base_model)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model whose names the files use."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _write(
@@ -162,7 +174,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             PEFT that this library lacks, or holds a tensor (named) that is non-finite or does not
             fit the model.
     """
-    directory = Path(directory)
+    model, directory = _unwrapped(model), Path(directory)
     config = _read_config(directory / CONFIG_NAME)
     tensors = _read_tensors(directory / WEIGHTS_NAME, config)
     targets.require_no_peft(model)

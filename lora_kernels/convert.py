@@ -1,17 +1,18 @@
 """Turning a model's linear layers into LoRA layers and back, in place."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels import adapters, targets
 from lora_kernels.adapters import lora_parameters
 from lora_kernels.checkpoint import guard_save_pretrained, release_save_pretrained
-from lora_kernels.layer import Init
+from lora_kernels.layer import Init, is_sharded
 from lora_kernels.nn import layer_class
 from lora_kernels.targets import Names
 
@@ -149,14 +150,33 @@ def unmerge_lora(model: nn.Module) -> None:
             layer.unmerge()
 
 
+def _require_whole(model: nn.Module, tensors: dict[str, Tensor], why: str) -> None:
+    """ValueError for a sharded model. FSDP shows its parameters whole at times, so it is asked for
+    by its modules too."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    managed = any(isinstance(module, fsdp) for module in model.modules())
+    for name, tensor in tensors.items():
+        if managed or is_sharded(tensor):
+            raise ValueError(f"model: {name} is sharded, {why}")
+
+
 def remove_lora(model: nn.Module) -> None:
     """Takes the adapters out: plain layers that share the base weights, as before `apply_lora`.
 
     Layers merged with keep_base=False keep the sum: `merge_lora(model, keep_base=False)` and then
     `remove_lora(model)` leave a plain model with the adapter in its weights. Where PiSSA took its
     principal part out of a weight, that part is added back (equal up to one rounding).
+
+    Raises:
+        ValueError: the model has no LoRA layer, or is sharded; it is unchanged then.
     """
-    adapters.require_layers(model)
+    weights = {f"{n}.weight": layer.weight for n, layer in adapters.require_layers(model)}
+    _require_whole(
+        model,
+        weights,
+        "its layers cannot be replaced; disable_adapters(model) computes the base, "
+        "merge_lora(model, keep_base=False) leaves the plain cost",
+    )
     adapters.detach(model)
     release_save_pretrained(model)
 
@@ -166,9 +186,17 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model computes what its base does, `modules_to_save` included; merged or not.
 
     For reference log-probabilities (DPO, GRPO) without a second model. Contexts may be nested.
+    ValueError for a sharded model with `modules_to_save`, whose originals are not sharded.
     """
     layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]
     saved = [saved for saved in adapters.saved_tensors(model) if not saved.swapped]
+    if saved:
+        _require_whole(
+            model,
+            {one.name: one.tensor for one in saved},
+            "it is trained in full and cannot be exchanged for its original; train it through an"
+            " adapter instead of modules_to_save",
+        )
     for layer in layers:
         layer._disabled = True
     adapters.swap_saved(saved)

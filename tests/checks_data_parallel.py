@@ -2,11 +2,13 @@
 rows."""
 
 import contextlib
+import functools
 import os
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from checks_tensor_parallel import refused
 from parallel_problem import (
     STEPS,
     Part,
@@ -23,16 +25,22 @@ from parallel_problem import (
     train,
     training_state,
 )
+from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_kernels import (
+    apply_lora,
+    disable_adapters,
+    evaluate_model,
     load_adapter,
     lora_parameters,
     lora_state_dict,
     merge_lora,
     remove_lora,
     save_adapter,
+    train_model,
     unmerge_lora,
 )
 
@@ -61,9 +69,9 @@ def check_ddp_accumulates():
 def check_fsdp():
     model = shard(build())
     weight = model[0].up.weight
-    assert weight.to_local().shape == (12, 16)
+    assert weight.to_local().shape == (16, 16)
     require_as_reference(model, build())
-    assert model[0].up.weight.to_local().shape == (12, 16)
+    assert model[0].up.weight.to_local().shape == (16, 16)
 
 
 def check_fsdp_with_activation_checkpoints():
@@ -153,7 +161,7 @@ def check_a_sharded_model_keeps_its_rank():
     model = shard(build())
     layer, before = model[0].up, list(model.parameters())
     try:
-        layer.set_adapter(torch.ones(2, 16), torch.ones(24, 2))
+        layer.set_adapter(torch.ones(2, 16), torch.ones(32, 2))
     except ValueError as error:
         assert "before" in str(error), error  # noqa: PT017
     else:
@@ -169,3 +177,90 @@ def check_merge_of_a_sharded_model():
     assert (model(batch()) - expected).norm() <= 1e-13 * expected.norm()
     unmerge_lora(model)
     assert all(map(torch.equal, before, (p.to_local() for p in model.parameters())))
+
+
+def check_disabled_adapters_of_a_sharded_model():
+    """What the base computes, within the context and in training beside it (a DPO step)."""
+    model, single = shard(build(dropout=0.0)), build(dropout=0.0)
+    remove_lora(single)
+    for _ in range(2):
+        with torch.no_grad(), disable_adapters(model):
+            base = model(batch())
+        expected = single(batch())
+        assert (base - expected).norm() <= 1e-13 * expected.norm()
+        assert (model(batch()) - expected).norm() > 1e-3 * expected.norm()
+        train(model, range(1))
+    model = shard(build(modules_to_save=["1.down"]))
+    words = "1.down.weight is sharded", "adapter instead of modules_to_save"
+    refused(lambda: disable_adapters(model).__enter__(), *words)
+    model.eval()(batch())
+    refused(lambda: disable_adapters(model).__enter__(), *words)
+
+
+def check_adapters_of_a_sharded_model_stay_in_it():
+    for options in ({}, {"reshard_after_forward": False}):
+        model = shard(build().eval(), **options)
+        for _ in range(2):
+            before = list(model.modules())
+            expected = model(batch())
+            refused(lambda m=model: remove_lora(m), "0.up.weight is sharded", "disable_adapters")
+            assert list(model.modules()) == before
+            assert torch.equal(model(batch()), expected)
+    torch.manual_seed(3)
+    plain = shard(nn.Sequential(nn.Sequential(nn.Linear(16, 16))))
+    refused(lambda: apply_lora(plain, 2), "0.0: its weight is sharded already", "fully_shard")
+    assert type(plain[0][0]) is nn.Linear
+
+
+def check_files_of_a_wrapped_model():
+    """Under DDP and torch.compile the files have the names of the model itself."""
+    with shared_folder() as folder:
+        model = DistributedDataParallel(build(), static_graph=True)
+        train(model)
+        save_adapter(model, folder)
+        dist.barrier()
+        single = build()
+        remove_lora(single)
+        load_adapter(single, folder)
+        require_close(model.module, single, 0)
+        again = torch.compile(DistributedDataParallel(build()), backend="eager")
+        load_adapter(again, folder)
+        require_close(model.module, again._orig_mod.module, 0)
+        save_adapter(again, folder + "/again")
+        dist.barrier()
+        weights = [f"{folder}/{name}adapter_model.safetensors" for name in ("", "again/")]
+        one, two = (load_file(path) for path in weights)
+        assert sorted(one) == sorted(two)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert "base_model.model.0.up.lora_A.weight" in one
+
+
+def check_the_training_recipe_on_a_sharded_model():
+    model = shard(build())
+    optimizer, data = optimizer_of(model), [(batch(), batch())] * 3
+    torch.manual_seed(5 + dist.get_rank())
+    args = {"progress": False, "max_grad_norm": 0.5}
+    history = train_model(model, data, nn.MSELoss(), optimizer, **args)
+    single = build()
+    expected = optimizer_of(single)
+    generators = [torch.Generator().manual_seed(5 + rank) for rank in range(dist.get_world_size())]
+    for step in range(3):
+        single.zero_grad()
+        for rank, generator in enumerate(generators):
+            torch.set_rng_state(generator.get_state())
+            loss = nn.MSELoss()(single(batch()), batch())
+            generator.set_state(torch.get_rng_state())
+            (loss / dist.get_world_size()).backward()
+            if rank == dist.get_rank():
+                assert abs(history.loss[step] - loss.item()) <= 1e-10 * loss.item()
+        norm = nn.utils.clip_grad_norm_(lora_parameters(single), 0.5)
+        assert abs(history.grad_norm[step] - norm.item()) <= 1e-10 * norm.item()
+        expected.step()
+    require_close(model, single, 1e-10)
+    evaluated = evaluate_model(model, data, nn.MSELoss(), progress=False)["loss"]
+    truth = evaluate_model(single, data, nn.MSELoss(), progress=False)["loss"]
+    assert abs(evaluated - truth) <= 1e-10 * truth
+    for wrong in ({"checkpoint": "run.pt"}, {"resume_from": "run.pt"}):
+        call = functools.partial(train_model, model, data, nn.MSELoss(), optimizer, **wrong)
+        refused(call, next(iter(wrong)), "sharded", "torch.distributed.checkpoint")
+    assert not os.path.exists("run.pt")

@@ -71,16 +71,16 @@ def check_gradients_of_both_dimensions():
 def check_every_parameter_is_split_twice():
     model = parallel(build(), mesh())
     block = model[0]
-    assert block.up.weight.to_local().shape == (6, 16)
-    assert block.down.weight.to_local().shape == (8, 12)
+    assert block.up.weight.to_local().shape == (8, 16)
+    assert block.down.weight.to_local().shape == (8, 16)
     assert block.up.lora_A.to_local().shape == (2, 16)
-    assert block.down.lora_A.to_local().shape == (2, 12)
+    assert block.down.lora_A.to_local().shape == (2, 16)
     assert block.up.lora_A.placements == (Shard(0), Replicate())
 
 
 def check_hybrid_sharding():
     model = shard(build(), mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard")))
-    assert model[0].up.weight.to_local().shape == (12, 16)
+    assert model[0].up.weight.to_local().shape == (16, 16)
     require_as_reference(model, build())
 
 
@@ -152,7 +152,7 @@ def check_checkpoint_of_two_ranks_loads_into_four():
         state = training_state(model, optimizer)
         dcp.load(state, checkpoint_id=folder)
         set_training_state(model, optimizer, state)
-    assert model[0].up.lora_B.to_local().shape == (6, 4)
+    assert model[0].up.lora_B.to_local().shape == (8, 4)
     require_close(model, single, 1e-10)
     rest = range(1, STEPS)
     losses = train(model, rest, optimizer=optimizer)

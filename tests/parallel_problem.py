@@ -32,7 +32,7 @@ STEPS = 3
 class Block(nn.Module):
     def __init__(self, checkpointed):
         super().__init__()
-        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
         self.checkpointed = checkpointed
 
     def compute(self, x):

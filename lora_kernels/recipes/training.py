@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.adapters import lora_layers
+from lora_kernels.layer import is_sharded, whole
 from lora_kernels.recipes import batches, resume
 from lora_kernels.recipes.batches import Count, Criterion
 
@@ -106,6 +107,7 @@ def train_model(
     if checkpoint_every is not None and checkpoint is None:
         raise ValueError("checkpoint_every: needs checkpoint, the file to write")
     _check_trainable(model, optimizer, autocast_dtype)
+    _require_whole_for_files(model, checkpoint=checkpoint, resume_from=resume_from)
     device = batches.place(model, device, optimizer)
     run = resume.Run(
         model,
@@ -176,7 +178,7 @@ def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, g
         losses.append(loss * (weight / total))
     scaler.unscale_(optimizer)
     trained = [p for p in good.parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(p.grad for p in trained)
+    norm = whole(torch.nn.utils.get_total_norm(p.grad for p in trained))
     # One wait for the device per step. The batches run one after another on it either way.
     *losses, grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
     where = f"at step {step} (epoch {run.epoch + 1}, batches {run.batches + 1}"
@@ -213,15 +215,18 @@ class _LastGood:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         held = (p for group in optimizer.param_groups for p in group["params"])
         self.parameters = [p for p in held if p.requires_grad]
-        self.copies = [p.detach().clone() for p in self.parameters]
+        self.copies = [p.clone() for p in self._local()]
 
-    @torch.no_grad()
+    def _local(self) -> list[Tensor]:
+        """The parameters' memory; of sharded ones this process's part."""
+        held = (p.detach() for p in self.parameters)
+        return [p.to_local() if is_sharded(p) else p for p in held]
+
     def keep(self) -> None:
-        torch._foreach_copy_(self.copies, self.parameters)
+        torch._foreach_copy_(self.copies, self._local())
 
-    @torch.no_grad()
     def stop(self, reason: str) -> None:
-        torch._foreach_copy_(self.parameters, self.copies)
+        torch._foreach_copy_(self._local(), self.copies)
         for parameter in self.parameters:
             parameter.grad = None
         raise FloatingPointError(
@@ -229,7 +234,7 @@ class _LastGood:
         )
 
     def require_finite(self, step: int) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
+        if not all(bool(whole(p.isfinite().all())) for p in self.parameters):
             self.stop(f"parameters are not finite after step {step}")
 
 
@@ -283,6 +288,15 @@ def _check_numbers(epochs, max_steps, accumulation_steps, max_grad_norm, checkpo
         raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
 
 
+def _require_whole_for_files(model: nn.Module, **paths: str | os.PathLike | None) -> None:
+    for name, path in paths.items():
+        if path is not None and any(map(is_sharded, model.parameters())):
+            raise ValueError(
+                f"{name}: the model is sharded, its parts belong in torch.distributed.checkpoint;"
+                " see examples/finetune_distributed.py"
+            )
+
+
 def _check_trainable(
     model: nn.Module, optimizer: torch.optim.Optimizer, autocast_dtype: torch.dtype | None
 ) -> None:
@@ -304,7 +318,7 @@ def _check_trainable(
             " lora_parameters(model)"
         )
     for parameter in held & trained.keys():
-        if not parameter.isfinite().all():
+        if not whole(parameter.isfinite().all()):
             raise ValueError(f"model: {trained[parameter]} holds values that are inf or nan")
     if autocast_dtype == torch.float16:
         for parameter, name in trained.items():
