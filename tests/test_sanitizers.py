@@ -4,7 +4,7 @@ strides, and arguments that must be refused before memory is touched."""
 import pytest
 import sanitize
 
-TESTS = ("any_layout", "no_rows", "each_argument", "what_lies_beside", "wrong_arguments")
+TESTS = ("any_layout", "no_rows", "each_argument", "what_lies_beside", "wrong_arguments", "masters")
 
 
 @pytest.mark.skipif(sanitize.compiler() is None, reason="no C++ compiler here")
