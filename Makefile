@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test codegen mutants bench lint clean
+.PHONY: setup demo test codegen mutants sanitize bench lint clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,9 @@ codegen: setup
 
 mutants: setup
 	OMP_NUM_THREADS=1 $(PY) tests/mutants.py $(ARGS)
+
+sanitize: setup
+	$(PY) tests/sanitize.py $(ARGS)
 
 bench: setup
 	$(PY) benchmarks/layer.py --out bench_output/layer.json $(ARGS)

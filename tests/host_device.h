@@ -1,6 +1,7 @@
 // Stands in for csrc/cuda/device.cuh: a kernel's threads run as fibers of one host thread, taking
-// turns at every barrier. Copies land when they are waited for, on slots that are poisoned until
-// then. Blocks of a cluster run together, clusters one after the other.
+// turns at every barrier, in ascending order in one cluster and descending in the next. Copies land
+// when they are waited for, on slots that are poisoned until then. Blocks of a cluster run together,
+// clusters one after the other.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -208,7 +209,8 @@ inline void run_grid(int blocks, int threads, int peers, int shared_bytes,
     }
     for (bool left = true; left;) {
       left = grid.progress = false;
-      for (Fiber& fiber : fibers) {
+      for (size_t i = 0; i < fibers.size(); ++i) {
+        Fiber& fiber = fibers[grid.block / peers % 2 ? fibers.size() - 1 - i : i];
         if (fiber.done) continue;
         left = true;
         grid.now = &fiber;

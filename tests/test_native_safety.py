@@ -155,6 +155,20 @@ def test_no_rows(dtype):
     OPS._expand_cpu(low, matrix, None, 1.0, 0, None, False, 0, rows)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("isa", ISAS)
+def test_masters_are_rounded_at_use(dtype, isa):
+    """A difference that is lost in the rounding of the fp32 operand, or else all that is left."""
+    lost = torch.finfo(dtype).eps / 4
+    ones = torch.tensor([[1.0, -1.0]], dtype=dtype)
+    shrunk, out = torch.full((1, 1), 7.0, dtype=dtype), torch.full((1, 1), 7.0, dtype=dtype)
+    master = torch.tensor([[1.0 + lost, 1.0]])
+    OPS._shrink_cpu(ones, master, None, 1.0, 1.0, 0, None, isa, shrunk, None)
+    OPS._expand_cpu(ones, master.t(), None, 1.0, 0, None, False, isa, out)
+    assert shrunk == 0
+    assert out == 0
+
+
 # ------------------------------------------------------------------------------------ the public op
 
 

@@ -8,6 +8,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
+#include <mutex>
 #include <optional>
 
 #include "decode.cuh"
@@ -21,6 +23,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxExtent = int64_t{1} << 30;  // of a dimension: indices within one are ints
 constexpr int64_t kMaxCluster = 8;
+constexpr int kDevices = 64;  // whose attributes are remembered
 
 void check_cuda(cudaError_t status, const char* what) {
   STD_TORCH_CHECK(status == cudaSuccess, "lora_kernels: ", what, ": ", cudaGetErrorString(status));
@@ -59,14 +62,25 @@ void check_output(const Tensor& t, const char* name, int64_t rows, int64_t colum
   STD_TORCH_CHECK(t.is_contiguous(), name, ": must be contiguous");
 }
 
+// Allows a kernel this much shared memory. Asking costs as much as a launch, so once per device.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, int bytes, int device, std::atomic<int>* allowed) {
+  if (device < kDevices && allowed[device].load(std::memory_order_acquire) >= bytes) return;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (device < kDevices && allowed[device].load(std::memory_order_relaxed) >= bytes) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             "shared memory of the decode kernel");
+  if (device < kDevices) allowed[device].store(bytes, std::memory_order_release);
+}
+
 template <typename T, typename A, int TILES, int HALVES>
 void launch(const DecodeArguments& arguments, int threads, int cluster, int device) {
   using Shape = DecodeShape<TILES, HALVES>;
   const auto kernel = decode_kernel<T, A, TILES, HALVES>;
   const int bytes = Shape::shared_bytes(threads);
-  check_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-      "shared memory of the decode kernel");
+  static std::atomic<int> allowed[kDevices];
+  allow_shared(kernel, bytes, device, allowed);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int tiles = (arguments.N + Shape::kRows - 1) / Shape::kRows;
