@@ -78,6 +78,17 @@ def check_every_parameter_is_split_twice():
     assert block.up.lora_A.placements == (Shard(0), Replicate())
 
 
+def check_adapters_drawn_after_sharding():
+    """Ranks with different seeds agree on every copy."""
+    model, single = parallel(build(), mesh()), build()
+    for one, seed in ((model, 7 * dist.get_rank()), (single, 0)):
+        torch.manual_seed(seed)
+        for name in ("0.up", "0.down", "1.up", "1.down"):
+            one.get_submodule(name).reset_lora_parameters()
+    for one, two in zip(model.parameters(), single.parameters(), strict=True):
+        assert torch.equal(whole(one), two)
+
+
 def check_hybrid_sharding():
     model = shard(build(), mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard")))
     assert model[0].up.weight.to_local().shape == (16, 16)
