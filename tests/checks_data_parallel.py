@@ -96,6 +96,24 @@ def check_fsdp_with_mixed_precision():
     assert model[0].up.lora_A.dtype == torch.float32
 
 
+def check_fsdp_with_master_adapters_on_a_16_bit_base():
+    options = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32}
+    model = shard(build(**options))
+    require_as_reference(model, build(**options), 1e-6, torch.bfloat16)
+    assert model[0].up.weight.dtype == torch.bfloat16
+    assert model[0].up.lora_A.dtype == torch.float32
+
+
+def check_compiled_fsdp():
+    """torch.compile breaks the graph at FSDP's hooks; results and gradients are the same."""
+    model, single = shard(build()), build()
+    for one in (torch.compile(model, backend="aot_eager"), single):
+        torch.manual_seed(5)
+        one(batch()).square().sum().backward()
+    for one, two in zip(lora_parameters(model), lora_parameters(single), strict=True):
+        assert torch.allclose(whole(one.grad), two.grad, rtol=1e-12, atol=1e-14)
+
+
 def check_fsdp_with_cpu_offload():
     model = shard(build(), offload_policy=CPUOffloadPolicy(pin_memory=False))
     require_as_reference(model, build())
