@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -71,9 +72,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _write(
     model: nn.Module,
     directory: Path,
-    factors: dict[str, tuple[Tensor, Tensor]],
+    factors: dict[str, Sequence[Tensor]],
     base_model: str | None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> None:
+    """Of what is `given`, by its name in the model, those tensors; the model's own otherwise."""
     from safetensors.torch import save_file
 
     tensors = {}
@@ -83,7 +86,7 @@ def _write(
         for part, tensor in zip("AB", factors[name], strict=True):
             tensors[f"{_PREFIX}{name}.lora_{part}.weight"] = tensor
     for saved in adapters.saved_tensors(model):
-        tensors[_PREFIX + saved.name] = saved.trained
+        tensors[_PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
     sharded = any(map(is_sharded, tensors.values()))
     tensors = {
@@ -405,15 +408,23 @@ def release_save_pretrained(model: nn.Module) -> None:
 def _save_pretrained(
     model: nn.Module,
     save_directory: str | os.PathLike,
-    *args,
     is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    *args,
     **kwargs,
 ) -> object:
+    """Given the state of a sharded model, as Trainer gives it, one rank may call; otherwise all."""
+    given = dict(state_dict or {})  # Transformers takes entries out as it writes them
     result = type(model).save_pretrained(
-        model, save_directory, *args, is_main_process=is_main_process, **kwargs
+        model, save_directory, is_main_process, state_dict, *args, **kwargs
     )
     layers = dict(lora_layers(model))
-    if not is_main_process or not layers:
+    parts = {
+        name: [given.get(f"{name}.{key}", getattr(layer, key)) for key in ("lora_A", "lora_B")]
+        for name, layer in layers.items()
+    }
+    gathers = any(is_sharded(tensor) for pair in parts.values() for tensor in pair)
+    if not layers or not (is_main_process or gathers):
         return result
     if any(layer._merged == "final" for layer in layers.values()):
         # The weights hold the adapter; files of an earlier save would add it a second time.
@@ -421,6 +432,5 @@ def _save_pretrained(
             Path(save_directory, name).unlink(missing_ok=True)
     else:
         # Relative to the base beside it, which for PiSSA is what is left of the weight.
-        factors = {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}
-        _write(model, Path(save_directory), factors, base_model=None)
+        _write(model, Path(save_directory), parts, None, given)
     return result

@@ -4,6 +4,7 @@ rows."""
 import contextlib
 import functools
 import os
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,9 +30,14 @@ from parallel_problem import (
 )
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels import (
     apply_lora,
@@ -304,3 +310,38 @@ def check_initialised_after_sharding():
             one.get_submodule(name).reset_lora_parameters()
     for one, two in zip(model.parameters(), single.parameters(), strict=True):
         assert torch.equal(whole(one), two)
+
+
+def check_save_pretrained_of_a_sharded_model():
+    """With the gathered state, as Trainer hands it over, rank 0 alone makes the call; without it
+    all ranks do. Neither may wait for the other."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(config)
+    single = LlamaForCausalLM(config)
+    single.load_state_dict(model.state_dict())
+    apply_lora(model, 4, alpha=8, modules_to_save=["lm_head"])
+    for parameter in lora_parameters(model):
+        nn.init.normal_(parameter, std=0.2)
+    fully_shard(model.model.layers[0])
+    fully_shard(model)
+    expected = [whole(p).detach().clone() for p in lora_parameters(model)]
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    with shared_folder() as folder:
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder + "/one", state_dict=state)
+        dist.barrier()
+        # Transformers gathers by itself only what it has sharded by itself.
+        with mock.patch.object(LlamaForCausalLM, "save_pretrained"):
+            model.save_pretrained(folder + "/all", is_main_process=dist.get_rank() == 0)
+        dist.barrier()
+        for name in ("one", "all"):
+            if name == "all":
+                remove_lora(single)
+            load_adapter(single, f"{folder}/{name}")
+            for one, two in zip(lora_parameters(single), expected, strict=True):
+                assert torch.equal(one, two), name

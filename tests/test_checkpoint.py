@@ -122,6 +122,22 @@ def test_a_damaged_file_is_named_and_changes_nothing(tmp_path, change, message, 
         assert torch.equal(after[name], value), name
 
 
+def test_save_pretrained_takes_the_given_state(tmp_path):
+    """Trainer hands over a state that it gathered; positional arguments are as in Transformers."""
+    model = llama()
+    apply_lora(model, 4, target_modules=["q_proj"])
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    name = next(key for key in state if key.endswith("lora_B"))
+    state[name].fill_(0.5)
+    model.save_pretrained(tmp_path, True, state)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model." + name.replace("lora_B", "lora_B.weight")
+    assert torch.equal(saved[key], torch.full_like(saved[key], 0.5))
+    assert not model.get_parameter(name).any()
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other" / "adapter_config.json").exists()
+
+
 def test_save_pretrained_keeps_the_adapters(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
