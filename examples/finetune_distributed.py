@@ -32,7 +32,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels import apply_lora, lora_parameters, save_adapter
-from lora_kernels.checkpoint import replace_atomically
 
 KEPT_CHECKPOINTS = 2
 
@@ -55,7 +54,8 @@ def prepare_data(out: Path, vocabulary: int, length: int, limit: int) -> tuple[T
         tokenizer = train_tokenizer(train, vocabulary)
         tokenizer.save(str(out / "tokenizer.json"))
         data = [sequences(tokenizer, text, length, 4096) for text in (train, test)]
-        replace_atomically(path, lambda temporary: torch.save(data, temporary))
+        torch.save(data, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)  # all of it or nothing
     dist.barrier()
     train, test = torch.load(path)
     return train, test

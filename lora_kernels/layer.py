@@ -162,11 +162,12 @@ class LoRALayer(nn.Module):
     def reset_lora_parameters(self) -> None:
         """A Kaiming-uniform, B zero, as in PEFT; the layer's output is then the base's.
 
+        All ranks of a sharded layer make the call; they get the A of one process.
         What PiSSA took out of the base is added back.
         """
         self._require_unmerged("reset_lora_parameters")
         self._return_pissa()
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        _draw(self.lora_A)
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -448,6 +449,20 @@ def refusal(linear: nn.Module) -> str | None:
     if "forward" in vars(linear):
         return "has its forward overridden on the instance; remove that first"
     return None
+
+
+def _draw(A: Tensor) -> None:
+    """Kaiming-uniform. Each rank drawing its own part would draw the same rows from equal seeds,
+    and other copies from different ones, so the first rank's draw goes to all."""
+    if not is_sharded(A) or A.is_meta:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        return
+    mesh = A.device_mesh
+    value = torch.empty(A.shape, dtype=A.dtype, device=mesh.device_type)
+    nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+    for i in range(mesh.ndim):
+        torch.distributed.broadcast(value, group=mesh.get_group(i), group_src=0)
+    copy_whole(A, value)
 
 
 def is_sharded(tensor: Tensor) -> bool:

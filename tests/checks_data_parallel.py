@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from checks_tensor_parallel import refused
 from parallel_problem import (
     STEPS,
+    Block,
     Part,
     batch,
     build,
@@ -24,9 +25,11 @@ from parallel_problem import (
     shared_folder,
     train,
     training_state,
+    whole,
 )
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,6 +94,24 @@ def check_fsdp_with_mixed_precision():
     assert model(batch(torch.float32)).dtype == torch.bfloat16
     require_as_reference(model, single, 1e-6, torch.float32, torch.bfloat16)
     assert model[0].up.lora_A.dtype == torch.float32
+
+
+def check_fsdp_with_master_adapters_on_a_16_bit_base():
+    options = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32}
+    model = shard(build(**options))
+    require_as_reference(model, build(**options), 1e-6, torch.bfloat16)
+    assert model[0].up.weight.dtype == torch.bfloat16
+    assert model[0].up.lora_A.dtype == torch.float32
+
+
+def check_compiled_fsdp():
+    """torch.compile breaks the graph at FSDP's hooks; results and gradients are the same."""
+    model, single = shard(build()), build()
+    for one in (torch.compile(model, backend="aot_eager"), single):
+        torch.manual_seed(5)
+        one(batch()).square().sum().backward()
+    for one, two in zip(lora_parameters(model), lora_parameters(single), strict=True):
+        assert torch.allclose(whole(one.grad), two.grad, rtol=1e-12, atol=1e-14)
 
 
 def check_fsdp_with_cpu_offload():
@@ -264,3 +285,22 @@ def check_the_training_recipe_on_a_sharded_model():
         call = functools.partial(train_model, model, data, nn.MSELoss(), optimizer, **wrong)
         refused(call, next(iter(wrong)), "sharded", "torch.distributed.checkpoint")
     assert not os.path.exists("run.pt")
+
+
+def check_initialised_after_sharding():
+    """Made without memory, sharded, then filled: the base from rank 0, the adapters as in one
+    process with rank 0's seed."""
+    single = build(torch.float32, dropout=0.0)
+    base = {k: v for k, v in single.state_dict().items() if "lora" not in k}
+    with torch.device("meta"):
+        model = nn.Sequential(Block(False), Block(False))
+        apply_lora(model, 4, alpha=8)
+    shard(model).to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, base if dist.get_rank() == 0 else {}, options=options)
+    for one, seed in ((model, 7 * dist.get_rank()), (single, 0)):
+        torch.manual_seed(seed)
+        for name in ("0.up", "0.down", "1.up", "1.down"):
+            one.get_submodule(name).reset_lora_parameters()
+    for one, two in zip(model.parameters(), single.parameters(), strict=True):
+        assert torch.equal(whole(one), two)

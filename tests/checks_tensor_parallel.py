@@ -197,6 +197,21 @@ def check_styles_communicate_once():
     ]  # fmt: skip
 
 
+def check_compiled_layers_and_inference():
+    x = torch.randn(2, 6, 32, dtype=torch.float64)
+    single, model = block(dropout=0.25), block(dropout=0.25)
+    parallelize_module(model, mesh(), {"0": ColwiseParallelLoRA(), "2": RowwiseParallelLoRA()})
+    for one in (torch.compile(model, backend="aot_eager"), single):
+        torch.manual_seed(7)
+        one(x).square().sum().backward()
+    for one, two in zip(lora_parameters(model), lora_parameters(single), strict=True):
+        close(one.grad, two.grad)
+    model.eval(), single.eval()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            close(model(x), single(x))
+
+
 def check_sequence_parallel_layouts():
     x = torch.randn(2, 6, 32, dtype=torch.float64)
     single = block(dropout=0.25)

@@ -78,6 +78,17 @@ def check_every_parameter_is_split_twice():
     assert block.up.lora_A.placements == (Shard(0), Replicate())
 
 
+def check_adapters_drawn_after_sharding():
+    """Ranks with different seeds agree on every copy."""
+    model, single = parallel(build(), mesh()), build()
+    for one, seed in ((model, 7 * dist.get_rank()), (single, 0)):
+        torch.manual_seed(seed)
+        for name in ("0.up", "0.down", "1.up", "1.down"):
+            one.get_submodule(name).reset_lora_parameters()
+    for one, two in zip(model.parameters(), single.parameters(), strict=True):
+        assert torch.equal(whole(one), two)
+
+
 def check_hybrid_sharding():
     model = shard(build(), mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard")))
     assert model[0].up.weight.to_local().shape == (16, 16)
@@ -111,6 +122,26 @@ def check_checkpoint_of_both_dimensions():
         dcp.load(state, checkpoint_id=folder + "/adapters")
         single.load_state_dict(state, strict=False)
         require_close(model, single, 0)
+
+
+def check_checkpoint_loads_on_another_mesh():
+    """Adapters and optimizer of four FSDP ranks, on two by two."""
+    grid = mesh()
+    with shared_folder() as folder:
+        model = shard(build())
+        optimizer = optimizer_of(model)
+        train(model, range(2), optimizer=optimizer)
+        dcp.save(training_state(model, optimizer), checkpoint_id=folder)
+        again = parallel(build(), grid)
+        other = optimizer_of(again)
+        state = training_state(again, other)
+        dcp.load(state, checkpoint_id=folder)
+        set_training_state(again, other, state)
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(whole(one), whole(two))
+    for one, two in zip(lora_parameters(model), lora_parameters(again), strict=True):
+        for key, moment in optimizer.state[one].items():
+            assert torch.equal(whole(moment), whole(other.state[two][key])), key
 
 
 def check_adapter_files_of_both_dimensions():

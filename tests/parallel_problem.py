@@ -110,7 +110,8 @@ def reference(
                 losses.append(loss.item())
             own = torch.autograd.grad(loss, list(lora_parameters(copied)))
             gradients = [
-                total + g.to(dtype) / part.count for total, g in zip(gradients, own, strict=True)
+                total + g.to(p.dtype) / part.count
+                for total, g, p in zip(gradients, own, lora_parameters(model), strict=True)
             ]
         for parameter, gradient in zip(lora_parameters(model), gradients, strict=True):
             parameter.grad = gradient

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-_TIMEOUT = timedelta(seconds=60)
+_TIMEOUT = timedelta(seconds=180)
 
 
 def checks(module):
