@@ -67,7 +67,7 @@ MUTANTS = {
     "forward mode not refused": (OPS, "if forward_ad._current_level < 0:", "if True:", "ops"),
     "flops without the branch": ("_flops.py", "(K * N + r * (K + N))", "K * N", "ops"),
     "flops never registered": ("_flops.py", "sys.meta_path.insert(0, _Finder())", "pass", "import"),
-    "dual tensors not refused": (OPS, "    refuse_forward_mode(args)\n    return _FUNCTIONS", "    return _FUNCTIONS", "ops"),
+    "dual tensors not refused": (OPS, "        refuse_forward_mode(args)\n        return _FUNCTIONS", "        return _FUNCTIONS", "ops"),
     "jvp not refused": (OPS, "        refuse_forward_mode(args)\n        if not (", "        if not (", "transforms"),
     "no graph below a level of grad": (OPS, "with torch.enable_grad(), forward_ad", "with forward_ad", "transforms"),
     "no tangents below a level of grad": (OPS, "forward_ad._set_fwd_grad_enabled(True):", "forward_ad._set_fwd_grad_enabled(False):", "transforms"),

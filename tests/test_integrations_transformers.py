@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_kernels import (
+    adjust_rank,
     apply_lora,
     disable_adapters,
     fuse_peft,
@@ -188,6 +189,19 @@ def test_pissa_of_gpt2_is_saved_for_the_original_base(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     theirs = peft.PeftModel.from_pretrained(build("gpt2"), tmp_path)
     assert_close(logits(theirs, "gpt2"), logits(model, "gpt2"))
+
+
+def test_the_rank_of_gpt2_is_adjusted():
+    batch = inputs("gpt2")
+    model = adapted("gpt2").train()
+    loader = [{**batch, "labels": batch["input_ids"]}] * 2
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    adjust_rank(model, 4, 2, loader, None, optimizer)
+    layer = model.get_submodule(C_ATTN)
+    assert (layer.lora_A.shape, layer.lora_B.shape) == ((2, 32), (96, 2))
+    before = logits(model, "gpt2")
+    merge_lora(model)
+    assert_close(logits(model, "gpt2"), before)
 
 
 def test_a_conv1d_says_what_it_is_made_from():

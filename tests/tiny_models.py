@@ -25,8 +25,9 @@ def mistral():
 
 def gpt2(**options):
     config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=48, bos_token_id=0,
-        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **options,
+        **{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "n_head": 4, "n_inner": 48,
+           "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0,
+           "embd_pdrop": 0.0, "attn_pdrop": 0.0, **options},
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
