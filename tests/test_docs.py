@@ -7,6 +7,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,23 @@ def test_called_from_cpp(their_library, dtype, p):
         assert torch.equal(one, two)
     with torch.inference_mode():
         assert torch.equal(their_library.project(*tensors, 2.0, p, seed), expected)
+
+
+def test_called_from_cpp_in_several_threads(their_library):
+    """Each thread's calls, some of them refused, are its own."""
+
+    def calls(index):
+        generator = torch.Generator().manual_seed(index)
+        shapes = ((9, 16), (8, 16), (2, 16), (8, 2))
+        for _ in range(50):
+            x, weight, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
+            with pytest.raises(RuntimeError, match="lora_kernels::lora_linear"):
+                their_library.project(x, weight, a, b[:-1], 1.0, 0.0, None)
+            y = their_library.project(x, weight, a, b, 1.0, 0.0, None)
+            assert torch.equal(y, lora_kernels.lora_linear(x, weight, a, b))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(calls, range(4)))
 
 
 def test_bad_input_from_cpp_is_refused(their_library):
