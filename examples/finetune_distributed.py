@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,7 +129,7 @@ class Training:
             cuda = torch.cuda.is_available()
             (torch.cuda if cuda else torch).set_rng_state(state[generator])
         if dist.get_rank() == 0:
-            print(f"resumed from {path}", flush=True)
+            say(f"resumed from {path}")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -149,6 +150,12 @@ def held_out_loss(model: nn.Module, data: Tensor, device: torch.device) -> float
     dist.all_reduce(total)
     model.train()
     return (total[0] / total[1]).item()
+
+
+def say(line: str) -> None:
+    """In one write, so that the lines of several processes stay whole."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def start_processes(backend: str) -> tuple[int, int]:
@@ -197,7 +204,7 @@ def main() -> None:
 
     run = Training(model, optimizer, args.steps)
     run.resume(args.out)
-    print(f"rank {rank} of {world}: process {os.getpid()}, from step {run.step}", flush=True)
+    say(f"rank {rank} of {world}: process {os.getpid()}, from step {run.step}")
     data = batches(train, run.position, args.batch_size)
     model.train()
     while run.step < args.steps:
@@ -211,7 +218,7 @@ def main() -> None:
         run.losses[run.step] = mean.item() / world
         run.step, run.position = run.step + 1, run.position + args.batch_size
         if rank == 0:
-            print(f"step {run.step}: loss {run.losses[run.step - 1]:.4f}", flush=True)
+            say(f"step {run.step}: loss {run.losses[run.step - 1]:.4f}")
         if run.step % args.save_every == 0 or run.step == args.steps:
             run.save(args.out)
 
@@ -220,7 +227,7 @@ def main() -> None:
     if rank == 0:
         result = {"losses": run.losses.tolist(), "held-out loss": final}
         (args.out / "result.json").write_text(json.dumps(result))
-        print(f"held-out loss {final:.4f}; adapter in {args.out / 'adapter'}", flush=True)
+        say(f"held-out loss {final:.4f}; adapter in {args.out / 'adapter'}")
     dist.destroy_process_group()
 
 

@@ -37,14 +37,14 @@ def run(out, *options, kill_at=()):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     # On SIGTERM it takes its workers along, which are in sessions of their own.
-    watchdog = threading.Timer(90, process.terminate)
+    watchdog = threading.Timer(240, process.terminate)
     watchdog.start()
     lines, worker, due = [], None, list(kill_at)
     for line in process.stdout:
         lines.append(line)
-        if found := re.match(r"rank 1 of 2: process (\d+)", line):
+        if found := re.search(r"rank 1 of 2: process (\d+)", line):
             worker = int(found[1])
-        found = re.match(r"step (\d+):", line)
+        found = re.search(r"step (\d+):", line)
         if found and due and worker and int(found[1]) >= due[0]:
             os.kill(worker, signal.SIGKILL)
             due.pop(0)
