@@ -105,7 +105,8 @@ def reference(
         gradients = [0.0 for _ in lora_parameters(model)]
         for index in range(part.count):
             copied = copy.deepcopy(model).to(compute_dtype) if compute_dtype else model
-            loss = loss_of(copied, batch(compute_dtype or dtype), step, Part(index, part.count))
+            x = batch(dtype).to(compute_dtype or dtype)
+            loss = loss_of(copied, x, step, Part(index, part.count))
             if index == part.index:
                 losses.append(loss.item())
             own = torch.autograd.grad(loss, list(lora_parameters(copied)))

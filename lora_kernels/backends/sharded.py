@@ -142,7 +142,8 @@ def _local(key: str, tensor: DTensor, split: list[str | None]) -> Tensor:
     for i in once:
         wanted[i] = Replicate()
     if tensor.placements != tuple(wanted):
-        tensor = tensor.redistribute(placements=wanted)
+        # Detached: torch 2.11 would detach the result in place, which no DTensor can.
+        tensor = tensor.detach().redistribute(placements=wanted)
     local = tensor.to_local()
     first = all(tensor.device_mesh.get_local_rank(i) == 0 for i in once)
     return local if first else torch.zeros_like(local)
