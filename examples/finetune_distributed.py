@@ -228,6 +228,7 @@ def main() -> None:
         result = {"losses": run.losses.tolist(), "held-out loss": final}
         (args.out / "result.json").write_text(json.dumps(result))
         say(f"held-out loss {final:.4f}; adapter in {args.out / 'adapter'}")
+    dist.barrier()  # nobody leaves while rank 0 writes: torch 2.11 may abort then
     dist.destroy_process_group()
 
 
