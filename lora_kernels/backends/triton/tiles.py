@@ -204,6 +204,8 @@ def dx_da(
         return tile._replace(bm=128, bk=32, warps=8)
     if tile.bn == 256 and r <= 64 and not drop:
         return tile
+    if target.arch >= 100:
+        return GemmTile(128, 128, 64, 3, 8, strips=2)
     return GemmTile(128, 128, 64, 4, 8, strips=2 if drop else 1)
 
 
