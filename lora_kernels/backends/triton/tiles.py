@@ -205,7 +205,7 @@ def dx_da(
     if tile.bn == 256 and r <= 64 and not drop:
         return tile
     if target.arch >= 100:
-        return GemmTile(128, 128, 64, 3, 8, strips=2)
+        return GemmTile(128, 128, 64, 4 if drop else 3, 8, strips=2)
     return GemmTile(128, 128, 64, 4, 8, strips=2 if drop else 1)
 
 
