@@ -16,10 +16,10 @@ DIMENSIONS = {
 }  # fmt: skip
 NOT_GIVEN = (0,)  # the shape in which a backward op gets and returns what is not needed
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Dtypes beside that of the first tensor: fp32 master copies, and what autocast leaves as it is.
 _ALSO = {
-    "lora_a": _DTYPES[:1], "lora_b": _DTYPES[:1], "weight": _DTYPES[:3], "bias": _DTYPES[:3],
+    "lora_a": DTYPES[:1], "lora_b": DTYPES[:1], "weight": DTYPES[:3], "bias": DTYPES[:3],
 }  # fmt: skip
 _READERS = {"x": ("need_weight", "need_a"), "s": ("need_b",)}
 
@@ -35,7 +35,7 @@ def checker(names: Sequence[str]) -> Callable[[Sequence], None]:
         sizes: dict[str, int] = {}
         leading = args[0]
         dtype, device = leading.dtype, leading.device
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise TypeError(
                 f"{names[0]}: expected float32, float16, bfloat16 or float64, got {dtype}"
             )
@@ -85,13 +85,17 @@ def _check_other_dtype(first: str, dtype: torch.dtype, key: str, tensor: Tensor)
         raise TypeError(f"{key}: expected {expected}, got {tensor.dtype}")
 
 
-def _check_values(
-    scaling: float, dropout_p: float, seed: Tensor | None, device: torch.device
-) -> None:
+def check_range(scaling: float, dropout_p: float) -> None:
     if not abs(scaling) <= sys.float_info.max:
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+
+
+def _check_values(
+    scaling: float, dropout_p: float, seed: Tensor | None, device: torch.device
+) -> None:
+    check_range(scaling, dropout_p)
     if seed is None:
         if dropout_p:
             raise ValueError(f"seed: expected an int64 tensor with dropout_p {dropout_p}, got None")

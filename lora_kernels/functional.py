@@ -1,13 +1,9 @@
 """What other libraries call: checks, autocast and flattening around the ops of `_ops`."""
 
-import sys
-
 import torch
 from torch import Tensor
 
-from lora_kernels import _ops
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from lora_kernels import _checks, _ops
 
 
 def lora_linear(
@@ -215,12 +211,12 @@ def _autocast(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor
 def _check_dtypes(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, others: dict[str, Tensor | None], autocast: bool
 ) -> None:
-    if x.dtype not in _DTYPES:
+    if x.dtype not in _checks.DTYPES:
         raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     for name, tensor in others.items():
         if tensor is None or tensor.dtype == x.dtype:
             continue
-        if not (autocast and tensor.dtype in _DTYPES[:3]):
+        if not (autocast and tensor.dtype in _checks.DTYPES[:3]):
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
         if tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
@@ -241,10 +237,7 @@ def _check_values(
     for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
         if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat)):
             raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not abs(scaling) <= sys.float_info.max:
-        raise ValueError(f"scaling: expected a finite number, got {scaling}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    _checks.check_range(scaling, dropout_p)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(

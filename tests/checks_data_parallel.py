@@ -21,6 +21,7 @@ from parallel_problem import (
     optimizer_of,
     require_as_reference,
     require_close,
+    require_equal_draws,
     set_training_state,
     shard,
     shared_folder,
@@ -304,12 +305,7 @@ def check_initialised_after_sharding():
     shard(model).to_empty(device="cpu")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, base if dist.get_rank() == 0 else {}, options=options)
-    for one, seed in ((model, 7 * dist.get_rank()), (single, 0)):
-        torch.manual_seed(seed)
-        for name in ("0.up", "0.down", "1.up", "1.down"):
-            one.get_submodule(name).reset_lora_parameters()
-    for one, two in zip(model.parameters(), single.parameters(), strict=True):
-        assert torch.equal(whole(one), two)
+    require_equal_draws(model, single)
 
 
 def check_save_pretrained_of_a_sharded_model():

@@ -15,6 +15,7 @@ from parallel_problem import (
     reference,
     require_as_reference,
     require_close,
+    require_equal_draws,
     set_training_state,
     shard,
     shared_folder,
@@ -81,12 +82,7 @@ def check_every_parameter_is_split_twice():
 def check_adapters_drawn_after_sharding():
     """Ranks with different seeds agree on every copy."""
     model, single = parallel(build(), mesh()), build()
-    for one, seed in ((model, 7 * dist.get_rank()), (single, 0)):
-        torch.manual_seed(seed)
-        for name in ("0.up", "0.down", "1.up", "1.down"):
-            one.get_submodule(name).reset_lora_parameters()
-    for one, two in zip(model.parameters(), single.parameters(), strict=True):
-        assert torch.equal(whole(one), two)
+    require_equal_draws(model, single)
 
 
 def check_hybrid_sharding():

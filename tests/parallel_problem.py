@@ -171,3 +171,13 @@ def shared_folder():
     dist.broadcast_object_list(names)
     yield names[0]
     dist.barrier()
+
+
+def require_equal_draws(model, single):
+    """Ranks with different seeds draw adapters of which all copies agree, as one process does."""
+    for one, seed in ((model, 7 * dist.get_rank()), (single, 0)):
+        torch.manual_seed(seed)
+        for name in ("0.up", "0.down", "1.up", "1.down"):
+            one.get_submodule(name).reset_lora_parameters()
+    for one, two in zip(model.parameters(), single.parameters(), strict=True):
+        assert torch.equal(whole(one), two)
