@@ -59,12 +59,10 @@ class LoRALayer(nn.Module):
         Raises:
             TypeError: not exactly a layer of this kind. ValueError: hooks or parametrizations.
         """
-        hooks = [name for name in _HOOKS if getattr(linear, name, None)]
-        if hooks:
-            raise ValueError(
-                f"linear: carries hooks ({', '.join(hooks)}), which stay with it; remove them"
-                " first, or let apply_lora give the layer itself an adapter"
-            )
+        cls._require_base(linear)
+        reason = refusal(linear) or _hooked(linear)
+        if reason is not None:
+            raise ValueError(f"linear: {reason}")
         layer = cls._prepare(linear, rank, alpha, dropout, use_rslora, adapter_dtype, init)
         layer._take_pissa()
         return layer
@@ -80,11 +78,8 @@ class LoRALayer(nn.Module):
         adapter_dtype: torch.dtype | None,
         init: Init,
     ) -> "LoRALayer":
-        """`from_linear` without the step that changes the weight, `_take_pissa`."""
-        cls._require_base(linear)
-        reason = refusal(linear)
-        if reason is not None:
-            raise ValueError(f"linear: {reason}")
+        """`from_linear`, of a layer that `refusal` has nothing against, without the step that
+        changes the weight, `_take_pissa`."""
         if init not in _INITS:
             raise ValueError(f"init: got {init!r}, legal values are {', '.join(_INITS)}")
         layer = _twin(linear, cls)
@@ -476,6 +471,17 @@ def refusal(linear: nn.Module) -> str | None:
     if taken:
         return f"has attributes that a layer with an adapter needs: {', '.join(taken)}; rename them"
     return None
+
+
+def _hooked(linear: nn.Module) -> str | None:
+    """Why a second layer cannot share what a linear layer does."""
+    hooks = [name for name in _HOOKS if getattr(linear, name, None)]
+    if not hooks:
+        return None
+    return (
+        f"carries hooks ({', '.join(hooks)}), which stay with it; remove them first, or let"
+        " apply_lora give the layer itself an adapter"
+    )
 
 
 @functools.cache
