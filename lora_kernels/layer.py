@@ -1,4 +1,4 @@
-"""What every layer with an adapter does: forward, merging, PiSSA, state dict; `nn` has them."""
+"""What every layer with an adapter does: forward, merging, PiSSA; `nn` has them."""
 
 import math
 from typing import Literal
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels.functional import lora_linear
+from lora_kernels.state import LayerState
 
 Init = Literal["kaiming", "pissa"]
 _INITS = ("kaiming", "pissa")
@@ -15,7 +16,7 @@ _INITS = ("kaiming", "pissa")
 _EXACT_SVD_ELEMENTS = 1 << 20
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(LayerState):
     """A frozen base of `weight` and `bias`, and the adapter `lora_A` [rank, in_features], `lora_B`
     [out_features, rank]."""
 
@@ -355,43 +356,6 @@ class LoRALayer(nn.Module):
         linear = self._plain()
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
-
-    # --------------------------------------------------------------------------------- state dict
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._merged == "kept":
-            destination[prefix + "weight"] = self._kept_base()
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        keys = [prefix + name for name in ("lora_A", "lora_B", "pissa_A", "pissa_B")]
-        adapter = any(key in state_dict for key in keys)
-        keep_base = "cpu" if self._base_weight_cpu is not None else True
-        remerge = self._merged == "kept"
-        if remerge:
-            self.unmerge()
-        # A state dict that does not fit is an error; it must not leave half a PiSSA start behind.
-        # The rank of PiSSA's factors may differ from the adapter's.
-        shapes = [tuple(state_dict[key].shape) for key in keys if key in state_dict]
-        if self.pissa_A is None and len(shapes) == len(keys):
-            rank = shapes[3][-1]
-            expected = [(rank, self.in_features), (self.out_features, rank)]
-            if shapes == [tuple(self.lora_A.shape), tuple(self.lora_B.shape), *expected]:
-                self.pissa_A = self.lora_A.new_empty(expected[0])
-                self.pissa_B = self.lora_B.new_empty(expected[1])
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if not adapter:
-            missing_keys[:] = [key for key in missing_keys if key not in keys]
-            weight = state_dict.get(prefix + "weight")
-            loaded = weight is not None and weight.shape == self.weight.shape
-            if self.pissa_A is not None and loaded:
-                self._take_pissa()
-        if remerge:
-            self.merge(keep_base)
 
     def extra_repr(self) -> str:
         base = f"in_features={self.in_features}, out_features={self.out_features}"
