@@ -228,6 +228,15 @@ class LoRALayer(LayerState):
         self._merged = "kept" if keep_base else "final"
 
     @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight as a merge leaves it, in its shape and dtype; the parameter's own if the layer
+        is merged."""
+        if self._merged:
+            return self.weight.detach()
+        total = _sum(self.matrix, self.lora_B, self.lora_A, self.scaling)
+        return self._oriented(total).to(self.weight.dtype).contiguous()
+
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Restores the base weight that `merge` kept, bit for bit."""
         if self._merged == "final":
@@ -454,6 +463,10 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """weight += scale * left @ right, formed in fp32 and rounded once."""
+    weight.copy_(_sum(weight, left, right, scale))
+
+
+def _sum(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """weight + scale * left @ right, in fp32 (fp64 if the weight is)."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    total = torch.addmm(weight.to(dtype), left.to(dtype), right.to(dtype), alpha=scale)
-    weight.copy_(total)
+    return torch.addmm(weight.to(dtype), left.to(dtype), right.to(dtype), alpha=scale)

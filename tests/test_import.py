@@ -33,6 +33,7 @@ FLOORS = {
     "checkpoint": 3.2,
     "ahead": 3,
     "convert": 3.3,
+    "merged": 3.4,
     "distributed": 3.3,
     "recipes": 4,
     "__init__": 4.5,
