@@ -18,6 +18,7 @@ from lora_kernels.layer import LoRALayer
 
 _BASE = "_lora_base_"
 _SWAPPED = "_lora_swapped"
+_FROZEN = "_lora_frozen"
 
 
 class Saved(NamedTuple):
@@ -111,50 +112,53 @@ def attach(
     model: nn.Module,
     layers: dict[nn.Module, LoRALayer],
     saved: dict[str, nn.Module],
-    trainable_before: list[str],
+    trainable: set[nn.Parameter],
 ) -> None:
-    """Puts ready-made layers where their linear ones stand, and leaves only adapters trainable."""
-    model.__dict__.setdefault("_lora_trainable_before", trainable_before)
-    for parent in list(model.modules()):
-        for attribute, child in parent._modules.items():
-            if child in layers:
-                parent._modules[attribute] = layers[child]
+    """Gives linear layers the adapters prepared for them, and leaves only adapters trainable.
+
+    Each module notes in `_lora_frozen` which of its `trainable` parameters that freezes.
+    """
+    for linear, layer in layers.items():
+        layer.move_into(linear)
     for outer in saved.values():
         for module in outer.modules():
             for attribute, tensor in state_of(module).items():
                 if _BASE + attribute not in module._buffers:
                     base = tensor.detach().clone()
                     module.register_buffer(_BASE + attribute, base, persistent=False)
+    for module in model.modules():
+        frozen = {name for name, p in module._parameters.items() if p in trainable}
+        if frozen:
+            module.__dict__.setdefault(_FROZEN, set()).update(frozen)
     model.requires_grad_(False)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
-def rollback_on_error(model: nn.Module) -> Iterator[list[str]]:
-    """Gives the trainable parameters' names; making layers freezes some, an error undoes that."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def rollback_on_error(model: nn.Module) -> Iterator[set[nn.Parameter]]:
+    """Gives the trainable parameters; making layers freezes some, an error undoes that."""
+    trainable = {p for p in model.parameters() if p.requires_grad}
     try:
-        yield list(trainable)
+        yield trainable
     except BaseException:
-        for parameter in trainable.values():
+        for parameter in trainable:
             parameter.requires_grad_(True)
         raise
 
 
 @torch.no_grad()
 def detach(model: nn.Module) -> None:
-    """Undoes `attach`: plain layers that share the same weights, gradients as they were."""
-    plain = {layer: layer.to_linear() for _, layer in lora_layers(model)}
-    for parent in list(model.modules()):
-        for attribute, child in parent._modules.items():
-            if child in plain:
-                parent._modules[attribute] = plain[child]
+    """Undoes `attach`, in a part of a model too: plain layers that hold the same weights, gradients
+    as they were; what was added since stays as it is."""
+    for _, layer in list(lora_layers(model)):
+        layer.move_out()
     release_saved(model, keep_saved=False)
-    before = model.__dict__.pop("_lora_trainable_before", None)
-    if before is not None:  # None where the layers were made by hand: nothing to restore
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in before)
+    for module in model.modules():
+        for name in module.__dict__.pop(_FROZEN, ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(True)
 
 
 @torch.no_grad()

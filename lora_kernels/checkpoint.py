@@ -221,11 +221,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             else:
                 master = A.dtype == torch.float32 and modules[name].weight.dtype != torch.float64
                 dtype = torch.float32 if master else None
-                base = modules[name]
-                layer = layer_class(base).from_linear(
-                    base, rank, alpha=alpha, use_rslora=use_rslora, adapter_dtype=dtype
+                layer = modules[name]
+                layers[layer] = layer_class(layer)._prepare(
+                    layer, rank, alpha, 0.0, use_rslora, dtype, "kaiming"
                 )
-                layers[base] = layer
             values[name] = (layer, A, B, alpha, use_rslora)
 
     if layers or saved_modules:

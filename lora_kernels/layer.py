@@ -1,5 +1,6 @@
 """What every layer with an adapter does: forward, merging, PiSSA; `nn` has them."""
 
+import functools
 import math
 from typing import Literal
 
@@ -12,6 +13,16 @@ from lora_kernels.state import LayerState
 
 Init = Literal["kaiming", "pissa"]
 _INITS = ("kaiming", "pissa")
+# What an adapter adds to a layer: parameters, buffers, attributes.
+_ADDED = (
+    "lora_A", "lora_B", "pissa_A", "pissa_B", "_base_weight", "_base_weight_cpu",
+    "alpha", "dropout", "use_rslora", "_merged", "_disabled",
+)  # fmt: skip
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)  # fmt: skip
 # Above this size PiSSA takes the leading singular triplets from a randomised SVD.
 _EXACT_SVD_ELEMENTS = 1 << 20
 
@@ -22,6 +33,8 @@ class LoRALayer(LayerState):
 
     # Whether `weight` is [in_features, out_features].
     fan_in_fan_out = False
+    # The plain layer's class.
+    base_class: type[nn.Module]
     in_features: int
     out_features: int
 
@@ -37,7 +50,8 @@ class LoRALayer(LayerState):
         adapter_dtype: torch.dtype | None = None,
         init: Init = "kaiming",
     ) -> "LoRALayer":
-        """A layer that shares `linear`'s weight and bias objects (now frozen) and its train mode.
+        """A layer that shares `linear`'s weight and bias objects (now frozen), its buffers,
+        submodules, attributes and train mode.
 
         `init` is "kaiming" (A uniform, B zero: the output is unchanged) or "pissa" (Meng et al.,
         2024, arXiv:2404.02948: the adapter starts as the principal part of the weight, which is
@@ -46,6 +60,10 @@ class LoRALayer(LayerState):
         Raises:
             TypeError: not exactly a layer of this kind. ValueError: hooks or parametrizations.
         """
+        cls._require_base(linear)
+        reason = refusal(linear) or _hooked(linear)
+        if reason is not None:
+            raise ValueError(f"linear: {reason}")
         layer = cls._prepare(linear, rank, alpha, dropout, use_rslora, adapter_dtype, init)
         layer._take_pissa()
         return layer
@@ -61,22 +79,39 @@ class LoRALayer(LayerState):
         adapter_dtype: torch.dtype | None,
         init: Init,
     ) -> "LoRALayer":
-        """`from_linear` without the step that changes the weight, `_take_pissa`."""
-        cls._require_base(linear)
-        reason = refusal(linear)
-        if reason is not None:
-            raise ValueError(f"linear: {reason}")
+        """`from_linear`, of a layer that `refusal` has nothing against, without the step that
+        changes the weight, `_take_pissa`."""
         if init not in _INITS:
             raise ValueError(f"init: got {init!r}, legal values are {', '.join(_INITS)}")
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = features(linear)
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer = _twin(linear, cls)
         layer._add_adapter(rank, alpha, dropout, use_rslora, adapter_dtype)
         layer.reset_lora_parameters()
         if init == "pissa":
             layer._init_pissa()
-        return layer.train(linear.training)
+        return layer
+
+    def move_into(self, linear: nn.Module) -> None:
+        """Makes `linear`, from which this layer was prepared, the layer with this adapter.
+
+        It stays the same object: whoever holds it, its hooks and whatever else it has, go on.
+        """
+        linear.__class__ = type(self)
+        for key in _ADDED:
+            for mine, theirs in zip(_stores(self), _stores(linear), strict=True):
+                if key in mine:
+                    theirs[key] = mine[key]
+        linear._non_persistent_buffers_set |= self._non_persistent_buffers_set
+
+    @torch.no_grad()
+    def move_out(self) -> None:
+        """Undoes `move_into`: this object is a plain layer again, the base, or the sum after a
+        final merge."""
+        self._settle()
+        self.__class__ = self.base_class
+        for key in _ADDED:
+            for store in _stores(self):
+                store.pop(key, None)
+            self._non_persistent_buffers_set.discard(key)
 
     def _add_adapter(
         self,
@@ -153,10 +188,6 @@ class LoRALayer(LayerState):
         raise NotImplementedError
 
     def _reset_base(self) -> None:
-        raise NotImplementedError
-
-    def _plain(self) -> nn.Module:
-        """A layer of the base's kind without parameters."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -359,12 +390,16 @@ class LoRALayer(LayerState):
     @torch.no_grad()
     def to_linear(self) -> nn.Module:
         """A plain layer that shares weight and bias: the base, or the sum after a final merge."""
+        self._settle()
+        linear = _twin(self, type(self))
+        linear.move_out()
+        return linear
+
+    def _settle(self) -> None:
+        """Leaves in the weight what the plain layer has."""
         if self._merged == "kept":
             self.unmerge()
         self._return_pissa()
-        linear = self._plain()
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
 
     def extra_repr(self) -> str:
         base = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -401,27 +436,48 @@ def refusal(linear: nn.Module) -> str | None:
             f"its weight is sharded already, {linear.weight.placements}; give it an adapter before"
             " parallelize_module or fully_shard"
         )
-    hooks = [
-        name
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-            "_state_dict_hooks",
-            "_state_dict_pre_hooks",
-            "_load_state_dict_pre_hooks",
-            "_load_state_dict_post_hooks",
-        )
-        if getattr(linear, name, None)
-    ]
     if hasattr(linear, "_hf_hook"):
-        hooks.append("_hf_hook (accelerate)")
-    if hooks:
-        return f"carries hooks ({', '.join(hooks)}) that replacing it would lose; remove them first"
+        return "carries a hook of accelerate (_hf_hook), which calls the plain forward; remove it"
     if "forward" in vars(linear):
         return "has its forward overridden on the instance; remove that first"
+    taken = sorted({name for store in _stores(linear) for name in store if name in _reserved()})
+    if taken:
+        return f"has attributes that a layer with an adapter needs: {', '.join(taken)}; rename them"
     return None
+
+
+def _hooked(linear: nn.Module) -> str | None:
+    """Why a second layer cannot share what a linear layer does."""
+    hooks = [name for name in _HOOKS if getattr(linear, name, None)]
+    if not hooks:
+        return None
+    return (
+        f"carries hooks ({', '.join(hooks)}), which stay with it; remove them first, or let"
+        " apply_lora give the layer itself an adapter"
+    )
+
+
+@functools.cache
+def _reserved() -> frozenset[str]:
+    """The names that a plain layer must not use otherwise."""
+    return frozenset(_ADDED).union(dir(LoRALayer)).difference(dir(nn.Module))
+
+
+def _stores(module: nn.Module) -> tuple[dict, dict, dict, dict]:
+    """Where a module's attributes live."""
+    return module._parameters, module._buffers, module._modules, module.__dict__
+
+
+def _twin(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A module of this kind that shares everything `module` holds, but for its hooks."""
+    twin = kind.__new__(kind)
+    nn.Module.__init__(twin)
+    held = vars(module).items()
+    twin.__dict__.update({key: value for key, value in held if key not in vars(nn.Module())})
+    for mine, theirs in zip(_stores(twin)[:3], _stores(module)[:3], strict=True):
+        mine.update(theirs)
+    twin._non_persistent_buffers_set |= module._non_persistent_buffers_set
+    return twin.train(module.training)
 
 
 def _draw(A: Tensor) -> None:

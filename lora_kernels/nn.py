@@ -27,6 +27,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         ValueError: rank, alpha or dropout out of range.  TypeError: an unusable dtype.
     """
 
+    base_class = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -53,12 +55,6 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     def _reset_base(self) -> None:
         nn.Linear.reset_parameters(self)
 
-    def _plain(self) -> nn.Linear:
-        linear = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(linear)
-        linear.in_features, linear.out_features = self.in_features, self.out_features
-        return linear
-
 
 class FusedLoRAConv1D(LoRALayer):
     """`FusedLoRALinear` on a Transformers Conv1D (GPT-2), made by `from_linear` or `apply_lora`.
@@ -83,13 +79,19 @@ class FusedLoRAConv1D(LoRALayer):
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
-    def _plain(self) -> nn.Module:
+    @property
+    def base_class(self) -> type[nn.Module]:
         from transformers.pytorch_utils import Conv1D
 
-        linear = Conv1D.__new__(Conv1D)
-        nn.Module.__init__(linear)
-        linear.nx, linear.nf = self.in_features, self.out_features
-        return linear
+        return Conv1D
+
+    @property
+    def in_features(self) -> int:
+        return self.nx
+
+    @property
+    def out_features(self) -> int:
+        return self.nf
 
 
 def layer_class(base: nn.Module) -> type[LoRALayer]:

@@ -217,12 +217,15 @@ def test_what_cannot_carry_an_adapter_is_skipped_with_the_reason():
     class Special(nn.Linear):
         pass
 
-    hooked = nn.Linear(8, 8)
-    hooked.register_forward_hook(lambda *args: None)
+    taken = nn.Linear(8, 8)
+    taken.dropout = nn.Dropout(0.5)  # a name that the adapter needs
+    overridden = nn.Linear(8, 8)
+    overridden.forward = lambda x: x
     model = nn.ModuleDict({
         "plain": nn.Linear(8, 8),
         "special": Special(8, 8),
-        "hooked": hooked,
+        "taken": taken,
+        "overridden": overridden,
         "normed": torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
         "attention": nn.MultiheadAttention(8, 2),
     })  # fmt: skip
@@ -230,13 +233,105 @@ def test_what_cannot_carry_an_adapter_is_skipped_with_the_reason():
     report = apply_lora(model, 2)
     assert report.replaced == ["plain"]
     assert report.skipped["special"].startswith("Special is a subclass of nn.Linear")
-    assert "_forward_hooks" in report.skipped["hooked"]
+    assert report.skipped["taken"].startswith(
+        "has attributes that a layer with an adapter needs: d"
+    )
+    assert "forward overridden" in report.skipped["overridden"]
     assert report.skipped["normed"].startswith("has parametrizations on weight")
     assert report.skipped["attention.out_proj"].startswith("NonDynamicallyQuantizableLinear is a")
     assert kinds(model) == {**before, "plain": FusedLoRALinear}
     assert "attention.in_proj_weight [24, 8]" in report.other_linear_maps
     for name in ("special", "attention.out_proj"):
         assert f"skipped {name}: " in str(report)
+
+
+class Dressed(nn.Module):
+    """A layer that more than its parent knows, and that has more than weight and bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 8)
+        self.aliases, self.alias = [self.linear], self.linear
+        self.linear.register_buffer("smooth_scale", torch.full((8,), 2.0))
+        self.linear.register_buffer("passing", torch.ones(8), persistent=False)
+        self.linear.norm = nn.LayerNorm(8)
+        self.linear.extra = nn.Parameter(torch.ones(3))
+        self.linear.init_std = 0.02
+        self.calls = []
+        self.linear.register_forward_hook(lambda *_: self.calls.append("before"))
+
+    def forward(self, x):
+        return self.aliases[0](self.alias(x))
+
+
+def test_a_layer_keeps_everything_it_had():
+    model = Dressed()
+    linear, x = model.linear, X.clone().requires_grad_()
+    state, flags = (
+        set(model.state_dict()),
+        {n: p.requires_grad for n, p in model.named_parameters()},
+    )
+    held = {key: value for key, value in vars(linear).items() if key != "_lora_frozen"}
+    base = model(X)
+    apply_lora(model, 2)
+    assert model.linear is linear is model.aliases[0] is model.alias
+    assert type(linear) is FusedLoRALinear
+    assert state < set(model.state_dict())
+    linear.register_forward_pre_hook(lambda *_: model.calls.append("since"))
+    linear.register_full_backward_hook(lambda *_: model.calls.append("backward"))
+    linear.added_since = "kept"
+    fill(model)
+    model.calls.clear()
+    assert not torch.allclose(model(x), base)  # through the list and the alias
+    model(x).sum().backward()
+    assert model.calls == ["since", "before"] * 4 + ["backward"] * 2
+
+    remove_lora(model)
+    assert model.linear is linear
+    assert type(linear) is nn.Linear
+    assert set(model.state_dict()) == state
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert vars(linear).keys() == held.keys() | {"added_since"}
+    for key in ("_buffers", "_modules", "_parameters", "_forward_hooks", "init_std"):
+        assert vars(linear)[key] is held[key]
+    model.calls.clear()
+    assert torch.equal(model(X), base)
+    assert model.calls == ["since", "before"] * 2
+
+
+def test_copies_of_a_layer_keep_what_it_had():
+    linear = Dressed().linear
+    linear._forward_hooks.clear()
+    layer = FusedLoRALinear.from_linear(linear, 2)
+    plain = layer.to_linear()
+    assert type(plain) is nn.Linear
+    assert set(plain.state_dict()) == set(linear.state_dict()) < set(layer.state_dict())
+    for copied in (layer, plain):
+        assert copied.smooth_scale is linear.smooth_scale
+        assert copied.norm is linear.norm
+        assert copied.init_std == 0.02
+        assert copied._non_persistent_buffers_set >= {"passing"}
+        copied.register_forward_hook(lambda *_: None)
+        assert not linear._forward_hooks
+    assert type(linear) is nn.Linear
+    assert type(layer) is FusedLoRALinear
+
+
+def test_removing_from_a_part_and_with_parts_added_since():
+    model = nn.ModuleDict({"first": Block(), "second": Block(), "frozen": Block()})
+    model["frozen"].requires_grad_(False)
+    apply_lora(model, 2, modules_to_save=["second.fc_out"])
+    model["second"].added = nn.Linear(8, 2)
+    model["second"].added_frozen = nn.Linear(8, 2).requires_grad_(False)
+    remove_lora(model["first"])
+    assert all(p.requires_grad for p in model["first"].parameters())
+    assert {type(m) for m in model["second"].children()} == {FusedLoRALinear, nn.Linear}
+    remove_lora(model)
+    assert all(p.requires_grad for n, p in model["second"].named_parameters() if "frozen" not in n)
+    assert not any(p.requires_grad for p in model["second"].added_frozen.parameters())
+    assert not any(p.requires_grad for p in model["frozen"].parameters())
+    assert not any("_lora" in key for module in model.modules() for key in vars(module))
 
 
 def test_fused_experts_are_reported():
