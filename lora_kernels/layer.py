@@ -279,8 +279,7 @@ class LoRALayer(LayerState):
         self._merged = False
 
     def _kept_base(self) -> Tensor:
-        base = self._base_weight if self._base_weight is not None else self._base_weight_cpu
-        return base.to(device=self.weight.device, dtype=self.weight.dtype)
+        return self.merged_base.to(self.weight.device)
 
     def _require_unmerged(self, what: str) -> None:
         if self._merged:

@@ -22,14 +22,20 @@ class LayerState(nn.Module):
     kept no base is unmerged by it. Nothing of a state that does not fit is loaded.
     """
 
+    @property
+    def merged_base(self) -> Tensor | None:
+        """The base that a merged layer keeps, where it keeps it; empty if none, None unmerged."""
+        if not self._merged:
+            return None
+        if self._merged == "final":
+            return torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
+        base = self._base_weight if self._base_weight is not None else self._base_weight_cpu
+        return base.to(self.weight.dtype)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._merged == "final":
-            factory = {"dtype": self.weight.dtype, "device": self.weight.device}
-            destination[prefix + _MERGED] = torch.empty(0, **factory)
-        elif self._merged:
-            base = self._base_weight if self._base_weight is not None else self._base_weight_cpu
-            destination[prefix + _MERGED] = base.to(self.weight.dtype)
+        if self._merged:
+            destination[prefix + _MERGED] = self.merged_base
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
