@@ -15,7 +15,7 @@ Init = Literal["kaiming", "pissa"]
 _INITS = ("kaiming", "pissa")
 # What an adapter adds to a layer: parameters, buffers, attributes.
 _ADDED = (
-    "lora_A", "lora_B", "pissa_A", "pissa_B", "_base_weight", "_base_weight_cpu",
+    "lora_A", "lora_B", "pissa_A", "pissa_B", "merged_base", "_base_weight_cpu",
     "alpha", "dropout", "use_rslora", "_merged", "_disabled",
 )  # fmt: skip
 _HOOKS = (
@@ -143,7 +143,7 @@ class LoRALayer(LayerState):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.register_buffer("_base_weight", None, persistent=False)
+        self.register_buffer("merged_base", None)
         self.register_buffer("pissa_A", None)
         self.register_buffer("pissa_B", None)
         self._base_weight_cpu: Tensor | None = None
@@ -251,7 +251,9 @@ class LoRALayer(LayerState):
         if keep_base == "cpu":
             self._base_weight_cpu = self.weight.detach().to("cpu", copy=True)
         elif keep_base:
-            self._base_weight = self.weight.detach().clone()
+            self.merged_base = self.weight.detach().clone()
+        else:
+            self.merged_base = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
         _add_product(self.matrix, self.lora_B, self.lora_A, self.scaling)
         if not keep_base:
             self.lora_B.zero_()
@@ -275,11 +277,12 @@ class LoRALayer(LayerState):
         if not self._merged:
             raise RuntimeError("unmerge: the layer is not merged")
         self.weight.copy_(self._kept_base())
-        self._base_weight = self._base_weight_cpu = None
+        self.merged_base = self._base_weight_cpu = None
         self._merged = False
 
     def _kept_base(self) -> Tensor:
-        return self.merged_base.to(self.weight.device)
+        base = self.merged_base if self.merged_base is not None else self._base_weight_cpu
+        return base.to(device=self.weight.device, dtype=self.weight.dtype)
 
     def _require_unmerged(self, what: str) -> None:
         if self._merged:

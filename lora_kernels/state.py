@@ -22,20 +22,10 @@ class LayerState(nn.Module):
     kept no base is unmerged by it. Nothing of a state that does not fit is loaded.
     """
 
-    @property
-    def merged_base(self) -> Tensor | None:
-        """The base that a merged layer keeps, where it keeps it; empty if none, None unmerged."""
-        if not self._merged:
-            return None
-        if self._merged == "final":
-            return torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
-        base = self._base_weight if self._base_weight is not None else self._base_weight_cpu
-        return base.to(self.weight.dtype)
-
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._merged:
-            destination[prefix + _MERGED] = self.merged_base
+        if self._base_weight_cpu is not None:  # no buffer, which would move with the layer
+            destination[prefix + _MERGED] = self._base_weight_cpu.to(self.weight.dtype)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -58,7 +48,7 @@ class LayerState(nn.Module):
         if again:
             self.unmerge()
         elif base is not None or "weight" in given:
-            self._base_weight = self._base_weight_cpu = None
+            self.merged_base = self._base_weight_cpu = None
             self._merged = False
         state = {key: value for key, value in state_dict.items() if key != prefix + _MERGED}
         takes = self.pissa_A is not None and "weight" in given and not adapter
@@ -102,6 +92,12 @@ class LayerState(nn.Module):
                     f"size mismatch for {prefix}{name}: copying a param with shape {tensor.shape}"
                     f" from checkpoint, the shape in current model is {shapes[name]}."
                 )
+        sharded = [hasattr(tensor, "placements") for tensor in (merged, self.weight)]
+        if merged is not None and merged.numel() and sharded[0] != sharded[1]:
+            yield (
+                f"{prefix}{_MERGED}: and the layer's weight are not sharded alike; merge the model"
+                " as the other was before loading"
+            )
         if merged is not None and "weight" not in given:
             yield f"{prefix}{_MERGED}: is of a merged layer, whose {prefix}weight is missing"
         adapter = next((name for name in _ADAPTER if name in given), None)
@@ -113,10 +109,8 @@ class LayerState(nn.Module):
 
     @torch.no_grad()
     def _restore_merged(self, base: Tensor, on_host: bool, copy: bool) -> None:
-        if base.numel() == 0 and self.weight.numel():
-            self._merged = "final"
-            return
+        self._merged = "kept" if base.numel() else "final"
+        on_host = on_host and self._merged == "kept"
         device = "cpu" if on_host else self.weight.device
         base = base.detach().to(device=device, dtype=self.weight.dtype, copy=copy)
-        setattr(self, "_base_weight_cpu" if on_host else "_base_weight", base)
-        self._merged = "kept"
+        setattr(self, "_base_weight_cpu" if on_host else _MERGED, base)
