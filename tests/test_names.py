@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -133,7 +134,9 @@ def test_what_trains_and_is_not_written_is_named(tmp_path, change):
         save_adapter(model, tmp_path)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path)
 
 
 def test_a_deep_copy_has_the_same_names(tmp_path):
