@@ -82,7 +82,7 @@ def apply_lora(
         skipped[name] = "trained in full (modules_to_save)"
     targets.require_whole_ties(model, saved)
     if init == "pissa":
-        _require_untied(model, list(found.values()), "init='pissa'")
+        require_untied(model, list(found.values()), "init='pissa'")
         for name, linear in found.items():
             if rank > min(linear.weight.shape):
                 raise ValueError(
@@ -112,7 +112,7 @@ def apply_lora(
     )
 
 
-def _require_untied(model: nn.Module, layers: list[nn.Module], what: str) -> None:
+def require_untied(model: nn.Module, layers: list[nn.Module], what: str) -> None:
     owners = targets.owners(model)
     for layer in layers:
         names = owners[layer.weight]
@@ -134,7 +134,7 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
         for _, layer in adapters.require_layers(model)
         if not layer.merged or (not keep_base and layer._merged == "kept")
     ]
-    _require_untied(model, layers, "merge_lora")
+    require_untied(model, layers, "merge_lora")
     for layer in layers:
         if layer.merged:
             layer.unmerge()
