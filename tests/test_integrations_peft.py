@@ -623,7 +623,6 @@ GLOBAL_HOOKS = {
     "register_module_forward_hook": lambda module, args, y: None,
     "register_module_full_backward_pre_hook": lambda module, dy: None,
     "register_module_full_backward_hook": lambda module, dx, dy: None,
-    "register_module_backward_hook": lambda module, dx, dy: None,
 }
 
 
