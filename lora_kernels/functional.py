@@ -50,30 +50,15 @@ def lora_linear(
         ValueError: a wrong shape, device or value.
         NotImplementedError: forward-mode AD or double backward.
     """
-    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    _check_tensors(tensors)
-    rank, K = _check_branch(x, lora_a, lora_b)
-    if weight.dim() != 2 or weight.shape[1] != K:
-        raise ValueError(f"weight: expected shape [N, K] with K = {K} of x, got {_shape(weight)}")
-    N = weight.shape[0]
-    if lora_b.shape[0] != N:
-        raise ValueError(
-            f"lora_b: expected shape [N, r] = [{N}, {rank}] for weight {_shape(weight)},"
-            f" got {_shape(lora_b)}"
-        )
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias: expected shape [N] = [{N}], got {_shape(bias)}")
-    # The op rounds a weight of another dtype at use, so autocast leaves no copy of it behind.
-    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
-    _check_dtypes(x, lora_a, lora_b, {"weight": weight, "bias": bias}, autocast)
-    _check_devices(tensors)
+    if not _are_sound(x, lora_a, lora_b, weight, bias, linear=True):
+        x, lora_a, lora_b = _check_linear(x, weight, lora_a, lora_b, bias)
     scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
     y = _ops.call(
         "lora_linear", _rows(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
         torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
     )  # fmt: skip
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
 
 
 def lora_add(
@@ -147,20 +132,8 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _prepare_add(base_out, x, lora_a, lora_b, scaling, dropout_p, seed):
-    tensors = {"base_out": base_out, "x": x, "lora_a": lora_a, "lora_b": lora_b}
-    _check_tensors(tensors)
-    _check_branch(x, lora_a, lora_b)
-    expected = (*x.shape[:-1], lora_b.shape[0])
-    if base_out.shape != expected:
-        raise ValueError(
-            f"base_out: expected shape {tuple(expected)} for x {_shape(x)} and"
-            f" lora_b {_shape(lora_b)}, got {_shape(base_out)}"
-        )
-    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
-    if autocast and base_out.is_floating_point() and base_out.dtype != torch.float64:
-        base_out = base_out.to(x.dtype)
-    _check_dtypes(x, lora_a, lora_b, {"base_out": base_out}, autocast=False)
-    _check_devices(tensors)
+    if not _are_sound(x, lora_a, lora_b, base_out, None, linear=False):
+        base_out, x, lora_a, lora_b = _check_add(base_out, x, lora_a, lora_b)
     scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
     return base_out, x, lora_a, lora_b, scaling, dropout_p, seed
@@ -176,6 +149,68 @@ def _fold(scaling: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
 
 
 # -------------------------------------------------------- checks: rank, shape, dtype, device, value
+
+
+def _are_sound(x, lora_a, lora_b, base, bias, linear: bool) -> bool:
+    """Whether the tensors are such as they nearly always are, told at one look: a tenth of the time
+    of the checks by name, which decide about all others."""
+    tensors = (x, base, lora_a, lora_b) if bias is None else (x, base, lora_a, lora_b, bias)
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return False
+    leading, a, b = x.shape, lora_a.shape, lora_b.shape
+    if len(leading) == 0 or len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
+        return False
+    (rank, K), N = a, b[0]
+    if leading[-1] != K or b[1] != rank or (bias is not None and bias.shape != (N,)):
+        return False
+    if base.shape != ((N, K) if linear else (*leading[:-1], N)):
+        return False
+    dtype, device = x.dtype, x.device
+    for tensor in tensors:
+        if tensor.dtype != dtype or tensor.device != device:
+            return False
+    return dtype in _checks.DTYPES and (x.is_meta or not torch.is_autocast_enabled(device.type))
+
+
+def _check_linear(x, weight, lora_a, lora_b, bias) -> tuple[Tensor, Tensor, Tensor]:
+    """x and the adapter as the op takes them."""
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    _check_tensors(tensors)
+    rank, K = _check_branch(x, lora_a, lora_b)
+    if weight.dim() != 2 or weight.shape[1] != K:
+        raise ValueError(f"weight: expected shape [N, K] with K = {K} of x, got {_shape(weight)}")
+    N = weight.shape[0]
+    if lora_b.shape[0] != N:
+        raise ValueError(
+            f"lora_b: expected shape [N, r] = [{N}, {rank}] for weight {_shape(weight)},"
+            f" got {_shape(lora_b)}"
+        )
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias: expected shape [N] = [{N}], got {_shape(bias)}")
+    # The op rounds a weight of another dtype at use, so autocast leaves no copy of it behind.
+    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
+    _check_dtypes(x, lora_a, lora_b, {"weight": weight, "bias": bias}, autocast)
+    _check_devices(tensors)
+    return x, lora_a, lora_b
+
+
+def _check_add(base_out, x, lora_a, lora_b) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """base_out, x and the adapter as the op takes them."""
+    tensors = {"base_out": base_out, "x": x, "lora_a": lora_a, "lora_b": lora_b}
+    _check_tensors(tensors)
+    _check_branch(x, lora_a, lora_b)
+    expected = (*x.shape[:-1], lora_b.shape[0])
+    if base_out.shape != expected:
+        raise ValueError(
+            f"base_out: expected shape {tuple(expected)} for x {_shape(x)} and"
+            f" lora_b {_shape(lora_b)}, got {_shape(base_out)}"
+        )
+    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
+    if autocast and base_out.is_floating_point() and base_out.dtype != torch.float64:
+        base_out = base_out.to(x.dtype)
+    _check_dtypes(x, lora_a, lora_b, {"base_out": base_out}, autocast=False)
+    _check_devices(tensors)
+    return base_out, x, lora_a, lora_b
 
 
 def _shape(tensor: Tensor) -> str:
