@@ -23,6 +23,7 @@ OPS, VMAP, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
     "backends/reference.py",
 )
 TRITON = "backends/triton/"
+INTEGRATION = "integrations/peft.py"
 KERNELS = "triton_interpreter"
 
 # name: (file, text that occurs once, what replaces it, test files that should notice)
@@ -139,6 +140,29 @@ MUTANTS = {
     "triton: alignment not in the key": (TRITON + "launch.py", "key.append(arg.data_ptr() % 16)", "pass", "triton_launch"),
     "triton: partial sums freed too early": (TRITON + "low_rank.py", "held.append(part)", "pass", "triton_backend"),
     "triton: dy read once more": (TRITON + "tiles.py", "return r < 64 and r <= rank_block(dtype, r)", "return False", KERNELS),
+    "tensor scaling dropped": (FUNCTIONAL, "return 1.0, wide * scaling.to(wide.dtype)", "return 1.0, wide", "functional"),
+    "tensor scaling folded in 16 bits": (FUNCTIONAL, "wide = lora_b if lora_b.dtype == torch.float64 else lora_b.float()", "wide = lora_b", "functional"),
+    "scaling that trains detached": (FUNCTIONAL, "if scaling.requires_grad and torch.is_grad_enabled():", "if False:", "functional"),
+    "scaling on another device": (FUNCTIONAL, "if scaling.device != device:", "if False:", "functional"),
+    "good case blind to devices": (FUNCTIONAL, "or tensor.device != device:\n            return False", "or False:\n            return False", "functional"),
+    "good case blind to autocast": (FUNCTIONAL, "and (x.is_meta or not torch.is_autocast_enabled(device.type))", "", "functional"),
+    "fused PEFT: global hooks unseen": (INTEGRATION, "or _has_any_global_hook()", "", "integrations_peft"),
+    "fused PEFT: traced": (INTEGRATION, "or torch.jit.is_tracing()", "", "integrations_peft"),
+    "fused PEFT: backward hooks unseen": (INTEGRATION, "or module._backward_hooks", "", "integrations_peft"),
+    "fused PEFT: backward pre-hooks unseen": (INTEGRATION, "or module._backward_pre_hooks", "", "integrations_peft"),
+    "fused PEFT: replaced forward unseen": (INTEGRATION, 'or "forward" in module.__dict__', "", "integrations_peft"),
+    "fused PEFT: subclass of a weight taken": (INTEGRATION, "if types is not None and type(parameter) not in _PLAIN:", "if False:", "integrations_peft"),
+    "fused PEFT: merged adapters unseen": (INTEGRATION, "or self.merged_adapters", "", "integrations_peft"),
+    "fused PEFT: dropout of a few rows": (INTEGRATION, "if dropout.training and type(dropout) is nn.Dropout:", "if False:", "integrations_peft"),
+    "fused PEFT: scaling of a few rows": (INTEGRATION, "y = y + branch * self.scaling[name]", "y = y + branch", "integrations_peft"),
+    "fused PEFT: few rows compiled": (INTEGRATION, "x.is_cpu and not torch.compiler.is_compiling()", "x.is_cpu", "integrations_peft"),
+    "fused PEFT: any scaling tensor taken": (INTEGRATION, "return not isinstance(scaling, Tensor) or (", "return True or (", "integrations_peft"),
+    "fused PEFT: lost gradient unnoticed": (INTEGRATION, "if dx is None or not dx.any():", "if False:", "integrations_peft"),
+    "fused PEFT: wrong gradient unnoticed": (INTEGRATION, "if linear and not (", "if False and not (", "integrations_peft"),
+    "fused PEFT: tried on the base itself": (INTEGRATION, "    base = copy.deepcopy(base)\n", "", "integrations_peft"),
+    "fused PEFT: warns in every call": (INTEGRATION, "self.__dict__.pop(_WARNING)", "self.__dict__[_WARNING]", "integrations_peft"),
+    "fused PEFT: warns where nothing is lost": (INTEGRATION, "if isinstance(x, Tensor) and x.requires_grad:", "if True:", "integrations_peft"),
+    "fused PEFT: own name in repr": (INTEGRATION, "return self.peft_class.__name__\n", "return type(self).__name__\n", "integrations_peft"),
 }  # fmt: skip
 
 
