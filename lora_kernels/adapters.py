@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.bypass import update_fast_paths
 from lora_kernels.layer import LoRALayer
 
 _BASE = "_lora_base_"
@@ -115,6 +116,7 @@ def attach(
         for attribute, child in parent._modules.items():
             if child in layers:
                 parent._modules[attribute] = layers[child]
+    update_fast_paths(model)
     for outer in saved.values():
         for module in outer.modules():
             for attribute, tensor in state_of(module).items():
@@ -146,6 +148,7 @@ def detach(model: nn.Module) -> None:
         for attribute, child in parent._modules.items():
             if child in plain:
                 parent._modules[attribute] = plain[child]
+    update_fast_paths(model)
     release_saved(model, keep_saved=False)
     before = model.__dict__.pop("_lora_trainable_before", None)
     if before is not None:  # None where the layers were made by hand: nothing to restore
