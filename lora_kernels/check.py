@@ -139,7 +139,7 @@ def first_step_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
         trained = [p for p in (adapter.A, adapter.B) if p.requires_grad]
         if not trained or adapter.off is not None:
             continue
-        if not held.issuperset(trained):
+        if held.isdisjoint(trained):
             found[adapter.state.name] = (
                 "is not in the optimizer; make it over lora_parameters(model)"
             )
@@ -216,7 +216,8 @@ def _unchanged(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], None]]:
     buffers = [(b, b.detach().clone()) for b in dict.fromkeys(model.buffers())]
     leaves = dict.fromkeys((*model.parameters(), *(t for t in _tensors(inputs) if t.is_leaf)))
     gradients = [(leaf, leaf.grad) for leaf in leaves]
-    hooks = [(p, p._post_accumulate_grad_hooks) for p in leaves if p.requires_grad]
+    hooks = [leaf._post_accumulate_grad_hooks or {} for leaf in leaves]
+    stepping = [(hook, dict(hook)) for hook in hooks]  # optimizers that step within the backward
     generators = random.getstate(), torch.get_rng_state()
     numpy = sys.modules.get("numpy")
     if numpy is not None:
@@ -243,16 +244,16 @@ def _unchanged(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], None]]:
 
     for leaf, _ in gradients:
         leaf.grad = None
-    for parameter, _ in hooks:  # optimizers that step within the backward
-        parameter._post_accumulate_grad_hooks = None
+    for now, _ in stepping:
+        now.clear()
     try:
         yield rewind
     finally:
         rewind()
         for leaf, gradient in gradients:
             leaf.grad = gradient
-        for parameter, before in hooks:
-            parameter._post_accumulate_grad_hooks = before
+        for now, before in stepping:
+            now.update(before)
 
 
 def _count_calls(adapters: list[_Adapter]) -> None:
