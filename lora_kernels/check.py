@@ -97,7 +97,7 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> AdapterRepo
     random projection of its floating tensors. The backward runs in the mode that the model is in:
     call `model.train()` first to see it with activation checkpointing; merging is compared in eval
     mode, on adapters enlarged for the moment, to 8 eps of the dtype times the root of the number of
-    layers merged (tied weights and quantised bases are left out).
+    layers merged (tied weights, quantised bases and PEFT's variants are left out).
 
     The model is bit-identical afterwards, buffers included; `.grad`, modes and random states are
     what they were, also after an error. Beside one forward and backward it costs two
@@ -172,8 +172,11 @@ def _peft_adapters(name: str, layer: Any) -> Iterator[_Adapter]:
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     dense = isinstance(weight, Tensor) and weight.is_floating_point()
-    # On quantised bases merging rounds the sum; there is nothing to agree with.
+    # On quantised bases merging rounds the sum, and PEFT cannot merge all of its variants.
     dense = dense and type(base) in (nn.Linear, nn.Embedding)
+    for adapter in layer.active_adapters:
+        bias = layer.lora_bias.get(adapter) and base.bias is None
+        dense = dense and adapter not in layer.lora_variant and not bias
     for adapter in layer.active_adapters:
         if adapter in layer.lora_A:
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
