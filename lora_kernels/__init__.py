@@ -2,6 +2,7 @@
 
 from lora_kernels.adapters import lora_parameters, lora_state_dict
 from lora_kernels.ahead import warmup
+from lora_kernels.check import AdapterReport, check_adapters
 from lora_kernels.checkpoint import load_adapter, save_adapter
 from lora_kernels.convert import (
     LoraReport,
@@ -20,11 +21,13 @@ from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model,
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterReport",
     "FusedLoRALinear",
     "LoraReport",
     "add_adaptor_layer",
     "adjust_rank",
     "apply_lora",
+    "check_adapters",
     "disable_adapters",
     "evaluate_model",
     "fuse_peft",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import names
+from lora_kernels.bypass import update_fast_paths
 from lora_kernels.layer import LoRALayer
 
 _BASE = "_lora_base_"
@@ -120,6 +121,7 @@ def attach(
     """
     for linear, layer in layers.items():
         layer.move_into(linear)
+    update_fast_paths(model)
     for outer in saved.values():
         for module in outer.modules():
             for attribute, tensor in state_of(module).items():
@@ -153,6 +155,7 @@ def detach(model: nn.Module) -> None:
     as they were; what was added since stays as it is."""
     for _, layer in list(lora_layers(model)):
         layer.move_out()
+    update_fast_paths(model)
     release_saved(model, keep_saved=False)
     for module in model.modules():
         for name in module.__dict__.pop(_FROZEN, ()):

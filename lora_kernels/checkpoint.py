@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_kernels import adapters, names, peft_targets, targets
 from lora_kernels.adapters import lora_layers
+from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
 from lora_kernels.layer import LoRALayer, copy_whole, features, is_sharded, whole
 from lora_kernels.nn import layer_class
@@ -227,6 +228,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
                 )
             values[name] = (layer, A, B, alpha, use_rslora)
 
+    past = bypassed(model)
+    idle = [name for name in pairs if modules[name] in past]
+    if idle:
+        warnings.warn(
+            f"adapters on {targets.summary(idle)} may have no part in the output:"
+            f" {past[modules[idle[0]]]}; check_adapters(model, ...) with a batch tells",
+            stacklevel=2,
+        )
     if layers or saved_modules:
         adapters.attach(model, layers, saved_modules, trainable)
     guard_save_pretrained(model)

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels import adapters, targets
 from lora_kernels.adapters import lora_parameters
+from lora_kernels.bypass import unregistered_linears
 from lora_kernels.checkpoint import guard_save_pretrained, release_save_pretrained
 from lora_kernels.layer import Init, is_sharded
 from lora_kernels.nn import layer_class
@@ -28,6 +29,7 @@ class LoraReport:
     trainable: int
     total: int
     adapter_bytes: int
+    unregistered: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
@@ -42,6 +44,11 @@ class LoraReport:
         if self.other_linear_maps:
             names = targets.summary(self.other_linear_maps, limit=8)
             lines.append(f"linear maps that are no nn.Linear, left frozen: {names}")
+        if self.unregistered:
+            lines.append(
+                "held in a plain list only, so not part of the model (nn.ModuleList registers"
+                f" them): {targets.summary(self.unregistered, limit=8)}"
+            )
         return "\n".join(lines)
 
 
@@ -109,6 +116,7 @@ def apply_lora(
         trainable=sum(p.numel() for p in trained),
         total=sum(p.numel() for p in model.parameters()),
         adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
+        unregistered=unregistered_linears(model),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lora_kernels.bypass import bypassed
 from lora_kernels.layer import LoRALayer, is_conv1d, refusal
 
 Names = str | Iterable[str] | None
@@ -94,8 +95,8 @@ def find_targets(
     `get_output_embeddings()`.
 
     Raises:
-        ValueError: a pattern matches nothing, or only modules that cannot carry an adapter; the
-            model has adapters of PEFT.
+        ValueError: a pattern matches nothing, only modules that cannot carry an adapter, or a layer
+            that the model's code reads past; the model has adapters of PEFT.
     """
     if is_linear(model):
         raise ValueError(
@@ -112,7 +113,7 @@ def find_targets(
     excluded.require_matches(name for name, _ in model.named_modules())
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) and not wanted else None
-    targets, skipped = {}, {}
+    targets, skipped, past = {}, {}, bypassed(model)
     for name, module in linear.items():
         if wanted and not wanted.match(name):
             continue
@@ -122,6 +123,13 @@ def find_targets(
             skipped[name] = "the model's output head"
         elif (reason := objection(module)) is not None:
             skipped[name] = reason
+        elif module in past and wanted:
+            raise ValueError(
+                f"target_modules: an adapter on {name} would have no part in the output:"
+                f" {past[module]}; leave it out (exclude_modules)"
+            )
+        elif module in past:
+            skipped[name] = past[module]
         else:
             targets[name] = module
     if not targets:

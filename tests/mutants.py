@@ -163,6 +163,23 @@ MUTANTS = {
     "fused PEFT: warns in every call": (INTEGRATION, "self.__dict__.pop(_WARNING)", "self.__dict__[_WARNING]", "integrations_peft"),
     "fused PEFT: warns where nothing is lost": (INTEGRATION, "if isinstance(x, Tensor) and x.requires_grad:", "if True:", "integrations_peft"),
     "fused PEFT: own name in repr": (INTEGRATION, "return self.peft_class.__name__\n", "return type(self).__name__\n", "integrations_peft"),
+    "metadata of a weight taken for a use": ("bypass.py", """if inner[-1:] == ("weight",) and asked:""", "if False:", "bypass"),
+    "conditions of a read ignored": ("bypass.py", "if value is not _UNKNOWN and bool(value) != outcome:", "if False:", "bypass"),
+    "read past only in forward itself": ("bypass.py", "todo.append((*member, 0))", "pass", "bypass"),
+    "encoder layers stay on the fast path": ("bypass.py", "setattr(module, option, 0)", "pass", "bypass"),
+    "nested tensors for encoders with adapters": ("bypass.py", """    nn.TransformerEncoder: "use_nested_tensor",\n""", "", "bypass"),
+    "fast path not given back": ("bypass.py", "setattr(module, option, vars(module).pop(_KEPT + option))", "pass", "bypass"),
+    "layers put in by hand stay on the fast path": ("bypass.py", "if isinstance(child, LoRALayer) and isinstance(module", "if False and isinstance(module", "bypass"),
+    "bypassed layers named explicitly are skipped": ("targets.py", "elif module in past and wanted:", "elif False:", "bypass"),
+    "check: buffers not restored": ("check.py", "if not torch.equal(buffer, value):", "if False:", "check"),
+    "check: weights not restored": ("check.py", "parameter.copy_(value)", "pass", "check"),
+    "check: optimizers step in the backward": ("check.py", "now.clear()\n    try:", "pass\n    try:", "check"),
+    "check: adapters merged as small as they are": ("check.py", "_enlarge(adapter)\n        apart", "pass\n        apart", "check"),
+    "check: a zero gradient passes": ("check.py", "if norm == 0 and not explained", "if False", "check"),
+    "check: B = 0 taken for a fault": ("check.py", "if norm == 0 and not explained", "if norm == 0", "check"),
+    "check: compared in train mode": ("check.py", "if evaluate:", "if False:", "check"),
+    "training silent about idle adapters": ("recipes/training.py", "_warn_of_idle_adapters(model, optimizer)\n    scaler", "pass\n    scaler", "check"),
+    "training warns at every step": ("recipes/training.py", "first = len(run.history) == begun", "first = True", "check"),
 }  # fmt: skip
 
 

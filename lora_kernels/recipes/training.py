@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters import lora_layers
+from lora_kernels.check import first_step_problems, folded
 from lora_kernels.layer import is_sharded, whole
 from lora_kernels.recipes import batches, resume
 from lora_kernels.recipes.batches import Count, Criterion
@@ -68,7 +70,8 @@ def train_model(
 
     One pass over the loader unless `epochs` says more. Every module's train/eval mode is afterwards
     what it was. In a model with LoRA layers, batch norms that are frozen stay in eval mode, so that
-    their running statistics, which belong to the base, do not move.
+    their running statistics, which belong to the base, do not move. Adapters that the first step
+    leaves without a gradient, or that the optimizer does not hold, are named in a warning.
 
     Args:
         model: any module, e.g. after `add_adaptor_layer`.
@@ -134,12 +137,16 @@ def train_model(
     bar = batches.progress_bar(
         progress, _total_steps(train_loader, epochs, max_steps, accumulation_steps), "train"
     )
+    begun = len(run.history)
     with batches.mode(model, training=True), bar:
         _freeze_batch_norms(model)
-        bar.update(len(run.history))
+        bar.update(begun)
         while not done():
             for group in _groups(run.epoch_batches(), accumulation_steps):
-                _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good)
+                first = len(run.history) == begun
+                _step(
+                    run, group, criterion, device, autocast_dtype, count, max_grad_norm, good, first
+                )
                 bar.update()
                 bar.set_postfix_str(f"loss {run.history.loss[-1]:.4f}")
                 if done():
@@ -154,7 +161,7 @@ def train_model(
     return run.history
 
 
-def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good) -> None:
+def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good, first) -> None:
     """One optimizer step over a group of batches."""
     model, optimizer, scaler, history = run.model, run.optimizer, run.scaler, run.history
     step = len(history) + 1
@@ -176,6 +183,8 @@ def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, g
         scaler.scale(loss * (weight / total)).backward()
         loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         losses.append(loss * (weight / total))
+    if first:
+        _warn_of_idle_adapters(model, optimizer)
     scaler.unscale_(optimizer)
     trained = [p for p in good.parameters if p.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm(p.grad for p in trained))
@@ -204,6 +213,17 @@ def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, g
     if run.scheduler is not None and scaler.get_scale() >= scale:
         run.scheduler.step()
     run.batches += len(group)
+
+
+def _warn_of_idle_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    problems = first_step_problems(model, optimizer)
+    if problems:
+        lines = "".join(f"\n  {line}" for line in folded(problems))
+        warnings.warn(
+            f"{len(problems)} adapters did not train in the first step;"
+            f" check_adapters(model, ...) with a batch looks closer{lines}",
+            stacklevel=4,
+        )
 
 
 class _LastGood:
