@@ -90,8 +90,8 @@ OVERRIDES: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
-    "swin": {"image_size": 56, "window_size": 7},
-    "donut-swin": {"image_size": 56, "window_size": 7},
+    "swin": {"image_size": 224, "window_size": 7},
+    "donut-swin": {"image_size": 224, "window_size": 7},
     "esm": {"pad_token_id": 1, "mask_token_id": 2},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "mamba2": {"head_dim": 32},
@@ -382,7 +382,7 @@ def _accepted(model, given: dict) -> dict:
             wanted = int(found[2])
             # Told in elements by some; in tokens by others.
             count = wanted // WIDTH if wanted % WIDTH == 0 and wanted > 4 * WIDTH else wanted
-            rows = 1 if count % 2 else 2
+            rows = 1 if count % 2 or GRIDS & set(given) else 2
             ids = given["input_ids"][:rows]
             places = torch.full((rows, count // rows), token)
             ids = torch.cat([ids[:, :2], places, ids[:, 2:]], 1)

@@ -4,8 +4,7 @@
 
 Each model type runs in a child process with its own time and memory limit; what a child finds goes
 to the ledger (JSON), so that a sweep that was stopped goes on where it was. The table is made from
-the ledger: docs/architectures.md, written when all types are in. Exit status 1 if an adapter is
-reported and does not act, or a value differs.
+the ledger. Exit status 1 if an adapter is reported and does not act, or a value differs.
 """
 
 import argparse
@@ -160,12 +159,12 @@ def generated(model, given, **options):
     return [t.float() for t in out.logits]
 
 
-def examine(kind: str) -> dict:
-    """What was found for one model type: a row of the table."""
-    name = architectures.classes()[kind]
+def examine(kind: str, name: str | None = None) -> dict:
+    """What was found for one model type, with the class `name`: a row of the table."""
+    name = name or architectures.classes()[kind]
     row = {"class": name}
     try:
-        plain = architectures.build(kind)
+        plain = architectures.build(kind, name)
         given = architectures.inputs(plain)
     except architectures.NotBuilt as error:
         return row | {"not built": str(error)}
@@ -388,8 +387,7 @@ def main() -> int:
             arguments.ledger.write_text(json.dumps(rows, indent=1))
             found = faults(row) or row.get("not built") or "ok"
             print(f"{kind}: {found}", flush=True)
-    if set(rows) >= set(kinds):
-        arguments.table.write_text(table({k: rows[k] for k in kinds}))
+    arguments.table.write_text(table({k: r for k, r in rows.items() if k in kinds}))
     return int(any(faults(rows[kind]) for kind in todo))
 
 
