@@ -316,8 +316,9 @@ def run(kind: str) -> dict:
 
 
 def faults(row: dict) -> dict[str, str]:
-    """Checks that failed through us; what stands in parentheses is not ours."""
-    found = {n: w for n, w in row.get("checks", {}).items() if w and not w.startswith("(")}
+    """Checks that failed through us: not what stands in parentheses, nor a file that is refused."""
+    harmless = ("(", "refused")
+    found = {n: w for n, w in row.get("checks", {}).items() if w and not w.startswith(harmless)}
     return found | ({"crashed": row["crashed"]} if "crashed" in row else {})
 
 
@@ -342,7 +343,8 @@ def table(rows: dict[str, dict]) -> str:
         *(f"| {c} | {what} | {tried[c]} | {counts[c]} |" for c, what in CHECKS.items()),
         "",
         "*Share* is the part of the model's weights that carries an adapter. What stands in"
-        " parentheses is no fault of the adapters: the plain model or PEFT has it too.",
+        " parentheses is no fault of the adapters: the plain model or PEFT has it too, or the"
+        " inputs of the sweep do not reach the layer. A file that is *refused* is left as it was.",
         "",
         "| model type | class | layers | share | found |",
         "|---|---|---|---|---|",
