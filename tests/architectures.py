@@ -209,7 +209,8 @@ def shrink(config, overrides: dict, kinds: bool = True) -> dict:
                 fields[name] = next(special)
         elif isinstance(value, int):
             small = next((n for p, n in INTEGERS if re.fullmatch(p, name)), None)
-            if small == KV_HEADS and value == getattr(config, "num_attention_heads", None):
+            heads = getattr(config, "num_attention_heads", None)
+            if small == KV_HEADS and "heads" in name and value == heads:
                 small = HEADS
             if small is not None and value > small:
                 fields[name] = small
