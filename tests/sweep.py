@@ -335,7 +335,8 @@ def table(rows: dict[str, dict]) -> str:
         f"transformers {transformers.__version__}, peft {peft.__version__},"
         f" torch {torch.__version__.split('+')[0]}.",
         "",
-        f"{len(rows)} model types with a class of their own; {len(built)} built and run,"
+        f"{len(architectures.classes())} model types with a class of their own, {len(rows)} of them"
+        f" tried so far; {len(built)} built and run,"
         f" {len(clean)} of them without a fault.",
         "",
         "| check | what it asks | tried | faults |",
