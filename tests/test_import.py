@@ -24,6 +24,7 @@ FLOORS = {
     "layer": 1.9,
     "nn": 2,
     "files": -2,
+    "options": -2,
     "adapters": 3.1,
     "targets": 3.1,
     "rank": 3.1,
