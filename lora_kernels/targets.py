@@ -235,21 +235,21 @@ def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(prefix, str) or not callable(find_output):
         return {}
     body, output = model._modules.get(prefix), find_output()
-    children = {name: child for name, child in model.named_children() if child is not body}
-    if any(map(_is_loaded, model.parameters())):
-        if body is not None:
-            children |= {f"{prefix}.{name}": child for name, child in body.named_children()}
-    elif output is not None:
+    loaded = any(map(_is_loaded, model.parameters()))
+    if output is not None and not loaded:
         return {}
-    elif body is None:
-        children = {name: child for name, child in children.items() if name in _HEAD_NAMES}
+    children = {name: child for name, child in model.named_children() if child is not body}
+    # Beside the body, a part that was loaded but for a layer of another size is new too.
+    parts = {n: c for n, c in children.items() if _is_new(c, all if body is None else any)}
+    if loaded and body is not None:
+        parts |= {f"{prefix}.{n}": c for n, c in body.named_children() if _is_new(c, all)}
+    elif not loaded and body is None:
+        parts = {name: part for name, part in parts.items() if name in _HEAD_NAMES}
     shared = {parameter for parameter, names in owners(model).items() if len(names) > 1}
     return {
-        path + name: child
-        for name, child in children.items()
-        if _is_new(child)
-        and shared.isdisjoint(child.parameters())
-        and output not in child.modules()
+        path + name: part
+        for name, part in parts.items()
+        if shared.isdisjoint(part.parameters()) and output not in part.modules()
     }
 
 
@@ -257,13 +257,14 @@ def _is_loaded(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def _is_new(module: nn.Module) -> bool:
-    """Whether it can be trained and holds no parameter from a checkpoint. Embeddings are left to
-    the user, whose new ones may be large."""
+def _is_new(module: nn.Module, quantifier: Callable[[Iterable[bool]], bool]) -> bool:
+    """Whether it can be trained, and any or all of its parameters are from no checkpoint.
+    Embeddings are left to the user, whose new ones may be large."""
     parameters = list(module.parameters())
     return (
         bool(parameters)
-        and all(p.is_floating_point() and not _is_loaded(p) for p in parameters)
+        and quantifier(not _is_loaded(p) for p in parameters)
+        and all(p.is_floating_point() for p in parameters)
         and not any(isinstance(part, (*_EMBEDDINGS, LoRALayer)) for part in module.modules())
     )
 
