@@ -12,6 +12,7 @@ from lora_kernels.convert import (
     unmerge_lora,
 )
 from lora_kernels.functional import lora_add, lora_add_, lora_linear
+from lora_kernels.merged import merged_state_dict
 from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
 from lora_kernels.rank import low_rank_approximation
 from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model, train_model
@@ -36,6 +37,7 @@ __all__ = [
     "lora_state_dict",
     "low_rank_approximation",
     "merge_lora",
+    "merged_state_dict",
     "register_fused_lora",
     "remove_lora",
     "save_adapter",

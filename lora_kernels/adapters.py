@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels import names
 from lora_kernels.layer import LoRALayer, is_sharded
 
 _BASE = "_lora_base_"
@@ -46,26 +47,30 @@ class Saved(NamedTuple):
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(name, layer) of every LoRA layer, shared ones once, in the model's order."""
-    for name, module in model.named_modules():
+    """(name in the plain model, layer) of every LoRA layer, shared ones once, in its order."""
+    for name, module in names.named_modules(model):
         if isinstance(module, LoRALayer):
             yield name, module
 
 
 def saved_tensors(model: nn.Module) -> Iterator[Saved]:
     """What is trained in full beside the LoRA layers: parameters, and buffers that go with them."""
-    for module_name, module in model.named_modules():
-        for attribute, tensor in state_of(module).items():
-            if _BASE + attribute in module._buffers:
-                name = f"{module_name}.{attribute}".lstrip(".")
-                yield Saved(name, module, attribute, tensor)
+    for name, module in names.named_modules(model):
+        yield from saved_of(name, module)
+
+
+def saved_of(name: str, module: nn.Module) -> Iterator[Saved]:
+    """Those of one module of this name, without its submodules'."""
+    for attribute, tensor in state_of(module).items():
+        if _BASE + attribute in module._buffers:
+            yield Saved(names.join(name, attribute), module, attribute, tensor)
 
 
 def saved_modules(model: nn.Module) -> list[str]:
     """The names of the outermost modules that are trained in full, as PEFT takes them: it wraps
     no lists and dictionaries of modules."""
     found, inside = [], set()
-    for name, module in model.named_modules():
+    for name, module in names.named_modules(model):
         if module in inside or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
         state = [(part, key) for part in module.modules() for key in state_of(part)]
@@ -99,17 +104,16 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's part of `model.state_dict()`: load it with `load_state_dict(...,
-    strict=False)`."""
-    state = {}
-    for name, layer in lora_layers(model):
-        prefix = f"{name}." if name else ""
-        for key in ("lora_A", "lora_B", "pissa_A", "pissa_B"):
-            tensor = getattr(layer, key)
-            if tensor is not None:
-                state[prefix + key] = tensor.detach()
-    for saved in saved_tensors(model):
-        state[saved.name] = saved.trained
-    return state
+    strict=False)` into a model that is wrapped (compiled, DDP) in the same way."""
+    state, saved = {}, {}
+    for _, name, module in names.keyed_modules(model):
+        if isinstance(module, LoRALayer):
+            for key in ("lora_A", "lora_B", "pissa_A", "pissa_B"):
+                tensor = getattr(module, key)
+                if tensor is not None:
+                    state[names.join(name, key)] = tensor.detach()
+        saved |= {one.name: one.trained for one in saved_of(name, module)}
+    return state | saved
 
 
 def require_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:

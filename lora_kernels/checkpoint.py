@@ -1,10 +1,12 @@
 """Adapters as PEFT's two files: adapter_model.safetensors and adapter_config.json."""
 
 import functools
+import inspect
 import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_kernels import adapters, options, targets
+from lora_kernels import adapters, names, options, peft_targets, targets
 from lora_kernels.adapters import lora_layers
 from lora_kernels.files import replace_together
 from lora_kernels.layer import LoRALayer, copy_whole, features, is_sharded, whole
@@ -30,7 +32,7 @@ _INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # Options of PEFT that change what an adapter computes and that this library does not have.
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
-    "layer_replication", "target_parameters", "trainable_token_indices", "kasa_config",
+    "layer_replication", "trainable_token_indices", "kasa_config",
     "monteclora_config", "velora_config",
 )  # fmt: skip
 
@@ -43,7 +45,11 @@ def save_adapter(
     An interrupted save leaves the old adapter: both files are written before either is replaced,
     and `load_adapter` notices files of two saves. An adapter started with PiSSA is written relative
     to the original base, as plain LoRA of rank 2r. All ranks of a sharded model make the call: it
-    gathers, and rank 0 writes. Names are those within DistributedDataParallel and torch.compile.
+    gathers, and rank 0 writes. Names are the plain model's, without the parts that torch.compile,
+    DistributedDataParallel and other wrappers put in.
+
+    Warns (UserWarning) of parameters that train and are not in the files, and of layers that PEFT
+    would compute differently.
 
     Args:
         directory: made if missing.
@@ -53,20 +59,30 @@ def save_adapter(
     Raises:
         ValueError: the model has no LoRA layer. RuntimeError: it was merged with keep_base=False.
     """
-    model = _unwrapped(model)
-    factors = {n: layer.delta_factors() for n, layer in adapters.require_layers(model)}
-    _write(model, Path(directory), factors, base_model)
+    model = names.unwrapped(model)
+    layers = adapters.require_layers(model)
+    for name, layer in layers:
+        if layer._merged == "final":
+            raise RuntimeError(f"{name}: merged with keep_base=False, there is no adapter to save")
+    _warn_of_unsaved(model)
+    _write(model, Path(directory), {n: layer.delta_factors() for n, layer in layers}, base_model)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model whose names the files use."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
+def _warn_of_unsaved(model: nn.Module) -> None:
+    """Names the parameters that train and are no part of the adapter."""
+    saved = set(adapters.lora_parameters(model))
+    left_out = [
+        names.join(name, attribute)
+        for name, module in names.named_modules(model)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad and parameter not in saved
+    ]
+    if left_out:
+        warnings.warn(
+            f"{targets.summary(left_out)}: trainable, but no part of the adapter and not in its"
+            " files; name their modules in modules_to_save of apply_lora, or freeze them",
+            stacklevel=3,
+        )
 
 
 def _write(
@@ -76,14 +92,13 @@ def _write(
     base_model: str | None,
     given: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Of what is `given`, by its name in the model, those tensors; the model's own otherwise."""
+    """The layers of `factors`, by name. Of what is `given`, by its name in the model, those
+    tensors; the model's own otherwise."""
     from safetensors.torch import save_file
 
     tensors = {}
-    for name, layer in lora_layers(model):
-        if layer._merged == "final":
-            raise RuntimeError(f"{name}: merged with keep_base=False, there is no adapter to save")
-        for part, tensor in zip("AB", factors[name], strict=True):
+    for name, pair in factors.items():
+        for part, tensor in zip("AB", pair, strict=True):
             tensors[f"{_PREFIX}{name}.lora_{part}.weight"] = tensor
     for saved in adapters.saved_tensors(model):
         tensors[_PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
@@ -95,6 +110,14 @@ def _write(
     if sharded and dist.get_rank() != 0:
         return
     config = _config(model, {name: a.shape[0] for name, (a, _) in factors.items()}, base_model)
+    peft_targets.warn_of_differences(model, config, tensors)
+    dropouts = {layer.dropout for name, layer in lora_layers(model) if name in factors}
+    if config["target_parameters"] and any(dropouts):
+        warnings.warn(
+            "lora_dropout: written as 0, PEFT has none for layers that it takes for experts"
+            f" ({targets.summary(config['target_parameters'])}); set it again to go on training",
+            stacklevel=3,
+        )
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", _PAIRED: json.dumps({key: config[key] for key in _DECISIVE})}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -107,7 +130,7 @@ def _write(
 def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> dict:
     """PEFT's LoraConfig as JSON; layers that differ from the first go to rank_pattern,
     alpha_pattern."""
-    layers = dict(lora_layers(model))
+    layers = {name: layer for name, layer in lora_layers(model) if name in ranks}
     first = next(iter(layers))
     rslora = layers[first].use_rslora and all(
         layer.use_rslora and layer.alpha is not None and layer.pissa_A is None
@@ -123,9 +146,11 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         value = layer.alpha if stored else layer.scaling * ranks[name]
         return int(value) if value == int(value) else value
 
+    as_parameters = peft_targets.taken_for_experts(model, layers)
+
     def whole(name: str) -> str:
         """A pattern for this name alone: PEFT takes others as last parts of names."""
-        return "^" + re.escape(name)
+        return "^" + re.escape(name) + (r"(\.weight)?" if name in as_parameters else "")
 
     return {
         "peft_type": "LORA",
@@ -135,35 +160,26 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha(first),
-        "lora_dropout": layers[first].dropout,
+        # PEFT has no dropout for adapters of parameters, and refuses a config with both.
+        "lora_dropout": 0.0 if as_parameters else layers[first].dropout,
         "modules_to_save": sorted(adapters.saved_modules(model)) or None,
         "r": ranks[first],
         "rank_pattern": {whole(n): r for n, r in ranks.items() if r != ranks[first]},
         "alpha_pattern": {whole(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
-        "target_modules": _target_names(model, list(layers)),
+        "target_modules": peft_targets.target_names(
+            model, [name for name in layers if name not in as_parameters]
+        ),
+        "target_parameters": [f"{name}.weight" for name in as_parameters] or None,
         "task_type": None,
         "use_dora": False,
         "use_rslora": rslora,
     }
 
 
-def _target_names(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The last parts of the names where they stand for exactly these modules, else the whole
-    names; an expression where those are last parts of other modules' names."""
-    modules = [name for name, _ in model.named_modules()]
-    parts = {name.rpartition(".")[2] for name in names}
-    by_part = {name for name in modules if name.rpartition(".")[2] in parts}
-    if by_part == set(names) and not any(part.isdigit() for part in parts):
-        return sorted(parts)
-    endings = tuple(f".{name}" for name in names)
-    if any(f".{name}".endswith(endings) for name in set(modules) - set(names)):
-        return "|".join(map(re.escape, sorted(names)))
-    return sorted(names)
-
-
 # ------------------------------------------------------------------------------------------ loading
 
 
+@torch.no_grad()
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Reads PEFT's two files into a model: into its LoRA layers, or into a model that has none yet.
 
@@ -176,10 +192,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             PEFT that this library lacks, or holds a tensor (named) that is non-finite or does not
             fit the model.
     """
-    model, directory = _unwrapped(model), Path(directory)
+    model, directory = names.unwrapped(model), Path(directory)
     config = _read_config(directory / CONFIG_NAME)
     tensors = _read_tensors(directory / WEIGHTS_NAME, config)
     targets.require_no_peft(model)
+    _require_linear_parameters(model, config, directory / CONFIG_NAME)
     pairs, saved = _sort(model, tensors, _origin(config))
     present = dict(lora_layers(model))
     if present and set(present) != set(pairs):
@@ -190,7 +207,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             + (f" the model alone has {targets.summary(missing)};" if missing else "")
             + " remove_lora(model) first to take them from the file"
         )
-    modules = dict(model.named_modules())
+    modules = dict(names.named_modules(model))
     saved_modules = {n.rpartition(".")[0]: modules[n.rpartition(".")[0]] for n in saved}
     targets.require_whole_ties(model, saved_modules)
     layers, values = {}, {}
@@ -214,17 +231,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         if layers or saved_modules:
             adapters.attach(model, layers, saved_modules, before.trainable)
         guard_save_pretrained(model)
-        with torch.no_grad():
-            for layer, A, B, alpha, use_rslora in values.values():
-                copy_whole(layer.lora_A, A)
-                copy_whole(layer.lora_B, B)
-                layer.alpha, layer.use_rslora = alpha, use_rslora
-                layer.dropout = config.get("lora_dropout") or 0.0
-            for name, tensor in saved.items():
-                owner, _, attribute = name.rpartition(".")
-                target = getattr(model.get_submodule(owner), attribute)
-                before.keep(target)
-                copy_whole(target, tensor)
+        for layer, A, B, alpha, use_rslora in values.values():
+            copy_whole(layer.lora_A, A)
+            copy_whole(layer.lora_B, B)
+            layer.alpha, layer.use_rslora = alpha, use_rslora
+            layer.dropout = config.get("lora_dropout") or 0.0
+        for name, tensor in saved.items():
+            owner, _, attribute = name.rpartition(".")
+            target = getattr(modules[owner], attribute)
+            before.keep(target)
+            copy_whole(target, tensor)
 
 
 def _read_config(path: Path) -> dict:
@@ -257,6 +273,16 @@ def _read_config(path: Path) -> dict:
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias = {config['bias']!r} is not supported, only 'none'")
     return config
+
+
+def _require_linear_parameters(model: nn.Module, config: dict, path: Path) -> None:
+    weights = [f".{n}.weight" for n, m in names.named_modules(model) if targets.is_linear(m)]
+    for parameter in config.get("target_parameters") or ():
+        if not any(weight.endswith(f".{parameter}") for weight in weights):
+            raise ValueError(
+                f"{path}: target_parameters: {parameter!r} is not the weight of a linear layer of"
+                " the model, and no other parameter can carry an adapter; load it with PEFT"
+            )
 
 
 def _is_number(value: object) -> bool:
@@ -300,10 +326,10 @@ def _sort(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """(layer name -> (A, B), name -> tensor of modules_to_save), each found in the
     model."""
-    modules = dict(model.named_modules())
+    modules = dict(names.named_modules(model))
     tensors_there = {
-        f"{prefix}.{name}".lstrip("."): tensor
-        for prefix, module in model.named_modules(remove_duplicate=False)
+        names.join(prefix, name): tensor
+        for prefix, module in modules.items()
         for name, tensor in adapters.state_of(module).items()
     }
     halves: dict[str, dict[str, Tensor]] = {}
@@ -385,45 +411,69 @@ def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
 
 
 def guard_save_pretrained(model: nn.Module) -> None:
-    """Makes `model.save_pretrained(d)` write the adapter files into d as well.
+    """Makes `save_pretrained(d)` of the model, and of models within it, write the adapter too.
 
-    Without them `from_pretrained(d)` would drop the adapters as unexpected keys; with them
-    Transformers loads base and adapter (through PEFT).
+    Without the adapter's files in d `from_pretrained(d)` would drop it as unexpected keys; with
+    them Transformers loads base and adapter (through PEFT).
     """
-    if callable(getattr(type(model), "save_pretrained", None)):
-        model.save_pretrained = functools.partial(_save_pretrained, model)
+    for module in model.modules():
+        save = getattr(type(module), "save_pretrained", None)
+        if callable(save) and "save_directory" in inspect.signature(save).parameters:
+            # A partial is copied and pickled with the model, and then holds the copy.
+            module.save_pretrained = functools.partial(_save_pretrained, module)
 
 
 def release_save_pretrained(model: nn.Module) -> None:
-    model.__dict__.pop("save_pretrained", None)
+    for module in model.modules():
+        guard = module.__dict__.get("save_pretrained")
+        if getattr(guard, "func", None) is _save_pretrained:
+            del module.save_pretrained
 
 
-def _save_pretrained(
-    model: nn.Module,
-    save_directory: str | os.PathLike,
-    is_main_process: bool = True,
-    state_dict: dict[str, Tensor] | None = None,
-    *args,
-    **kwargs,
-) -> object:
+def _save_pretrained(model: nn.Module, *args, **kwargs) -> object:
     """Given the state of a sharded model, as Trainer gives it, one rank may call; otherwise all."""
-    given = dict(state_dict or {})  # Transformers takes entries out as it writes them
-    result = type(model).save_pretrained(
-        model, save_directory, is_main_process, state_dict, *args, **kwargs
-    )
+    save = type(model).save_pretrained
+    call = inspect.signature(save).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    directory = Path(call.arguments["save_directory"])
+    given = _base_state(model, call.arguments.get("state_dict"))
+    if given:
+        call.arguments["state_dict"] = dict(given)  # Transformers takes out what it writes
+    result = save(*call.args, **call.kwargs)
     layers = dict(lora_layers(model))
     parts = {
         name: [given.get(f"{name}.{key}", getattr(layer, key)) for key in ("lora_A", "lora_B")]
         for name, layer in layers.items()
+        if layer._merged != "final"
     }
     gathers = any(is_sharded(tensor) for pair in parts.values() for tensor in pair)
-    if not layers or not (is_main_process or gathers):
+    if not layers or not (call.arguments.get("is_main_process", True) or gathers):
         return result
-    if any(layer._merged == "final" for layer in layers.values()):
+    if parts:
+        # Relative to the base beside it, which for PiSSA is what is left of the weight.
+        _write(model, directory, parts, None, given)
+    else:
         # The weights hold the adapter; files of an earlier save would add it a second time.
         for name in (CONFIG_NAME, WEIGHTS_NAME):
-            Path(save_directory, name).unlink(missing_ok=True)
-    else:
-        # Relative to the base beside it, which for PiSSA is what is left of the weight.
-        _write(model, Path(save_directory), parts, None, given)
+            (directory / name).unlink(missing_ok=True)
     return result
+
+
+def _base_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The state to write beside the adapter's files: the plain model's names, and the bases of
+    merged layers. Empty where the model's own state is that already."""
+    modules = list(names.keyed_modules(model, remove_duplicate=False))
+    layers = {name: module for name, _, module in modules if isinstance(module, LoRALayer)}
+    wrapped = any(name != key for name, key, _ in modules)
+    if given is None and not wrapped and not any(layer.merged for layer in layers.values()):
+        return {}
+    plain = {key: name for name, key, _ in modules}
+    state = {}
+    for key, tensor in (model.state_dict() if given is None else given).items():
+        owner, _, attribute = key.rpartition(".")
+        state[names.join(plain.get(owner, owner), attribute)] = tensor
+    for name in layers:
+        base = state.pop(names.join(name, "merged_base"), None)
+        if base is not None and base.numel():
+            state[names.join(name, "weight")] = base
+    return state

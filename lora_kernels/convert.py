@@ -182,7 +182,7 @@ def _apply(
     ranks = options.of_layers("rank_pattern", rank_pattern, found, rank, options.check_rank)
     alphas = options.of_layers("alpha_pattern", alpha_pattern, found, alpha, options.check_alpha)
     if init == "pissa":
-        _require_untied(model, list(found.values()), "init='pissa'")
+        require_untied(model, list(found.values()), "init='pissa'")
         for name, linear in found.items():
             if ranks[name] > min(linear.weight.shape):
                 raise ValueError(
@@ -224,7 +224,7 @@ def _apply(
         )
 
 
-def _require_untied(model: nn.Module, layers: list[nn.Module], what: str) -> None:
+def require_untied(model: nn.Module, layers: list[nn.Module], what: str) -> None:
     owners = targets.owners(model)
     for layer in layers:
         names = owners[layer.weight]
@@ -246,7 +246,7 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
         for _, layer in adapters.require_layers(model)
         if not layer.merged or (not keep_base and layer._merged == "kept")
     ]
-    _require_untied(model, layers, "merge_lora")
+    require_untied(model, layers, "merge_lora")
     for layer in layers:
         if layer.merged:
             layer.unmerge()

@@ -1,4 +1,4 @@
-"""What every layer with an adapter does: forward, merging, PiSSA, state dict; `nn` has them."""
+"""What every layer with an adapter does: forward, merging, PiSSA; `nn` has them."""
 
 import functools
 import math
@@ -10,12 +10,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels import options
 from lora_kernels.functional import lora_linear
+from lora_kernels.state import LayerState
 
 Init = Literal["kaiming", "pissa", "random"]
 _INITS = ("kaiming", "pissa", "random")
 # What an adapter adds to a layer: parameters, buffers, attributes.
 _ADDED = (
-    "lora_A", "lora_B", "pissa_A", "pissa_B", "_base_weight", "_base_weight_cpu",
+    "lora_A", "lora_B", "pissa_A", "pissa_B", "merged_base", "_base_weight_cpu",
     "alpha", "dropout", "use_rslora", "_merged", "_disabled",
 )  # fmt: skip
 _HOOKS = (
@@ -27,7 +28,7 @@ _HOOKS = (
 _EXACT_SVD_ELEMENTS = 1 << 20
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(LayerState):
     """A frozen base of `weight` and `bias`, and the adapter `lora_A` [rank, in_features], `lora_B`
     [out_features, rank]."""
 
@@ -141,7 +142,7 @@ class LoRALayer(nn.Module):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.register_buffer("_base_weight", None, persistent=False)
+        self.register_buffer("merged_base", None)
         self.register_buffer("pissa_A", None)
         self.register_buffer("pissa_B", None)
         self._base_weight_cpu: Tensor | None = None
@@ -249,12 +250,23 @@ class LoRALayer(nn.Module):
         if keep_base == "cpu":
             self._base_weight_cpu = self.weight.detach().to("cpu", copy=True)
         elif keep_base:
-            self._base_weight = self.weight.detach().clone()
+            self.merged_base = self.weight.detach().clone()
+        else:
+            self.merged_base = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
         _add_product(self.matrix, self.lora_B, self.lora_A, self.scaling)
         if not keep_base:
             self.lora_B.zero_()
             self.pissa_A = self.pissa_B = None
         self._merged = "kept" if keep_base else "final"
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight as a merge leaves it, in its shape and dtype; the parameter's own if the layer
+        is merged."""
+        if self._merged:
+            return self.weight.detach()
+        total = _sum(self.matrix, self.lora_B, self.lora_A, self.scaling)
+        return self._oriented(total).to(self.weight.dtype).contiguous()
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -264,11 +276,11 @@ class LoRALayer(nn.Module):
         if not self._merged:
             raise RuntimeError("unmerge: the layer is not merged")
         self.weight.copy_(self._kept_base())
-        self._base_weight = self._base_weight_cpu = None
+        self.merged_base = self._base_weight_cpu = None
         self._merged = False
 
     def _kept_base(self) -> Tensor:
-        base = self._base_weight if self._base_weight is not None else self._base_weight_cpu
+        base = self.merged_base if self.merged_base is not None else self._base_weight_cpu
         return base.to(device=self.weight.device, dtype=self.weight.dtype)
 
     def _require_unmerged(self, what: str) -> None:
@@ -388,43 +400,6 @@ class LoRALayer(nn.Module):
             self.unmerge()
         self._return_pissa()
 
-    # --------------------------------------------------------------------------------- state dict
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._merged == "kept":
-            destination[prefix + "weight"] = self._kept_base()
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        keys = [prefix + name for name in ("lora_A", "lora_B", "pissa_A", "pissa_B")]
-        adapter = any(key in state_dict for key in keys)
-        keep_base = "cpu" if self._base_weight_cpu is not None else True
-        remerge = self._merged == "kept"
-        if remerge:
-            self.unmerge()
-        # A state dict that does not fit is an error; it must not leave half a PiSSA start behind.
-        # The rank of PiSSA's factors may differ from the adapter's.
-        shapes = [tuple(state_dict[key].shape) for key in keys if key in state_dict]
-        if self.pissa_A is None and len(shapes) == len(keys):
-            rank = shapes[3][-1]
-            expected = [(rank, self.in_features), (self.out_features, rank)]
-            if shapes == [tuple(self.lora_A.shape), tuple(self.lora_B.shape), *expected]:
-                self.pissa_A = self.lora_A.new_empty(expected[0])
-                self.pissa_B = self.lora_B.new_empty(expected[1])
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if not adapter:
-            missing_keys[:] = [key for key in missing_keys if key not in keys]
-            weight = state_dict.get(prefix + "weight")
-            loaded = weight is not None and weight.shape == self.weight.shape
-            if self.pissa_A is not None and loaded:
-                self._take_pissa()
-        if remerge:
-            self.merge(keep_base)
-
     def extra_repr(self) -> str:
         base = f"in_features={self.in_features}, out_features={self.out_features}"
         parts = [f"{base}, bias={self.bias is not None}"]
@@ -543,6 +518,10 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """weight += scale * left @ right, formed in fp32 and rounded once."""
+    weight.copy_(_sum(weight, left, right, scale))
+
+
+def _sum(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """weight + scale * left @ right, in fp32 (fp64 if the weight is)."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    total = torch.addmm(weight.to(dtype), left.to(dtype), right.to(dtype), alpha=scale)
-    weight.copy_(total)
+    return torch.addmm(weight.to(dtype), left.to(dtype), right.to(dtype), alpha=scale)

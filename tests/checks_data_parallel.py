@@ -48,6 +48,7 @@ from lora_kernels import (
     lora_parameters,
     lora_state_dict,
     merge_lora,
+    merged_state_dict,
     remove_lora,
     save_adapter,
     train_model,
@@ -207,6 +208,53 @@ def check_merge_of_a_sharded_model():
     assert all(map(torch.equal, before, (p.to_local() for p in model.parameters())))
 
 
+def check_merged_weights_of_a_sharded_model():
+    model, single = shard(build(modules_to_save=["1.down"])), build(modules_to_save=["1.down"])
+    for _ in range(2):
+        for (name, one), two in zip(
+            merged_state_dict(model).items(), merged_state_dict(single).values(), strict=True
+        ):
+            assert torch.equal(one, two), name
+        merge_lora(model)
+
+
+def check_states_of_merged_sharded_models():
+    """Sharded or gathered, they restore a model that is merged, the gathered state by rank 0."""
+    model, single = shard(build()), build()
+    merge_lora(model)
+    before = [p.to_local().clone() for p in model.parameters()]
+    merge_lora(single)
+    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    from_one = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = get_model_state_dict(model, options=gathered)
+    fresh = build()
+    if dist.get_rank() == 0:
+        fresh.load_state_dict(state)
+        for name, tensor in single.state_dict().items():
+            assert torch.equal(fresh.state_dict()[name], tensor), name
+    for options in (None, from_one):
+        other = shard(build())
+        for parameter in lora_parameters(other):
+            nn.init.zeros_(parameter)
+        merge_lora(other)
+        given = state if options else get_model_state_dict(model)
+        set_model_state_dict(other, dict(given), options=options)
+        assert all(map(torch.equal, before, (p.to_local() for p in other.parameters())))
+        unmerge_lora(other)
+        assert torch.equal(whole(other[0].up.weight), build()[0].up.weight)
+    with shared_folder() as folder:
+        dcp.save(model.state_dict(), checkpoint_id=folder)
+        other = shard(build())
+        merge_lora(other)
+        state = other.state_dict()
+        for tensor in state.values():
+            tensor.zero_()
+        dcp.load(state, checkpoint_id=folder)
+        other.load_state_dict(state)
+        unmerge_lora(other)
+        assert torch.equal(whole(other[0].up.weight), build()[0].up.weight)
+
+
 def check_disabled_adapters_of_a_sharded_model():
     """What the base computes, within the context and in training beside it (a DPO step)."""
     model, single = shard(build(dropout=0.0)), build(dropout=0.0)
@@ -332,7 +380,7 @@ def check_save_pretrained_of_a_sharded_model():
             model.save_pretrained(folder + "/one", state_dict=state)
         dist.barrier()
         # Transformers gathers by itself only what it has sharded by itself.
-        with mock.patch.object(LlamaForCausalLM, "save_pretrained"):
+        with mock.patch.object(LlamaForCausalLM, "save_pretrained", autospec=True):
             model.save_pretrained(folder + "/all", is_main_process=dist.get_rank() == 0)
         dist.barrier()
         for name in ("one", "all"):

@@ -11,7 +11,7 @@ from lora_kernels.backends.dropout import keep_mask, keep_scale
 
 DEVICE = "cuda"
 PLANS = tuple(plan for plan in _env.PLANS if plan != "aten")
-SCALING = 0.75
+SCALING = 1.5
 
 
 @pytest.fixture(autouse=True)

@@ -86,6 +86,7 @@ void run(const Folder& folder) {
   arguments.b_column = folder.number("b_column");
   arguments.bias_stride = folder.number("bias_stride");
   arguments.scale = folder.numbers.at("scale");
+  arguments.high = folder.numbers.at("high");
   arguments.b_is_float = folder.number("b_is_float");
   arguments.bias_is_float = folder.number("bias_is_float");
   arguments.y = poisoned(2 * M * N);

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 from lora_kernels.backends import plans
 from lora_kernels.backends.dropout import keep_mask, keep_scale
+from lora_kernels.backends.scaling import split
 
 ops = torch.ops.lora_kernels
 NAMES = ("y", "s", "dx", "da", "db")
-SCALING = 0.75
+SCALING = 1.5
 
 
 class Case(NamedTuple):
@@ -77,6 +78,7 @@ class Problem:
         else:
             y = base.to(dtype) + F.linear(s, b)
         dx, da, db = torch.autograd.grad(y, (x, a, b), dy)
+        s = s / split(SCALING, low)[1]
         return dict(zip(NAMES, (y.detach(), s.detach(), dx, da, db), strict=True))
 
     def linear(self, needed=(True, False, True, True)) -> dict[str, torch.Tensor]:

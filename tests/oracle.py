@@ -61,6 +61,7 @@ class Case:
     layout: str = "contiguous"
     add: bool = False
     seed: int = 1
+    large: bool = False  # with scaling 64 scaling x A^T leaves fp16's range, nothing else does
 
     def draws(self):
         """Enough repetitions that the error of a tiny case is no accident of one rounding."""
@@ -98,16 +99,17 @@ def make(case):
     low = case.adapter_dtype or case.dtype
     # Expanded rows would make the other operands low in rank; they stay ordinary then.
     inner = "transposed" if case.layout == "expanded" else case.layout
-    tensors = {"x": leaf(M, K, 1.0, case.dtype)}
+    x_std, b_std, dy_std = (3000.0, 0.02, 0.005) if case.large else (1.0, 0.5 * r**-0.5, 0.1)
+    tensors = {"x": leaf(M, K, x_std, case.dtype)}
     if case.add:
         tensors["base_out"] = leaf(M, N, 1.0, case.dtype)
     else:
         tensors["weight"] = leaf(N, K, K**-0.5, case.dtype, inner)
     tensors["lora_a"] = leaf(r, K, (3 * K) ** -0.5, low, inner)
-    tensors["lora_b"] = leaf(N, r, 0.5 * r**-0.5, low, inner)
+    tensors["lora_b"] = leaf(N, r, b_std, low, inner)
     if case.bias and not case.add:
         tensors["bias"] = leaf(1, N, 0.5, case.dtype, "contiguous")[0].detach().requires_grad_()
-    dy = leaf(M, N, 0.1, case.dtype).detach()
+    dy = leaf(M, N, dy_std, case.dtype).detach()
     return tensors, dy
 
 
@@ -135,6 +137,29 @@ def unfused(case, tensors, dy):
     branch = F.linear(dropped, tensors["lora_a"].to(dtype))
     y = base + case.scaling * F.linear(branch, tensors["lora_b"].to(dtype))
     return _gradients(y, tensors, dy)
+
+
+LARGE = [
+    Case(*sizes, torch.float16, adapter_dtype, scaling=scaling, p=p, add=add, large=True)
+    for sizes in ((1, 64, 48, 4), (40, 96, 65, 8), (150, 72, 130, 3))
+    for scaling in (64.0, -64.0, 48.5)
+    for adapter_dtype, p, add in (
+        (None, 0.0, False), (torch.float32, 0.25, False), (torch.float32, 0.0, True),
+    )
+]  # fmt: skip
+
+
+def assert_fp16_range(case, op):
+    """Where unfused torch is finite so is the op, as accurate, and a new adapter adds nothing."""
+    tensors, dy = make(case)
+    assert (case.scaling * tensors["x"].double() @ tensors["lora_a"].double().T).abs().max() > 65504
+    assert all(value.isfinite().all() for value in unfused(case, tensors, dy).values())
+    assert_accurate(case, op)
+    with torch.no_grad():
+        options = {"scaling": case.scaling, "dropout_p": case.p, "seed": case.seed}
+        new = op(**{**tensors, "lora_b": torch.zeros_like(tensors["lora_b"])}, **options)
+        base = op(**{**tensors, "lora_a": torch.zeros_like(tensors["lora_a"])}, **options)
+        assert torch.equal(new, base)
 
 
 def compute(case, tensors, dy, op):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lora_kernels import _env, lora_add, lora_linear
 from lora_kernels.backends import blocked
+from lora_kernels.backends.scaling import split
 
 HALF = (torch.bfloat16, torch.float16)
 SIZES = (1, 2, 3, 8, 17, 64, 127, 129)
@@ -98,16 +99,24 @@ def test_nothing_is_rounded_more_often_than_stored(wide, p, dtype):
         ds, _, _ = ops.lora_add_backward(
             dy, t["x"][:, : case.r], eye, low[1], s, mask, 2.7, 0.0, None, True, False, False
         )
-    exact_s, exact_ds = 2.7 * (x * factor) @ a.T, 2.7 * dy.double() @ b
-    base, term = x @ w.T + bias, exact_s.to(dtype).double() @ b.T
+    low, high = split(2.7, dtype)
+    exact_s, exact_ds = low * (x * factor) @ a.T, 2.7 * dy.double() @ b
+    base, term = x @ w.T + bias, high * exact_s.to(dtype).double() @ b.T
     base = base if wide else base.to(dtype).double()
-    exact_y = x @ w.T + bias + exact_s @ b.T
+    exact_y = x @ w.T + bias + high * exact_s @ b.T
     for got, exact, rounded in (
         (s, exact_s, exact_s.to(dtype)),
         (ds, exact_ds, exact_ds.to(dtype)),
         (y, exact_y, (base + term).to(dtype)),
     ):
         assert (got.double() - exact).norm() <= 1.02 * (rounded.double() - exact).norm()
+
+
+@pytest.mark.parametrize("case", oracle.LARGE)
+@pytest.mark.parametrize("wide", [False, True], ids=["plain", "wide"])
+def test_large_values_in_fp16(wide, case):
+    with path(wide, 8192):
+        oracle.assert_fp16_range(case, lora_add if case.add else lora_linear)
 
 
 GRID = [

@@ -122,6 +122,7 @@ def test_an_interruption_at_any_line_changes_nothing(case, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run(call, stop)
         assert_same(before, snapshot(model))
+        assert torch.is_grad_enabled()
     call()
     with pytest.raises(AssertionError):
         assert_same(before, snapshot(model))

@@ -14,6 +14,7 @@ import torch
 from lora_kernels import _env, lora_linear
 from lora_kernels.backends import plans
 from lora_kernels.backends.native import decode, extension
+from lora_kernels.backends.scaling import split
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -92,7 +93,8 @@ def write(folder: Path, case: oracle.Case, tile: tuple[int, int, int]) -> dict:
         dump(folder, names[name], t[name])
     rows, warps, cluster = tile
     numbers = {
-        "M": case.M, "N": case.N, "K": case.K, "r": case.r, "scale": case.scaling,
+        "M": case.M, "N": case.N, "K": case.K, "r": case.r,
+        "scale": split(case.scaling, case.dtype)[0], "high": split(case.scaling, case.dtype)[1],
         "x_row": t["x"].stride(0), "weight_row": t["weight"].stride(0),
         "a_row": t["lora_a"].stride(0), "b_row": t["lora_b"].stride(0),
         "b_column": t["lora_b"].stride(1), "bias_stride": 1,
@@ -129,7 +131,7 @@ def test_arithmetic_on_the_host(on_host, tmp_path):
         assert saved.exists() == (case.r != 8)
         if saved.exists():
             x, a = given["tensors"]["x"].detach(), given["tensors"]["lora_a"].detach()
-            truth = case.scaling * x.double() @ a.to(case.dtype).double().T
+            truth = split(case.scaling, case.dtype)[0] * x.double() @ a.to(case.dtype).double().T
             s = read(saved, case.dtype, case.M, case.r).double()
             assert (s - truth).norm() <= eps * truth.norm(), (case, tile)
 
@@ -278,10 +280,10 @@ def test_the_public_op_calls_it(there, monkeypatch):
 
     seen = []
 
-    def run(x, weight, lora_a, lora_b, bias, scaling, save_s, rows, warps, cluster):
+    def run(x, weight, lora_a, lora_b, bias, scale, save_s, rows, warps, cluster):
         seen.append((rows, warps, cluster, save_s))
-        s = (scaling * x.double() @ lora_a.double().T).to(x.dtype)
-        y = torch.nn.functional.linear(x, weight, bias) + s @ lora_b.to(x.dtype).T
+        s = (scale[0] * x.double() @ lora_a.double().T).to(x.dtype)
+        y = torch.nn.functional.linear(x, weight, bias) + scale[1] * s @ lora_b.to(x.dtype).T
         return y, s if save_s else x.new_empty(0)
 
     monkeypatch.setattr(decode, "decode", run)

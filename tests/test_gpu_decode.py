@@ -47,7 +47,7 @@ def unfused(x, weight, a, b, bias, dtype):
 def judge(tensors, tile) -> float:
     """Logarithm of our error over unfused torch's, y and s held to the rule of one case."""
     dtype = tensors[0].dtype
-    y, s = decode.decode(*tensors, SCALING, True, *tile)
+    y, s = decode.decode(*tensors, (SCALING, 1.0), True, *tile)
     exact, rival = unfused(*tensors, torch.float64), unfused(*tensors, dtype)
     logs = []
     for out, other, true in zip((y, s), rival, exact, strict=True):
@@ -82,12 +82,12 @@ def test_strides_and_no_bias():
 def test_same_bits_over_50_runs_and_in_a_graph():
     tensors = make(16, 4096, 4096, 64)
     tile = (16, 8 if clusters()[-1] > 1 else 4, clusters()[-1])
-    first = decode.decode(*tensors, SCALING, True, *tile)
+    first = decode.decode(*tensors, (SCALING, 1.0), True, *tile)
     for _ in range(50):
-        assert all(map(torch.equal, first, decode.decode(*tensors, SCALING, True, *tile)))
+        assert all(map(torch.equal, first, decode.decode(*tensors, (SCALING, 1.0), True, *tile)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode.decode(*tensors, SCALING, True, *tile)
+        captured = decode.decode(*tensors, (SCALING, 1.0), True, *tile)
     for _ in range(3):
         graph.replay()
         assert all(map(torch.equal, first, captured))
@@ -96,14 +96,14 @@ def test_same_bits_over_50_runs_and_in_a_graph():
 def test_on_the_current_stream():
     """A kernel on the default stream would not wait for what is still being computed."""
     tensors = make(4, 512, 512, 8)
-    expected = decode.decode(*tensors, SCALING, True, 16, 4, 1)[0]
+    expected = decode.decode(*tensors, (SCALING, 1.0), True, 16, 4, 1)[0]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     for _ in range(20):
         with torch.cuda.stream(stream):
             torch.cuda._sleep(1_000_000)
             late = tensors[0].clone()
-            y = decode.decode(late, *tensors[1:], SCALING, True, 16, 4, 1)[0]
+            y = decode.decode(late, *tensors[1:], (SCALING, 1.0), True, 16, 4, 1)[0]
         torch.cuda.synchronize()
         assert torch.equal(y, expected)
 
@@ -130,13 +130,13 @@ def test_wrong_arguments_are_refused(changes, words):
     for index, change in changes.items():
         tensors[index] = change(tensors[index])
     with pytest.raises(RuntimeError, match=words):
-        decode.decode(*tensors, SCALING, False, 16, 4, 1)
+        decode.decode(*tensors, (SCALING, 1.0), False, 16, 4, 1)
 
 
 @pytest.mark.parametrize("tile", [(8, 4, 1), (16, 5, 1), (16, 4, 3), (16, 4, 16)])
 def test_wrong_tiles_are_refused(tile):
     with pytest.raises(RuntimeError, match=r"(rows|warps|cluster): must be"):
-        decode.decode(*make(4, 64, 64, 8), SCALING, False, *tile)
+        decode.decode(*make(4, 64, 64, 8), (SCALING, 1.0), False, *tile)
 
 
 def test_one_launch_is_not_slower_than_three():
@@ -148,7 +148,7 @@ def test_one_launch_is_not_slower_than_three():
     copies = [weight.clone() for _ in range(8)]
 
     def ours(w):
-        decode.decode(x, w, a, b, None, SCALING, False, *tile)
+        decode.decode(x, w, a, b, None, (SCALING, 1.0), False, *tile)
 
     def plain(w):
         torch.addmm(F.linear(x, w), F.linear(x, a), b.t())

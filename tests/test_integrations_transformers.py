@@ -169,7 +169,7 @@ def test_a_merged_conv1d_is_copied_and_unmerged(keep, clone):
     assert_close(y, expected, 1e-6)
     layer.merge(keep)
     assert_close(layer(x), y)
-    assert torch.equal(layer.state_dict()["weight"], weight)
+    assert torch.equal(layer.state_dict()["weight"], layer.weight)
     twin = clone(layer)
     twin.unmerge()
     assert torch.equal(twin(x), y)

@@ -90,6 +90,11 @@ def test_wider_than_a_strip_and_more_rows_than_a_chunk(isa, dtype):
         oracle.assert_accurate(oracle.Case(300, 1100, 1030, 5, dtype, p=p), lora_linear)
 
 
+@pytest.mark.parametrize("case", oracle.LARGE)
+def test_large_values_in_fp16(isa, case):
+    oracle.assert_fp16_range(case, lora_add if case.add else lora_linear)
+
+
 def test_in_place_on_any_strides(isa):
     for layout, (M, N) in itertools.product(("contiguous", "transposed", "sliced"), ((9, 70),)):
         t, _ = oracle.make(oracle.Case(M, 33, N, 3, add=True))

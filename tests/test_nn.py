@@ -27,9 +27,9 @@ def make(seed=0, dtype=torch.float32, bias=True, trained=True, **options):
     return layer
 
 
-def pissa(trained=False, **options):
+def pissa(trained=False, seed=0, **options):
     """(the original weight, a PiSSA layer on it)."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     base = nn.Linear(K, N)
     original = base.weight.detach().clone()
     layer = FusedLoRALinear.from_linear(base, R, init="pissa", **{"alpha": 8, **options})
@@ -273,7 +273,7 @@ def test_merge_and_unmerge_are_bit_exact(keep, dtype):
     assert error(layer.weight, exact) < torch.finfo(dtype).eps
     assert not torch.equal(layer.weight, before["weight"])
     assert torch.equal(layer(inputs(dtype)), F.linear(inputs(dtype), layer.weight, layer.bias))
-    assert_same(before, layer.state_dict())
+    assert torch.equal(layer.state_dict()["weight"], layer.weight)
     layer.unmerge()
     assert not layer.merged
     assert_same(before, state_of(layer))
@@ -290,8 +290,9 @@ def test_a_final_merge_absorbs_the_adapter():
     fresh = make(5)
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(fresh(inputs()), layer(inputs()))
-    with pytest.raises(RuntimeError, match="unmerge: merged with keep_base=False"):
-        layer.unmerge()
+    for each in (layer, fresh):
+        with pytest.raises(RuntimeError, match="unmerge: merged with keep_base=False"):
+            each.unmerge()
 
 
 def test_merging_in_the_wrong_order_is_refused():
@@ -312,25 +313,86 @@ def test_merging_in_the_wrong_order_is_refused():
 # ------------------------------------------------------------------------- state dict, copies
 
 
-@pytest.mark.parametrize("keep", [None, *KEEP])
-def test_state_dict_goes_into_plain_and_merged_layers(keep):
-    source, target = make(0), make(1)
-    expected = source(inputs())
-    if keep:
-        source.merge(keep)
-        target.merge(keep)
-    state = source.state_dict()
-    assert list(state) == ["weight", "bias", "lora_A", "lora_B"]
+STATES = [None, True, "cpu", False]  # unmerged, or merged with this keep_base
+
+
+def in_state(keep, seed=0, started=make):
+    layer = started(seed)
+    if keep is not None:
+        layer.merge(keep)
+    return layer
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("started", [make, lambda seed: pissa(trained=True, seed=seed)[1]])
+@pytest.mark.parametrize("there", STATES)
+@pytest.mark.parametrize("keep", [True, "cpu", False])
+def test_the_state_of_a_merged_layer_is_restored(keep, there, started, assign):
+    source, target = in_state(keep, 0, started), in_state(there, 1, started)
+    state = state_of(source)
+    assert torch.equal(state["weight"], source.weight)
+    assert state.keys() - {"lora_A", "lora_B", "pissa_A", "pissa_B"} == {
+        "weight", "bias", "merged_base",
+    }  # fmt: skip
     plain_linear = nn.Linear(K, N)
-    plain_linear.load_state_dict({k: v for k, v in state.items() if "lora" not in k})
-    assert torch.equal(plain_linear.weight, make(0).weight)
-    target.load_state_dict(state)
-    assert target.merged == bool(keep)
-    assert torch.equal(target(inputs()), source(inputs()))
+    plain_linear.load_state_dict(state, strict=False)
+    assert torch.equal(plain_linear(inputs()), source(inputs()))
+    for strict in (True, False):
+        target.load_state_dict(state, strict=strict, assign=assign)
+        assert_same(state, target.state_dict())
+        assert target._merged == source._merged
+        assert torch.equal(target(inputs()), source(inputs()))
     if keep:
         target.unmerge()
+        assert_same(state_of(started(0)), state_of(target))
+        assert torch.equal(target(inputs()), started(0)(inputs()))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("there", STATES)
+def test_the_state_of_an_unmerged_layer_goes_into_merged_ones(there, assign):
+    source, target = make(0), in_state(there, 1)
+    state = state_of(source)
+    target.load_state_dict(state, assign=assign)
+    assert_same(state_of(source), state)  # not what the target merges into
+    assert target.merged == bool(there)
+    if there:
+        source.merge(there)
+    assert torch.equal(target(inputs()), source(inputs()))
+    if there:
+        target.unmerge()
     assert_same(state_of(make(0)), state_of(target))
-    assert torch.equal(target(inputs()), expected)
+
+
+def test_a_base_brings_a_layer_without_one_back_into_use():
+    layer, base = in_state(False), nn.Linear(K, N)
+    factors = {name: make(1).state_dict()[name] for name in ("lora_A", "lora_B")}
+    before = state_of(layer)
+    with pytest.raises(RuntimeError, match=r"lora_A: the layer is merged with keep_base=False.*we"):
+        layer.load_state_dict(factors, strict=False)
+    assert_same(before, state_of(layer))
+    layer.load_state_dict(base.state_dict())
+    layer.load_state_dict(factors, strict=False)
+    expected = F.linear(inputs(), base.weight, base.bias) + 2 * F.linear(
+        F.linear(inputs(), factors["lora_A"]), factors["lora_B"]
+    )
+    assert error(layer(inputs()), expected) < 1e-6
+
+
+@pytest.mark.parametrize("there", STATES)
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda s: s.update(merged_base=s["merged_base"][1:]), "size mismatch for merged_base"),
+    (lambda s: s.update(lora_A=s["lora_A"][1:]), "size mismatch for lora_A"),
+    (lambda s: s.pop("weight"), "merged_base: is of a merged layer, whose weight is missing"),
+])  # fmt: skip
+def test_a_merged_state_that_does_not_fit_changes_nothing(there, damage, message):
+    layer, state = in_state(there, 1), state_of(in_state(True))
+    before = state_of(layer)
+    damage(state)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state, strict=False)
+    assert_same(before, state_of(layer))
+    assert layer.merged == (there is not None)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -451,10 +513,12 @@ def test_pissa_state_dict(keep):
     if keep:
         layer.merge(keep)
     state = layer.state_dict()
-    assert list(state) == ["weight", "bias", "lora_A", "lora_B", "pissa_A", "pissa_B"]
-    assert_same(before, state)
     for target in (make(1), pissa()[1]):
         target.load_state_dict(state)
+        if keep:
+            assert torch.equal(target(inputs()), layer(inputs()))
+            target.unmerge()
+        assert list(target.state_dict()) == list(before)
         assert_same(before, state_of(target))
         assert torch.equal(target(inputs()), expected)
     if keep:
@@ -499,7 +563,7 @@ def test_resetting_or_absorbing_a_pissa_layer_forgets_its_start():
     assert layer.pissa_A is None
     _, layer = pissa(trained=True)
     layer.merge(keep_base=False)
-    assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
+    assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B", "merged_base"]
 
 
 def test_pissa_of_a_large_weight_uses_a_randomised_svd():

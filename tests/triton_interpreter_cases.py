@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 before triton is imported. fp32 and fp16 only; its bf16 produ
 
 import math
 
+import oracle
 import pytest
 import torch
 from interpreted import NAMES, SCALING, Case, Problem, error, laid_out, ops, serves
@@ -134,6 +135,20 @@ def test_candidates_of_a_tuner(op, case):
                     ratios(problem, compute())
     varied = {launch for _, fields in listed for launch in fields}
     assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx", "dx_da"})
+
+
+@pytest.mark.parametrize("plan", ["cublas", "shrink_gemm", "grouped", "dual", "decode", "flag"])
+def test_large_values_in_fp16(monkeypatch, plan):
+    monkeypatch.setattr(_env, "PLAN", plan)
+    for case in oracle.LARGE:
+        problem = Case(case.M, case.N, case.K, case.r, p=case.p)
+        if not case.add and serves(plan, problem):
+            oracle.assert_fp16_range(case, lora_kernels.lora_linear)
+
+
+def test_large_values_in_fp16_on_top_of_a_base():
+    for case in filter(lambda case: case.add, oracle.LARGE):
+        oracle.assert_fp16_range(case, lora_kernels.lora_add)
 
 
 def test_add_and_gradients():

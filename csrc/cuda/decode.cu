@@ -108,11 +108,11 @@ void launch(const DecodeArguments& arguments, int rows, int threads, int cluster
   return launch<T, A, 2, 2>(arguments, threads, cluster, device);
 }
 
-// y [M,N] = x [M,K] weight [N,K]^T + bias [N] + s lora_b [N,r]^T with s [M,r] = scale x lora_a^T.
-// A block takes `rows` rows of the weight with `warps` warps, `cluster` blocks share out s.
+// y [M,N] = x [M,K] weight [N,K]^T + bias [N] + high s lora_b [N,r]^T with
+// s [M,r] = scale x lora_a^T. A block takes `rows` rows of the weight with `warps` warps, `cluster` blocks share out s.
 void decode_cuda(const Tensor x, const Tensor weight, const Tensor lora_a, const Tensor lora_b,
-                 const std::optional<Tensor> bias, double scale, int64_t rows, int64_t warps,
-                 int64_t cluster, std::optional<Tensor> s, Tensor y) {
+                 const std::optional<Tensor> bias, double scale, double high, int64_t rows,
+                 int64_t warps, int64_t cluster, std::optional<Tensor> s, Tensor y) {
   STD_TORCH_CHECK(x.is_cuda(), "x: must be a CUDA tensor");
   STD_TORCH_CHECK(x.layout() == Layout::Strided, "x: must be dense");
   STD_TORCH_CHECK(x.dim() == 2, "x: must have 2 dimensions, got ", x.dim());
@@ -170,6 +170,7 @@ void decode_cuda(const Tensor x, const Tensor weight, const Tensor lora_a, const
   arguments.K = static_cast<int>(K);
   arguments.r = static_cast<int>(r);
   arguments.scale = static_cast<float>(scale);
+  arguments.high = static_cast<float>(high);
 
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

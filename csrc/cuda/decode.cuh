@@ -37,7 +37,7 @@ struct DecodeArguments {
   void *y, *s;                            // contiguous [M,N] and [M,r]; s may be null
   int64_t x_row, weight_row, a_row, b_row, b_column, bias_stride;
   int M, N, K, r;
-  float scale;
+  float scale, high;               // of s, of s B^T
   bool b_is_float, bias_is_float;  // else of x's dtype
 };
 
@@ -295,7 +295,7 @@ decode_kernel(const DecodeArguments p) {
   for (int o = 0; o < Shape::kOwn; ++o) {
     const int i = thread + o * threads, n = column + i % kRows, m = i / kRows;
     if (m >= p.M || n >= p.N) continue;
-    float sum = sum_of_warps(i % kRows * kColumns + m) + own[o];
+    float sum = sum_of_warps(i % kRows * kColumns + m) + p.high * own[o];
     if (p.bias != nullptr) sum += element<T>(p.bias, p.bias_is_float, n * p.bias_stride);
     static_cast<T*>(p.y)[static_cast<int64_t>(m) * p.N + n] = narrow<T>(sum);
   }

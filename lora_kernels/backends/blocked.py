@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.dropout import keep_mask, keep_scale
+from lora_kernels.backends.scaling import split
 
 _CPU_BLOCK_BYTES = 8 << 20
 _ACCELERATOR_BLOCK_BYTES = 64 << 20
@@ -71,11 +72,12 @@ def lora_linear(
     """(y, s), shapes as in `reference`."""
     (M, K), N = x.shape, weight.shape[0]
     a, b = _adapters(x, lora_a, lora_b)
+    low, high = split(scaling, x.dtype)
     y, s = x.new_empty(M, N), x.new_empty(M, a.shape[0])
     for block in _blocks(M, _step(x, max(K, N))):
         rows = x[block].to(a.dtype)
-        _shrink(rows, block, a, scaling, dropout_p, seed, s[block])
-        _product(rows, weight.t(), bias, s[block].to(a.dtype), b.t(), y[block])
+        _shrink(rows, block, a, low, dropout_p, seed, s[block])
+        _product(rows, weight.t(), bias, s[block].to(a.dtype), b.t(), y[block], high)
     return y, s
 
 
@@ -91,10 +93,11 @@ def add_branch(
     """y += s B^T; returns s."""
     (M, K), N = x.shape, y.shape[1]
     a, b = _adapters(x, lora_a, lora_b)
+    low, high = split(scaling, x.dtype)
     s = x.new_empty(M, a.shape[0])
     for block in _blocks(M, _step(x, max(K, N))):
-        _shrink(x[block].to(a.dtype), block, a, scaling, dropout_p, seed, s[block])
-        y[block] = y[block].to(a.dtype).addmm_(s[block].to(a.dtype), b.t())
+        _shrink(x[block].to(a.dtype), block, a, low, dropout_p, seed, s[block])
+        y[block] = y[block].to(a.dtype).addmm_(s[block].to(a.dtype), b.t(), alpha=high)
     return s
 
 
@@ -117,20 +120,21 @@ def backward(
     a, b = _adapters(dy, lora_a, lora_b)
     total = _sum_dtype(dy.dtype)
     scale = keep_scale(dropout_p) if dropout_p else 1.0
+    _, high = split(scaling, dy.dtype)
     dx = dy.new_empty(M, K) if need_x else None
     d_a = dy.new_zeros(r, K, dtype=total) if need_a else None
     d_b = dy.new_zeros(r, N, dtype=total) if need_b else None
     for block in _blocks(M, _step(dy, max(K, N))):
         rows = dy[block].to(a.dtype)
         if need_b:
-            d_b.addmm_(s[block].to(total).t(), rows.to(total))
+            d_b.addmm_(s[block].to(total).t(), rows.to(total), alpha=high)
         if not need_x and not need_a:
             continue
         # ds is rounded to the compute dtype, as any other backend stores it.
         ds = _scaled(rows, b, scaling).to(dy.dtype).to(a.dtype)
         keep = keep_mask(seed, block.start, len(rows), K, dropout_p) if dropout_p else None
         if need_x:
-            _product(rows, weight, None, ds, a, dx[block], keep, scale)
+            _product(rows, weight, None, ds, a, dx[block], scale, keep)
         if need_a:
             dropped = x[block] if keep is None else x[block].masked_fill(~keep, 0)
             d_a.addmm_(ds.to(total).t(), dropped.to(total), alpha=scale)
@@ -189,11 +193,10 @@ def _product(
     low: Tensor,
     lora: Tensor,
     out: Tensor,
+    scale: float,
     keep: Tensor | None = None,
-    scale: float = 1.0,
 ) -> None:
-    """out = rows @ matrix + bias + low @ lora, the last term masked and scaled where a mask is
-    given.
+    """out = rows @ matrix + bias + scale * low @ lora, the last term masked where a mask is given.
 
     Column strips keep the widened part of the matrix small; where nothing is widened one strip is
     all.
@@ -210,7 +213,7 @@ def _product(
             else:
                 total = torch.addmm(bias[columns].to(out.dtype).to(rows.dtype), rows, strip)
         if keep is None:
-            total.addmm_(low, lora[:, columns])
+            total.addmm_(low, lora[:, columns], alpha=scale)
         else:
             precise = _sum_dtype(out.dtype)
             term = _scaled(low.to(precise), lora[:, columns].to(precise), scale)

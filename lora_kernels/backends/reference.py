@@ -9,11 +9,14 @@ and CPUs without fast half-precision products need such temporaries: `blocked` w
 rows for them.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_kernels.backends import blocked
+from lora_kernels.backends.scaling import split
 
 _RANK_FIRST_ROWS = 128
 _FEW_ROWS = 64
@@ -35,9 +38,10 @@ def lora_linear(
     if dropout_p or blocked.is_wide(x, forward=True):
         y, s = blocked.lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     else:
-        s = _scaled_product(x, _as(lora_a, x).t(), scaling)
+        low, high = split(scaling, x.dtype)
+        s = _scaled_product(x, _as(lora_a, x).t(), low)
         y = _base(x, _as(weight, x), None if bias is None else _as(bias, x))
-        y.addmm_(s, _as(lora_b, x).t())
+        y.addmm_(s, _as(lora_b, x).t(), alpha=high)
     return y, s if save_s else x.new_empty(0), x.new_empty(0)
 
 
@@ -75,8 +79,9 @@ def _add_branch(y, x, lora_a, lora_b, scaling, dropout_p, seed) -> Tensor:
     """y += s B^T; returns s."""
     if dropout_p or blocked.is_wide(x):
         return blocked.add_branch(y, x, lora_a, lora_b, scaling, dropout_p, seed)
-    s = _scaled_product(x, _as(lora_a, x).t(), scaling)
-    y.addmm_(s, _as(lora_b, x).t())
+    low, high = split(scaling, x.dtype)
+    s = _scaled_product(x, _as(lora_a, x).t(), low)
+    y.addmm_(s, _as(lora_b, x).t(), alpha=high)
     return s
 
 
@@ -175,7 +180,9 @@ def _whole_backward(
     if need_a:
         d_a = _as(torch.mm(ds.t(), x), lora_a)
     if need_b:
-        d_b = torch.mm(s.t(), dy).t().contiguous() if rank_first else torch.mm(dy.t(), s)
+        _, high = split(scaling, dy.dtype)
+        product = functools.partial(_scaled_product, scaling=high) if high != 1 else torch.mm
+        d_b = product(s.t(), dy).t().contiguous() if rank_first else product(dy.t(), s)
         d_b = _as(d_b, lora_b)
     return dx, dweight, d_a, d_b
 

@@ -14,6 +14,7 @@ from lora_kernels import _env
 from lora_kernels.backends import blocked, reference
 from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.native.extension import best_isa
+from lora_kernels.backends.scaling import split
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Without dropout torch's own calls win below so many rows, and with 16-bit matrix instructions.
@@ -47,13 +48,15 @@ def _shrink(
     seed: Tensor | None = None,
     low: Tensor | None = None,
     gradient: Tensor | None = None,
+    gradient_scale: float = 1.0,
 ) -> Tensor | None:
-    """scale * drop(rows) @ matrix^T; fills gradient with low^T @ drop(rows) from the same read."""
+    """scale * drop(rows) @ matrix^T; fills gradient with gradient_scale * low^T @ drop(rows) from
+    the same read."""
     kept = keep_scale(dropout_p) if dropout_p else 1.0
     shrunk = None if matrix is None else rows.new_empty(rows.shape[0], matrix.shape[0])
     _ops._shrink_cpu(
-        rows, matrix, low, scale * kept, kept, threshold(dropout_p), seed if dropout_p else None,
-        best_isa(), shrunk, gradient,
+        rows, matrix, low, scale * kept, gradient_scale * kept, threshold(dropout_p),
+        seed if dropout_p else None, best_isa(), shrunk, gradient,
     )  # fmt: skip
     return shrunk
 
@@ -62,16 +65,17 @@ def _expand(
     low: Tensor,
     matrix: Tensor,
     out: Tensor,
+    scale: float = 1.0,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
-    """out = drop'(low @ matrix) + bias, added to what is there if `accumulate`."""
+    """out = scale * drop'(low @ matrix) + bias, added to what is there if `accumulate`."""
     kept = keep_scale(dropout_p) if dropout_p else 1.0
     _ops._expand_cpu(
-        low, matrix, bias, kept, threshold(dropout_p), seed if dropout_p else None, accumulate,
-        best_isa(), out,
+        low, matrix, bias, scale * kept, threshold(dropout_p), seed if dropout_p else None,
+        accumulate, best_isa(), out,
     )  # fmt: skip
 
 
@@ -91,9 +95,10 @@ def lora_linear(
         return reference.lora_linear(
             x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask
         )
-    s = _shrink(x, lora_a, scaling, dropout_p, seed)
+    low, high = split(scaling, x.dtype)
+    s = _shrink(x, lora_a, low, dropout_p, seed)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _expand(s, lora_b.t(), y, bias=None if bias is None else bias.to(x.dtype))
+    _expand(s, lora_b.t(), y, high, bias=None if bias is None else bias.to(x.dtype))
     y.addmm_(x, weight.t().to(x.dtype))
     return y, s if save_s else x.new_empty(0), x.new_empty(0)
 
@@ -109,12 +114,13 @@ def lora_add_(
 ) -> None:
     if not _serves(x, base_out.shape[1], dropout_p):
         return reference.lora_add_(base_out, x, lora_a, lora_b, scaling, dropout_p, seed)
-    s = _shrink(x, lora_a, scaling, dropout_p, seed)
+    low, high = split(scaling, x.dtype)
+    s = _shrink(x, lora_a, low, dropout_p, seed)
     if base_out.stride(1) == 1:
-        _expand(s, lora_b.t(), base_out, accumulate=True)
+        _expand(s, lora_b.t(), base_out, high, accumulate=True)
     else:
         y = base_out.contiguous()
-        _expand(s, lora_b.t(), y, accumulate=True)
+        _expand(s, lora_b.t(), y, high, accumulate=True)
         base_out.copy_(y)
 
 
@@ -134,8 +140,9 @@ def lora_add(
             base_out, x, lora_a, lora_b, scaling, dropout_p, seed, save_s, save_mask
         )
     y = base_out.clone(memory_format=torch.contiguous_format)
-    s = _shrink(x, lora_a, scaling, dropout_p, seed)
-    _expand(s, lora_b.t(), y, accumulate=True)
+    low, high = split(scaling, x.dtype)
+    s = _shrink(x, lora_a, low, dropout_p, seed)
+    _expand(s, lora_b.t(), y, high, accumulate=True)
     return y, s if save_s else x.new_empty(0), x.new_empty(0)
 
 
@@ -208,6 +215,7 @@ def _branch_backward(
             scaling,
             low=s if need_b else None,
             gradient=d_b.t() if need_b else None,
+            gradient_scale=split(scaling, dy.dtype)[1],
         )
     if need_x:
         _expand(ds, lora_a, dx, dropout_p=dropout_p, seed=seed)

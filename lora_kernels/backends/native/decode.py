@@ -32,19 +32,19 @@ def decode(
     lora_a: Tensor,
     lora_b: Tensor,
     bias: Tensor | None,
-    scaling: float,
+    scale: tuple[float, float],
     save_s: bool,
     rows: int,
     warps: int,
     cluster: int,
 ) -> tuple[Tensor, Tensor]:
     """(y, s), s of size 0 if it is not to be saved: x [M,K], weight [N,K], lora_a [r,K], lora_b
-    [N,r], M at most 16. A block of `warps` warps takes `rows` rows of the weight; `cluster` blocks
-    share out s."""
+    [N,r], M at most 16; scale as `scaling.split` gives it. A block of `warps` warps takes `rows`
+    rows of the weight; `cluster` blocks share out s."""
     M, r = x.shape[0], lora_a.shape[0]
     y = x.new_empty(M, weight.shape[0])
     s = x.new_empty(M, r) if save_s else None
     torch.ops.lora_kernels._decode_cuda(
-        x, weight, lora_a, lora_b, bias, scaling, rows, warps, cluster, s, y
+        x, weight, lora_a, lora_b, bias, *scale, rows, warps, cluster, s, y
     )
     return y, x.new_empty(0) if s is None else s

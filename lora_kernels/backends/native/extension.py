@@ -19,7 +19,8 @@ _CPU_SCHEMAS = (
 )
 _CUDA_SCHEMAS = (
     "_decode_cuda(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias,"
-    " float scale, int rows, int warps, int cluster, Tensor(a!)? s, Tensor(b!) y) -> ()",
+    " float scale, float high, int rows, int warps, int cluster, Tensor(a!)? s, Tensor(b!) y)"
+    " -> ()",
 )
 ISA_NAMES = ("plain C++", "AVX2", "AVX-512")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends import plans, reference
 from lora_kernels.backends.native import decode
+from lora_kernels.backends.scaling import split
 from lora_kernels.backends.triton import dropout, tiles
 from lora_kernels.backends.triton.dual import dual
 from lora_kernels.backends.triton.flag import flag
@@ -112,26 +113,27 @@ def lora_linear(
             x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, save_s, save_mask
         )
     drop = dropout.of(dropout_p, seed)
+    scale = split(scaling, x.dtype)
     weight = weight.to(x.dtype)  # a copy under autocast alone
     if plan == "decode_cuda":
         fields = tile.get("decode_cuda")
         config = tiles.replaced(tiles.decode_cuda(target(x.device), M, N, r), fields)
-        y, s = decode.decode(x, weight, lora_a, lora_b, bias, scaling, save_s, *config)
+        y, s = decode.decode(x, weight, lora_a, lora_b, bias, scale, save_s, *config)
         return y, s, _none(x)
     a, b = _adapters(x, lora_a, lora_b)
     if plan in ("decode", "dual"):
-        y, s = dual(x, weight, a, b, bias, scaling, save_s, drop, tile.get("dual"))
+        y, s = dual(x, weight, a, b, bias, scale, save_s, drop, tile.get("dual"))
         return y, *_saved(s, r, save_s)
     if plan == "flag":
-        y, s = flag(x, weight, a, b, bias, scaling, tile.get("flag"))
+        y, s = flag(x, weight, a, b, bias, scale, tile.get("flag"))
         return y, *_saved(s, r, save_s)
     held = [] if tile.get("gemm", {}).get("pdl") else None
-    s = shrink(x, a, scaling, drop, tile.get("shrink"), held)
+    s = shrink(x, a, scale[0], drop, tile.get("shrink"), held)
     if plan == "cublas":
         y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        expand(y, s, b.t(), y, None, tile.get("expand"))
+        expand(y, s, b.t(), y, None, tile.get("expand"), scale[1])
     else:
-        y = gemm(x, weight.t(), s, b.t(), bias, None, tile.get("gemm"))
+        y = gemm(x, weight.t(), s, b.t(), bias, None, tile.get("gemm"), scale[1])
     return y, *_saved(s, r, save_s)
 
 
@@ -172,8 +174,9 @@ def _add_branch(base_out, x, lora_a, lora_b, scaling, dropout_p, seed, out) -> T
     if x.shape[0] == 0:
         return x.new_empty(0, lora_a.shape[0])
     a, b = _adapters(x, lora_a, lora_b)
-    s = shrink(x, a, scaling, dropout.of(dropout_p, seed))
-    expand(base_out, s, b.t(), out)
+    low, high = split(scaling, x.dtype)
+    s = shrink(x, a, low, dropout.of(dropout_p, seed))
+    expand(base_out, s, b.t(), out, high=high)
     return s
 
 
@@ -271,17 +274,18 @@ def _backward(
     """(dx, dA, dB). `product` makes dx of ds and A, and may make dA with it."""
     r = lora_a.shape[0]
     a, b = _adapters(dy, lora_a, lora_b)
+    _, high = split(scaling, dy.dtype)
     need_ds = product is not None or need_a
     dx, d_a, d_b = _none(dy), None, _none(lora_b)
     if need_b:
         s = _pad(s, dy.shape[0], a.shape[0])
     if need_ds and need_b and tiles.fuses_ds_db(b.dtype, b.shape[1]):
-        ds, d_b = ds_db(dy, b, s, scaling, lora_b.dtype, tile.get("ds_db"))
+        ds, d_b = ds_db(dy, b, s, scaling, high, lora_b.dtype, tile.get("ds_db"))
     else:
         if need_ds:
             ds = shrink(dy, b.t(), scaling, None, tile.get("ds"))
         if need_b:
-            d_b = tall(s, dy, lora_b.dtype, True, None, tile.get("db"))
+            d_b = tall(s, dy, lora_b.dtype, True, None, tile.get("db"), high)
     if product is not None:
         dx, d_a = product(ds, a)
     if d_a is None:

@@ -87,9 +87,10 @@ def column_halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
 def add_low_rank(
     acc, low, mat, seed, row, col, M, N, r, scale, threshold, stride_mr, stride_mc,
     R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DROP: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + low @ mat, or with DROP acc + scale * keep * (low @ mat); low [M,r] is contiguous.
+    """acc + HIGH * (low @ mat), or with DROP acc + scale * keep * (low @ mat); low [M,r] is
+    contiguous, HIGH a power of two.
 
     low is read from memory, where it lies rounded: handed over in registers it would become the
     left operand of a register-form wgmma, which old ptxas releases miscompile. Past L1, because
@@ -97,6 +98,8 @@ def add_low_rank(
     """
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     term = tl.zeros((BM, BN), tl.float32) if DROP else acc
+    if HIGH != 1.0:
+        term *= 1.0 / HIGH
     for block in tl.range(RANKS, num_stages=1):
         rank = block * R + tl.arange(0, R)
         left = load_tile_hinted(low, rows, rank, r, 1, M, r, "", ".cg")
@@ -105,4 +108,6 @@ def add_low_rank(
     if DROP:
         keep = keep_tile(seed, rows, col, threshold, BN)
         term = acc + tl.where(keep, term * scale, 0.0)
+    if HIGH != 1.0:
+        term *= HIGH
     return term

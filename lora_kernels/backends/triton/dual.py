@@ -30,7 +30,7 @@ def dual_kernel(
     x, weight, a, b, bias, s, y, seed_ptr, M, N, K, r, scale, threshold,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    DROP: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (column tile, row tile, share of K). All products are formed transposed: the weight
     is the left operand, and s, which lies in registers, a right one, which wgmma takes from shared
@@ -59,7 +59,11 @@ def dual_kernel(
     if s is not None and col == 0:
         store_tile(s + share.to(tl.int64) * M * r, low, rank, rows, 1, r, r, M)
     b_tile = load_tile(b, cols, rank, stride_bn, stride_br, N, r)
+    if HIGH != 1.0:
+        acc *= 1.0 / HIGH
     acc = tl.dot(b_tile, low.to(x.dtype.element_ty), acc, input_precision=PRECISION)
+    if HIGH != 1.0:
+        acc *= HIGH
     if bias is not None:
         values = tl.load(bias + cols, mask=(cols < N) & (share == 0), other=0.0)
         acc += values.to(x.dtype.element_ty).to(tl.float32)[:, None]
@@ -72,12 +76,13 @@ def dual(
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
-    scale: float,
+    scale: tuple[float, float],
     save_s: bool,
     dropout: Dropout | None = None,
     fields: tiles.Fields = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s), s of size 0 if it is not to be saved: x [M,K], weight [N,K], a [r,K], b [N,r]."""
+    """(y, s), s of size 0 if it is not to be saved: x [M,K], weight [N,K], a [r,K], b [N,r]; scale
+    as `scaling.split` gives it."""
     (M, K), N, r = x.shape, weight.shape[0], a.shape[0]
     aligned = tiles.vectorises(x) and tiles.vectorises(weight)
     tile = tiles.dual(target(x.device), x.dtype, M, N, r, aligned)
@@ -93,11 +98,11 @@ def dual(
         dual_kernel, (tiles.cdiv(N, tile.bn), tiles.cdiv(M, tile.bm), tile.split),
         x, weight, a, b, None if bias is None else bias.contiguous(),
         part_s if save_s else None, part_y,
-        dropout.seed if drop else None, M, N, K, r, scale * dropout.scale if drop else scale,
+        dropout.seed if drop else None, M, N, K, r, scale[0] * dropout.scale if drop else scale[0],
         dropout.threshold if drop else 0,
         *x.stride(), *weight.stride(), *a.stride(), *b.stride(),
         R=tiles.dual_rank(r), BM=tile.bm, BN=tile.bn, BK=tile.bk, SPLIT=tile.split,
-        DROP=words(dropout), PRECISION=fp32_precision(),
+        DROP=words(dropout), HIGH=scale[1], PRECISION=fp32_precision(),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split:

@@ -70,7 +70,8 @@ def flag_kernel(
     x, weight, a, b, bias, s, y, flags, M, N, K, r, scale,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_br, stride_bn,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, STRIPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, STRIPS: tl.constexpr, TMA: tl.constexpr, HIGH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """flags [row tiles + 1] start as 0; the last is the ticket counter. s [M,r] is contiguous."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -101,7 +102,7 @@ def flag_kernel(
                 pass
         finish_tile(
             acc, y, y_desc, s, b, bias, None, row, col, M, N, r, 1.0, 0, stride_br, stride_bn,
-            R, 1, BM, BN, STRIPS, False, PRECISION,
+            R, 1, BM, BN, STRIPS, False, HIGH, PRECISION,
         )  # fmt: skip
         tile = tl.atomic_add(flags + tiles_m, 1, sem="relaxed")
 
@@ -112,10 +113,10 @@ def flag(
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
-    scale: float,
+    scale: tuple[float, float],
     fields: tiles.Fields = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s): x [M,K], weight [N,K], a [r,K], b [N,r]."""
+    """(y, s): x [M,K], weight [N,K], a [r,K], b [N,r]; scale as `scaling.split` gives it."""
     (M, K), N, r = x.shape, weight.shape[0], a.shape[0]
     y, s = x.new_empty(M, N), x.new_empty(M, r)
     device = target(x.device)
@@ -133,9 +134,9 @@ def flag(
     launch(
         flag_kernel, (min(rows * columns, device.sms),),
         x, weight, a, b, None if bias is None else bias.contiguous(), s, y, flags,
-        M, N, K, r, scale, *x.stride(), *weight.stride(), *a.stride(), *b.t().stride(),
+        M, N, K, r, scale[0], *x.stride(), *weight.stride(), *a.stride(), *b.t().stride(),
         R=tiles.dual_rank(r), BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP=tile.group,
-        STRIPS=tile.strips, TMA=tma, PRECISION=fp32_precision(),
+        STRIPS=tile.strips, TMA=tma, HIGH=scale[1], PRECISION=fp32_precision(),
         num_warps=tile.warps, num_stages=tile.stages, descriptors=tma,
     )  # fmt: skip
     return y, s

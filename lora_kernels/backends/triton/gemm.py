@@ -52,7 +52,7 @@ def store_strips(
         if DROP:
             acc = add_low_rank(
                 acc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
-                stride_lr, stride_ln, R, RANKS, BM, BN, True, PRECISION,
+                stride_lr, stride_ln, R, RANKS, BM, BN, True, 1.0, PRECISION,
             )  # fmt: skip
         if out_desc is None:
             store_tile(out, acc, row + tl.arange(0, BM), col + tl.arange(0, BN), N, 1, M, N)
@@ -64,7 +64,7 @@ def store_strips(
 def finish_tile(
     acc, out, out_desc, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
     stride_lr, stride_ln, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STRIPS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    STRIPS: tl.constexpr, DROP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What follows the reduction loop: low-rank step, bias (rounded to out's dtype), store."""
     seed = 0
@@ -73,7 +73,7 @@ def finish_tile(
     else:
         acc = add_low_rank(
             acc, low, low_mat, 0, row, col, M, N, r, scale, threshold, stride_lr, stride_ln,
-            R, RANKS, BM, BN, False, PRECISION,
+            R, RANKS, BM, BN, False, HIGH, PRECISION,
         )  # fmt: skip
     if bias is not None:
         cols = col + tl.arange(0, BN)
@@ -113,7 +113,8 @@ def gemm_kernel(
     x, mat, low, low_mat, bias, out, seed_ptr, M, N, K, r, scale, threshold,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_lr, stride_ln,
     R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, STRIPS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, STRIPS: tl.constexpr, DROP: tl.constexpr, HIGH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pointer version, one tile per program: any strides, any alignment."""
     pm, pn = tile_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
@@ -124,7 +125,7 @@ def gemm_kernel(
     )  # fmt: skip
     finish_tile(
         acc, out, None, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
-        stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, PRECISION,
+        stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, HIGH, PRECISION,
     )  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def gemm_tma_kernel(
     stride_xm, stride_w, stride_lr, stride_ln,
     R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, NT: tl.constexpr, STRIPS: tl.constexpr, DROP: tl.constexpr,
-    SMS: tl.constexpr, PDL: tl.constexpr,
+    HIGH: tl.constexpr, SMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent version on TMA descriptors: 16-bit operands, aligned rows of unit stride. With PDL
     the kernel that writes low may still run: its end is awaited where low is first read, and
@@ -176,7 +177,7 @@ def gemm_tma_kernel(
             tl.extra.cuda.gdc_wait()
         finish_tile(
             acc, out, out_desc, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
-            stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, "ieee",
+            stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, HIGH, "ieee",
         )  # fmt: skip
 
 
@@ -212,10 +213,13 @@ def gemm(
     bias: Tensor | None,
     dropout: Dropout | None = None,
     fields: tiles.Fields = None,
+    high: float = 1.0,
 ) -> Tensor:
-    """x @ mat + low @ low_mat + bias: x [M,K], mat [K,N], low [M,r] contiguous, low_mat [r,N].
+    """x @ mat + high * low @ low_mat + bias: x [M,K], mat [K,N], low [M,r] contiguous, low_mat
+    [r,N], `high` a power of two.
 
-    With dropout, and then no bias, the low-rank product is masked and scaled by 1 / (1 - p).
+    With dropout, and then no bias and high = 1, the low-rank product is masked and scaled by
+    1 / (1 - p).
     """
     (M, K), N, r = x.shape, mat.shape[1], low.shape[1]
     out = x.new_empty(M, N)
@@ -234,6 +238,7 @@ def gemm(
         "GROUP": tile.group,
         "STRIPS": tile.strips,
         "DROP": words(dropout),
+        "HIGH": high,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

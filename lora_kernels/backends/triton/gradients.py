@@ -49,10 +49,12 @@ def ds_db(
     mat: Tensor,
     s: Tensor,
     scaling: float,
+    high: float,
     dtype: torch.dtype,
     fields: tiles.Fields = None,
 ) -> tuple[Tensor, Tensor]:
-    """(scaling * dy @ mat, dy^T s in `dtype`) from one pass over dy [M,N]; mat [N,r], s [M,r]."""
+    """(scaling * dy @ mat, high * dy^T s in `dtype`) from one pass over dy [M,N]; mat [N,r], s
+    [M,r]."""
     (M, N), r = dy.shape, mat.shape[1]
     tile = tiles.replaced(tiles.ds_db(target(dy.device), dy.dtype, M, N, r), fields)
     rows = tiles.cdiv(M, tile.bm)
@@ -65,7 +67,7 @@ def ds_db(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     ds, db = dy.new_empty(M, r), dy.new_empty((N, r), dtype=dtype)
-    reduce_partials((part_ds, ds, scaling), (part_db, db, 1.0))
+    reduce_partials((part_ds, ds, scaling), (part_db, db, high))
     return ds, db
 
 
@@ -121,8 +123,10 @@ def tall(
     transposed: bool,
     dropout: Dropout | None = None,
     fields: tiles.Fields = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """low^T @ drop(rows) as [r,C] in `dtype`, or its transpose [C,r]: low [M,r], rows [M,C]."""
+    """scale * low^T @ drop(rows) as [r,C] in `dtype`, or its transpose [C,r]: low [M,r], rows
+    [M,C]."""
     (M, r), C = low.shape, rows.shape[1]
     tile = tiles.replaced(tiles.tall(target(low.device), low.dtype, M, C, r), fields)
     out = low.new_empty((C, r) if transposed else (r, C), dtype=dtype)
@@ -130,7 +134,7 @@ def tall(
     part = low.new_empty((tile.split, *out.shape), dtype=tiles.ACCUMULATOR) if split else out
     stride_c, stride_r = out.stride() if transposed else reversed(out.stride())
     drop = dropout is not None
-    scale = dropout.scale if drop else 1.0
+    scale = scale * dropout.scale if drop else scale
     launch(
         tall_kernel, (tiles.cdiv(C, tile.bk), tiles.cdiv(r, tile.r), tile.split),
         low, rows, part, dropout.seed if drop else None, M, C, r, scale,

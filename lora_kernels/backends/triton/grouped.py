@@ -62,7 +62,7 @@ def dx_da_kernel(
                 )  # fmt: skip
             finish_tile(
                 acc, dx, dx_desc, ds, a, None, seed_ptr, row, col, M, K, r, scale, threshold,
-                stride_ar, stride_ak, R, RANKS, BM, BN, STRIPS, DROP, PRECISION,
+                stride_ar, stride_ak, R, RANKS, BM, BN, STRIPS, DROP, 1.0, PRECISION,
             )  # fmt: skip
         else:
             item = tile - dx_tiles

@@ -101,16 +101,16 @@ def expand_kernel(
     base, low, mat, out, seed_ptr, M, N, r, scale, threshold,
     stride_bm, stride_bn, stride_mr, stride_mc, stride_ym, stride_yn,
     R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DROP: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = base + low @ mat, the term masked and scaled with DROP; base may be None (0)."""
+    """out = base + HIGH * (low @ mat), the term masked and scaled with DROP; base may be None."""
     row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
     seed = load_seed(seed_ptr, DROP) if DROP else 0
     acc = add_low_rank(
         acc, low, mat, seed, row, col, M, N, r, scale, threshold, stride_mr, stride_mc,
-        R, RANKS, BM, BN, DROP, PRECISION,
+        R, RANKS, BM, BN, DROP, HIGH, PRECISION,
     )  # fmt: skip
     if base is not None:
         acc += load_tile(base, rows, cols, stride_bm, stride_bn, M, N).to(tl.float32)
@@ -124,10 +124,13 @@ def expand(
     out: Tensor,
     dropout: Dropout | None = None,
     fields: tiles.Fields = None,
+    high: float = 1.0,
 ) -> None:
-    """out = base + low @ mat: low [M,r], mat [r,N]; base and out [M,N] may be the same tensor.
+    """out = base + high * low @ mat: low [M,r], mat [r,N]; base and out [M,N] may be the same
+    tensor, `high` is a power of two.
 
-    With dropout the product is masked and scaled by 1 / (1 - p), as the gradient of a dropped x is.
+    With dropout, and then high = 1, the product is masked and scaled by 1 / (1 - p), as the
+    gradient of a dropped x is.
     """
     (M, r), N = low.shape, mat.shape[1]
     tile = tiles.replaced(tiles.expand(target(low.device), low.dtype, M, r), fields)
@@ -138,5 +141,5 @@ def expand(
         dropout.scale if drop else 1.0, dropout.threshold if drop else 0,
         *(out if base is None else base).stride(), *mat.stride(), *out.stride(),
         R=tile.r, RANKS=tiles.cdiv(r, tile.r), BM=tile.bm, BN=tile.bn, DROP=words(dropout),
-        PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
+        HIGH=high, PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,0 +1,104 @@
+"""How PEFT reads the names in our files: names that it keeps apart, and a word where it cannot."""
+
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+
+from torch import Tensor, nn
+
+from lora_kernels import adapters, names, targets
+
+# Projections that stood in a mixture's experts before Transformers 5 fused those. PEFT takes any
+# target of these last names, dense and shared MLPs included, for experts and moves it to the fused
+# parameters; by family, which is what Transformers calls the conversion of a model type.
+_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Those layers whose names PEFT takes for fused experts. It adapts them where their weights are
+    given as `target_parameters`, which it does not move."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    conversions = sys.modules.get("transformers.conversion_mapping")
+    families = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
+    family = "mixtral" if kind == "mixtral" else families.get(kind)
+    moved = _EXPERTS.get(family, ())
+    return [name for name in layers if name.rpartition(".")[2] in moved]
+
+
+def target_names(model: nn.Module, layers: list[str]) -> list[str] | str:
+    """The last parts of the names where they stand for exactly these modules, else the whole
+    names; an expression where those are last parts of other modules' names."""
+    modules = [name for name, _ in names.named_modules(model)]
+    parts = {name.rpartition(".")[2] for name in layers}
+    by_part = {name for name in modules if name.rpartition(".")[2] in parts}
+    if by_part == set(layers) and not any(part.isdigit() for part in parts):
+        return sorted(parts)
+    endings = tuple(f".{name}" for name in layers)
+    if any(f".{name}".endswith(endings) for name in set(modules) - set(layers)):
+        return "|".join(map(re.escape, sorted(layers)))
+    return sorted(layers)
+
+
+def warn_of_differences(model: nn.Module, config: dict, tensors: Mapping[str, Tensor]) -> None:
+    """A UserWarning where PEFT would not compute from the file what the model computes."""
+    for places in _shared(model):
+        warnings.warn(
+            f"{' and '.join(places)} are one module with one adapter; PEFT will put it into"
+            f" {places[0]} alone and compute something else. load_adapter puts it into both; for"
+            " PEFT give each place a module of its own before apply_lora",
+            stacklevel=4,
+        )
+    reason = _conversion(model, config, tensors)
+    if reason:
+        warnings.warn(
+            f"PEFT will not compute from this file what the model does: {reason}. load_adapter"
+            " reads it as it is; for PEFT leave these layers out by exclude_modules",
+            stacklevel=4,
+        )
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """The names of each adapted module that is held in several places itself, rather than by a
+    shared parent: PEFT replaces it in the first."""
+    adapted = {layer for _, layer in adapters.lora_layers(model)}
+    adapted |= {saved.module for saved in adapters.saved_tensors(model)}
+    places: dict[nn.Module, list[str]] = {}
+    for name, parent in names.named_modules(model):
+        for attribute, child in parent._modules.items():
+            child = child if child is None else names.unwrapped(child)
+            if child in adapted:
+                places.setdefault(child, []).append(names.join(name, attribute))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def _conversion(model: nn.Module, config: dict, tensors: Mapping[str, Tensor]) -> str | None:
+    """What PEFT's conversion of older checkpoints of this architecture changes, asked of PEFT."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    conversions = sys.modules.get("transformers.conversion_mapping")
+    known = getattr(conversions, "get_checkpoint_conversion_mapping", lambda kind: None)
+    if kind is None or known(kind) is None or find_spec("peft") is None:
+        return None
+    import peft
+
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # an older PEFT converts nothing
+        return None
+    theirs = peft.LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"})
+    wanted = theirs.target_modules, set(theirs.target_parameters or ())
+    try:
+        conversion.convert_peft_config_for_transformers(theirs, model=model, conversions=None)
+        converted = conversion.convert_peft_adapter_state_dict_for_transformers(
+            model=model, peft_config=theirs, adapter_state_dict=dict(tensors)
+        )
+    except Exception as error:
+        return f"it refuses the names, {error}"
+    if (theirs.target_modules, set(theirs.target_parameters or ())) != wanted:
+        return f"it moves targets to {targets.summary(sorted(theirs.target_parameters))}"
+    moved = sorted(tensors.keys() - converted.keys())
+    return f"it renames {targets.summary(moved)}" if moved else None

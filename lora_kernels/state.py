@@ -1,0 +1,116 @@
+"""The state dict of a layer with an adapter, merged or not.
+
+Unmerged it is the parameters and, after a PiSSA start, `pissa_A`, `pissa_B`. While the layer is
+merged, `weight` is what the parameter holds, the sum, and `merged_base` lies beside it: the base
+that was kept, or an empty tensor where none was.
+"""
+
+import torch
+from torch import Tensor, nn
+
+_MERGED = "merged_base"
+_ADAPTER = ("lora_A", "lora_B", "pissa_A", "pissa_B")
+# What a plain model has no place for; everything else of a layer is its base's.
+BESIDE_THE_BASE = frozenset((*_ADAPTER, _MERGED))
+
+
+class LayerState(nn.Module):
+    """Saving and loading of `LoRALayer`, whose attributes it reads and sets.
+
+    A state dict with `merged_base` restores the merged layer that it was taken of, bit for bit. One
+    without holds a base: a merged layer takes it as its new base and is merged again, a layer that
+    kept no base is unmerged by it. Nothing of a state that does not fit is loaded.
+    """
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._base_weight_cpu is not None:  # no buffer, which would move with the layer
+            destination[prefix + _MERGED] = self._base_weight_cpu.to(self.weight.dtype)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        given = {
+            name: state_dict[prefix + name]
+            for name in ("weight", "bias", *BESIDE_THE_BASE)
+            if isinstance(state_dict.get(prefix + name), Tensor)
+        }
+        errors = list(self._misfits(given, prefix))
+        if errors:
+            error_msgs += errors
+            return
+        base = given.pop(_MERGED, None)
+        adapter = any(name in given for name in _ADAPTER)
+        assigns = local_metadata.get("assign_to_params_buffers", False)
+        kept = self._merged == "kept"
+        again = base is None and kept and (adapter or "weight" in given)
+        on_host = self._base_weight_cpu is not None
+        if again:
+            self.unmerge()
+        elif base is not None or "weight" in given:
+            self.merged_base = self._base_weight_cpu = None
+            self._merged = False
+        state = {key: value for key, value in state_dict.items() if key != prefix + _MERGED}
+        takes = self.pissa_A is not None and "weight" in given and not adapter
+        if assigns and "weight" in given and (again or takes):  # it is changed below
+            state[prefix + "weight"] = given["weight"].clone()
+        if self.pissa_A is None and "pissa_A" in given and "pissa_B" in given:
+            self.pissa_A = self.lora_A.new_empty(given["pissa_A"].shape)
+            self.pissa_B = self.lora_B.new_empty(given["pissa_B"].shape)
+        elif base is not None and "pissa_A" not in given:
+            self.pissa_A = self.pissa_B = None
+        super()._load_from_state_dict(
+            state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not adapter:
+            beside = {prefix + name for name in _ADAPTER}
+            missing_keys[:] = [key for key in missing_keys if key not in beside]
+        if takes:
+            self._take_pissa()
+        if base is not None:
+            if not kept:
+                on_host = base.device.type == "cpu" and self.weight.device.type != "cpu"
+            self._restore_merged(base, on_host, copy=not assigns)
+        elif again:
+            self.merge("cpu" if on_host else True)
+
+    def _misfits(self, given: dict[str, Tensor], prefix: str):
+        """Why the tensors cannot be loaded, as torch says it."""
+        shapes = {n: tuple(t.shape) for n, t in self.named_parameters(recurse=False)}
+        merged = given.get(_MERGED)
+        if merged is not None:
+            shapes[_MERGED] = (0,) if merged.numel() == 0 else self.weight.shape
+        if self.pissa_A is not None:
+            shapes["pissa_A"], shapes["pissa_B"] = self.pissa_A.shape, self.pissa_B.shape
+        elif "pissa_B" in given:  # of any rank, which may differ from the adapter's
+            rank = (given["pissa_B"].shape or (0,))[-1]
+            shapes["pissa_A"] = (rank, self.in_features)
+            shapes["pissa_B"] = (self.out_features, rank)
+        for name, tensor in given.items():
+            if name in shapes and tuple(tensor.shape) != tuple(shapes[name]):
+                yield (
+                    f"size mismatch for {prefix}{name}: copying a param with shape {tensor.shape}"
+                    f" from checkpoint, the shape in current model is {shapes[name]}."
+                )
+        sharded = [hasattr(tensor, "placements") for tensor in (merged, self.weight)]
+        if merged is not None and merged.numel() and sharded[0] != sharded[1]:
+            yield (
+                f"{prefix}{_MERGED}: and the layer's weight are not sharded alike; merge the model"
+                " as the other was before loading"
+            )
+        if merged is not None and "weight" not in given:
+            yield f"{prefix}{_MERGED}: is of a merged layer, whose {prefix}weight is missing"
+        adapter = next((name for name in _ADAPTER if name in given), None)
+        if self._merged == "final" and adapter and "weight" not in given:
+            yield (
+                f"{prefix}{adapter}: the layer is merged with keep_base=False and has no"
+                f" base for it; load {prefix}weight too"
+            )
+
+    @torch.no_grad()
+    def _restore_merged(self, base: Tensor, on_host: bool, copy: bool) -> None:
+        self._merged = "kept" if base.numel() else "final"
+        on_host = on_host and self._merged == "kept"
+        device = "cpu" if on_host else self.weight.device
+        base = base.detach().to(device=device, dtype=self.weight.dtype, copy=copy)
+        setattr(self, "_base_weight_cpu" if on_host else _MERGED, base)
