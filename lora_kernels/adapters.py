@@ -7,6 +7,8 @@ places, and the module's `_lora_swapped` names it.
 """
 
 import contextlib
+import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_kernels import names
 from lora_kernels.bypass import update_fast_paths
-from lora_kernels.layer import LoRALayer
+from lora_kernels.layer import LoRALayer, is_sharded
 
 _BASE = "_lora_base_"
 _SWAPPED = "_lora_swapped"
@@ -63,6 +65,20 @@ def saved_of(name: str, module: nn.Module) -> Iterator[Saved]:
     for attribute, tensor in state_of(module).items():
         if _BASE + attribute in module._buffers:
             yield Saved(names.join(name, attribute), module, attribute, tensor)
+
+
+def saved_modules(model: nn.Module) -> list[str]:
+    """The names of the outermost modules that are trained in full, as PEFT takes them: it wraps
+    no lists and dictionaries of modules."""
+    found, inside = [], set()
+    for name, module in names.named_modules(model):
+        if module in inside or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        state = [(part, key) for part in module.modules() for key in state_of(part)]
+        if name and state and all(_BASE + key in part._buffers for part, key in state):
+            found.append(name)
+            inside.update(module.modules())
+    return found
 
 
 def saved_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -131,21 +147,59 @@ def attach(
     for module in model.modules():
         frozen = {name for name, p in module._parameters.items() if p in trainable}
         if frozen:
-            module.__dict__.setdefault(_FROZEN, set()).update(frozen)
+            module.__dict__[_FROZEN] = module.__dict__.get(_FROZEN, set()) | frozen
     model.requires_grad_(False)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
 
 
+class Before:
+    """All there is to a model but its values, to be brought back: modules, their classes, whatever
+    they hold, flags of parameters; and the values of what is given to `keep`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {m: (type(m), dict(vars(m)), _contents(m)) for m in model.modules()}
+        self.flags = {p: p.requires_grad for p in model.parameters()}
+        self.values: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def trainable(self) -> set[nn.Parameter]:
+        return {parameter for parameter, flag in self.flags.items() if flag}
+
+    def keep(self, tensor: Tensor) -> None:
+        """Copies a tensor that is about to be changed in place, to host memory if it is whole."""
+        device = tensor.device if is_sharded(tensor) else "cpu"
+        self.values.append((tensor, tensor.detach().to(device, copy=True)))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, value in self.values:
+            tensor.copy_(value)
+        for module, (kind, held, contents) in self.modules.items():
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(held)
+            for key, content in contents.items():
+                held[key].clear()
+                held[key].update(content)
+        for parameter, flag in self.flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _contents(module: nn.Module) -> dict[str, dict | set]:
+    """Copies of a module's registries: parameters, buffers, submodules, hooks."""
+    held = vars(module).items()
+    return {k: copy.copy(v) for k, v in held if type(v) in (dict, set, OrderedDict)}
+
+
 @contextlib.contextmanager
-def rollback_on_error(model: nn.Module) -> Iterator[set[nn.Parameter]]:
-    """Gives the trainable parameters; making layers freezes some, an error undoes that."""
-    trainable = {p for p in model.parameters() if p.requires_grad}
+def all_or_nothing(model: nn.Module) -> Iterator[Before]:
+    """Whatever ends what is done within it early, Ctrl-C too, leaves the model as it was."""
+    before = Before(model)
     try:
-        yield trainable
+        yield before
     except BaseException:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        before.restore()
         raise
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_kernels import adapters, names, peft_targets, targets
+from lora_kernels import adapters, names, options, peft_targets, targets
 from lora_kernels.adapters import lora_layers
 from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
@@ -153,7 +153,6 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         """A pattern for this name alone: PEFT takes others as last parts of names."""
         return "^" + re.escape(name) + (r"(\.weight)?" if name in as_parameters else "")
 
-    saved = {saved.name.rpartition(".")[0] for saved in adapters.saved_tensors(model)}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model or getattr(model, "name_or_path", None) or None,
@@ -164,7 +163,7 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         "lora_alpha": alpha(first),
         # PEFT has no dropout for adapters of parameters, and refuses a config with both.
         "lora_dropout": 0.0 if as_parameters else layers[first].dropout,
-        "modules_to_save": sorted(saved) or None,
+        "modules_to_save": sorted(adapters.saved_modules(model)) or None,
         "r": ranks[first],
         "rank_pattern": {whole(n): r for n, r in ranks.items() if r != ranks[first]},
         "alpha_pattern": {whole(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
@@ -181,6 +180,7 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
 # ------------------------------------------------------------------------------------------ loading
 
 
+@torch.no_grad()
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Reads PEFT's two files into a model: into its LoRA layers, or into a model that has none yet.
 
@@ -211,35 +211,35 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     modules = dict(names.named_modules(model))
     saved_modules = {n.rpartition(".")[0]: modules[n.rpartition(".")[0]] for n in saved}
     targets.require_whole_ties(model, saved_modules)
-    layers, values = {}, {}
-    with adapters.rollback_on_error(model) as trainable:
-        for name, (A, B) in pairs.items():
-            rank, alpha, use_rslora = _layer_config(config, name)
-            _check_pair(name, modules[name], A, B, rank, _origin(config))
-            if name in present:
-                layer = present[name]
-                _check_present(name, layer, A)
-            else:
-                master = A.dtype == torch.float32 and modules[name].weight.dtype != torch.float64
-                dtype = torch.float32 if master else None
-                layer = modules[name]
-                layers[layer] = layer_class(layer)._prepare(
-                    layer, rank, alpha, 0.0, use_rslora, dtype, "kaiming"
-                )
-            values[name] = (layer, A, B, alpha, use_rslora)
-
     past = bypassed(model)
     idle = [name for name in pairs if modules[name] in past]
     if idle:
         warnings.warn(
             f"adapters on {targets.summary(idle)} may have no part in the output:"
             f" {past[modules[idle[0]]]}; check_adapters(model, ...) with a batch tells",
-            stacklevel=2,
+            stacklevel=3,
         )
-    if layers or saved_modules:
-        adapters.attach(model, layers, saved_modules, trainable)
-    guard_save_pretrained(model)
-    with torch.no_grad():
+    layers, values = {}, {}
+    with adapters.all_or_nothing(model) as before:
+        for name, (A, B) in pairs.items():
+            rank, alpha, use_rslora = _layer_config(config, name)
+            _check_pair(name, modules[name], A, B, rank, _origin(config))
+            layer = modules[name]
+            if name in present:
+                _check_present(name, layer, A)
+                before.keep(layer.lora_A)
+                before.keep(layer.lora_B)
+            else:
+                master = A.dtype == torch.float32 and layer.weight.dtype != torch.float64
+                dtype = torch.float32 if master else None
+                layers[layer] = layer_class(layer)._prepare(
+                    layer, rank, None, 0.0, use_rslora, dtype, "kaiming"
+                )
+            values[name] = (layer, A, B, alpha, use_rslora)
+
+        if layers or saved_modules:
+            adapters.attach(model, layers, saved_modules, before.trainable)
+        guard_save_pretrained(model)
         for layer, A, B, alpha, use_rslora in values.values():
             copy_whole(layer.lora_A, A)
             copy_whole(layer.lora_B, B)
@@ -247,7 +247,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             layer.dropout = config.get("lora_dropout") or 0.0
         for name, tensor in saved.items():
             owner, _, attribute = name.rpartition(".")
-            copy_whole(getattr(modules[owner], attribute), tensor)
+            target = getattr(modules[owner], attribute)
+            before.keep(target)
+            copy_whole(target, tensor)
 
 
 def _read_config(path: Path) -> dict:
@@ -373,18 +375,10 @@ def _sort(
 
 
 def _layer_config(config: dict, name: str) -> tuple[int, float, bool]:
-    """(rank, alpha, use_rslora) of one layer, with PEFT's rule for patterns: the first that
-    matches."""
-
-    def of(patterns: dict | None, default: float) -> float:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        return default
-
+    """(rank, alpha, use_rslora) of one layer."""
     return (
-        of(config.get("rank_pattern"), config.get("r", 8)),
-        of(config.get("alpha_pattern"), config.get("lora_alpha", 8)),
+        options.of_layer(config.get("rank_pattern"), name, config.get("r", 8)),
+        options.of_layer(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)),
         bool(config.get("use_rslora")),
     )
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lora_kernels import options
 from lora_kernels.functional import lora_linear
 from lora_kernels.state import LayerState
 
-Init = Literal["kaiming", "pissa"]
-_INITS = ("kaiming", "pissa")
+Init = Literal["kaiming", "pissa", "random"]
+_INITS = ("kaiming", "pissa", "random")
 # What an adapter adds to a layer: parameters, buffers, attributes.
 _ADDED = (
     "lora_A", "lora_B", "pissa_A", "pissa_B", "merged_base", "_base_weight_cpu",
@@ -53,9 +54,9 @@ class LoRALayer(LayerState):
         """A layer that shares `linear`'s weight and bias objects (now frozen), its buffers,
         submodules, attributes and train mode.
 
-        `init` is "kaiming" (A uniform, B zero: the output is unchanged) or "pissa" (Meng et al.,
+        `init` is "kaiming" (A uniform, B zero: the output is unchanged), "pissa" (Meng et al.,
         2024, arXiv:2404.02948: the adapter starts as the principal part of the weight, which is
-        taken out of it).
+        taken out of it) or "random" (B uniform too: the output changes at once, for tests).
 
         Raises:
             TypeError: not exactly a layer of this kind. ValueError: hooks or parametrizations.
@@ -88,6 +89,8 @@ class LoRALayer(LayerState):
         layer.reset_lora_parameters()
         if init == "pissa":
             layer._init_pissa()
+        elif init == "random":
+            nn.init.kaiming_uniform_(layer.lora_B, a=math.sqrt(5))
         return layer
 
     def move_into(self, linear: nn.Module) -> None:
@@ -121,12 +124,8 @@ class LoRALayer(LayerState):
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank: expected an integer of at least 1, got {rank!r}")
-        if alpha is not None and not math.isfinite(alpha):
-            raise ValueError(f"alpha: expected a finite number or None, got {alpha}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        rank, alpha = options.check_rank(rank), options.check_alpha(alpha)
+        dropout = options.check_dropout(dropout)
         if not self.weight.is_floating_point():
             raise TypeError(f"weight: expected a floating dtype, got {self.weight.dtype}")
         dtype = adapter_dtype or self.weight.dtype
@@ -301,8 +300,6 @@ class LoRALayer(LayerState):
             raise ValueError(
                 f"rank: 'pissa' takes at most min(N, K) = {min(weight.shape)}, got {self.rank}"
             )
-        if self.scaling <= 0:
-            raise ValueError(f"alpha: 'pissa' needs a positive scaling, got {self.scaling}")
         if weight.numel() <= _EXACT_SVD_ELEMENTS:
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         else:

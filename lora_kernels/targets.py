@@ -4,14 +4,23 @@ import re
 from collections.abc import Callable, Iterable
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels.bypass import bypassed
 from lora_kernels.layer import LoRALayer, is_conv1d, refusal
 
 Names = str | Iterable[str] | None
-# Matrices of these are no linear maps of activations.
-_NOT_LINEAR_MAPS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
+# What PEFT calls the default of `target_modules`.
+ALL_LINEAR = "all-linear"
+# Kinds of weights that carry no adapter.
+LINEAR_MAPS = "linear maps that are no nn.Linear"
+EMBEDDINGS, CONVOLUTIONS = "embeddings", "convolutions"
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# Parts of the names of parameters that are tables or elementwise, whatever their shape.
+_TABLES, _ELEMENTWISE = re.compile("embed|token|position|_table"), re.compile("bias|scale|_log$")
+# Heads by name, where a model built from a config does not tell them from its body.
+_HEAD_NAMES = ("classifier", "score", "qa_outputs")
 
 
 class _Patterns:
@@ -20,6 +29,7 @@ class _Patterns:
 
     def __init__(self, argument: str, names: Names) -> None:
         self.argument = argument
+        self.is_expression = isinstance(names, str)
         self.predicates: dict[str, Callable[[str], bool]] = {}
         if isinstance(names, str):
             try:
@@ -41,13 +51,28 @@ class _Patterns:
     def match(self, name: str) -> bool:
         return any(predicate(name) for predicate in self.predicates.values())
 
-    def require_matches(self, names: Iterable[str]) -> None:
+    def is_for(self, name: str, inside: set[str], others: Iterable[str]) -> bool:
+        """Whether one is for a module: it matches its name, or of all modules only ones inside."""
+        return self.match(name) or any(
+            any(map(predicate, inside)) and not any(map(predicate, others))
+            for predicate in self.predicates.values()
+        )
+
+    def require_matches(
+        self, names: Iterable[str], explain: Callable[[Callable], str | None] = lambda _: None
+    ) -> None:
+        """ValueError for a pattern that matches none, with what `explain` knows of it."""
         names = [name for name in names if name]
         for pattern, predicate in self.predicates.items():
-            if not any(map(predicate, names)):
-                raise ValueError(
-                    f"{self.argument}: {pattern!r} matches no module; there are {summary(names)}"
+            if any(map(predicate, names)):
+                continue
+            reason = f"matches no module; there are {summary(names)}"
+            if self.is_expression and any(f".{name}".endswith(f".{pattern}") for name in names):
+                reason = (
+                    f"matches no module; for a list write [{pattern!r}], a string is a regular"
+                    " expression for the whole name"
                 )
+            raise ValueError(f"{self.argument}: {pattern!r} {explain(predicate) or reason}")
 
 
 def summary(names: Iterable[str], limit: int = 40) -> str:
@@ -55,6 +80,17 @@ def summary(names: Iterable[str], limit: int = 40) -> str:
     folded = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
     more = f" and {len(folded) - limit} more" if len(folded) > limit else ""
     return ", ".join(folded[:limit]) + more or "none"
+
+
+def listed(argument: str, names: Names) -> str | list[str] | None:
+    """The names as what can be read twice; TypeError for anything else."""
+    if names is None or isinstance(names, str):
+        return names
+    if not isinstance(names, Iterable):
+        raise TypeError(
+            f"{argument}: expected a list of names or one regular expression, got {names!r}"
+        )
+    return list(names)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -104,12 +140,20 @@ def find_targets(
             " use FusedLoRALinear.from_linear"
         )
     require_no_peft(model)
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"model: {name} has no shape yet; call the model once, so that its lazy layers get"
+                " theirs"
+            )
+    if target_modules == ALL_LINEAR:
+        target_modules = None
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
     if target_modules is not None and not wanted:
         raise ValueError("target_modules: got an empty list; None means every linear layer")
-    wanted.require_matches(linear)
+    wanted.require_matches(linear, lambda predicate: _what_else(model, predicate))
     excluded.require_matches(name for name, _ in model.named_modules())
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) and not wanted else None
@@ -139,6 +183,98 @@ def find_targets(
             + (reasons or ": it holds no nn.Linear")
         )
     return targets, skipped
+
+
+def _what_else(model: nn.Module, predicate: Callable[[str], bool]) -> str | None:
+    """What a pattern that matches no linear layer names instead."""
+    for name, module in model.named_modules():
+        if is_linear(module):
+            continue
+        if name and predicate(name):
+            return f"matches no linear layer: {name} is {_a(type(module).__name__)}"
+        for attribute, parameter in module._parameters.items():
+            full = f"{name}.{attribute}".lstrip(".")
+            if parameter is not None and predicate(full):
+                return (
+                    f"matches no module: {full} is a {list(parameter.shape)} parameter of"
+                    f" {type(module).__name__}, not a torch.nn.Linear, and cannot carry an adapter;"
+                    " PEFT's target_parameters does it"
+                )
+    return None
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
+
+
+def new_heads(
+    model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """(name -> modules that no checkpoint holds, to be trained in full, linear layers in others of
+    them -> why they stay frozen).
+
+    Transformers marks the parameters that it loads. What stands beside a model's body without any
+    is a new head; in a model built from a config everything beside the body is, unless the model
+    has output embeddings. Heads that `target_modules` names get the adapters asked for, those that
+    `exclude_modules` names stay as they are.
+    """
+    if target_modules == ALL_LINEAR:
+        target_modules = None
+    wanted = _Patterns("target_modules", target_modules)
+    excluded = _Patterns("exclude_modules", exclude_modules)
+    names = {name for name, module in model.named_modules() if is_linear(module)}
+    heads, skipped = {}, {}
+    for name, module in _new_parts(model).items():
+        inside = {other for other in names if f"{other}.".startswith(f"{name}.")}
+        if excluded.match(name) or (inside and all(map(excluded.match, inside))):
+            skipped |= dict.fromkeys(inside, "excluded by exclude_modules")
+        elif not wanted.is_for(name, inside, names - inside):
+            heads[name] = module
+    return heads, skipped
+
+
+def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The new ones among the children of a Transformers model and of its body."""
+    path = ""
+    while "_orig_mod" in model._modules:  # compiled
+        model, path = model._orig_mod, f"{path}_orig_mod."
+    prefix = getattr(model, "base_model_prefix", None)
+    find_output = getattr(model, "get_output_embeddings", None)
+    if not isinstance(prefix, str) or not callable(find_output):
+        return {}
+    body, output = model._modules.get(prefix), find_output()
+    loaded = any(map(_is_loaded, model.parameters()))
+    if output is not None and not loaded:
+        return {}
+    children = {name: child for name, child in model.named_children() if child is not body}
+    # Beside the body, a part that was loaded but for a layer of another size is new too.
+    parts = {n: c for n, c in children.items() if _is_new(c, all if body is None else any)}
+    if loaded and body is not None:
+        parts |= {f"{prefix}.{n}": c for n, c in body.named_children() if _is_new(c, all)}
+    elif not loaded and body is None:
+        parts = {name: part for name, part in parts.items() if name in _HEAD_NAMES}
+    shared = {parameter for parameter, names in owners(model).items() if len(names) > 1}
+    return {
+        path + name: part
+        for name, part in parts.items()
+        if shared.isdisjoint(part.parameters()) and output not in part.modules()
+    }
+
+
+def _is_loaded(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _is_new(module: nn.Module, quantifier: Callable[[Iterable[bool]], bool]) -> bool:
+    """Whether it can be trained, and any or all of its parameters are from no checkpoint.
+    Embeddings are left to the user, whose new ones may be large."""
+    parameters = list(module.parameters())
+    return (
+        bool(parameters)
+        and quantifier(not _is_loaded(p) for p in parameters)
+        and all(p.is_floating_point() for p in parameters)
+        and not any(isinstance(part, (*_EMBEDDINGS, LoRALayer)) for part in module.modules())
+    )
 
 
 def find_saved(model: nn.Module, modules_to_save: Names) -> dict[str, nn.Module]:
@@ -178,13 +314,35 @@ def require_whole_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
             )
 
 
-def other_linear_maps(model: nn.Module) -> list[str]:
-    """Parameters that hold matrices but belong to no nn.Linear (fused experts, packed
-    projections)."""
-    return [
-        f"{name}.{attribute} {list(parameter.shape)}".lstrip(".")
-        for name, module in model.named_modules()
-        if not is_linear(module) and not isinstance(module, _NOT_LINEAR_MAPS)
-        for attribute, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() in (2, 3) and min(parameter.shape) > 1
-    ]
+def others(model: nn.Module, trained: set[nn.Module]) -> dict[str, dict[str, nn.Parameter]]:
+    """The weights outside linear layers and modules `trained` in full, by kind, "name [shape]" ->
+    parameter: convolutions, embeddings, and linear maps that are no nn.Linear (fused experts,
+    packed projections)."""
+    kinds: dict[str, dict[str, nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        if is_linear(module) or module in trained:
+            continue
+        own = {n: p for n, p in module._parameters.items() if p is not None}
+        stacked = {p.shape[0] for p in own.values() if p.dim() == 3}
+        for attribute, parameter in own.items():
+            kind = _kind(module, attribute, parameter, stacked)
+            if kind is not None:
+                full = f"{name}.{attribute}".lstrip(".")
+                kinds.setdefault(kind, {})[f"{full} {list(parameter.shape)}"] = parameter
+    return kinds
+
+
+def _kind(
+    module: nn.Module, attribute: str, parameter: nn.Parameter, stacked: set[int]
+) -> str | None:
+    """What a parameter outside linear layers is; None for vectors. Of a module with `stacked`
+    matrices [E, N, K], a parameter [E, N] holds vectors."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return CONVOLUTIONS if attribute == "weight" else None
+    if isinstance(module, _EMBEDDINGS) or (parameter.dim() > 1 and _TABLES.search(attribute)):
+        return EMBEDDINGS
+    matrix = parameter.dim() in (2, 3) and min(parameter.shape) > 1
+    vectors = parameter.dim() == 2 and parameter.shape[0] in stacked
+    if not matrix or vectors or _ELEMENTWISE.search(attribute):
+        return None
+    return LINEAR_MAPS

