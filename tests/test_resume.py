@@ -1,13 +1,18 @@
 """Checkpoints of training: a run that goes on as if it had never stopped, and damaged files."""
 
+import math
+import os
+import random
 import re
 
+import fuzz_files
 import pytest
 import torch
-from recipe_problem import CROSS_ENTROPY, adam, batched, equal, net, pairs, state
+from recipe_problem import CROSS_ENTROPY, adam, batched, equal, net, pairs, sgd, state
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_kernels import train_model
+from lora_kernels import add_adaptor_layer, train_model
 from lora_kernels.adapters import lora_layers
 
 
@@ -22,7 +27,7 @@ def resumable(own_generator, scaled):
 
     def noisy(samples):
         x, y = torch.utils.data.default_collate(samples)
-        return x + 0.1 * torch.randn(x.shape), y
+        return x + 0.1 * torch.randn(x.shape) + 0.1 * random.random(), y
 
     loader = DataLoader(
         TensorDataset(x, y), batch_size=3, shuffle=True, generator=generator, collate_fn=noisy
@@ -44,12 +49,14 @@ def test_a_resumed_run_gives_identical_results(tmp_path, own_generator, stop, sc
     file = tmp_path / "run" / "checkpoint.pt"
     model, loader, optimizer, options = resumable(own_generator, scaled)
     torch.manual_seed(11)
+    random.seed(11)
     history = train_model(model, loader, CROSS_ENTROPY, optimizer, epochs=3, **options)
     expected = state(model), history, optimizer.state_dict(), torch.get_rng_state()
     assert len(history) == 12
 
     model, loader, optimizer, options = resumable(own_generator, scaled)
     torch.manual_seed(11)
+    random.seed(11)
     train_model(
         model, loader, CROSS_ENTROPY, optimizer, epochs=3, max_steps=stop, checkpoint=file,
         **options,
@@ -57,6 +64,7 @@ def test_a_resumed_run_gives_identical_results(tmp_path, own_generator, stop, sc
 
     model, loader, optimizer, options = resumable(own_generator, scaled)
     torch.manual_seed(77)
+    random.seed(77)
     history = train_model(
         model, loader, CROSS_ENTROPY, optimizer, epochs=3, resume_from=file, **options
     )
@@ -97,11 +105,10 @@ def test_bad_checkpoints_name_what_is_wrong(tmp_path):
         before = state(model)
         with pytest.raises(error, match=re.escape(message)):
             train_model(
-                model, batched(4) if data is None else data, CROSS_ENTROPY, adam(model),
-                resume_from=file, **options,
+                model, batched(4) if data is None else data, CROSS_ENTROPY,
+                **{"optimizer": adam(model), "resume_from": file, **options},
             )  # fmt: skip
-        if data is None:
-            assert equal(before, state(model))
+        assert equal(before, state(model))
 
     resume(net(), "no such file", FileNotFoundError, tmp_path / "nothing.pt")
     resume(
@@ -110,9 +117,95 @@ def test_bad_checkpoints_name_what_is_wrong(tmp_path):
     )
     resume(net(), "accumulation_steps: ", accumulation_steps=2)
     resume(net(target_modules=["inner"]), "outer.lora_A is only in the file")
-    optimizer = adam(net())
+    other = net()
+    optimizer = adam(other)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    resume(net(), "was written without a scheduler", scheduler=scheduler)
+    options = {"optimizer": optimizer, "scheduler": scheduler}
+    resume(other, "was written without a scheduler", **options)
+    other = net()
+    resume(other, "optimizer['param_groups'][0]: has no 'momentum'", optimizer=sgd(other))
     resume(net(), "gave 2 batches, but 3 were seen", data=batched(4)[:2])
     torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
     resume(net(), "is no checkpoint of train_model", file=tmp_path / "other.pt")
+
+
+def test_the_scale_of_losses_is_resumed(tmp_path):
+    """Losses so large that the scaler leaves the first steps out and finds another scale."""
+
+    def run(**options):
+        model = net(dtype=torch.float32)
+        history = train_model(
+            model, batched(4, dtype=torch.float32), lambda p, t: 40 * CROSS_ENTROPY(p, t),
+            adam(model), autocast_dtype=torch.float16, epochs=2, **options,
+        )  # fmt: skip
+        return state(model), history
+
+    file = tmp_path / "checkpoint"
+    expected = run()
+    overflown = [not math.isfinite(norm) for norm in expected[1].grad_norm]
+    assert 2 <= sum(overflown) <= 6
+    run(max_steps=7, checkpoint=file)
+    resumed = run(resume_from=file)
+    assert equal(expected[0], resumed[0])
+    assert str(expected[1].grad_norm) == str(resumed[1].grad_norm)  # with its nans
+
+
+def test_running_statistics_are_resumed(tmp_path):
+    def run(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        add_adaptor_layer(model, 2, target_modules=["0"], modules_to_save=["1"])
+        data = batched(4, dtype=torch.float32)
+        train_model(model, data, CROSS_ENTROPY, adam(model), epochs=2, **options)
+        return model.state_dict()
+
+    file = tmp_path / "checkpoint"
+    expected = run()
+    run(max_steps=7, checkpoint=file)
+    assert equal(expected, run(resume_from=file))
+
+
+def test_the_best_and_the_evaluations_are_resumed(tmp_path):
+    file = tmp_path / "checkpoint"
+
+    def run(fail_at=None, **options):
+        model = net()
+        optimizer = adam(model, lr=0.3)
+        options |= {"eval_loader": batched(4, seed=3), "eval_every": 2, "keep_best": "loss"}
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        calls = []
+
+        def criterion(prediction, targets):
+            calls.append(0)
+            return CROSS_ENTROPY(prediction, targets) * (torch.nan if len(calls) == fail_at else 1)
+
+        history = train_model(
+            model, batched(4), criterion, optimizer, scheduler=scheduler, epochs=2, **options
+        )
+        return state(model), history
+
+    expected = run()
+    losses = [found["loss"] for found in expected[1].evaluations]
+    assert 0 < losses.index(min(losses)) < len(losses) - 1
+    # Six batches are evaluated after every second one.
+    with pytest.raises(FloatingPointError):
+        run(fail_at=34, checkpoint=file, checkpoint_every=1)
+    resumed = run(resume_from=file)
+    assert equal(expected[0], resumed[0])
+    assert expected[1] == resumed[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_damaged_checkpoints_change_nothing(seed):
+    """A sample; `python tests/fuzz_files.py --kind checkpoint --count 20000` is the long form."""
+    outcomes = fuzz_files.fuzz("checkpoint", count=60, seed=seed)
+    assert not outcomes["wrong"]
+    assert outcomes["refused"] > 30
+
+
+def test_neither_folders_nor_pipes_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    model = net()
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=r"resume_from: .* is no regular file"):
+            train_model(model, batched(4), CROSS_ENTROPY, adam(model), resume_from=path)

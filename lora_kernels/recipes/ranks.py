@@ -14,11 +14,13 @@ from lora_kernels.layer import LoRALayer
 from lora_kernels.rank import allocate_ranks, refactor, spectrum, widen
 from lora_kernels.recipes.batches import Criterion
 from lora_kernels.recipes.evaluation import evaluate_model
+from lora_kernels.recipes.stepping import needs_closure
 from lora_kernels.recipes.training import History, train_model
 from lora_kernels.recipes.undo import Undo
 
 _SHARED = ("count", "autocast_dtype", "progress")
-_REFUSED = ("checkpoint", "checkpoint_every", "resume_from")
+_REFUSED = ("checkpoint", "checkpoint_every", "resume_from", "callbacks")
+_EVALUATING = ("eval_every", "metrics", "keep_best")
 # A, B and the kept energy of a layer.
 _New = tuple[Tensor, Tensor, float]
 
@@ -114,8 +116,8 @@ def adjust_rank(
             share it so as to keep the most energy (`rank.allocate_ranks`).
         eval_loader: what losses are measured on by `evaluate_model`; the train_loader by default.
         epochs: of training after each step; 0 only compresses.
-        training: other options of `train_model`, but for checkpoints and resuming; `max_steps`
-            counts anew in each step.
+        training: other options of `train_model`, but for checkpoints, resuming and callbacks;
+            `max_steps` counts anew in each step.
 
     Returns:
         `RankReport`, with ranks and kept energy per layer and the losses of each step.
@@ -125,7 +127,11 @@ def adjust_rank(
         FloatingPointError: from `train_model`.
     """
     layers = dict(require_layers(model))
-    path = _check(layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, training)
+    path = _check(
+        layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, optimizer, training
+    )
+    if any(name in training for name in _EVALUATING):
+        training = training | {"eval_loader": eval_loader}
     # Checks the other arguments and moves the model, before any rank has changed.
     quiet = training | {"progress": False}
     train_model(model, train_loader, criterion, optimizer, epochs=0, **quiet)
@@ -254,7 +260,7 @@ def exchange_parameters(
 
 
 def _check(
-    layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, training
+    layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, optimizer, training
 ) -> list[int] | None:
     """The ranks to go through; None where they are to be halved."""
     for name, k in (("k_initial", k_initial), ("k_final", k_final)):
@@ -274,7 +280,13 @@ def _check(
             f" ({len(wrong)} of {len(layers)} layers differ)"
         )
     if refused := [name for name in _REFUSED if name in training]:
-        raise TypeError(f"{refused[0]}: adjust_rank writes and reads no checkpoints")
+        what = "takes none" if refused[0] == "callbacks" else "writes and reads no checkpoints"
+        raise TypeError(f"{refused[0]}: adjust_rank {what}, as it trains once for each rank")
+    if hasattr(optimizer, "param_groups") and needs_closure(optimizer):
+        raise TypeError(
+            f"optimizer: {type(optimizer).__name__} holds all parameters in one flat state, which"
+            " no other rank fits; adjust the rank with another optimizer"
+        )
     if k_final > k_initial:
         for name, given in (("tolerance", tolerance is not None), ("per_layer", per_layer)):
             if given:

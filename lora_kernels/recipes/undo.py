@@ -38,6 +38,7 @@ class Undo:
             (layer, layer.lora_A, layer.lora_B, layer.pissa_A, layer.pissa_B, layer.alpha)
             for _, layer in lora_layers(model)
         ]
+        self.grads = [(parameter, parameter.grad) for parameter in model.parameters()]
         self.modes = [(module, module.training) for module in model.modules()]
         self.groups = [dict(group, params=group["params"][:]) for group in optimizer.param_groups]
         moving = {p for group in self.groups for p in group["params"] if p.requires_grad}
@@ -69,5 +70,5 @@ class Undo:
         self.optimizer.state.update(self.state)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(copy.deepcopy(self.scheduler_state))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.zero_grad(set_to_none=True)
+        for parameter, grad in self.grads:
+            parameter.grad = grad
