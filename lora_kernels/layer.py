@@ -300,6 +300,8 @@ class LoRALayer(LayerState):
             raise ValueError(
                 f"rank: 'pissa' takes at most min(N, K) = {min(weight.shape)}, got {self.rank}"
             )
+        if self.scaling <= 0:
+            raise ValueError(f"alpha: 'pissa' needs a positive scaling, got {self.scaling}")
         if weight.numel() <= _EXACT_SVD_ELEMENTS:
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         else:
