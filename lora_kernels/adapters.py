@@ -7,17 +7,21 @@ places, and the module's `_lora_swapped` names it.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
-from lora_kernels.layer import LoRALayer
+from lora_kernels.layer import OFFLOADED, LoRALayer, is_offloaded, present
 
 _BASE = "_lora_base_"
 _SWAPPED = "_lora_swapped"
 _FROZEN = "_lora_frozen"
+# Transformers' methods that put other modules in the place of a model's embeddings and head.
+_REPLACING = ("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings")
 
 
 class Saved(NamedTuple):
@@ -53,10 +57,13 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 def saved_tensors(model: nn.Module) -> Iterator[Saved]:
     """What is trained in full beside the LoRA layers: parameters, and buffers that go with them."""
     for module_name, module in model.named_modules():
-        for attribute, tensor in state_of(module).items():
-            if _BASE + attribute in module._buffers:
-                name = f"{module_name}.{attribute}".lstrip(".")
-                yield Saved(name, module, attribute, tensor)
+        if not any(name.startswith(_BASE) for name in module._buffers):
+            continue
+        with present(module):
+            for attribute, tensor in state_of(module).items():
+                if _BASE + attribute in module._buffers:
+                    name = f"{module_name}.{attribute}".lstrip(".")
+                    yield Saved(name, module, attribute, tensor)
 
 
 def saved_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -74,23 +81,38 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """What to give an optimizer: lora_A and lora_B of every layer, then the modules trained in
-    full."""
+    full.
+
+    Where pruning or a parametrization computes lora_A or lora_B, the parameters it computes them
+    from. ValueError: accelerate has offloaded them.
+    """
+    require_loaded(model)
     for _, layer in lora_layers(model):
-        yield layer.lora_A
-        yield layer.lora_B
+        yield from layer.factor_parameters()
     yield from saved_parameters(model)
+
+
+def require_loaded(model: nn.Module) -> None:
+    """ValueError where accelerate has offloaded what is trained: a change of it would be lost."""
+    for name, module in model.named_modules():
+        trained = isinstance(module, LoRALayer) or any(n.startswith(_BASE) for n in module._buffers)
+        if trained and is_offloaded(module):
+            raise ValueError(f"model: {name} is {OFFLOADED}")
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's part of `model.state_dict()`: load it with `load_state_dict(...,
-    strict=False)`."""
+    strict=False)`.
+
+    Pruned or parametrized factors are given as they act, for layers that are not.
+    """
     state = {}
     for name, layer in lora_layers(model):
         prefix = f"{name}." if name else ""
-        for key in ("lora_A", "lora_B", "pissa_A", "pissa_B"):
-            tensor = getattr(layer, key)
-            if tensor is not None:
-                state[prefix + key] = tensor.detach()
+        with present(layer):
+            tensors = {key: layer.factor(key) for key in ("lora_A", "lora_B")}
+        tensors |= {"pissa_A": layer.pissa_A, "pissa_B": layer.pissa_B}
+        state |= {prefix + key: t.detach() for key, t in tensors.items() if t is not None}
     for saved in saved_tensors(model):
         state[saved.name] = saved.trained
     return state
@@ -116,6 +138,7 @@ def attach(
     """
     for linear, layer in layers.items():
         layer.move_into(linear)
+    _guard_embeddings(model)
     for outer in saved.values():
         for module in outer.modules():
             for attribute, tensor in state_of(module).items():
@@ -134,6 +157,13 @@ def attach(
 @contextlib.contextmanager
 def rollback_on_error(model: nn.Module) -> Iterator[set[nn.Parameter]]:
     """Gives the trainable parameters; making layers freezes some, an error undoes that."""
+    require_loaded(model)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedTensorMixin):
+            raise ValueError(
+                f"model: {name} has no shape yet (a lazy module); run the model once, then give it"
+                " adapters"
+            )
     trainable = {p for p in model.parameters() if p.requires_grad}
     try:
         yield trainable
@@ -151,6 +181,8 @@ def detach(model: nn.Module) -> None:
         layer.move_out()
     release_saved(model, keep_saved=False)
     for module in model.modules():
+        for method in _REPLACING:
+            module.__dict__.pop(method, None)
         for name in module.__dict__.pop(_FROZEN, ()):
             parameter = module._parameters.get(name)
             if parameter is not None:
@@ -185,3 +217,41 @@ def swap_saved(tensors: list[Saved]) -> None:
         saved.module.__dict__.setdefault(_SWAPPED, set()).symmetric_difference_update(
             {saved.attribute}
         )
+
+
+def _guard_embeddings(model: nn.Module) -> None:
+    """Makes Transformers' models refuse to replace an embedding or a head that holds something
+    trained: they would put a plain one there and say nothing."""
+    for module in model.modules():
+        for method in _REPLACING:
+            if callable(getattr(type(module), method, None)):
+                setattr(module, method, functools.partial(_replace, module, method))
+
+
+def _replace(module: nn.Module, method: str, *args, **kwargs) -> object:
+    resizes = method == "resize_token_embeddings"
+    for kind in ("input", "output"):
+        if not resizes and kind not in method:
+            continue
+        find = getattr(module, f"get_{kind}_embeddings", None)
+        old = find() if callable(find) else None
+        if old is None or old in args or old in kwargs.values():
+            continue
+        trained = isinstance(old, LoRALayer) or next(saved_tensors(old), None) is not None
+        if trained and not (resizes and _keeps_size(old, *args, **kwargs)):
+            name = next(name for name, other in module.named_modules() if other is old)
+            raise ValueError(
+                f"{method}: would replace {name}, which carries an adapter or is trained in full;"
+                " call it before apply_lora, or save_adapter and remove_lora(model) first"
+            )
+    return getattr(type(module), method)(module, *args, **kwargs)
+
+
+def _keeps_size(
+    old: nn.Module,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> bool:
+    size = old.weight.shape[0]
+    return new_num_tokens in (None, size) and size % (pad_to_multiple_of or 1) == 0

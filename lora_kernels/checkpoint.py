@@ -88,6 +88,9 @@ def _write(
     for saved in adapters.saved_tensors(model):
         tensors[_PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"model: {key} is on the meta device, there are no values to save")
     sharded = any(map(is_sharded, tensors.values()))
     tensors = {
         key: whole(t.detach()).to("cpu", copy=True).contiguous() for key, t in tensors.items()
@@ -203,11 +206,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
                 layer = present[name]
                 _check_present(name, layer, A)
             else:
-                master = A.dtype == torch.float32 and modules[name].weight.dtype != torch.float64
-                dtype = torch.float32 if master else None
                 layer = modules[name]
                 layers[layer] = layer_class(layer)._prepare(
-                    layer, rank, alpha, 0.0, use_rslora, dtype, "kaiming"
+                    layer, rank, alpha, 0.0, use_rslora, None, "kaiming"
                 )
             values[name] = (layer, A, B, alpha, use_rslora)
 
@@ -378,6 +379,8 @@ def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
     key = f"{_PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")
+    if (reason := layer.why_fixed()) is not None:
+        raise ValueError(f"{key}: cannot go to {name}: {reason}")
     if layer.pissa_A is not None:
         raise ValueError(
             f"{key}: {name} was started with PiSSA and no longer holds its original base;"
@@ -419,7 +422,7 @@ def _save_pretrained(
     )
     layers = dict(lora_layers(model))
     parts = {
-        name: [given.get(f"{name}.{key}", getattr(layer, key)) for key in ("lora_A", "lora_B")]
+        name: [given.get(f"{name}.{key}", layer.factor(key)) for key in ("lora_A", "lora_B")]
         for name, layer in layers.items()
     }
     gathers = any(is_sharded(tensor) for pair in parts.values() for tensor in pair)

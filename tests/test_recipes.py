@@ -691,7 +691,7 @@ def test_bad_models():
     base.requires_grad_(False)
     with pytest.raises(ValueError, match="model: no parameter requires a gradient; call add_adap"):
         train_model(base, batched(4), CROSS_ENTROPY, adam(model))
-    half = net(dtype=torch.float16)
+    half = net(dtype=torch.float16, adapter_dtype=torch.float16)
     with pytest.raises(TypeError, match=r"inner.lora_A is fp16; add adapters with adapter_dtype"):
         train_model(half, [], CROSS_ENTROPY, adam(half), autocast_dtype=torch.float16)
     merge_lora(model)
@@ -722,7 +722,10 @@ def test_bad_evaluations(message, options):
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("rank", [1, 3, 4, 49])
 def test_set_adapter_keeps_the_scaling(alpha, use_rslora, rank):
-    layer = FusedLoRALinear(6, 5, 4, alpha=alpha, use_rslora=use_rslora, dtype=torch.bfloat16)
+    layer = FusedLoRALinear(
+        6, 5, 4, alpha=alpha, use_rslora=use_rslora, dtype=torch.bfloat16,
+        adapter_dtype=torch.bfloat16,
+    )  # fmt: skip
     scaling, old = layer.scaling, layer.lora_A
     A, B = torch.randn(rank, 6), torch.randn(5, rank)
     layer.set_adapter(A, B)
