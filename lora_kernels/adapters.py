@@ -92,11 +92,12 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     yield from saved_parameters(model)
 
 
-def require_loaded(model: nn.Module) -> None:
-    """ValueError where accelerate has offloaded what is trained: a change of it would be lost."""
+def require_loaded(model: nn.Module, layers: bool = True) -> None:
+    """ValueError where accelerate has offloaded what is trained, in LoRA `layers` or in full: a
+    change of it would be lost."""
     for name, module in model.named_modules():
-        trained = isinstance(module, LoRALayer) or any(n.startswith(_BASE) for n in module._buffers)
-        if trained and is_offloaded(module):
+        in_full = any(key.startswith(_BASE) for key in module._buffers)
+        if (in_full or (layers and isinstance(module, LoRALayer))) and is_offloaded(module):
             raise ValueError(f"model: {name} is {OFFLOADED}")
 
 

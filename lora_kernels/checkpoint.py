@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,8 +55,28 @@ def save_adapter(
         ValueError: the model has no LoRA layer. RuntimeError: it was merged with keep_base=False.
     """
     model = _unwrapped(model)
+    _warn_of_other_training(model)
     factors = {n: layer.delta_factors() for n, layer in adapters.require_layers(model)}
     _write(model, Path(directory), factors, base_model)
+
+
+def _warn_of_other_training(model: nn.Module) -> None:
+    """Says which parameters are trained and in no adapter file."""
+    written = set(adapters.saved_parameters(model))
+    for _, layer in lora_layers(model):
+        written.update(layer.factor_parameters())
+    lost = [
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and p not in written and not p.is_meta
+    ]
+    if lost:
+        warnings.warn(
+            f"save_adapter: {targets.summary(lost)} require gradients but are no part of the"
+            " adapter, and are not written; name their modules in modules_to_save, or save them"
+            " yourself",
+            stacklevel=3,
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

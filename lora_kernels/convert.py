@@ -143,7 +143,7 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
     }
     _refuse("merge_lora", {n: layer.why_unmergeable(keep_base) for n, layer in layers.items()})
     if not keep_base:
-        adapters.require_loaded(model)
+        adapters.require_loaded(model, layers=False)
     _require_untied(model, list(layers.values()), "merge_lora")
     done: list[str] = []
     try:
@@ -226,7 +226,7 @@ def remove_lora(model: nn.Module) -> None:
     )
     layers = adapters.require_layers(model)
     _refuse("remove_lora", {name: layer.why_stuck() for name, layer in layers})
-    adapters.require_loaded(model)
+    adapters.require_loaded(model, layers=False)
     adapters.detach(model)
     release_save_pretrained(model)
 
@@ -241,7 +241,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]
     saved = [saved for saved in adapters.saved_tensors(model) if not saved.swapped]
     if saved:
-        adapters.require_loaded(model)
+        adapters.require_loaded(model, layers=False)
         _require_whole(
             model,
             {one.name: one.tensor for one in saved},

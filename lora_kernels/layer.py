@@ -498,6 +498,11 @@ class LoRALayer(nn.Module):
     ) -> None:
         keys = [prefix + name for name in ("lora_A", "lora_B", "pissa_A", "pissa_B")]
         adapter = any(key in state_dict for key in keys)
+        lost = _computed(
+            self, [name for name in ("lora_A", "lora_B") if prefix + name in state_dict]
+        )
+        if lost is not None:
+            error_msgs.append(f"{prefix.rstrip('.')}: cannot take lora_A, lora_B: {lost}")
         keep_base = "cpu" if self._base_weight_cpu is not None else True
         remerge = self._merged == "kept"
         if remerge:
