@@ -406,7 +406,7 @@ def test_model_benchmark(tmp_path, capsys):
 def test_model_gate_sees_a_wrong_adapter():
     model = pytest.importorskip("model")
     base = model.base_model("smoke", torch.float32, CPU)
-    models = {PEFT: model._peft(base, fp32=False), OURS: model._ours(base)}
+    models = {PEFT: model._peft(base, fp32=False), OURS: model._ours(base, fp32=False)}
     model.equalise(list(models.values()))
     ids = torch.randint(64, (1, 8))
     model.gate(models, ids)
