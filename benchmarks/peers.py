@@ -15,11 +15,14 @@ from lora_kernels.backends import plans
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALING = 2.0
-FROZEN, OURS = "frozen nn.Linear", "lora_kernels"
+FROZEN = "frozen nn.Linear"
+# Ours is measured as PEFT is: with adapters of the base's dtype, and beside 16 bits with fp32 ones,
+# which both make by default.
+OURS, OURS_FP32 = "lora_kernels", "lora_kernels, fp32 adapters"
 UNFUSED, ADDMM = "unfused torch", "addmm autograd"
 PEFT, PEFT_FP32, PEFT_COMPILED = "PEFT, same dtype", "PEFT, fp32 adapters", "PEFT, torch.compile"
 PEFT_FUSED = "PEFT, fuse_peft"
-PEERS = (FROZEN, UNFUSED, ADDMM, PEFT, PEFT_FP32, PEFT_COMPILED, OURS)
+PEERS = (FROZEN, UNFUSED, ADDMM, PEFT, PEFT_FP32, PEFT_COMPILED, OURS_FP32, OURS)
 _PLAN = f"{OURS}, plan "
 
 
@@ -144,9 +147,12 @@ def _handwritten(p: Problem, unfused: bool) -> Peer:
 
 
 @torch.no_grad()
-def _ours(p: Problem, plan: str | None = None) -> Peer:
+def _ours(p: Problem, plan: str | None = None, fp32: bool = False) -> Peer:
     r = p.case.r
-    layer = FusedLoRALinear.from_linear(_linear(p), r, alpha=SCALING * r, dropout=p.case.dropout)
+    layer = FusedLoRALinear.from_linear(
+        _linear(p), r, alpha=SCALING * r, dropout=p.case.dropout,
+        adapter_dtype=torch.float32 if fp32 else p.weight.dtype,
+    )  # fmt: skip
     layer.lora_A.copy_(p.a)
     layer.lora_B.copy_(p.b)
     return Peer(layer, (layer.lora_A, layer.lora_B), plan)
@@ -179,6 +185,7 @@ _BUILDERS: dict[str, Callable[[Problem], Peer]] = {
     PEFT_COMPILED: lambda p: _peft(p, compiled=True),
     PEFT_FUSED: lambda p: _peft(p, fused=True),
     OURS: _ours,
+    OURS_FP32: lambda p: _ours(p, fp32=True),
 }
 
 

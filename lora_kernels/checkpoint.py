@@ -71,12 +71,17 @@ def save_adapter(
 
 def _warn_of_unsaved(model: nn.Module) -> None:
     """Names the parameters that train and are no part of the adapter."""
-    saved = set(adapters.lora_parameters(model))
+    saved = set(adapters.saved_parameters(model))
+    for _, layer in lora_layers(model):
+        saved.update(layer.factor_parameters())
     left_out = [
         names.join(name, attribute)
         for name, module in names.named_modules(model)
         for attribute, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad and parameter not in saved
+        if parameter is not None
+        and parameter.requires_grad
+        and not parameter.is_meta
+        and parameter not in saved
     ]
     if left_out:
         warnings.warn(
@@ -104,6 +109,9 @@ def _write(
     for saved in adapters.saved_tensors(model):
         tensors[_PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"model: {key} is on the meta device, there are no values to save")
     sharded = any(map(is_sharded, tensors.values()))
     tensors = {
         key: whole(t.detach()).to("cpu", copy=True).contiguous() for key, t in tensors.items()
@@ -230,10 +238,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
                 before.keep(layer.lora_A)
                 before.keep(layer.lora_B)
             else:
-                master = A.dtype == torch.float32 and layer.weight.dtype != torch.float64
-                dtype = torch.float32 if master else None
                 layers[layer] = layer_class(layer)._prepare(
-                    layer, rank, None, 0.0, use_rslora, dtype, "kaiming"
+                    layer, rank, None, 0.0, use_rslora, None, "kaiming"
                 )
             values[name] = (layer, A, B, alpha, use_rslora)
 
@@ -407,6 +413,8 @@ def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
     key = f"{_PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")
+    if (reason := layer.why_fixed()) is not None:
+        raise ValueError(f"{key}: cannot go to {name}: {reason}")
     if layer.pissa_A is not None:
         raise ValueError(
             f"{key}: {name} was started with PiSSA and no longer holds its original base;"
@@ -451,7 +459,7 @@ def _save_pretrained(model: nn.Module, *args, **kwargs) -> object:
     result = save(*call.args, **call.kwargs)
     layers = dict(lora_layers(model))
     parts = {
-        name: [given.get(f"{name}.{key}", getattr(layer, key)) for key in ("lora_A", "lora_B")]
+        name: [given.get(f"{name}.{key}", layer.factor(key)) for key in ("lora_A", "lora_B")]
         for name, layer in layers.items()
         if layer._merged != "final"
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -233,7 +234,7 @@ def _apply(
 
 
 def require_untied(model: nn.Module, layers: list[nn.Module], what: str) -> None:
-    owners = targets.owners(model)
+    owners = targets.owners(model, beside=True)
     for layer in layers:
         names = owners[layer.weight]
         if len(names) > 1:
@@ -246,28 +247,73 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
     """Merges every adapter into its weight: the model then costs what the plain one costs.
 
     keep_base True or "cpu" keeps the base weights there or in host memory for a bit-exact
-    `unmerge_lora`; False is final. ValueError if a weight is tied (it names the owners); the model
-    is unchanged then.
+    `unmerge_lora`; False is final.
+
+    An error or an interrupt midway takes back what was merged; what is merged for good stays so,
+    which a warning says: the model computes the same either way, and the call can be repeated.
+
+    Raises:
+        ValueError: a weight is tied (it names the owners), offloaded, pruned, quantised, or on the
+            meta device. The model is unchanged then.
     """
-    layers = [
-        layer
-        for _, layer in adapters.require_layers(model)
+    layers = {
+        name: layer
+        for name, layer in adapters.require_layers(model)
         if not layer.merged or (not keep_base and layer._merged == "kept")
-    ]
-    require_untied(model, layers, "merge_lora")
-    for layer in layers:
-        if layer.merged:
-            layer.unmerge()
-        layer.merge(keep_base)
+    }
+    _refuse("merge_lora", {n: layer.why_unmergeable(keep_base) for n, layer in layers.items()})
+    if not keep_base:
+        adapters.require_loaded(model, layers=False)
+    require_untied(model, list(layers.values()), "merge_lora")
+    done: list[str] = []
+    try:
+        for name, layer in layers.items():
+            if layer.merged:
+                layer.unmerge()
+            layer.merge(keep_base)
+            done.append(name)
+    except BaseException:
+        if keep_base:
+            for name in done:
+                layers[name].unmerge()
+        else:
+            warnings.warn(
+                f"merge_lora: stopped at {name}; merged for good are {targets.summary(done)}, the"
+                " others are not: the model computes the same, call merge_lora again",
+                stacklevel=2,
+            )
+        raise
     if not keep_base:
         adapters.release_saved(model, keep_saved=True)
 
 
+def _refuse(what: str, reasons: dict[str, str | None]) -> None:
+    """ValueError that names the layers against which there is something."""
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            found.setdefault(reason, []).append(name)
+    if found:
+        lines = (f"{targets.summary(names)}: {reason}" for reason, names in found.items())
+        raise ValueError(f"{what}: {'; '.join(lines)}")
+
+
 def unmerge_lora(model: nn.Module) -> None:
-    """Restores the base weights that `merge_lora` kept, bit for bit."""
-    for _, layer in adapters.require_layers(model):
-        if layer.merged:
-            layer.unmerge()
+    """Restores the base weights that `merge_lora` kept, bit for bit.
+
+    Raises:
+        RuntimeError: a layer was merged for good. ValueError: a weight holds no values, offloaded
+            or on the meta device. The model is unchanged then.
+    """
+    layers = {name: layer for name, layer in adapters.require_layers(model) if layer.merged}
+    for name, layer in layers.items():
+        if layer._merged == "final":
+            raise RuntimeError(
+                f"unmerge_lora: {name} was merged with keep_base=False, its base was not kept"
+            )
+    _refuse("unmerge_lora", {n: layer.why_valueless("weight") for n, layer in layers.items()})
+    for layer in layers.values():
+        layer.unmerge()
 
 
 def _require_whole(model: nn.Module, tensors: dict[str, Tensor], why: str) -> None:
@@ -288,7 +334,8 @@ def remove_lora(model: nn.Module) -> None:
     principal part out of a weight, that part is added back (equal up to one rounding).
 
     Raises:
-        ValueError: the model has no LoRA layer, or is sharded; it is unchanged then.
+        ValueError: the model has no LoRA layer, is sharded, offloaded, or has pruned or
+            parametrized adapters; it is unchanged then.
     """
     weights = {f"{n}.weight": layer.weight for n, layer in adapters.require_layers(model)}
     _require_whole(
@@ -297,6 +344,9 @@ def remove_lora(model: nn.Module) -> None:
         "its layers cannot be replaced; disable_adapters(model) computes the base, "
         "merge_lora(model, keep_base=False) leaves the plain cost",
     )
+    layers = adapters.require_layers(model)
+    _refuse("remove_lora", {name: layer.why_stuck() for name, layer in layers})
+    adapters.require_loaded(model, layers=False)
     adapters.detach(model)
     release_save_pretrained(model)
 
@@ -311,6 +361,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]
     saved = [saved for saved in adapters.saved_tensors(model) if not saved.swapped]
     if saved:
+        adapters.require_loaded(model, layers=False)
         _require_whole(
             model,
             {one.name: one.tensor for one in saved},

@@ -1,9 +1,10 @@
 """Which modules of a model an adapter goes to."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -291,14 +292,70 @@ def submodules(modules: dict[str, nn.Module]) -> set[nn.Module]:
     return {module for outer in modules.values() for module in outer.modules()}
 
 
-def owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Every parameter with all the names it goes by; a tied one has several."""
-    found: dict[nn.Parameter, list[str]] = {}
+def owners(model: nn.Module, beside: bool = False) -> dict[Tensor, list[str]]:
+    """Every parameter with all the names its memory goes by; a tied one has several.
+
+    `beside` counts buffers and tensors in plain attributes too. Tensors that share a storage are
+    tied where they overlap in it, not where each has a part of its own.
+    """
+    found: dict[Tensor, list[str]] = {}
     for module_name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(parameter, []).append(f"{module_name}.{attribute}".lstrip("."))
-    return found
+        held = {**vars(module), **module._buffers} if beside else {}
+        for attribute, tensor in {**held, **module._parameters}.items():
+            if isinstance(tensor, Tensor):
+                found.setdefault(tensor, []).append(f"{module_name}.{attribute}".lstrip("."))
+    tied = {tensor: {tensor} for tensor in found}
+    for one, other in _overlaps(found):
+        tied[one].add(other)
+        tied[other].add(one)
+    return {
+        tensor: [name for t in found if t in tied[tensor] for name in found[t]]
+        if len(tied[tensor]) > 1
+        else names
+        for tensor, names in found.items()
+    }
+
+
+def _overlaps(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs of tensors that have memory in common."""
+    spans = []
+    for tensor in tensors:
+        if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and _has_memory(tensor):
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            start = tensor.data_ptr()
+            spans.append((start, start + length * tensor.element_size(), len(spans), tensor))
+    reaching: list[tuple] = []
+    for start, end, index, tensor in sorted(spans):
+        reaching = [span for span in reaching if span[1] > start]
+        for span in reaching:
+            if span[3].device == tensor.device and _meet(span[3], tensor):
+                yield span[3], tensor
+        reaching.append((start, end, index, tensor))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
+
+
+def _meet(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors whose spans overlap have an element in common: columns of one matrix do not,
+    although each reaches across the others."""
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    if one.element_size() != other.element_size():
+        return True
+    size = one.element_size()
+    start = min(one.data_ptr(), other.data_ptr())
+    steps = [(t, (t.data_ptr() - start) // size) for t in (one, other)]
+    length = max(
+        offset + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        for t, offset in steps
+    )
+    seen = torch.zeros(length, dtype=torch.bool)
+    first, second = (seen.as_strided(t.shape, t.stride(), offset) for t, offset in steps)
+    first.fill_(True)
+    return bool(second.any())
 
 
 def require_whole_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:

@@ -41,7 +41,10 @@ from lora_kernels.recipes import ranks as ranks_module
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("rank", [1, 3, 4, 49])
 def test_set_adapter_keeps_the_scaling(alpha, use_rslora, rank):
-    layer = FusedLoRALinear(6, 5, 4, alpha=alpha, use_rslora=use_rslora, dtype=torch.bfloat16)
+    layer = FusedLoRALinear(
+        6, 5, 4, alpha=alpha, use_rslora=use_rslora, dtype=torch.bfloat16,
+        adapter_dtype=torch.bfloat16,
+    )  # fmt: skip
     scaling, old = layer.scaling, layer.lora_A
     A, B = torch.randn(rank, 6), torch.randn(5, rank)
     layer.set_adapter(A, B)

@@ -518,7 +518,7 @@ def test_bad_models():
     base.requires_grad_(False)
     with pytest.raises(ValueError, match="model: no parameter requires a gradient; call add_adap"):
         train_model(base, batched(4), CROSS_ENTROPY, adam(model))
-    half = net(dtype=torch.float16)
+    half = net(dtype=torch.float16, adapter_dtype=torch.float16)
     with pytest.raises(TypeError, match=r"inner.lora_A is fp16; add adapters with adapter_dtype"):
         train_model(half, [], CROSS_ENTROPY, adam(half), autocast_dtype=torch.float16)
     merge_lora(model)

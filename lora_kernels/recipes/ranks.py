@@ -123,7 +123,8 @@ def adjust_rank(
         `RankReport`, with ranks and kept energy per layer and the losses of each step.
 
     Raises:
-        ValueError: no LoRA layer, a rank that is not the model's or out of range, a merged layer.
+        ValueError: no LoRA layer, a rank that is not the model's or out of range, a layer that is
+            merged, or whose lora_A or lora_B is pruned, parametrized or offloaded.
         FloatingPointError: from `train_model`.
     """
     layers = dict(require_layers(model))
@@ -268,6 +269,9 @@ def _check(
             raise ValueError(f"{name}: expected an integer of at least 1, got {k!r}")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"epochs: expected an integer of at least 0, got {epochs!r}")
+    for name, layer in layers.items():
+        if (reason := layer.why_fixed()) is not None:
+            raise ValueError(f"model: {name}: {reason}")
     present = _ranks(layers)
     if per_layer:
         costs = _costs(layers)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters import lora_layers
+from lora_kernels.adapters import lora_layers, require_loaded
 from lora_kernels.check import first_step_problems, folded
 from lora_kernels.layer import is_sharded, whole
 from lora_kernels.recipes import batches, resume
@@ -490,6 +490,7 @@ def _require_whole_for_files(model: nn.Module, **paths: str | os.PathLike | None
 def _check_trainable(
     model: nn.Module, optimizer: torch.optim.Optimizer, autocast_dtype: torch.dtype | None
 ) -> None:
+    require_loaded(model)
     for name, layer in lora_layers(model):
         if layer.merged or layer._disabled:
             what = "merged; unmerge_lora(model) first" if layer.merged else "disabled"
