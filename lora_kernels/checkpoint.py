@@ -205,6 +205,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     config = _read_config(directory / CONFIG_NAME)
     tensors = _read_tensors(directory / WEIGHTS_NAME, config)
     targets.require_no_peft(model)
+    targets.require_shapes(model)
     _require_linear_parameters(model, config, directory / CONFIG_NAME)
     pairs, saved = _sort(model, tensors, _origin(config))
     present = dict(lora_layers(model))

@@ -123,6 +123,16 @@ def require_no_peft(model: nn.Module) -> None:
             )
 
 
+def require_shapes(model: nn.Module) -> None:
+    """ValueError for a model with lazy layers that have not been called."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"model: {name} has no shape yet; call the model once, so that its lazy layers get"
+                " theirs"
+            )
+
+
 def find_targets(
     model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -141,12 +151,7 @@ def find_targets(
             " use FusedLoRALinear.from_linear"
         )
     require_no_peft(model)
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(
-                f"model: {name} has no shape yet; call the model once, so that its lazy layers get"
-                " theirs"
-            )
+    require_shapes(model)
     if target_modules == ALL_LINEAR:
         target_modules = None
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
