@@ -1,5 +1,5 @@
-"""docs/ops.md says what is: its schemas and signatures are the registered ones, its code runs, and
-the example that calls the ops does too."""
+"""The pages under docs/ say what is: their code runs, the schemas and signatures of ops.md are the
+registered ones, and the example that calls the ops runs too."""
 
 import inspect
 import re
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "ops.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+def blocks(language, page=PAGE):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def quoted(prefix):
@@ -47,11 +47,14 @@ def test_signatures_are_those_of_the_functions():
     assert quoted("lora_kernels.") == signatures
 
 
-def test_python_blocks_run_in_order():
-    namespace = {}
-    for block in blocks("python"):
-        exec(compile(block, "docs/ops.md", "exec"), namespace)
-    assert {"expected", "da", "kept", "part"} <= namespace.keys()
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / f"{page.stem}_page.py"
+    script.write_text("\n".join(blocks("python", page.read_text())))
+    namespace = runpy.run_path(str(script), run_name=script.stem)
+    if page.name == "ops.md":
+        assert {"expected", "da", "kept", "part"} <= namespace.keys()
 
 
 def test_exported_with_dynamic_rows():
