@@ -94,7 +94,7 @@ def _write(
 ) -> None:
     """The layers of `factors`, by name. Of what is `given`, by its name in the model, those
     tensors; the model's own otherwise."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {}
     for name, pair in factors.items():
@@ -122,7 +122,7 @@ def _write(
     metadata = {"format": "pt", _PAIRED: json.dumps({key: config[key] for key in _DECISIVE})}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     replace_together({
-        directory / WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
+        directory / WEIGHTS_NAME: lambda path: Path(path).write_bytes(save(tensors, metadata)),
         directory / CONFIG_NAME: lambda path: Path(path).write_text(text),
     })  # fmt: skip
 

@@ -25,6 +25,7 @@ FLOORS = {
     "layer": 1.9,
     "nn": 2,
     "files": -2,
+    "patterns": -2,
     "names": -2,
     "adapters": 3.1,
     "targets": 3.1,
