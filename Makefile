@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test codegen mutants sanitize bench lint clean
+.PHONY: setup demo test codegen mutants sanitize sweep bench lint clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ mutants: setup
 
 sanitize: setup
 	$(PY) tests/sanitize.py $(ARGS)
+
+sweep: setup
+	$(PY) tests/sweep.py $(ARGS)
 
 bench: setup
 	$(PY) benchmarks/layer.py --out bench_output/layer.json $(ARGS)

@@ -28,7 +28,19 @@ from clock import Deadline, graphed, interleaved, summary
 from gate import drawn_seed, expected, is_fatal
 from machine import machine, machine_line
 from memory import peak_bytes
-from peers import ADDMM, FROZEN, OURS, PEERS, PEFT, PEFT_COMPILED, PEFT_FP32, UNFUSED, Peer, Problem
+from peers import (
+    ADDMM,
+    FROZEN,
+    OURS,
+    OURS_FP32,
+    PEERS,
+    PEFT,
+    PEFT_COMPILED,
+    PEFT_FP32,
+    UNFUSED,
+    Peer,
+    Problem,
+)  # fmt: skip
 from shapes import Case
 from store import Results
 from torch import Tensor
@@ -69,7 +81,7 @@ def gpu_jobs() -> list[Job]:
 def cpu_jobs() -> list[Job]:
     jobs = []
     for case in shapes.cpu():
-        fp32 = [PEFT_FP32] if case.dtype != "fp32" else []
+        fp32 = [PEFT_FP32, OURS_FP32] if case.dtype != "fp32" else []
         compiled = [PEFT_COMPILED] if case.M == 1024 and not case.dropout else []
         jobs.append(Job("cpu", case, (FROZEN, ADDMM, PEFT, *fp32, *compiled, OURS)))
     return jobs

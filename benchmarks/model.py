@@ -19,7 +19,7 @@ from clock import Deadline, interleaved, summary
 from gate import WrongResult, error
 from machine import machine, machine_line
 from memory import peak_bytes
-from peers import DTYPES, FROZEN, OURS, PEFT, PEFT_FP32
+from peers import DTYPES, FROZEN, OURS, OURS_FP32, PEFT, PEFT_FP32
 from peft import LoraConfig, get_peft_model
 from store import Results
 from torch import Tensor, nn
@@ -56,9 +56,10 @@ def _peft(base: nn.Module, fp32: bool) -> nn.Module:
     return get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=fp32)
 
 
-def _ours(base: nn.Module) -> nn.Module:
+def _ours(base: nn.Module, fp32: bool) -> nn.Module:
     model = copy.deepcopy(base)
-    apply_lora(model, RANK, alpha=ALPHA)
+    dtype = torch.float32 if fp32 else base.dtype
+    apply_lora(model, RANK, alpha=ALPHA, adapter_dtype=dtype)
     return model
 
 
@@ -165,9 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(machine_line(info), flush=True)
     results = Results(args.out, info)
     base = base_model(args.size, DTYPES[args.dtype], device)
-    models = {PEFT: _peft(base, fp32=False), OURS: _ours(base)}
+    models = {PEFT: _peft(base, fp32=False), OURS: _ours(base, fp32=False)}
     if args.dtype != "fp32":
-        models = {PEFT_FP32: _peft(base, fp32=True), **models}
+        masters = {PEFT_FP32: _peft(base, fp32=True), OURS_FP32: _ours(base, fp32=True)}
+        models = {**masters, **models}
     equalise(list(models.values()))
     *shape, batch, length = SIZES[args.size]
     ids = torch.randint(shape[5], (batch, length), device=device)

@@ -10,15 +10,19 @@ from clock import Turn
 from shapes import Case
 from torch import Tensor, nn
 
-from lora_kernels import FusedLoRALinear
+from lora_kernels import FusedLoRALinear, fuse_peft
 from lora_kernels.backends import plans
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALING = 2.0
-FROZEN, OURS = "frozen nn.Linear", "lora_kernels"
+FROZEN = "frozen nn.Linear"
+# Ours is measured as PEFT is: with adapters of the base's dtype, and beside 16 bits with fp32 ones,
+# which both make by default.
+OURS, OURS_FP32 = "lora_kernels", "lora_kernels, fp32 adapters"
 UNFUSED, ADDMM = "unfused torch", "addmm autograd"
 PEFT, PEFT_FP32, PEFT_COMPILED = "PEFT, same dtype", "PEFT, fp32 adapters", "PEFT, torch.compile"
-PEERS = (FROZEN, UNFUSED, ADDMM, PEFT, PEFT_FP32, PEFT_COMPILED, OURS)
+PEFT_FUSED = "PEFT, fuse_peft"
+PEERS = (FROZEN, UNFUSED, ADDMM, PEFT, PEFT_FP32, PEFT_COMPILED, OURS_FP32, OURS)
 _PLAN = f"{OURS}, plan "
 
 
@@ -143,16 +147,19 @@ def _handwritten(p: Problem, unfused: bool) -> Peer:
 
 
 @torch.no_grad()
-def _ours(p: Problem, plan: str | None = None) -> Peer:
+def _ours(p: Problem, plan: str | None = None, fp32: bool = False) -> Peer:
     r = p.case.r
-    layer = FusedLoRALinear.from_linear(_linear(p), r, alpha=SCALING * r, dropout=p.case.dropout)
+    layer = FusedLoRALinear.from_linear(
+        _linear(p), r, alpha=SCALING * r, dropout=p.case.dropout,
+        adapter_dtype=torch.float32 if fp32 else p.weight.dtype,
+    )  # fmt: skip
     layer.lora_A.copy_(p.a)
     layer.lora_B.copy_(p.b)
     return Peer(layer, (layer.lora_A, layer.lora_B), plan)
 
 
 @torch.no_grad()
-def _peft(p: Problem, fp32: bool = False, compiled: bool = False) -> Peer:
+def _peft(p: Problem, fp32: bool = False, compiled: bool = False, fused: bool = False) -> Peer:
     from peft import LoraConfig, get_peft_model
 
     r = p.case.r
@@ -160,6 +167,8 @@ def _peft(p: Problem, fp32: bool = False, compiled: bool = False) -> Peer:
         r=r, lora_alpha=SCALING * r, lora_dropout=p.case.dropout, target_modules=["0"]
     )
     model = get_peft_model(nn.Sequential(_linear(p)), config, autocast_adapter_dtype=fp32)
+    if fused:
+        fuse_peft(model)
     layer = model.base_model.model[0]
     adapters = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     for parameter, values in zip(adapters, (p.a, p.b), strict=True):
@@ -174,7 +183,9 @@ _BUILDERS: dict[str, Callable[[Problem], Peer]] = {
     PEFT: _peft,
     PEFT_FP32: lambda p: _peft(p, fp32=True),
     PEFT_COMPILED: lambda p: _peft(p, compiled=True),
+    PEFT_FUSED: lambda p: _peft(p, fused=True),
     OURS: _ours,
+    OURS_FP32: lambda p: _ours(p, fp32=True),
 }
 
 

@@ -12,7 +12,7 @@ import statistics
 import pytest
 import torch
 from clock import graphed, interleaved
-from peers import ADDMM, FROZEN, OURS, PEFT, build, problem
+from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_FUSED, build, problem
 from report import weight_gb_s
 from shapes import Case, decode
 
@@ -20,7 +20,9 @@ GPU = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), "bf16" if GPU else "fp32"
 TINY = Case(4, 64, 64, 8, DTYPE)
 LAYER = Case(8192, 4096, 4096, 16, DTYPE) if GPU else Case(256, 1024, 1024, 16, DTYPE)
+ROW = TINY._replace(M=1)
 NAMES = (FROZEN, ADDMM, PEFT, OURS)
+PEFTS = (PEFT, PEFT_FUSED)
 
 
 def _ignore() -> None:
@@ -45,6 +47,22 @@ def test_host_forward(benchmark, name):
 @pytest.mark.benchmark(group="host time per call, forward and backward")
 def test_host_both(benchmark, name):
     p = problem(TINY, DEVICE)
+    benchmark(build(name, p).turn(p), _ignore)
+
+
+@pytest.mark.parametrize("name", PEFTS)
+@pytest.mark.benchmark(group="PEFT's layer, one row, forward without gradients")
+def test_peft_forward(benchmark, name):
+    p = problem(ROW, DEVICE)
+    layer, x = build(name, p).layer, p.x.detach()
+    with torch.no_grad():
+        benchmark(layer, x)
+
+
+@pytest.mark.parametrize("name", PEFTS)
+@pytest.mark.benchmark(group="PEFT's layer, one row, forward and backward")
+def test_peft_both(benchmark, name):
+    p = problem(ROW, DEVICE)
     benchmark(build(name, p).turn(p), _ignore)
 
 

@@ -49,6 +49,16 @@ def held_out(documents: list[str]) -> tuple[list[str], list[str]]:
     return [d for i, d in enumerate(documents) if i % 10 != 9], test or documents[-1:]
 
 
+def require_enough(documents: list[str], tokens: int) -> None:
+    """ValueError where the texts cannot give `tokens` to train on, with a tenth held out.
+
+    Every byte may be a token of its own, or up to about four of them one.
+    """
+    size, needed = sum(len(document.encode()) for document in documents), 5 * tokens
+    if size < needed:
+        raise ValueError(f"got {size} bytes of text; it takes at least {needed}")
+
+
 def train_tokenizer(documents: Iterable[str], vocabulary: int) -> Tokenizer:
     """Byte-level BPE: any text can be encoded."""
     tokenizer = Tokenizer(models.BPE())

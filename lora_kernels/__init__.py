@@ -2,6 +2,7 @@
 
 from lora_kernels.adapters import lora_parameters, lora_state_dict
 from lora_kernels.ahead import warmup
+from lora_kernels.check import AdapterReport, check_adapters
 from lora_kernels.checkpoint import load_adapter, save_adapter
 from lora_kernels.convert import (
     LoraReport,
@@ -13,18 +14,21 @@ from lora_kernels.convert import (
 )
 from lora_kernels.functional import lora_add, lora_add_, lora_linear
 from lora_kernels.merged import merged_state_dict
-from lora_kernels.nn import FusedLoRALinear
+from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
 from lora_kernels.rank import low_rank_approximation
 from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model, train_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterReport",
+    "FusedLoRAConv1D",
     "FusedLoRALinear",
     "LoraReport",
     "add_adaptor_layer",
     "adjust_rank",
     "apply_lora",
+    "check_adapters",
     "disable_adapters",
     "evaluate_model",
     "fuse_peft",

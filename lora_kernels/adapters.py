@@ -7,6 +7,9 @@ places, and the module's `_lora_swapped` names it.
 """
 
 import contextlib
+import copy
+import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import names
-from lora_kernels.layer import LoRALayer
+from lora_kernels.bypass import update_fast_paths
+from lora_kernels.layer import OFFLOADED, LoRALayer, is_offloaded, is_sharded, present
 
 _BASE = "_lora_base_"
 _SWAPPED = "_lora_swapped"
 _FROZEN = "_lora_frozen"
+# Transformers' methods that put other modules in the place of a model's embeddings and head.
+_REPLACING = ("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings")
 
 
 class Saved(NamedTuple):
@@ -59,9 +65,26 @@ def saved_tensors(model: nn.Module) -> Iterator[Saved]:
 
 def saved_of(name: str, module: nn.Module) -> Iterator[Saved]:
     """Those of one module of this name, without its submodules'."""
-    for attribute, tensor in state_of(module).items():
-        if _BASE + attribute in module._buffers:
-            yield Saved(names.join(name, attribute), module, attribute, tensor)
+    if not any(key.startswith(_BASE) for key in module._buffers):
+        return
+    with present(module):
+        for attribute, tensor in state_of(module).items():
+            if _BASE + attribute in module._buffers:
+                yield Saved(names.join(name, attribute), module, attribute, tensor)
+
+
+def saved_modules(model: nn.Module) -> list[str]:
+    """The names of the outermost modules that are trained in full, as PEFT takes them: it wraps
+    no lists and dictionaries of modules."""
+    found, inside = [], set()
+    for name, module in names.named_modules(model):
+        if module in inside or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        state = [(part, key) for part in module.modules() for key in state_of(part)]
+        if name and state and all(_BASE + key in part._buffers for part, key in state):
+            found.append(name)
+            inside.update(module.modules())
+    return found
 
 
 def saved_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -79,23 +102,40 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """What to give an optimizer: lora_A and lora_B of every layer, then the modules trained in
-    full."""
+    full.
+
+    Where pruning or a parametrization computes lora_A or lora_B, the parameters it computes them
+    from. ValueError: accelerate has offloaded them.
+    """
+    require_loaded(model)
     for _, layer in lora_layers(model):
-        yield layer.lora_A
-        yield layer.lora_B
+        yield from layer.factor_parameters()
     yield from saved_parameters(model)
+
+
+def require_loaded(model: nn.Module, layers: bool = True) -> None:
+    """ValueError where accelerate has offloaded what is trained, in LoRA `layers` or in full: a
+    change of it would be lost."""
+    for name, module in model.named_modules():
+        in_full = any(key.startswith(_BASE) for key in module._buffers)
+        if (in_full or (layers and isinstance(module, LoRALayer))) and is_offloaded(module):
+            raise ValueError(f"model: {name} is {OFFLOADED}")
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's part of `model.state_dict()`: load it with `load_state_dict(...,
-    strict=False)` into a model that is wrapped (compiled, DDP) in the same way."""
+    strict=False)` into a model that is wrapped (compiled, DDP) in the same way.
+
+    Pruned or parametrized factors are given as they act, for layers that are not.
+    """
     state, saved = {}, {}
     for _, name, module in names.keyed_modules(model):
         if isinstance(module, LoRALayer):
-            for key in ("lora_A", "lora_B", "pissa_A", "pissa_B"):
-                tensor = getattr(module, key)
-                if tensor is not None:
-                    state[names.join(name, key)] = tensor.detach()
+            with present(module):
+                tensors = {key: module.factor(key) for key in ("lora_A", "lora_B")}
+            tensors |= {"pissa_A": module.pissa_A, "pissa_B": module.pissa_B}
+            found = {names.join(name, k): t.detach() for k, t in tensors.items() if t is not None}
+            state |= found
         saved |= {one.name: one.trained for one in saved_of(name, module)}
     return state | saved
 
@@ -120,6 +160,8 @@ def attach(
     """
     for linear, layer in layers.items():
         layer.move_into(linear)
+    update_fast_paths(model)
+    _guard_embeddings(model)
     for outer in saved.values():
         for module in outer.modules():
             for attribute, tensor in state_of(module).items():
@@ -129,21 +171,63 @@ def attach(
     for module in model.modules():
         frozen = {name for name, p in module._parameters.items() if p in trainable}
         if frozen:
-            module.__dict__.setdefault(_FROZEN, set()).update(frozen)
+            module.__dict__[_FROZEN] = module.__dict__.get(_FROZEN, set()) | frozen
     model.requires_grad_(False)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
 
 
+class Before:
+    """All there is to a model but its values, to be brought back: modules, their classes, whatever
+    they hold, flags of parameters; and the values of what is given to `keep`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {m: (type(m), dict(vars(m)), _contents(m)) for m in model.modules()}
+        self.flags = {p: p.requires_grad for p in model.parameters()}
+        self.values: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def trainable(self) -> set[nn.Parameter]:
+        return {parameter for parameter, flag in self.flags.items() if flag}
+
+    def keep(self, tensor: Tensor) -> None:
+        """Copies a tensor that is about to be changed in place, to host memory if it is whole."""
+        device = tensor.device if is_sharded(tensor) else "cpu"
+        self.values.append((tensor, tensor.detach().to(device, copy=True)))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, value in self.values:
+            tensor.copy_(value)
+        for module, (kind, held, contents) in self.modules.items():
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(held)
+            for key, content in contents.items():
+                held[key].clear()
+                held[key].update(content)
+        for parameter, flag in self.flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _contents(module: nn.Module) -> dict[str, dict | set]:
+    """Copies of a module's registries: parameters, buffers, submodules, hooks."""
+    held = vars(module).items()
+    return {k: copy.copy(v) for k, v in held if type(v) in (dict, set, OrderedDict)}
+
+
 @contextlib.contextmanager
-def rollback_on_error(model: nn.Module) -> Iterator[set[nn.Parameter]]:
-    """Gives the trainable parameters; making layers freezes some, an error undoes that."""
-    trainable = {p for p in model.parameters() if p.requires_grad}
+def all_or_nothing(model: nn.Module) -> Iterator[Before]:
+    """Whatever ends what is done within it early, Ctrl-C too, leaves the model as it was.
+
+    ValueError: accelerate has offloaded what is trained.
+    """
+    require_loaded(model)
+    before = Before(model)
     try:
-        yield trainable
+        yield before
     except BaseException:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        before.restore()
         raise
 
 
@@ -153,8 +237,11 @@ def detach(model: nn.Module) -> None:
     as they were; what was added since stays as it is."""
     for _, layer in list(lora_layers(model)):
         layer.move_out()
+    update_fast_paths(model)
     release_saved(model, keep_saved=False)
     for module in model.modules():
+        for method in _REPLACING:
+            module.__dict__.pop(method, None)
         for name in module.__dict__.pop(_FROZEN, ()):
             parameter = module._parameters.get(name)
             if parameter is not None:
@@ -189,3 +276,41 @@ def swap_saved(tensors: list[Saved]) -> None:
         saved.module.__dict__.setdefault(_SWAPPED, set()).symmetric_difference_update(
             {saved.attribute}
         )
+
+
+def _guard_embeddings(model: nn.Module) -> None:
+    """Makes Transformers' models refuse to replace an embedding or a head that holds something
+    trained: they would put a plain one there and say nothing."""
+    for module in model.modules():
+        for method in _REPLACING:
+            if callable(getattr(type(module), method, None)):
+                setattr(module, method, functools.partial(_replace, module, method))
+
+
+def _replace(module: nn.Module, method: str, *args, **kwargs) -> object:
+    resizes = method == "resize_token_embeddings"
+    for kind in ("input", "output"):
+        if not resizes and kind not in method:
+            continue
+        find = getattr(module, f"get_{kind}_embeddings", None)
+        old = find() if callable(find) else None
+        if old is None or old in args or old in kwargs.values():
+            continue
+        trained = isinstance(old, LoRALayer) or next(saved_tensors(old), None) is not None
+        if trained and not (resizes and _keeps_size(old, *args, **kwargs)):
+            name = next(name for name, other in module.named_modules() if other is old)
+            raise ValueError(
+                f"{method}: would replace {name}, which carries an adapter or is trained in full;"
+                " call it before apply_lora, or save_adapter and remove_lora(model) first"
+            )
+    return getattr(type(module), method)(module, *args, **kwargs)
+
+
+def _keeps_size(
+    old: nn.Module,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> bool:
+    size = old.weight.shape[0]
+    return new_num_tokens in (None, size) and size % (pad_to_multiple_of or 1) == 0

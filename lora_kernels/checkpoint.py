@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_kernels import adapters, formats, names, peft_targets, targets
 from lora_kernels.adapter_files import DIGEST, digest, naming, shown
 from lora_kernels.adapters import lora_layers
+from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
 from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
 from lora_kernels.formats import PREFIX as _PREFIX
@@ -60,12 +61,17 @@ def save_adapter(
 
 def _warn_of_unsaved(model: nn.Module) -> None:
     """Names the parameters that train and are no part of the adapter."""
-    saved = set(adapters.lora_parameters(model))
+    saved = set(adapters.saved_parameters(model))
+    for _, layer in lora_layers(model):
+        saved.update(layer.factor_parameters())
     left_out = [
         names.join(name, attribute)
         for name, module in names.named_modules(model)
         for attribute, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad and parameter not in saved
+        if parameter is not None
+        and parameter.requires_grad
+        and not parameter.is_meta
+        and parameter not in saved
     ]
     if left_out:
         warnings.warn(
@@ -93,6 +99,9 @@ def _write(
     for saved in adapters.saved_tensors(model):
         tensors[_PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"model: {key} is on the meta device, there are no values to save")
     sharded = any(map(is_sharded, tensors.values()))
     tensors = {
         key: whole(t.detach()).to("cpu", copy=True).contiguous() for key, t in tensors.items()
@@ -143,7 +152,6 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         """A pattern for this name alone: PEFT takes others as last parts of names."""
         return "^" + re.escape(name) + (r"(\.weight)?" if name in as_parameters else "")
 
-    saved = {saved.name.rpartition(".")[0] for saved in adapters.saved_tensors(model)}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model or getattr(model, "name_or_path", None) or None,
@@ -154,7 +162,7 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         "lora_alpha": alpha(first),
         # PEFT has no dropout for adapters of parameters, and refuses a config with both.
         "lora_dropout": 0.0 if as_parameters else layers[first].dropout,
-        "modules_to_save": sorted(saved) or None,
+        "modules_to_save": sorted(adapters.saved_modules(model)) or None,
         "r": ranks[first],
         "rank_pattern": {whole(n): r for n, r in ranks.items() if r != ranks[first]},
         "alpha_pattern": {whole(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
@@ -171,6 +179,7 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
 # ------------------------------------------------------------------------------------------ loading
 
 
+@torch.no_grad()
 def load_adapter(model: nn.Module, directory: str | os.PathLike, *, strict: bool = False) -> None:
     """Reads an adapter's files into a model: into its LoRA layers, or into a model that has none
     yet.
@@ -195,12 +204,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, *, strict: bool
     """
     model = names.unwrapped(model)
     targets.require_no_peft(model)
+    targets.require_shapes(model)
     adapter = formats.read(Path(directory), model)
-    with naming(adapter.file):
-        _load(model, adapter, strict)
+    with adapters.all_or_nothing(model) as before, naming(adapter.file):
+        _load(model, adapter, strict, before)
 
 
-def _load(model: nn.Module, adapter: formats.Adapter, strict: bool) -> None:
+def _load(
+    model: nn.Module, adapter: formats.Adapter, strict: bool, before: adapters.Before
+) -> None:
     config, left_out = adapter.config, list(adapter.left_out)
     pairs, saved = _sort(model, adapter, left_out)
     present = dict(lora_layers(model))
@@ -221,35 +233,42 @@ def _load(model: nn.Module, adapter: formats.Adapter, strict: bool) -> None:
     modules = dict(names.named_modules(model))
     saved_modules = {n.rpartition(".")[0]: modules[n.rpartition(".")[0]] for n in saved}
     targets.require_whole_ties(model, saved_modules)
+    past = bypassed(model)
+    idle = [name for name in pairs if modules[name] in past]
+    if idle:
+        warnings.warn(
+            f"adapters on {targets.summary(idle)} may have no part in the output:"
+            f" {past[modules[idle[0]]]}; check_adapters(model, ...) with a batch tells",
+            stacklevel=4,
+        )
     layers, values = {}, {}
-    with adapters.rollback_on_error(model) as trainable:
-        for name, (A, B) in pairs.items():
-            rank, alpha, use_rslora = config.layer(name)
-            _check_pair(name, modules[name], A, B, rank, config.origin)
-            if name in present:
-                layer = present[name]
-                _check_present(name, layer, A)
-            else:
-                master = A.dtype == torch.float32 and modules[name].weight.dtype != torch.float64
-                dtype = torch.float32 if master else None
-                layer = modules[name]
-                layers[layer] = layer_class(layer)._prepare(
-                    layer, rank, alpha, 0.0, use_rslora, dtype, "kaiming"
-                )
-            values[name] = (layer, A, B, alpha, use_rslora)
+    for name, (A, B) in pairs.items():
+        rank, alpha, use_rslora = config.layer(name)
+        _check_pair(name, modules[name], A, B, rank, config.origin)
+        layer = modules[name]
+        if name in present:
+            _check_present(name, layer, A)
+            before.keep(layer.lora_A)
+            before.keep(layer.lora_B)
+        else:
+            layers[layer] = layer_class(layer)._prepare(
+                layer, rank, None, 0.0, use_rslora, None, "kaiming"
+            )
+        values[name] = (layer, A, B, alpha, use_rslora)
 
     if layers or saved_modules:
-        adapters.attach(model, layers, saved_modules, trainable)
+        adapters.attach(model, layers, saved_modules, before.trainable)
     guard_save_pretrained(model)
-    with torch.no_grad():
-        for layer, A, B, alpha, use_rslora in values.values():
-            copy_whole(layer.lora_A, A)
-            copy_whole(layer.lora_B, B)
-            layer.alpha, layer.use_rslora = alpha, use_rslora
-            layer.dropout = config.dropout
-        for name, tensor in saved.items():
-            owner, _, attribute = name.rpartition(".")
-            copy_whole(getattr(modules[owner], attribute), tensor)
+    for layer, A, B, alpha, use_rslora in values.values():
+        copy_whole(layer.lora_A, A)
+        copy_whole(layer.lora_B, B)
+        layer.alpha, layer.use_rslora = alpha, use_rslora
+        layer.dropout = config.dropout
+    for name, tensor in saved.items():
+        owner, _, attribute = name.rpartition(".")
+        target = getattr(modules[owner], attribute)
+        before.keep(target)
+        copy_whole(target, tensor)
 
 
 def _say(
@@ -409,6 +428,8 @@ def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
     key = f"{_PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")
+    if (reason := layer.why_fixed()) is not None:
+        raise ValueError(f"{key}: cannot go to {name}: {reason}")
     if layer.pissa_A is not None:
         raise ValueError(
             f"{key}: {name} was started with PiSSA and no longer holds its original base;"
@@ -453,7 +474,7 @@ def _save_pretrained(model: nn.Module, *args, **kwargs) -> object:
     result = save(*call.args, **call.kwargs)
     layers = dict(lora_layers(model))
     parts = {
-        name: [given.get(f"{name}.{key}", getattr(layer, key)) for key in ("lora_A", "lora_B")]
+        name: [given.get(f"{name}.{key}", layer.factor(key)) for key in ("lora_A", "lora_B")]
         for name, layer in layers.items()
         if layer._merged != "final"
     }

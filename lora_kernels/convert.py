@@ -2,24 +2,37 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import adapters, targets
+from lora_kernels import adapters, options, targets
 from lora_kernels.adapters import lora_parameters
+from lora_kernels.bypass import unregistered_linears
 from lora_kernels.checkpoint import guard_save_pretrained, release_save_pretrained
 from lora_kernels.layer import Init, is_sharded
 from lora_kernels.nn import layer_class
 from lora_kernels.targets import Names
 
+if TYPE_CHECKING:
+    import peft
+
+
+_IN_FULL = "trained in full"
+
 
 @dataclass
 class LoraReport:
-    """What `apply_lora` did; prints as a short text. Counts are of parameters."""
+    """What `apply_lora` did; prints as a short text. Counts are of parameters.
+
+    `adapted` of the `base` parameters are weights under an adapter. Of `saved`, the `new_heads` are
+    trained in full because no checkpoint holds them. `left_out` holds by kind what can carry none:
+    convolutions, embeddings, and the `other_linear_maps` (fused experts).
+    """
 
     replaced: list[str]
     skipped: dict[str, str]
@@ -28,26 +41,54 @@ class LoraReport:
     trainable: int
     total: int
     adapter_bytes: int
+    new_heads: list[str] = field(default_factory=list)
+    adapted: int = 0
+    base: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    left_out_parameters: dict[str, int] = field(default_factory=dict)
+    unregistered: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
             f"LoRA on {len(self.replaced)} layers: {targets.summary(self.replaced)}",
+            f"adapters on {self._share(self.adapted)} of the weights",
             f"trainable {self.trainable:,} of {self.total:,} parameters"
             f" ({self.trainable / max(self.total, 1):.2%}),"
             f" adapter {self.adapter_bytes / 2**20:.2f} MiB",
         ]
-        if self.saved:
-            lines.append(f"trained in full: {', '.join(self.saved)}")
-        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        if self.other_linear_maps:
-            names = targets.summary(self.other_linear_maps, limit=8)
-            lines.append(f"linear maps that are no nn.Linear, left frozen: {names}")
+        heads = set(self.new_heads)
+        for what, names in (
+            (_IN_FULL, [name for name in self.saved if name not in heads]),
+            (f"{_IN_FULL} (a new head)", self.new_heads),
+        ):
+            if names:
+                lines.append(f"{what}: {', '.join(names)}")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            if not reason.startswith(_IN_FULL):
+                reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            count = f"{len(names)} layers: " if len(names) > 1 else ""
+            lines.append(f"skipped {count}{targets.summary(names, limit=8)}: {reason}")
+        for kind, names in self.left_out.items():
+            share = self._share(self.left_out_parameters[kind])
+            lines.append(
+                f"{kind}, left frozen: {targets.summary(names, limit=8)} ({share} of the weights)"
+            )
+        if self.unregistered:
+            lines.append(
+                "held in a plain list only, so not part of the model (nn.ModuleList registers"
+                f" them): {targets.summary(self.unregistered, limit=8)}"
+            )
         return "\n".join(lines)
+
+    def _share(self, count: int) -> str:
+        return f"{100 * count / max(self.base, 1):.2g} %"
 
 
 def apply_lora(
     model: nn.Module,
-    rank: int,
+    rank: "int | peft.LoraConfig | None" = None,
     *,
     alpha: float | None = None,
     dropout: float = 0.0,
@@ -57,63 +98,143 @@ def apply_lora(
     use_rslora: bool = False,
     init: Init = "kaiming",
     adapter_dtype: torch.dtype | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    **unknown: object,
 ) -> LoraReport:
     """Gives a model's linear layers LoRA adapters, in place, and freezes everything else.
 
+    A head that no checkpoint holds (a new classifier of a Transformers model) is trained in full
+    and saved with the adapter, unless `target_modules` or `exclude_modules` names it.
+
     Args:
-        model: any module; its weights stay the same objects.
-        rank, alpha, dropout, use_rslora, adapter_dtype, init: as in `FusedLoRALinear.from_linear`.
+        model: any module; its modules and weights stay the same objects.
+        rank: of the adapters; or a whole `peft.LoraConfig` in place of all other options but
+            `adapter_dtype`.
+        alpha, dropout, use_rslora, adapter_dtype, init: as in `FusedLoRALinear.from_linear`.
         target_modules: names or their last parts as a list, or one regular expression for the whole
-            name; None means every nn.Linear and Conv1D (GPT-2) but the output head
+            name; None or "all-linear" means every nn.Linear and Conv1D (GPT-2) but the output head
             (`get_output_embeddings()`).
         exclude_modules: the same, taken out of the targets.
         modules_to_save: the same; these modules are trained in full and saved with the adapter,
             their buffers (running statistics) too.
+        rank_pattern, alpha_pattern: ranks and alphas of single layers, {expression: value}, as in
+            PEFT: an expression stands for the last parts of a name, the first that matches wins.
 
     Raises:
         ValueError: a pattern that matches nothing (it lists what there is), a value out of range.
-            The model is unchanged then.
+        TypeError: an option of another type, or of another name. Whatever is raised, Ctrl-C too,
+            the model is unchanged then.
     """
+    options.refuse_unknown(unknown)
+    chosen = {
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "modules_to_save": modules_to_save,
+        "use_rslora": use_rslora,
+        "init": init,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    if rank is None:
+        raise TypeError("apply_lora: rank is missing, apply_lora(model, 8)")
+    if hasattr(rank, "peft_type"):
+        beside = [n for n, value in chosen.items() if value != apply_lora.__kwdefaults__[n]]
+        if beside:
+            raise TypeError(f"apply_lora: {beside[0]} is given beside a LoraConfig; set it there")
+        modules = [name for name, _ in model.named_modules()]
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        chosen = options.from_peft(rank, modules, model_type)
+        rank = chosen.pop("rank")
+    return _apply(model, rank, adapter_dtype, **chosen)
+
+
+def _apply(
+    model: nn.Module,
+    rank: int,
+    adapter_dtype: torch.dtype | None,
+    *,
+    alpha: float | None,
+    dropout: float,
+    target_modules: Names,
+    exclude_modules: Names,
+    modules_to_save: Names,
+    use_rslora: bool,
+    init: Init,
+    rank_pattern: Mapping[str, int] | None,
+    alpha_pattern: Mapping[str, float] | None,
+) -> LoraReport:
+    rank, alpha = options.check_rank(rank), options.check_alpha(alpha)
+    target_modules = targets.listed("target_modules", target_modules)
+    exclude_modules = targets.listed("exclude_modules", exclude_modules)
     found, skipped = targets.find_targets(model, target_modules, exclude_modules)
-    saved = targets.find_saved(model, modules_to_save)
-    trained_in_full = targets.submodules(saved)
-    for name in [name for name, linear in found.items() if linear in trained_in_full]:
-        del found[name]
-        skipped[name] = "trained in full (modules_to_save)"
+    heads, frozen = targets.new_heads(model, target_modules, exclude_modules)
+    saved = heads | targets.find_saved(model, modules_to_save)
+    in_heads, in_full = targets.submodules(heads), targets.submodules(saved)
+    for name in [*found, *skipped]:
+        linear = model.get_submodule(name)
+        if linear in in_full:
+            kind = "a new head" if linear in in_heads else "modules_to_save"
+            skipped[name] = f"{_IN_FULL} ({kind})"
+        elif name in frozen:
+            skipped[name] = frozen[name]
+    found = {name: linear for name, linear in found.items() if name not in skipped}
+    if not found:
+        raise ValueError(
+            f"target_modules: no layer is left for an adapter: {targets.summary(skipped)} are"
+            " trained in full or excluded"
+        )
     targets.require_whole_ties(model, saved)
+    ranks = options.of_layers("rank_pattern", rank_pattern, found, rank, options.check_rank)
+    alphas = options.of_layers("alpha_pattern", alpha_pattern, found, alpha, options.check_alpha)
     if init == "pissa":
         require_untied(model, list(found.values()), "init='pissa'")
         for name, linear in found.items():
-            if rank > min(linear.weight.shape):
+            if ranks[name] > min(linear.weight.shape):
                 raise ValueError(
                     f"rank: 'pissa' takes at most min(N, K) = {min(linear.weight.shape)} of {name},"
-                    f" got {rank}"
+                    f" got {ranks[name]}"
                 )
-    with adapters.rollback_on_error(model) as trainable:
+    with adapters.all_or_nothing(model) as before:
         layers = {
             linear: layer_class(linear)._prepare(
-                linear, rank, alpha, dropout, use_rslora, adapter_dtype, init
+                linear, ranks[name], alphas[name], dropout, use_rslora, adapter_dtype, init
             )
-            for linear in found.values()
+            for name, linear in found.items()
         }
-    for layer in layers.values():
-        layer._take_pissa()
-    adapters.attach(model, layers, saved, trainable)
-    guard_save_pretrained(model)
-    trained = list(lora_parameters(model))
-    return LoraReport(
-        replaced=list(found),
-        skipped=skipped,
-        saved=list(saved),
-        other_linear_maps=targets.other_linear_maps(model),
-        trainable=sum(p.numel() for p in trained),
-        total=sum(p.numel() for p in model.parameters()),
-        adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
-    )
+        for linear, layer in layers.items():
+            if init == "pissa":
+                before.keep(linear.weight)
+                layer._take_pissa()
+        left_out = targets.others(model, in_full)
+        base = sum(p.numel() for p in model.parameters())
+        adapters.attach(model, layers, saved, before.trainable)
+        guard_save_pretrained(model)
+        trained = list(lora_parameters(model))
+        return LoraReport(
+            replaced=list(found),
+            skipped=skipped,
+            saved=list(saved),
+            other_linear_maps=list(left_out.get(targets.LINEAR_MAPS, ())),
+            trainable=sum(p.numel() for p in trained),
+            total=sum(p.numel() for p in model.parameters()),
+            adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
+            unregistered=unregistered_linears(model),
+            new_heads=list(heads),
+            adapted=sum(weight.numel() for weight in {layer.weight for layer in layers.values()}),
+            base=base,
+            left_out={kind: list(weights) for kind, weights in left_out.items()},
+            left_out_parameters={
+                kind: sum(p.numel() for p in set(weights.values()))
+                for kind, weights in left_out.items()
+            },
+        )
 
 
 def require_untied(model: nn.Module, layers: list[nn.Module], what: str) -> None:
-    owners = targets.owners(model)
+    owners = targets.owners(model, beside=True)
     for layer in layers:
         names = owners[layer.weight]
         if len(names) > 1:
@@ -126,28 +247,73 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
     """Merges every adapter into its weight: the model then costs what the plain one costs.
 
     keep_base True or "cpu" keeps the base weights there or in host memory for a bit-exact
-    `unmerge_lora`; False is final. ValueError if a weight is tied (it names the owners); the model
-    is unchanged then.
+    `unmerge_lora`; False is final.
+
+    An error or an interrupt midway takes back what was merged; what is merged for good stays so,
+    which a warning says: the model computes the same either way, and the call can be repeated.
+
+    Raises:
+        ValueError: a weight is tied (it names the owners), offloaded, pruned, quantised, or on the
+            meta device. The model is unchanged then.
     """
-    layers = [
-        layer
-        for _, layer in adapters.require_layers(model)
+    layers = {
+        name: layer
+        for name, layer in adapters.require_layers(model)
         if not layer.merged or (not keep_base and layer._merged == "kept")
-    ]
-    require_untied(model, layers, "merge_lora")
-    for layer in layers:
-        if layer.merged:
-            layer.unmerge()
-        layer.merge(keep_base)
+    }
+    _refuse("merge_lora", {n: layer.why_unmergeable(keep_base) for n, layer in layers.items()})
+    if not keep_base:
+        adapters.require_loaded(model, layers=False)
+    require_untied(model, list(layers.values()), "merge_lora")
+    done: list[str] = []
+    try:
+        for name, layer in layers.items():
+            if layer.merged:
+                layer.unmerge()
+            layer.merge(keep_base)
+            done.append(name)
+    except BaseException:
+        if keep_base:
+            for name in done:
+                layers[name].unmerge()
+        else:
+            warnings.warn(
+                f"merge_lora: stopped at {name}; merged for good are {targets.summary(done)}, the"
+                " others are not: the model computes the same, call merge_lora again",
+                stacklevel=2,
+            )
+        raise
     if not keep_base:
         adapters.release_saved(model, keep_saved=True)
 
 
+def _refuse(what: str, reasons: dict[str, str | None]) -> None:
+    """ValueError that names the layers against which there is something."""
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            found.setdefault(reason, []).append(name)
+    if found:
+        lines = (f"{targets.summary(names)}: {reason}" for reason, names in found.items())
+        raise ValueError(f"{what}: {'; '.join(lines)}")
+
+
 def unmerge_lora(model: nn.Module) -> None:
-    """Restores the base weights that `merge_lora` kept, bit for bit."""
-    for _, layer in adapters.require_layers(model):
-        if layer.merged:
-            layer.unmerge()
+    """Restores the base weights that `merge_lora` kept, bit for bit.
+
+    Raises:
+        RuntimeError: a layer was merged for good. ValueError: a weight holds no values, offloaded
+            or on the meta device. The model is unchanged then.
+    """
+    layers = {name: layer for name, layer in adapters.require_layers(model) if layer.merged}
+    for name, layer in layers.items():
+        if layer._merged == "final":
+            raise RuntimeError(
+                f"unmerge_lora: {name} was merged with keep_base=False, its base was not kept"
+            )
+    _refuse("unmerge_lora", {n: layer.why_valueless("weight") for n, layer in layers.items()})
+    for layer in layers.values():
+        layer.unmerge()
 
 
 def _require_whole(model: nn.Module, tensors: dict[str, Tensor], why: str) -> None:
@@ -168,7 +334,8 @@ def remove_lora(model: nn.Module) -> None:
     principal part out of a weight, that part is added back (equal up to one rounding).
 
     Raises:
-        ValueError: the model has no LoRA layer, or is sharded; it is unchanged then.
+        ValueError: the model has no LoRA layer, is sharded, offloaded, or has pruned or
+            parametrized adapters; it is unchanged then.
     """
     weights = {f"{n}.weight": layer.weight for n, layer in adapters.require_layers(model)}
     _require_whole(
@@ -177,6 +344,9 @@ def remove_lora(model: nn.Module) -> None:
         "its layers cannot be replaced; disable_adapters(model) computes the base, "
         "merge_lora(model, keep_base=False) leaves the plain cost",
     )
+    layers = adapters.require_layers(model)
+    _refuse("remove_lora", {name: layer.why_stuck() for name, layer in layers})
+    adapters.require_loaded(model, layers=False)
     adapters.detach(model)
     release_save_pretrained(model)
 
@@ -191,6 +361,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]
     saved = [saved for saved in adapters.saved_tensors(model) if not saved.swapped]
     if saved:
+        adapters.require_loaded(model, layers=False)
         _require_whole(
             model,
             {one.name: one.tensor for one in saved},

@@ -1,5 +1,7 @@
 """What other libraries call: checks, autocast and flattening around the ops of `_ops`."""
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def lora_linear(
     lora_b: Tensor,
     bias: Tensor | None = None,
     *,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
@@ -32,7 +34,9 @@ def lora_linear(
             at use.
         lora_b: [N, r], likewise.
         bias: [N] in x's dtype, or None.
-        scaling: factor of the branch, `lora_alpha / r` in LoRA's terms.
+        scaling: factor of the branch, `lora_alpha / r` in LoRA's terms: a number, or a floating
+            tensor of one element on x's device, whose value is never read on the host (one compiled
+            graph, one CUDA graph for all values) and which is not differentiable.
         dropout_p: probability in [0, 1) of dropping an element of x in the branch.
         seed: of the dropout mask: an int, an int64 tensor of one element, or None to draw one from
             torch's generator. Equal seeds give equal masks on every device and backend.
@@ -46,29 +50,15 @@ def lora_linear(
         ValueError: a wrong shape, device or value.
         NotImplementedError: forward-mode AD or double backward.
     """
-    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    _check_tensors(tensors)
-    rank, K = _check_branch(x, lora_a, lora_b)
-    if weight.dim() != 2 or weight.shape[1] != K:
-        raise ValueError(f"weight: expected shape [N, K] with K = {K} of x, got {_shape(weight)}")
-    N = weight.shape[0]
-    if lora_b.shape[0] != N:
-        raise ValueError(
-            f"lora_b: expected shape [N, r] = [{N}, {rank}] for weight {_shape(weight)},"
-            f" got {_shape(lora_b)}"
-        )
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias: expected shape [N] = [{N}], got {_shape(bias)}")
-    # The op rounds a weight of another dtype at use, so autocast leaves no copy of it behind.
-    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
-    _check_dtypes(x, lora_a, lora_b, {"weight": weight, "bias": bias}, autocast)
-    _check_devices(tensors)
-    seed = _check_values(scaling, dropout_p, seed, x.device)
+    if not _are_sound(x, lora_a, lora_b, weight, bias, linear=True):
+        x, lora_a, lora_b = _check_linear(x, weight, lora_a, lora_b, bias)
+    scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
+    scaling, lora_b = _fold(scaling, lora_b)
     y = _ops.call(
         "lora_linear", _rows(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
         torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
     )  # fmt: skip
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
 
 
 def lora_add(
@@ -77,7 +67,7 @@ def lora_add(
     lora_a: Tensor,
     lora_b: Tensor,
     *,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
@@ -91,7 +81,7 @@ def lora_add(
     `base_out` is [..., N] with the leading dimensions of x, in x's dtype; the other arguments, the
     errors and the gradients (to base_out, x, lora_a, lora_b) are those of `lora_linear`.
     """
-    base_out, x, lora_a, lora_b, seed = _prepare_add(
+    base_out, x, lora_a, lora_b, scaling, dropout_p, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
     )
     y = _ops.call(
@@ -107,7 +97,7 @@ def lora_add_(
     lora_a: Tensor,
     lora_b: Tensor,
     *,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
@@ -120,7 +110,7 @@ def lora_add_(
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError("lora_add_: has no gradient; call it under torch.no_grad, or lora_add")
     result = base_out
-    base_out, x, lora_a, lora_b, seed = _prepare_add(
+    base_out, x, lora_a, lora_b, scaling, dropout_p, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
     )
     if base_out.dtype != result.dtype:
@@ -142,6 +132,70 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _prepare_add(base_out, x, lora_a, lora_b, scaling, dropout_p, seed):
+    if not _are_sound(x, lora_a, lora_b, base_out, None, linear=False):
+        base_out, x, lora_a, lora_b = _check_add(base_out, x, lora_a, lora_b)
+    scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
+    scaling, lora_b = _fold(scaling, lora_b)
+    return base_out, x, lora_a, lora_b, scaling, dropout_p, seed
+
+
+def _fold(scaling: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
+    """A tensor's factor goes into lora_b, which the op then takes as a master copy: fp32 keeps
+    the product, and dB, from a second rounding."""
+    if not isinstance(scaling, Tensor):
+        return scaling, lora_b
+    wide = lora_b if lora_b.dtype == torch.float64 else lora_b.float()
+    return 1.0, wide * scaling.to(wide.dtype)
+
+
+# -------------------------------------------------------- checks: rank, shape, dtype, device, value
+
+
+def _are_sound(x, lora_a, lora_b, base, bias, linear: bool) -> bool:
+    """Whether the tensors are such as they nearly always are, told at one look: a tenth of the time
+    of the checks by name, which decide about all others."""
+    tensors = (x, base, lora_a, lora_b) if bias is None else (x, base, lora_a, lora_b, bias)
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return False
+    leading, a, b = x.shape, lora_a.shape, lora_b.shape
+    if len(leading) == 0 or len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
+        return False
+    (rank, K), N = a, b[0]
+    if leading[-1] != K or b[1] != rank or (bias is not None and bias.shape != (N,)):
+        return False
+    if base.shape != ((N, K) if linear else (*leading[:-1], N)):
+        return False
+    dtype, device = x.dtype, x.device
+    for tensor in tensors:
+        if tensor.dtype != dtype or tensor.device != device:
+            return False
+    return dtype in _checks.DTYPES and (x.is_meta or not torch.is_autocast_enabled(device.type))
+
+
+def _check_linear(x, weight, lora_a, lora_b, bias) -> tuple[Tensor, Tensor, Tensor]:
+    """x and the adapter as the op takes them."""
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    _check_tensors(tensors)
+    rank, K = _check_branch(x, lora_a, lora_b)
+    if weight.dim() != 2 or weight.shape[1] != K:
+        raise ValueError(f"weight: expected shape [N, K] with K = {K} of x, got {_shape(weight)}")
+    N = weight.shape[0]
+    if lora_b.shape[0] != N:
+        raise ValueError(
+            f"lora_b: expected shape [N, r] = [{N}, {rank}] for weight {_shape(weight)},"
+            f" got {_shape(lora_b)}"
+        )
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias: expected shape [N] = [{N}], got {_shape(bias)}")
+    # The op rounds a weight of another dtype at use, so autocast leaves no copy of it behind.
+    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
+    _check_dtypes(x, lora_a, lora_b, {"weight": weight, "bias": bias}, autocast)
+    _check_devices(tensors)
+    return x, lora_a, lora_b
+
+
+def _check_add(base_out, x, lora_a, lora_b) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """base_out, x and the adapter as the op takes them."""
     tensors = {"base_out": base_out, "x": x, "lora_a": lora_a, "lora_b": lora_b}
     _check_tensors(tensors)
     _check_branch(x, lora_a, lora_b)
@@ -156,11 +210,7 @@ def _prepare_add(base_out, x, lora_a, lora_b, scaling, dropout_p, seed):
         base_out = base_out.to(x.dtype)
     _check_dtypes(x, lora_a, lora_b, {"base_out": base_out}, autocast=False)
     _check_devices(tensors)
-    seed = _check_values(scaling, dropout_p, seed, x.device)
-    return base_out, x, lora_a, lora_b, seed
-
-
-# -------------------------------------------------------- checks: rank, shape, dtype, device, value
+    return base_out, x, lora_a, lora_b
 
 
 def _shape(tensor: Tensor) -> str:
@@ -231,13 +281,17 @@ def _check_devices(tensors: dict[str, Tensor | None]) -> None:
 
 
 def _check_values(
-    scaling: float, dropout_p: float, seed: int | Tensor | None, device: torch.device
-) -> Tensor | None:
-    """The seed as an int64 tensor of one element on `device`, None without dropout."""
-    for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
-        if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat)):
-            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    _checks.check_range(scaling, dropout_p)
+    scaling: float | Tensor, dropout_p: float, seed: int | Tensor | None, device: torch.device
+) -> tuple[float | Tensor, float, Tensor | None]:
+    """scaling as a float or a tensor of no dimension, dropout_p as a float, the seed as an int64
+    tensor of one element on `device`, None without dropout."""
+    dropout_p = _number("dropout_p", dropout_p, "a float")
+    if isinstance(scaling, Tensor):
+        scaling = _check_scaling(scaling, device)
+        _checks.check_range(1.0, dropout_p)
+    else:
+        scaling = _number("scaling", scaling, "a float or a Tensor of one element")
+        _checks.check_range(scaling, dropout_p)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(
@@ -246,19 +300,42 @@ def _check_values(
         if seed.is_meta and device.type != "meta":
             raise ValueError(f"seed: expected x's device {device}, got {seed.device}")
         seed = seed.to(device)
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
         raise TypeError(
             f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}"
         )
     elif seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
     if dropout_p == 0:
-        return None
+        return scaling, dropout_p, None
     if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    return (
-        seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=device)
-    )
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    elif not isinstance(seed, Tensor):
+        seed = torch.tensor(seed, dtype=torch.int64, device=device)
+    return scaling, dropout_p, seed
+
+
+def _number(name: str, value: float, expected: str) -> float:
+    """The value in a type that the ops take; numpy's scalars are numbers too."""
+    if type(value) in (float, int) or isinstance(value, torch.SymFloat):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    return float(value)
+
+
+def _check_scaling(scaling: Tensor, device: torch.device) -> Tensor:
+    if scaling.numel() != 1:
+        raise ValueError(
+            f"scaling: expected a float or a Tensor of one element, got {_shape(scaling)}"
+        )
+    if not scaling.is_floating_point():
+        raise TypeError(f"scaling: expected a floating dtype, got {scaling.dtype}")
+    if scaling.device != device:
+        raise ValueError(f"scaling: expected x's device {device}, got {scaling.device}")
+    if scaling.requires_grad and torch.is_grad_enabled():
+        raise ValueError("scaling: expected no requires_grad, it has no gradient; detach it")
+    return scaling.reshape(())
 
 
 def _saves_mask(x: Tensor, lora_a: Tensor, dropout_p: float) -> bool:

@@ -1,18 +1,21 @@
 """What every layer with an adapter does: forward, merging, PiSSA; `nn` has them."""
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lora_kernels import options
 from lora_kernels.functional import lora_linear
 from lora_kernels.state import LayerState
 
-Init = Literal["kaiming", "pissa"]
-_INITS = ("kaiming", "pissa")
+Init = Literal["kaiming", "pissa", "random"]
+_INITS = ("kaiming", "pissa", "random")
 # What an adapter adds to a layer: parameters, buffers, attributes.
 _ADDED = (
     "lora_A", "lora_B", "pissa_A", "pissa_B", "merged_base", "_base_weight_cpu",
@@ -23,6 +26,13 @@ _HOOKS = (
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )  # fmt: skip
+# What a base may hold; in the first two adapters are fp32 by default, or most steps round away.
+_HALVES = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALVES, torch.float32, torch.float64)
+OFFLOADED = (
+    "offloaded by accelerate; load the model without offloading, or bring it back with"
+    " accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+)
 # Above this size PiSSA takes the leading singular triplets from a randomised SVD.
 _EXACT_SVD_ELEMENTS = 1 << 20
 
@@ -53,12 +63,13 @@ class LoRALayer(LayerState):
         """A layer that shares `linear`'s weight and bias objects (now frozen), its buffers,
         submodules, attributes and train mode.
 
-        `init` is "kaiming" (A uniform, B zero: the output is unchanged) or "pissa" (Meng et al.,
+        `init` is "kaiming" (A uniform, B zero: the output is unchanged), "pissa" (Meng et al.,
         2024, arXiv:2404.02948: the adapter starts as the principal part of the weight, which is
-        taken out of it).
+        taken out of it) or "random" (B uniform too: the output changes at once, for tests).
 
         Raises:
-            TypeError: not exactly a layer of this kind. ValueError: hooks or parametrizations.
+            TypeError: not exactly a layer of this kind. ValueError: hooks, parametrizations, or a
+                weight that is pruned, sharded, quantised or of another dtype.
         """
         cls._require_base(linear)
         reason = refusal(linear) or _hooked(linear)
@@ -88,6 +99,8 @@ class LoRALayer(LayerState):
         layer.reset_lora_parameters()
         if init == "pissa":
             layer._init_pissa()
+        elif init == "random":
+            nn.init.kaiming_uniform_(layer.lora_B, a=math.sqrt(5))
         return layer
 
     def move_into(self, linear: nn.Module) -> None:
@@ -105,7 +118,8 @@ class LoRALayer(LayerState):
     @torch.no_grad()
     def move_out(self) -> None:
         """Undoes `move_into`: this object is a plain layer again, the base, or the sum after a
-        final merge."""
+        final merge. ValueError: the layer is not what it was made into, `why_stuck`."""
+        self._refuse("remove", self.why_stuck())
         self._settle()
         self.__class__ = self.base_class
         for key in _ADDED:
@@ -121,15 +135,13 @@ class LoRALayer(LayerState):
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank: expected an integer of at least 1, got {rank!r}")
-        if alpha is not None and not math.isfinite(alpha):
-            raise ValueError(f"alpha: expected a finite number or None, got {alpha}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-        if not self.weight.is_floating_point():
-            raise TypeError(f"weight: expected a floating dtype, got {self.weight.dtype}")
-        dtype = adapter_dtype or self.weight.dtype
+        rank, alpha = options.check_rank(rank), options.check_alpha(alpha)
+        dropout = options.check_dropout(dropout)
+        if (odd := _odd_type(self.weight)) is not None:
+            raise TypeError(f"weight: is {odd}")
+        dtype = adapter_dtype or (
+            torch.float32 if self.weight.dtype in _HALVES else self.weight.dtype
+        )
         double = self.weight.dtype == torch.float64
         if dtype != self.weight.dtype and (dtype != torch.float32 or double):
             legal = "" if double else " or torch.float32"
@@ -175,9 +187,10 @@ class LoRALayer(LayerState):
 
     def reset_parameters(self) -> None:
         """Initialises base and adapter as a new layer does."""
-        if "lora_A" not in self._parameters:  # nn.Linear's constructor calls this
+        if "_merged" not in vars(self):  # nn.Linear's constructor calls this
             return self._reset_base()
         self._require_unmerged("reset_parameters")
+        self._refuse("reset_parameters", self.why_fixed("weight", "bias", "lora_A", "lora_B"))
         self.pissa_A = self.pissa_B = None
         self._reset_base()
         self.reset_lora_parameters()
@@ -198,6 +211,7 @@ class LoRALayer(LayerState):
         What PiSSA took out of the base is added back.
         """
         self._require_unmerged("reset_lora_parameters")
+        self._refuse("reset_lora_parameters", self.why_fixed())
         self._return_pissa()
         _draw(self.lora_A)
         nn.init.zeros_(self.lora_B)
@@ -241,20 +255,30 @@ class LoRALayer(LayerState):
         False keeps nothing: the adapter is absorbed for good, `lora_B` becomes zero and `unmerge`
         raises.
         A weight tied to another module changes there too: `merge_lora` checks a whole model for
-        that.
+        that. An error midway leaves the layer as it was.
+
+        Raises:
+            ValueError: keep_base, or `why_unmergeable`. RuntimeError: the layer is merged.
         """
         if keep_base not in (True, False, "cpu"):
             raise ValueError(
                 f"keep_base: got {keep_base!r}, legal values are True, False and 'cpu'"
             )
         self._require_unmerged("merge")
-        if keep_base == "cpu":
-            self._base_weight_cpu = self.weight.detach().to("cpu", copy=True)
-        elif keep_base:
-            self.merged_base = self.weight.detach().clone()
-        else:
-            self.merged_base = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
-        _add_product(self.matrix, self.lora_B, self.lora_A, self.scaling)
+        self._refuse("merge", self.why_unmergeable(keep_base))
+        try:
+            if keep_base == "cpu":
+                self._base_weight_cpu = self.weight.detach().to("cpu", copy=True)
+            elif keep_base:
+                self.merged_base = self.weight.detach().clone()
+            else:
+                self.merged_base = self.weight.new_empty(0)
+            _add_product(self.matrix, self.factor("lora_B"), self.factor("lora_A"), self.scaling)
+        except BaseException:
+            if keep_base and (self.merged_base is not None or self._base_weight_cpu is not None):
+                self.weight.copy_(self._kept_base())
+            self.merged_base = self._base_weight_cpu = None
+            raise
         if not keep_base:
             self.lora_B.zero_()
             self.pissa_A = self.pissa_B = None
@@ -266,16 +290,20 @@ class LoRALayer(LayerState):
         is merged."""
         if self._merged:
             return self.weight.detach()
-        total = _sum(self.matrix, self.lora_B, self.lora_A, self.scaling)
+        total = _sum(self.matrix, self.factor("lora_B"), self.factor("lora_A"), self.scaling)
         return self._oriented(total).to(self.weight.dtype).contiguous()
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restores the base weight that `merge` kept, bit for bit."""
+        """Restores the base weight that `merge` kept, bit for bit.
+
+        RuntimeError: nothing is kept. ValueError: the weight holds no values (offloaded, meta).
+        """
         if self._merged == "final":
             raise RuntimeError("unmerge: merged with keep_base=False, the base weight was not kept")
         if not self._merged:
             raise RuntimeError("unmerge: the layer is not merged")
+        self._refuse("unmerge", self.why_valueless("weight"))
         self.weight.copy_(self._kept_base())
         self.merged_base = self._base_weight_cpu = None
         self._merged = False
@@ -283,6 +311,47 @@ class LoRALayer(LayerState):
     def _kept_base(self) -> Tensor:
         base = self.merged_base if self.merged_base is not None else self._base_weight_cpu
         return base.to(device=self.weight.device, dtype=self.weight.dtype)
+
+    @staticmethod
+    def _refuse(what: str, reason: str | None) -> None:
+        if reason is not None:
+            raise ValueError(f"{what}: {reason}")
+
+    def why_valueless(self, *names: str) -> str | None:
+        """Why these tensors cannot be computed with and changed; None if they can."""
+        reason = _computed(self, names)
+        if reason is not None:
+            return reason
+        for name in names:
+            tensor = getattr(self, name)
+            if tensor.is_meta:
+                return f"its {name} is on the meta device, without values, or {OFFLOADED}"
+            if (odd := _odd_type(tensor)) is not None:
+                return f"its {name} is {odd}"
+        return None
+
+    def why_unmergeable(self, keep_base: bool | Literal["cpu"] = True) -> str | None:
+        """Why the adapter cannot go into the weight; None if it can."""
+        reason = self.why_valueless("weight")
+        if reason is None and self.lora_A.is_meta:
+            reason = f"its lora_A is on the meta device, without values, or {OFFLOADED}"
+        if reason is None and not keep_base:  # which zeroes lora_B
+            reason = _computed(self, ("lora_B",))
+        return reason
+
+    def why_stuck(self) -> str | None:
+        """Why the adapter cannot be taken out of the layer; None if it can."""
+        reason = _foreign_forward(self) or _computed(self, ("weight", "bias", "lora_A", "lora_B"))
+        if reason is None and (self._merged == "kept" or self.pissa_A is not None):
+            reason = self.why_valueless("weight")
+        return reason
+
+    def why_fixed(self, *names: str) -> str | None:
+        """Why values written to these tensors (lora_A, lora_B) would be lost; None if not."""
+        reason = _computed(self, names or ("lora_A", "lora_B"))
+        if reason is None and is_offloaded(self):
+            reason = f"is {OFFLOADED}"
+        return reason
 
     def _require_unmerged(self, what: str) -> None:
         if self._merged:
@@ -330,10 +399,28 @@ class LoRALayer(LayerState):
         PiSSA took scaling B0 A0 out of the weight, so on the original base the adapter is
         scaling (B A - B0 A0).
         """
-        if self.pissa_A is None:
-            return self.lora_A, self.lora_B
-        A, B = (self.lora_A, self.pissa_A), (self.lora_B, -self.pissa_B)
-        return torch.cat(list(map(whole, A))), torch.cat(list(map(whole, B)), dim=1)
+        with present(self):
+            lora_A, lora_B = self.factor("lora_A"), self.factor("lora_B")
+            if self.pissa_A is None:
+                return lora_A, lora_B
+            A, B = (lora_A, self.pissa_A), (lora_B, -self.pissa_B)
+            return torch.cat(list(map(whole, A))), torch.cat(list(map(whole, B)), dim=1)
+
+    def factor(self, name: Literal["lora_A", "lora_B"]) -> Tensor:
+        """lora_A or lora_B as the next forward has it: where pruning or weight norm compute it in a
+        hook, the attribute is that of the last one."""
+        for hook in self._forward_pre_hooks.values():
+            if getattr(hook, "_tensor_name", None) == name:
+                return hook.apply_mask(self)
+            if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
+                without_update = (False,) if hasattr(hook, "n_power_iterations") else ()
+                return hook.compute_weight(self, *without_update)
+        return getattr(self, name)
+
+    def factor_parameters(self) -> list[nn.Parameter]:
+        """lora_A and lora_B, or the parameters that these are computed from."""
+        keys = [key for name in ("lora_A", "lora_B") for key in _sources(self, name)]
+        return [self.get_parameter(key) for key in keys]
 
     @torch.no_grad()
     def set_adapter(self, A: Tensor, B: Tensor) -> None:
@@ -344,9 +431,11 @@ class LoRALayer(LayerState):
         old parameters: `adjust_rank` exchanges them there.
 
         Raises:
-            ValueError: shapes that do not fit, a sharded layer. RuntimeError: the layer is merged.
+            ValueError: shapes that do not fit, a layer that is sharded or offloaded, lora_A or
+                lora_B pruned or parametrized. RuntimeError: the layer is merged.
         """
         self._require_unmerged("set_adapter")
+        self._refuse("set_adapter", self.why_fixed())
         if is_sharded(self.lora_A):
             raise ValueError(
                 f"lora_A: is sharded, {self.lora_A.placements}; change the rank before"
@@ -384,6 +473,7 @@ class LoRALayer(LayerState):
         self._require_unmerged("to_original_base")
         if self.pissa_A is None:
             return
+        self._refuse("to_original_base", self.why_fixed() or self.why_valueless("weight"))
         factors = self.delta_factors()
         _add_product(self.matrix, self.pissa_B, self.pissa_A, self.scaling)
         self.pissa_A = self.pissa_B = None
@@ -391,7 +481,11 @@ class LoRALayer(LayerState):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Module:
-        """A plain layer that shares weight and bias: the base, or the sum after a final merge."""
+        """A plain layer that shares weight and bias: the base, or the sum after a final merge.
+
+        ValueError: `why_stuck`.
+        """
+        self._refuse("to_linear", self.why_stuck())
         self._settle()
         linear = _twin(self, type(self))
         linear.move_out()
@@ -433,19 +527,99 @@ def refusal(linear: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced without changing what it does; None if it can."""
     if is_parametrized(linear):
         return f"has parametrizations on {', '.join(linear.parametrizations)}; remove them first"
-    if is_sharded(linear.weight):
+    if (reason := _computed(linear, ("weight", "bias"))) is not None:
+        return reason
+    weight = linear.weight
+    if is_sharded(weight):
         return (
-            f"its weight is sharded already, {linear.weight.placements}; give it an adapter before"
+            f"its weight is sharded already, {weight.placements}; give it an adapter before"
             " parallelize_module or fully_shard"
         )
-    if hasattr(linear, "_hf_hook"):
-        return "carries a hook of accelerate (_hf_hook), which calls the plain forward; remove it"
-    if "forward" in vars(linear):
-        return "has its forward overridden on the instance; remove that first"
+    if (odd := _odd_type(weight)) is not None:
+        return f"its weight is {odd}"
+    K, N = features(linear)
+    expected = (K, N) if is_conv1d(linear) else (N, K)
+    if weight.shape != expected:
+        return f"its weight has shape {tuple(weight.shape)}, expected {expected} of its features"
+    if (reason := _foreign_forward(linear)) is not None:
+        return reason
     taken = sorted({name for store in _stores(linear) for name in store if name in _reserved()})
     if taken:
         return f"has attributes that a layer with an adapter needs: {', '.join(taken)}; rename them"
     return None
+
+
+def _foreign_forward(layer: nn.Module) -> str | None:
+    """Why the forward of a layer's class is not what is called; None if it is."""
+    if hasattr(layer, "_hf_hook"):
+        return (
+            "carries a hook of accelerate (_hf_hook), bound to the layer's forward; call"
+            " accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+        )
+    if "forward" in vars(layer):
+        return "has its forward overridden on the instance; remove that first"
+    return None
+
+
+def _sources(module: nn.Module, name: str) -> list[str]:
+    """The parameter of this name, or those it is computed from."""
+    if name in module._parameters:
+        return [name]
+    starts = (f"{name}_", f"parametrizations.{name}.")
+    return [key for key, _ in module.named_parameters() if key.startswith(starts)]
+
+
+def _computed(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Which of these tensors of a layer something makes anew for every forward, so that a change
+    of it is lost; None if none is."""
+    for name in names:
+        if name in module._parameters or name in module._buffers:
+            continue
+        sources = _sources(module, name)
+        if not sources:
+            return f"its {name} is no parameter"
+        return (
+            f"its {name} is computed from {', '.join(sources)} (pruning, weight norm or another"
+            " parametrization); make it a parameter again first, with torch.nn.utils.prune.remove,"
+            " remove_weight_norm, parametrize.remove_parametrizations"
+        )
+    return None
+
+
+def _odd_type(tensor: Tensor) -> str | None:
+    """What a weight is that no adapter's kernel can read; None for ordinary tensors."""
+    kind = type(tensor)
+    decides = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if decides and not is_sharded(tensor) and not kind.__module__.startswith("torch._subclasses"):
+        return (
+            f"of type {kind.__name__}, a tensor subclass that decides itself what operations do, as"
+            " torchao's quantised ones; dequantise it, or use PEFT's adapter and fuse_peft, which"
+            " leave the base's own forward in place"
+        )
+    if tensor.dtype not in _DTYPES:
+        legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        return f"{tensor.dtype}; an adapter stands beside a weight of {legal}"
+    return None
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate holds a module's own parameters elsewhere between its calls."""
+    held = module._parameters.values()
+    return hasattr(module, "_hf_hook") and any(p is not None and p.is_meta for p in held)
+
+
+@contextlib.contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """Within it the parameters of a module that accelerate has offloaded can be read; what is
+    written to them is lost."""
+    hook = module._hf_hook if is_offloaded(module) else None
+    if hook is not None:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.post_forward(module, None)
 
 
 def _hooked(linear: nn.Module) -> str | None:

@@ -21,7 +21,9 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         dropout: probability in [0, 1) of dropping an input element of the adapter, in training
             only.
         use_rslora: rank-stabilised scaling (Kalajdzievski, 2023, arXiv:2312.03732).
-        adapter_dtype: of lora_A and lora_B: the base weight's (None) or torch.float32.
+        adapter_dtype: of lora_A and lora_B: the base weight's or torch.float32. None means fp32
+            for a base of 16 bits, in which most steps of an optimizer would round away, and else
+            the weight's.
 
     Raises:
         ValueError: rank, alpha or dropout out of range.  TypeError: an unusable dtype.

@@ -76,6 +76,10 @@ class LayerState(nn.Module):
 
     def _misfits(self, given: dict[str, Tensor], prefix: str):
         """Why the tensors cannot be loaded, as torch says it."""
+        factors = [name for name in ("lora_A", "lora_B") if name in given]
+        lost = self.why_fixed(*factors) if factors else None
+        if lost is not None:
+            yield f"{prefix.rstrip('.')}: cannot take {', '.join(factors)}: {lost}"
         shapes = {n: tuple(t.shape) for n, t in self.named_parameters(recurse=False)}
         merged = given.get(_MERGED)
         if merged is not None:

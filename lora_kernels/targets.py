@@ -1,16 +1,27 @@
 """Which modules of a model an adapter goes to."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from lora_kernels.bypass import bypassed
 from lora_kernels.layer import LoRALayer, is_conv1d, refusal
 
 Names = str | Iterable[str] | None
-# Matrices of these are no linear maps of activations.
-_NOT_LINEAR_MAPS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
+# What PEFT calls the default of `target_modules`.
+ALL_LINEAR = "all-linear"
+# Kinds of weights that carry no adapter.
+LINEAR_MAPS = "linear maps that are no nn.Linear"
+EMBEDDINGS, CONVOLUTIONS = "embeddings", "convolutions"
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# Parts of the names of parameters that are tables or elementwise, whatever their shape.
+_TABLES, _ELEMENTWISE = re.compile("embed|token|position|_table"), re.compile("bias|scale|_log$")
+# Heads by name, where a model built from a config does not tell them from its body.
+_HEAD_NAMES = ("classifier", "score", "qa_outputs")
 
 
 class _Patterns:
@@ -19,6 +30,7 @@ class _Patterns:
 
     def __init__(self, argument: str, names: Names) -> None:
         self.argument = argument
+        self.is_expression = isinstance(names, str)
         self.predicates: dict[str, Callable[[str], bool]] = {}
         if isinstance(names, str):
             try:
@@ -40,13 +52,28 @@ class _Patterns:
     def match(self, name: str) -> bool:
         return any(predicate(name) for predicate in self.predicates.values())
 
-    def require_matches(self, names: Iterable[str]) -> None:
+    def is_for(self, name: str, inside: set[str], others: Iterable[str]) -> bool:
+        """Whether one is for a module: it matches its name, or of all modules only ones inside."""
+        return self.match(name) or any(
+            any(map(predicate, inside)) and not any(map(predicate, others))
+            for predicate in self.predicates.values()
+        )
+
+    def require_matches(
+        self, names: Iterable[str], explain: Callable[[Callable], str | None] = lambda _: None
+    ) -> None:
+        """ValueError for a pattern that matches none, with what `explain` knows of it."""
         names = [name for name in names if name]
         for pattern, predicate in self.predicates.items():
-            if not any(map(predicate, names)):
-                raise ValueError(
-                    f"{self.argument}: {pattern!r} matches no module; there are {summary(names)}"
+            if any(map(predicate, names)):
+                continue
+            reason = f"matches no module; there are {summary(names)}"
+            if self.is_expression and any(f".{name}".endswith(f".{pattern}") for name in names):
+                reason = (
+                    f"matches no module; for a list write [{pattern!r}], a string is a regular"
+                    " expression for the whole name"
                 )
+            raise ValueError(f"{self.argument}: {pattern!r} {explain(predicate) or reason}")
 
 
 def summary(names: Iterable[str], limit: int = 40) -> str:
@@ -54,6 +81,17 @@ def summary(names: Iterable[str], limit: int = 40) -> str:
     folded = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
     more = f" and {len(folded) - limit} more" if len(folded) > limit else ""
     return ", ".join(folded[:limit]) + more or "none"
+
+
+def listed(argument: str, names: Names) -> str | list[str] | None:
+    """The names as what can be read twice; TypeError for anything else."""
+    if names is None or isinstance(names, str):
+        return names
+    if not isinstance(names, Iterable):
+        raise TypeError(
+            f"{argument}: expected a list of names or one regular expression, got {names!r}"
+        )
+    return list(names)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -85,6 +123,16 @@ def require_no_peft(model: nn.Module) -> None:
             )
 
 
+def require_shapes(model: nn.Module) -> None:
+    """ValueError for a model with lazy layers that have not been called."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"model: {name} has no shape yet; call the model once, so that its lazy layers get"
+                " theirs"
+            )
+
+
 def find_targets(
     model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -94,8 +142,8 @@ def find_targets(
     `get_output_embeddings()`.
 
     Raises:
-        ValueError: a pattern matches nothing, or only modules that cannot carry an adapter; the
-            model has adapters of PEFT.
+        ValueError: a pattern matches nothing, only modules that cannot carry an adapter, or a layer
+            that the model's code reads past; the model has adapters of PEFT.
     """
     if is_linear(model):
         raise ValueError(
@@ -103,16 +151,19 @@ def find_targets(
             " use FusedLoRALinear.from_linear"
         )
     require_no_peft(model)
+    require_shapes(model)
+    if target_modules == ALL_LINEAR:
+        target_modules = None
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
     if target_modules is not None and not wanted:
         raise ValueError("target_modules: got an empty list; None means every linear layer")
-    wanted.require_matches(linear)
+    wanted.require_matches(linear, lambda predicate: _what_else(model, predicate))
     excluded.require_matches(name for name, _ in model.named_modules())
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) and not wanted else None
-    targets, skipped = {}, {}
+    targets, skipped, past = {}, {}, bypassed(model)
     for name, module in linear.items():
         if wanted and not wanted.match(name):
             continue
@@ -122,6 +173,13 @@ def find_targets(
             skipped[name] = "the model's output head"
         elif (reason := objection(module)) is not None:
             skipped[name] = reason
+        elif module in past and wanted:
+            raise ValueError(
+                f"target_modules: an adapter on {name} would have no part in the output:"
+                f" {past[module]}; leave it out (exclude_modules)"
+            )
+        elif module in past:
+            skipped[name] = past[module]
         else:
             targets[name] = module
     if not targets:
@@ -131,6 +189,98 @@ def find_targets(
             + (reasons or ": it holds no nn.Linear")
         )
     return targets, skipped
+
+
+def _what_else(model: nn.Module, predicate: Callable[[str], bool]) -> str | None:
+    """What a pattern that matches no linear layer names instead."""
+    for name, module in model.named_modules():
+        if is_linear(module):
+            continue
+        if name and predicate(name):
+            return f"matches no linear layer: {name} is {_a(type(module).__name__)}"
+        for attribute, parameter in module._parameters.items():
+            full = f"{name}.{attribute}".lstrip(".")
+            if parameter is not None and predicate(full):
+                return (
+                    f"matches no module: {full} is a {list(parameter.shape)} parameter of"
+                    f" {type(module).__name__}, not a torch.nn.Linear, and cannot carry an adapter;"
+                    " PEFT's target_parameters does it"
+                )
+    return None
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
+
+
+def new_heads(
+    model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """(name -> modules that no checkpoint holds, to be trained in full, linear layers in others of
+    them -> why they stay frozen).
+
+    Transformers marks the parameters that it loads. What stands beside a model's body without any
+    is a new head; in a model built from a config everything beside the body is, unless the model
+    has output embeddings. Heads that `target_modules` names get the adapters asked for, those that
+    `exclude_modules` names stay as they are.
+    """
+    if target_modules == ALL_LINEAR:
+        target_modules = None
+    wanted = _Patterns("target_modules", target_modules)
+    excluded = _Patterns("exclude_modules", exclude_modules)
+    names = {name for name, module in model.named_modules() if is_linear(module)}
+    heads, skipped = {}, {}
+    for name, module in _new_parts(model).items():
+        inside = {other for other in names if f"{other}.".startswith(f"{name}.")}
+        if excluded.match(name) or (inside and all(map(excluded.match, inside))):
+            skipped |= dict.fromkeys(inside, "excluded by exclude_modules")
+        elif not wanted.is_for(name, inside, names - inside):
+            heads[name] = module
+    return heads, skipped
+
+
+def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The new ones among the children of a Transformers model and of its body."""
+    path = ""
+    while "_orig_mod" in model._modules:  # compiled
+        model, path = model._orig_mod, f"{path}_orig_mod."
+    prefix = getattr(model, "base_model_prefix", None)
+    find_output = getattr(model, "get_output_embeddings", None)
+    if not isinstance(prefix, str) or not callable(find_output):
+        return {}
+    body, output = model._modules.get(prefix), find_output()
+    loaded = any(map(_is_loaded, model.parameters()))
+    if output is not None and not loaded:
+        return {}
+    children = {name: child for name, child in model.named_children() if child is not body}
+    # Beside the body, a part that was loaded but for a layer of another size is new too.
+    parts = {n: c for n, c in children.items() if _is_new(c, all if body is None else any)}
+    if loaded and body is not None:
+        parts |= {f"{prefix}.{n}": c for n, c in body.named_children() if _is_new(c, all)}
+    elif not loaded and body is None:
+        parts = {name: part for name, part in parts.items() if name in _HEAD_NAMES}
+    shared = {parameter for parameter, names in owners(model).items() if len(names) > 1}
+    return {
+        path + name: part
+        for name, part in parts.items()
+        if shared.isdisjoint(part.parameters()) and output not in part.modules()
+    }
+
+
+def _is_loaded(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _is_new(module: nn.Module, quantifier: Callable[[Iterable[bool]], bool]) -> bool:
+    """Whether it can be trained, and any or all of its parameters are from no checkpoint.
+    Embeddings are left to the user, whose new ones may be large."""
+    parameters = list(module.parameters())
+    return (
+        bool(parameters)
+        and quantifier(not _is_loaded(p) for p in parameters)
+        and all(p.is_floating_point() for p in parameters)
+        and not any(isinstance(part, (*_EMBEDDINGS, LoRALayer)) for part in module.modules())
+    )
 
 
 def find_saved(model: nn.Module, modules_to_save: Names) -> dict[str, nn.Module]:
@@ -147,14 +297,70 @@ def submodules(modules: dict[str, nn.Module]) -> set[nn.Module]:
     return {module for outer in modules.values() for module in outer.modules()}
 
 
-def owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Every parameter with all the names it goes by; a tied one has several."""
-    found: dict[nn.Parameter, list[str]] = {}
+def owners(model: nn.Module, beside: bool = False) -> dict[Tensor, list[str]]:
+    """Every parameter with all the names its memory goes by; a tied one has several.
+
+    `beside` counts buffers and tensors in plain attributes too. Tensors that share a storage are
+    tied where they overlap in it, not where each has a part of its own.
+    """
+    found: dict[Tensor, list[str]] = {}
     for module_name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(parameter, []).append(f"{module_name}.{attribute}".lstrip("."))
-    return found
+        held = {**vars(module), **module._buffers} if beside else {}
+        for attribute, tensor in {**held, **module._parameters}.items():
+            if isinstance(tensor, Tensor):
+                found.setdefault(tensor, []).append(f"{module_name}.{attribute}".lstrip("."))
+    tied = {tensor: {tensor} for tensor in found}
+    for one, other in _overlaps(found):
+        tied[one].add(other)
+        tied[other].add(one)
+    return {
+        tensor: [name for t in found if t in tied[tensor] for name in found[t]]
+        if len(tied[tensor]) > 1
+        else names
+        for tensor, names in found.items()
+    }
+
+
+def _overlaps(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs of tensors that have memory in common."""
+    spans = []
+    for tensor in tensors:
+        if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and _has_memory(tensor):
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            start = tensor.data_ptr()
+            spans.append((start, start + length * tensor.element_size(), len(spans), tensor))
+    reaching: list[tuple] = []
+    for start, end, index, tensor in sorted(spans):
+        reaching = [span for span in reaching if span[1] > start]
+        for span in reaching:
+            if span[3].device == tensor.device and _meet(span[3], tensor):
+                yield span[3], tensor
+        reaching.append((start, end, index, tensor))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
+
+
+def _meet(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors whose spans overlap have an element in common: columns of one matrix do not,
+    although each reaches across the others."""
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    if one.element_size() != other.element_size():
+        return True
+    size = one.element_size()
+    start = min(one.data_ptr(), other.data_ptr())
+    steps = [(t, (t.data_ptr() - start) // size) for t in (one, other)]
+    length = max(
+        offset + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        for t, offset in steps
+    )
+    seen = torch.zeros(length, dtype=torch.bool)
+    first, second = (seen.as_strided(t.shape, t.stride(), offset) for t, offset in steps)
+    first.fill_(True)
+    return bool(second.any())
 
 
 def require_whole_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
@@ -170,13 +376,35 @@ def require_whole_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
             )
 
 
-def other_linear_maps(model: nn.Module) -> list[str]:
-    """Parameters that hold matrices but belong to no nn.Linear (fused experts, packed
-    projections)."""
-    return [
-        f"{name}.{attribute} {list(parameter.shape)}".lstrip(".")
-        for name, module in model.named_modules()
-        if not is_linear(module) and not isinstance(module, _NOT_LINEAR_MAPS)
-        for attribute, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() in (2, 3) and min(parameter.shape) > 1
-    ]
+def others(model: nn.Module, trained: set[nn.Module]) -> dict[str, dict[str, nn.Parameter]]:
+    """The weights outside linear layers and modules `trained` in full, by kind, "name [shape]" ->
+    parameter: convolutions, embeddings, and linear maps that are no nn.Linear (fused experts,
+    packed projections)."""
+    kinds: dict[str, dict[str, nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        if is_linear(module) or module in trained:
+            continue
+        own = {n: p for n, p in module._parameters.items() if p is not None}
+        stacked = {p.shape[0] for p in own.values() if p.dim() == 3}
+        for attribute, parameter in own.items():
+            kind = _kind(module, attribute, parameter, stacked)
+            if kind is not None:
+                full = f"{name}.{attribute}".lstrip(".")
+                kinds.setdefault(kind, {})[f"{full} {list(parameter.shape)}"] = parameter
+    return kinds
+
+
+def _kind(
+    module: nn.Module, attribute: str, parameter: nn.Parameter, stacked: set[int]
+) -> str | None:
+    """What a parameter outside linear layers is; None for vectors. Of a module with `stacked`
+    matrices [E, N, K], a parameter [E, N] holds vectors."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return CONVOLUTIONS if attribute == "weight" else None
+    if isinstance(module, _EMBEDDINGS) or (parameter.dim() > 1 and _TABLES.search(attribute)):
+        return EMBEDDINGS
+    matrix = parameter.dim() in (2, 3) and min(parameter.shape) > 1
+    vectors = parameter.dim() == 2 and parameter.shape[0] in stacked
+    if not matrix or vectors or _ELEMENTWISE.search(attribute):
+        return None
+    return LINEAR_MAPS

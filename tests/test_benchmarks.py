@@ -123,7 +123,7 @@ def test_the_cells():
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_right_peers_pass_the_gate(dtype, dropout):
     p = peers.problem(CASE._replace(dtype=dtype, dropout=dropout), CPU)
-    for name in (FROZEN, UNFUSED, ADDMM, PEFT, peers.PEFT_FP32, OURS):
+    for name in (FROZEN, UNFUSED, ADDMM, PEFT, peers.PEFT_FP32, OURS, peers.OURS_FP32):
         layer.is_right(name, peers.build(name, p), p)
 
 
@@ -393,7 +393,7 @@ def test_model_benchmark(tmp_path, capsys):
                  "--new-tokens", "2", "--out", str(out)]  # fmt: skip
     model.main(arguments)
     rows = json.loads(out.read_text())["rows"]
-    names = [FROZEN, peers.PEFT_FP32, PEFT, OURS]
+    names = [FROZEN, peers.PEFT_FP32, peers.OURS_FP32, PEFT, OURS]
     assert [row["peer"] for row in rows] == names * 2
     for row in rows:
         tokens = 2 if row["table"] == "generate" else 8
@@ -406,7 +406,7 @@ def test_model_benchmark(tmp_path, capsys):
 def test_model_gate_sees_a_wrong_adapter():
     model = pytest.importorskip("model")
     base = model.base_model("smoke", torch.float32, CPU)
-    models = {PEFT: model._peft(base, fp32=False), OURS: model._ours(base)}
+    models = {PEFT: model._peft(base, fp32=False), OURS: model._ours(base, fp32=False)}
     model.equalise(list(models.values()))
     ids = torch.randint(64, (1, 8))
     model.gate(models, ids)

@@ -114,6 +114,42 @@ def test_layers_share_a_graph_where_scaling_is_equal():
         assert counter.frame_count == graphs
 
 
+def test_one_graph_for_all_values_of_a_tensor_s_scaling():
+    layer, counter = make(), CompileCounterWithBackend("aot_eager")
+    leaves = [layer.lora_A, layer.lora_B]
+
+    def scaled(x, scaling):
+        A, B = layer.lora_A, layer.lora_B
+        return lora_linear(x, layer.weight, A, B, layer.bias, scaling=scaling)
+
+    compiled = torch.compile(scaled, fullgraph=True, backend=counter)
+    for value in (0.0, 1.0, 2.0, -3.5, 1e-3):
+        scaling = torch.tensor(value)
+        ours = results(lambda x, s=scaling: compiled(x, s), rows(3), leaves)
+        assert_equal(ours, results(lambda x, s=scaling: scaled(x, s), rows(3), leaves))
+        expected = results(lambda x, s=value: scaled(x, s), rows(3), leaves)
+        assert_equal(ours[:1], expected[:1], exact=False)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_with_a_tensor_s_scaling(strict):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = make()
+
+        def forward(self, x, scaling):
+            A, B = self.layer.lora_A, self.layer.lora_B
+            return lora_linear(x, self.layer.weight, A, B, self.layer.bias, scaling=scaling)
+
+    module = Scaled()
+    program = torch.export.export(module, (rows(3), torch.tensor(1.0)), strict=strict).module()
+    for value in (2.0, -0.5):
+        assert_equal([program(rows(3), torch.tensor(value))],
+                     [module(rows(3), torch.tensor(value))])  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
 def test_views_as_inputs(layout):
     layer = make()

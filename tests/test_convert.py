@@ -133,11 +133,9 @@ def test_qwen2_and_its_biases():
     assert torch.equal(logits(model), before)
 
 
-def test_a_classifier_is_no_output_head():
+def test_output_heads_are_known_by_the_model():
     torch.manual_seed(0)
     config = transformers.BertConfig(**SIZES)
-    classifier = transformers.BertForSequenceClassification(config)
-    assert "classifier" in apply_lora(classifier, 2).replaced
     masked = transformers.BertForMaskedLM(config)
     skipped = apply_lora(masked, 2).skipped
     assert skipped == {"cls.predictions.decoder": "the model's output head"}
@@ -176,7 +174,8 @@ def test_targets_by_suffix_and_by_expression(options, expected):
         ({"target_modules": "fc_(in"}, ValueError, "is no regular expression"),
         ({"target_modules": []}, ValueError, "target_modules: got an empty list"),
         ({"target_modules": [3]}, TypeError, "target_modules: expected names as strings, got 3"),
-        ({"target_modules": ["norm"]}, ValueError, "'norm' matches no module; there are blocks"),
+        ({"target_modules": ["norm"]}, ValueError,
+         "'norm' matches no linear layer: norm is a LayerNorm"),
         ({"exclude_modules": ["nope"]}, ValueError, "exclude_modules: 'nope' matches no module"),
         ({"exclude_modules": ".*"}, ValueError, "no layer of Toy can carry an adapter"),
         ({"modules_to_save": ["nope"]}, ValueError, "modules_to_save: 'nope' matches no module"),
@@ -359,11 +358,136 @@ def test_report():
     assert report.adapter_bytes == 4 * report.trainable
     assert report.saved == ["head"]
     text = str(report)
-    assert text.startswith("LoRA on 2 layers: blocks.*.fc_in\n")
+    weights = 2 * 8 * 16
+    assert (report.adapted, report.base) == (weights, 2 * (weights + 24) + 16 + 27)
+    assert text.startswith("LoRA on 2 layers: blocks.*.fc_in\nadapters on 42 % of the weights\n")
     share = 100 * report.trainable / report.total
     assert f"trainable {report.trainable} of {report.total} parameters ({share:.2f}%)" in text
     assert "adapter 0.00 MiB" in text
     assert "trained in full: head" in text
+
+
+def test_the_report_folds_what_is_skipped_and_names_what_carries_no_adapter():
+    model = nn.Transformer(16, 2, 3, 3, 24, batch_first=True)
+    lines = str(apply_lora(model, 2)).splitlines()
+    skipped = [line for line in lines if line.startswith("skipped")]
+    assert len(skipped) == 1
+    assert skipped[0].startswith(
+        "skipped 9 layers: encoder.layers.*.self_attn.out_proj, decoder.layers.*.self_attn.out_proj"
+        ", decoder.layers.*.multihead_attn.out_proj: NonDynamicallyQuantizableLinear is a subclass"
+    )
+    model = nn.ModuleDict({
+        "words": nn.Embedding(10, 8),
+        "patches": nn.Conv2d(3, 8, 2),
+        "body": nn.Linear(8, 8, bias=False),
+        "head": nn.Linear(8, 3, bias=False),
+    })  # fmt: skip
+    model.register_parameter("pos_embedding", nn.Parameter(torch.ones(1, 4, 8)))
+    report = apply_lora(model, 2, target_modules=["body"])
+    total = 80 + 96 + 8 + 64 + 24 + 32
+    assert (report.adapted, report.base) == (64, total)
+    assert report.left_out == {
+        "embeddings": ["pos_embedding [1, 4, 8]", "words.weight [10, 8]"],
+        "convolutions": ["patches.weight [8, 3, 2, 2]"],
+    }
+    assert report.left_out_parameters == {"embeddings": 112, "convolutions": 96}
+    assert f"convolutions, left frozen: patches.weight [8, 3, 2, 2] ({9600 / total:.2g} %" in str(
+        report
+    )
+    report = apply_lora(model, 2, target_modules=["head"], modules_to_save=["words", "patches"])
+    assert report.left_out == {"embeddings": ["pos_embedding [1, 4, 8]"]}
+
+
+def gpt_oss():
+    config = transformers.GptOssConfig(
+        **SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=4
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def test_biases_are_no_linear_maps():
+    report = apply_lora(gpt_oss(), 2)
+    names = {entry.partition(" ")[0].rpartition(".")[2] for entry in report.other_linear_maps}
+    assert names == {"weight", "gate_up_proj", "down_proj"}
+    experts = nn.Module()
+    experts.register_parameter("w", nn.Parameter(torch.ones(4, 8, 8)))
+    experts.register_parameter("b", nn.Parameter(torch.ones(4, 8)))
+    model = nn.ModuleDict({"experts": experts, "linear": nn.Linear(8, 8)})
+    assert apply_lora(model, 2).other_linear_maps == ["experts.w [4, 8, 8]"]
+
+
+@pytest.mark.parametrize("names", [["q_proj", "gate_up_proj"], r".*\.gate_up_proj"])
+def test_experts_as_targets_are_answered_with_what_they_are(names):
+    message = (
+        r"gate_up_proj' matches no module: model\.layers\.0\.mlp\.experts\.gate_up_proj is a"
+        r" \[4, 32, 96\] parameter of GptOssExperts, not a torch\.nn\.Linear.*target_parameters"
+    )
+    with pytest.raises(ValueError, match=message):
+        apply_lora(gpt_oss(), 2, target_modules=names)
+
+
+def test_hooks_of_every_kind_go_on():
+    layer = nn.utils.skip_init(nn.Linear, 8, 8)
+    nn.init.ones_(layer.weight), nn.init.zeros_(layer.bias)
+    model, calls = nn.Sequential(layer), []
+    layer.register_forward_pre_hook(lambda m, args, kwargs: calls.append(1), with_kwargs=True)
+    layer.register_forward_hook(lambda m, args, kwargs, y: calls.append(2), with_kwargs=True)
+    layer.register_forward_hook(lambda *_: calls.append(3), always_call=True)
+    layer.register_full_backward_pre_hook(lambda *_: calls.append(4))
+    layer.register_full_backward_hook(lambda *_: calls.append(5))
+    layer.register_state_dict_post_hook(lambda *_: calls.append(6))
+    layer.register_load_state_dict_post_hook(lambda *_: calls.append(7))
+
+    def used():
+        calls.clear()
+        model(X.clone().requires_grad_()).sum().backward()
+        model.load_state_dict(model.state_dict())
+        return list(calls)
+
+    expected = used()
+    assert sorted(expected) == [1, 2, 3, 4, 5, 6, 7]
+    apply_lora(model, 2)
+    assert used() == expected
+    remove_lora(model)
+    assert used() == expected
+
+
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda linear: linear.register_parameter("lora_A", nn.Parameter(torch.ones(2, 8))),
+        lambda linear: linear.register_buffer("pissa_B", torch.ones(2)),
+        lambda linear: linear.add_module("merge", nn.Identity()),
+        lambda linear: setattr(linear, "alpha", 3),
+        lambda linear: setattr(linear, "scaling", 3),
+    ],
+)
+def test_names_that_an_adapter_needs_leave_the_layer_alone(dress):
+    model = nn.ModuleDict({"taken": nn.Linear(8, 8), "free": nn.Linear(8, 8)})
+    dress(model["taken"])
+    before = dict(vars(model["taken"]))
+    report = apply_lora(model, 2)
+    assert report.replaced == ["free"]
+    assert "attributes that a layer with an adapter needs" in report.skipped["taken"]
+    remove_lora(model)
+    assert vars(model["taken"]) == before
+
+
+def test_subclasses_with_state_of_their_own_are_skipped():
+    class Stateful(nn.Linear):
+        __slots__ = ("extra",)
+
+        def get_extra_state(self):
+            return self.extra
+
+        def set_extra_state(self, state):
+            self.extra = state
+
+    model = nn.ModuleDict({"stateful": Stateful(8, 8), "free": nn.Linear(8, 8)})
+    model["stateful"].extra = 3
+    assert apply_lora(model, 2).skipped["stateful"].startswith("Stateful is a subclass")
+    remove_lora(model)
+    assert model["stateful"].extra == 3
 
 
 def test_applying_twice():

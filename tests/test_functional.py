@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -226,7 +227,10 @@ BAD = [
     ("scaling", 10**400, ValueError, "scaling", "finite", "got 1000"),
     ("scaling", "2", TypeError, "scaling", "float", "got str"),
     ("scaling", True, TypeError, "scaling", "float", "got bool"),
-    ("scaling", z(()), TypeError, "scaling", "float", "got Tensor"),
+    ("scaling", z(2), ValueError, "scaling", "one element", "got (2,)"),
+    ("scaling", z((), dtype=torch.int64), TypeError, "scaling", "floating", "torch.int64"),
+    ("scaling", z((), device="meta"), ValueError, "scaling", "device cpu", "got meta"),
+    ("scaling", z((), requires_grad=True), ValueError, "scaling", "requires_grad", "detach"),
     ("dropout_p", 1.0, ValueError, "dropout_p", "[0, 1)", "got 1.0"),
     ("dropout_p", -0.1, ValueError, "dropout_p", "[0, 1)", "got -0.1"),
     ("dropout_p", float("nan"), ValueError, "dropout_p", "[0, 1)", "got nan"),
@@ -285,6 +289,81 @@ def test_bad_input(op, argument, value, error, named, legal, got):
     assert message.startswith(f"{named}: expected")
     assert legal in message
     assert got in message
+
+
+@BOTH
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("scaling", [2.0, -0.3, 0.0, 1e-4, 1e3])
+@pytest.mark.parametrize(
+    ("dtype", "adapter"),
+    [
+        (torch.float32, None),
+        (torch.float64, None),
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, None),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_a_tensor_s_scaling_is_as_accurate_as_a_number_s(op, p, scaling, dtype, adapter):
+    def of_tensor(**arguments):
+        arguments["scaling"] = torch.tensor(arguments["scaling"], dtype=torch.float64)
+        return op(**arguments)
+
+    add = op is lora_add
+    oracle.assert_accurate(oracle.Case(33, 24, 20, 4, dtype, adapter, True, scaling, p, add=add),
+                           of_tensor)  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
+def test_tensors_of_one_element_and_scalars_of_numpy_are_numbers(op, kind):
+    t = inputs()
+    expected = op(**pick(t, op), scaling=1.5, dropout_p=0.25, seed=3)
+    for scaling in (torch.tensor(1.5, dtype=kind), torch.tensor([1.5], dtype=kind)):
+        y = op(**pick(t, op), scaling=scaling, dropout_p=0.25, seed=3)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, expected)
+    for number in (np.float16, np.float32, np.float64):
+        y = op(**pick(t, op), scaling=number(1.5), dropout_p=number(0.25), seed=np.int64(3))
+        assert torch.equal(y, expected)
+
+
+def test_a_tensor_s_scaling_in_place_under_autocast_and_on_meta():
+    t, scaling = inputs(), torch.tensor(1.5)
+    out = t["base_out"].clone()
+    lora_add_(**pick(t, lora_add, base_out=out), scaling=scaling)
+    torch.testing.assert_close(out, lora_add(**pick(t, lora_add), scaling=1.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (lora_linear(**pick(t, lora_linear), scaling=s) for s in (scaling, 1.5))
+    assert ours.dtype == torch.bfloat16
+    assert (ours - theirs).norm() <= 2**-7 * theirs.norm()
+    meta = {n: v.to("meta") for n, v in t.items()}
+    assert lora_linear(**pick(meta, lora_linear), scaling=scaling.to("meta")).is_meta
+
+
+@BOTH
+def test_a_scaling_that_trains_is_refused_where_its_gradient_would_be_lost(op):
+    t, scaling = inputs(grad=True), torch.tensor(1.5, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(op(**pick(t, op), scaling=scaling), op(**pick(t, op), scaling=scaling))
+    with pytest.raises(ValueError, match=r"scaling: .*detach"):
+        torch.func.grad(lambda s: op(**pick(t, op), scaling=s).sum())(scaling.detach())
+    op(**pick(t, op), scaling=scaling.detach()).sum().backward()
+
+
+def test_transforms_with_a_tensor_s_scaling():
+    t = pick(inputs((5,)), lora_linear)
+    each = torch.tensor([0.5, 2.0, -1.0])
+    ours = torch.func.vmap(lambda s: lora_linear(**t, scaling=s))(each)
+    for y, scaling in zip(ours, each.tolist(), strict=True):
+        torch.testing.assert_close(y, lora_linear(**t, scaling=scaling))
+
+    def loss(b, scaling):
+        return lora_linear(**{**t, "lora_b": b}, scaling=scaling).square().sum()
+
+    gradient = torch.func.grad(loss)
+    torch.testing.assert_close(gradient(t["lora_b"], each[1]), gradient(t["lora_b"], 2.0))
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 import copy
 import pickle
 import tempfile
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,9 +17,22 @@ import lora_kernels
 from lora_kernels import fuse_peft, lora_linear, register_fused_lora, unfuse_peft
 
 peft = pytest.importorskip("peft")
+integration = pytest.importorskip("lora_kernels.integrations.peft")
+hotswap = pytest.importorskip("peft.utils.hotswap")
 gptq = pytest.importorskip("peft.tuners.lora.gptq")
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 FIRST, SECOND = "base_model.model.first", "base_model.model.second"
+
+
+@pytest.fixture(autouse=True)
+def whole(monkeypatch):
+    """Toys go through the op unless a test asks for the calls of few rows."""
+    monkeypatch.setattr(integration, "_SMALL", -1)
+
+
+@pytest.fixture
+def small(whole, monkeypatch):
+    monkeypatch.setattr(integration, "_SMALL", 1 << 14)
 
 
 class Toy(nn.Module):
@@ -303,6 +318,47 @@ def other_type(layer):
     layer.lora_dropout["default"] = nn.AlphaDropout(0.1).eval()
 
 
+def hook_b(layer):
+    layer.lora_B.default.register_full_backward_hook(lambda module, dx, dy: (dx[0] * 2,))
+
+
+def hook_dropout(layer):
+    layer.lora_dropout.default.register_full_backward_pre_hook(lambda module, dy: (dy[0] * 3,))
+
+
+def replace_forward(layer):
+    forward = layer.lora_A.default.forward
+    layer.lora_A.default.forward = lambda x: forward(x) + 1
+
+
+class Int8(Tensor):
+    """As torchao's: its own meaning of a product, other ops are refused."""
+
+    def __new__(cls, q, scale):
+        return Tensor._make_wrapper_subclass(cls, q.shape, dtype=torch.float32)
+
+    def __init__(self, q, scale):
+        self.q, self.scale = q, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].q, args[0].scale)
+        if func not in (torch.ops.aten.t.default, torch.ops.aten.addmm.default,
+                        torch.ops.aten.mm.default):  # fmt: skip
+            raise NotImplementedError(f"{func} of Int8")
+        return func(*(a.q * a.scale if isinstance(a, cls) else a for a in args))
+
+
+def quantise(layer):
+    q = torch.randint(-9, 9, (40, 24), generator=torch.Generator().manual_seed(0)).float()
+    layer.base_layer.weight = nn.Parameter(Int8(q, 0.1), requires_grad=False)
+
+
+def drop_in_place(layer):
+    layer.lora_dropout["default"] = nn.Dropout(0.0, inplace=True)
+
+
 def own_base(layer):
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -314,6 +370,8 @@ def own_base(layer):
 UNCOVERED = {
     hook_base: "hooks", hook_a: "hooks", accelerate_hook: "hooks", deepspeed: "DeepSpeed",
     parametrize: "parametrized", other_type: "AlphaDropout", own_base: "Doubled",
+    hook_b: "hooks", hook_dropout: "hooks", replace_forward: "hooks", quantise: "holds a Int8",
+    drop_in_place: "in place",
 }  # fmt: skip
 
 
@@ -323,17 +381,166 @@ def test_what_is_not_covered_stays_with_peft_at_call_time(change, late):
     model, theirs = build(lora_dropout=0.1), build(lora_dropout=0.1)
     if late:
         assert not fuse_peft(model).left
+        model(x_of())
     for each in (model, theirs):
         change(each.base_model.model.first)
     report = fuse_peft(model)
     assert list(report.left) == [FIRST]
     assert UNCOVERED[change] in report.left[FIRST]
     assert report.fused == [SECOND]
-    inner = torch.equal(model.base_model.model.first(x_of()), theirs.base_model.model.first(x_of()))
-    assert inner
+    inner, expected = (results(m.base_model.model.first, x_of()) for m in (model, theirs))
+    assert inner.keys() == expected.keys()
+    assert all(torch.equal(inner[name], expected[name]) for name in expected)
     with counted() as seen:
         model(x_of())
     assert len(seen) == 1
+
+
+def deactivate(layer):
+    layer.set_adapter([])
+
+
+def switch(layer):
+    layer.set_adapter(["other"])
+
+
+def both(layer):
+    layer.set_adapter(["default", "other"])
+
+
+def remove(layer):
+    layer.set_adapter(["other"])
+    layer.delete_adapter("default")
+
+
+def disable(layer):
+    layer.enable_adapters(False)
+
+
+def merge(layer):
+    layer.merge()
+
+
+def scale(layer):
+    layer.scale_layer(3.0)
+
+
+def trained_scaling(layer):
+    layer.scaling["default"] = nn.Parameter(torch.tensor(0.7))
+
+
+def one_element_scaling(layer):
+    layer.scaling["default"] = torch.tensor([0.7], dtype=torch.float64)
+
+
+def other_base(layer):
+    torch.manual_seed(5)
+    layer.base_layer = nn.Linear(24, 40)
+
+
+def other_weight(layer):
+    layer.lora_A.default.weight = nn.Parameter(torch.ones(3, 24))
+
+
+def other_adapter(layer):
+    torch.manual_seed(5)
+    layer.lora_A["default"], layer.lora_B["default"] = (
+        nn.Linear(24, 2, bias=False),
+        nn.Linear(2, 40),
+    )
+
+
+def bias_on_a(layer):
+    torch.manual_seed(5)
+    layer.lora_A["default"] = nn.Linear(24, 3)
+
+
+def no_dropout(layer):
+    layer.lora_dropout["default"] = nn.Dropout(1.0)
+    layer.train()
+
+
+def keep_input_dtype(layer):
+    layer.cast_input_dtype_enabled = False
+
+
+def to_double(layer):
+    layer.to(torch.float64)
+
+
+def half_base(layer):
+    layer.base_layer.to(torch.bfloat16)
+    layer.base_layer.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
+
+
+LATE = [
+    *UNCOVERED, deactivate, switch, both, remove, disable, merge, scale, trained_scaling,
+    one_element_scaling, other_base, other_weight, other_adapter, bias_on_a, no_dropout,
+    keep_input_dtype, to_double, half_base,
+]  # fmt: skip
+
+
+def assert_layers_equal(ours, theirs, x):
+    ours, theirs = results(ours, x), results(theirs, x)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.dtype, name
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", LATE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("limit", [-1, 1 << 14])
+def test_what_changes_after_fusing_is_seen_by_the_next_call(change, limit, monkeypatch):
+    monkeypatch.setattr(integration, "_SMALL", limit)
+    theirs = build(adapters=("default", "other"), lora_bias=change is merge)
+    ours = copy.deepcopy(theirs)
+    fuse_peft(ours)
+    ours, theirs = (model.base_model.model.first for model in (ours, theirs))
+    assert_layers_equal(ours, theirs, x_of())
+    for layer in (ours, theirs):
+        change(layer)
+    x = x_of(dtype=ours.base_layer.weight.dtype if change is to_double else torch.float32)
+    assert_layers_equal(ours, theirs, x)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("base", [
+    Toy, lambda: Toy(Conv1D(17, 40)), lambda: Toy().to(torch.bfloat16),
+], ids=["linear", "conv1d", "bf16"])  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {}, {"lora_dropout": 0.4}, {"lora_bias": True, "use_rslora": True},
+])  # fmt: skip
+@pytest.mark.parametrize("autocast", [False, True])
+def test_calls_of_few_rows_are_peft_s_bit_for_bit(base, options, autocast):
+    theirs = build(base(), adapters=("default", "other"), **options).train()
+    theirs.base_model.set_adapter(["default", "other"])
+    ours = copy.deepcopy(theirs)
+    fuse_peft(ours)
+    dtype = theirs.base_model.model.first.base_layer.weight.dtype
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), counted() as seen:
+        torch.manual_seed(1)
+        expected = results(theirs, x_of(3, dtype))
+        torch.manual_seed(1)
+        got = results(ours, x_of(3, dtype))
+        assert not seen
+        ours(x_of(1000, dtype))
+        assert len(seen) == 4
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("small")
+def test_calls_of_few_rows_are_the_op_where_a_graph_is_kept():
+    model, seen = build(), []
+    fuse_peft(model)
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x_of(1)), model(x_of(1)))
+    assert sum("lora_kernels" in target for target in seen) == 2
 
 
 def test_variants_and_other_layers_stay_with_peft():
@@ -409,6 +616,214 @@ def test_registered_layers_are_built_fused(base):
     assert torch.equal(model(x_of()), plain(x_of()))
     assert (y - plain(x_of())).norm() <= 1e-6 * y.norm()
     assert options.fan_in_fan_out == plain.peft_config["default"].fan_in_fan_out
+
+
+GLOBAL_HOOKS = {
+    "register_module_forward_pre_hook": lambda module, args: None,
+    "register_module_forward_hook": lambda module, args, y: None,
+    "register_module_full_backward_pre_hook": lambda module, dy: None,
+    "register_module_full_backward_hook": lambda module, dx, dy: None,
+}
+
+
+@pytest.mark.parametrize("register", GLOBAL_HOOKS)
+@pytest.mark.parametrize("limit", [-1, 1 << 14])
+def test_hooks_on_every_module_see_peft_s_submodules(register, limit, monkeypatch):
+    monkeypatch.setattr(integration, "_SMALL", limit)
+    counts = []
+    for fuse in (False, True):
+        model, seen = build(lora_dropout=0.1), []
+        if fuse:
+            fuse_peft(model)
+
+        def hook(module, *args, seen=seen):
+            seen.append(module)
+            return GLOBAL_HOOKS[register](module, *args)
+
+        handle = getattr(nn.modules.module, register)(hook)
+        try:
+            results(model, x_of())
+        finally:
+            handle.remove()
+        counts.append(len(seen))
+    assert counts[0] == counts[1] > 6
+
+
+def test_names_of_fused_classes():
+    model, theirs = build(), build()
+    fuse_peft(model)
+    layer = model.base_model.model.first
+    assert repr(model) == repr(theirs)
+    assert repr(layer).startswith("lora.Linear(")
+    assert f"{type(layer).__module__}.{type(layer).__qualname__}" == (
+        "lora_kernels.integrations.peft.FusedLinear"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_is_that_of_peft_s_layers():
+    model, theirs = (build().requires_grad_(False) for _ in range(2))
+    fuse_peft(model)
+    ours, theirs = (torch.jit.trace(m, x_of(3).detach()) for m in (model, theirs))
+    x = x_of(7).detach()
+    assert torch.equal(ours(x), theirs(x))
+
+
+def swap(model, folder, rank=4):
+    """Another adapter, saved and hot-swapped in."""
+    torch.manual_seed(9)
+    other = peft.get_peft_model(Toy(), config(r=rank, lora_alpha=7))
+    other.save_pretrained(folder)
+    hotswap.hotswap_adapter(model, str(folder), adapter_name="default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensor_scaling_of_hot_swapped_adapters(dtype, tmp_path):
+    model = build(Toy().to(dtype))
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert isinstance(model.base_model.model.first.scaling["default"], Tensor)
+    for turn in range(2):
+        rounded = copy.deepcopy(model).to(dtype)
+        theirs = results(rounded, x_of(dtype=dtype))
+        truth = results(copy.deepcopy(model).double(), x_of(dtype=dtype).double())
+        theirs = {n: v.to(truth[n]) if n not in ("x", "y") else v for n, v in theirs.items()}
+        fuse_peft(model)
+        with counted() as seen:
+            ours = results(model, x_of(dtype=dtype))
+        assert sum("backward" not in name for name in seen) == 2
+        ours = {n: v.to(theirs[n].dtype) for n, v in ours.items()}
+        assert_as_good(ours, theirs, truth, dtype)
+        if turn == 0:
+            swap(model, tmp_path)
+
+
+def test_one_compiled_graph_for_all_hot_swapped_adapters(tmp_path):
+    torch.compiler.reset()
+    model = build()
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    fuse_peft(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for rank in (4, 2, 8):
+            swap(model, tmp_path / str(rank), rank)
+            expected = copy.deepcopy(model)
+            unfuse_peft(expected)
+            torch.testing.assert_close(compiled(x_of()), expected(x_of()))
+    assert counter.frame_count == 1
+
+
+def test_a_scaling_tensor_elsewhere_is_peft_s():
+    model = build()
+    fuse_peft(model)
+    layer = model.base_model.model.first
+    layer.scaling["default"] = torch.tensor(2.0, device="meta")
+    assert not integration._takes(layer.scaling["default"], x_of())
+    assert integration._takes(torch.tensor(2.0), x_of())
+    assert integration._takes(2.0, x_of())
+
+
+class Lossy(Quantised):
+    """A quantised base whose backward does what `mode` says."""
+
+    def __init__(self, K, N, mode):
+        super().__init__(K, N)
+        self.mode, self.calls = mode, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.mode == "raises":
+            y = super().forward(x)
+            y.register_hook(lambda dy: 1 / 0)
+            return y
+        if self.mode == "random":
+            torch.rand(3)
+        if self.mode == "detached":
+            x = x.detach()
+        if self.mode == "zero":
+            return super().forward(x.detach()) + 0 * x.sum()
+        if self.mode == "wrong":
+            return super().forward(x.detach()) + (x - x.detach()).mean(-1, keepdim=True)
+        if self.mode == "rounded":  # 4 bits, straight through
+            step = x.abs().amax().detach() / 7
+            x = x + ((x / step).round() * step - x).detach()
+        return super().forward(x)
+
+
+def lossy(mode, first=None):
+    options = config()
+    options._register_custom_module({Lossy: gptq.GPTQLoraLinear})
+    torch.manual_seed(0)
+    base = Toy(Lossy(40, 17, mode))
+    return peft.get_peft_model(base, options)
+
+
+@pytest.mark.parametrize("mode", ["detached", "zero", "wrong"])
+def test_a_base_without_a_gradient_is_named_once(mode):
+    model = lossy(mode)
+    state = torch.get_rng_state()
+    report = fuse_peft(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert report.fused == [FIRST, SECOND]
+    assert list(report.no_gradient) == [SECOND]
+    assert "Lossy" in report.no_gradient[SECOND]
+    assert f"no gradient through {SECOND}: its base" in str(report)
+    layer = model.base_model.model.second
+    assert layer.base_layer.calls == 0
+    assert all(p.grad is None for p in model.parameters())
+    model = pickle.loads(pickle.dumps(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            model(x_of())
+        model.base_model.model.second(torch.randn(2, 40))  # nothing before it trains
+    with pytest.warns(UserWarning, match=rf"{SECOND}: its base .*before this layer"):
+        model(x_of())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x_of())
+    unfuse_peft(model)
+    assert (
+        vars(model.base_model.model.second).keys()
+        == vars(lossy(mode).base_model.model.second).keys()
+    )
+
+
+@pytest.mark.parametrize("mode", ["right", "rounded", "random", "raises"])
+def test_a_base_with_a_gradient_is_not_named(mode):
+    model = lossy(mode)
+    state = torch.get_rng_state()
+    report = fuse_peft(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not report.no_gradient
+    assert "no gradient" not in str(report)
+
+
+def test_a_base_that_cannot_be_tried_is_left_alone():
+    hooked, odd = lossy("detached"), lossy("right")
+    hooked.base_model.model.second.base_layer.register_forward_hook(lambda *args: None)
+    odd.base_model.model.second.base_layer.forward = None
+    for model in (hooked, odd, lossy("detached").to("meta")):
+        assert not fuse_peft(model).no_gradient
+
+
+def test_weights_of_other_types_are_tried_too():
+    model = build()
+    quantise(model.base_model.model.first)
+    own_base(model.base_model.model.second)
+    report = fuse_peft(model)
+    assert "Int8" in report.left[FIRST]
+    assert not report.no_gradient
+
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    model.base_model.model.second.base_layer.__class__ = Detached
+    report = fuse_peft(model)
+    assert list(report.no_gradient) == [SECOND]
+    with pytest.warns(UserWarning, match=SECOND):
+        model(x_of())
 
 
 def test_the_supported_range_of_versions():

@@ -140,6 +140,12 @@ def test_from_linear_refuses_what_it_would_change(linear, kind, message):
         ({"rank": True}, ValueError, "rank: .* got True"),
         ({"alpha": math.nan}, ValueError, "alpha: expected a finite number or None, got nan"),
         ({"alpha": math.inf}, ValueError, "alpha: .* got inf"),
+        ({"alpha": 0}, ValueError, "alpha: expected a number other than 0 or None, got 0"),
+        ({"alpha": "16"}, TypeError, "alpha: expected a number or None, got '16'"),
+        ({"alpha": True}, ValueError, "alpha: .* got True"),
+        ({"rank": "8"}, TypeError, "rank: expected an integer of at least 1, got '8'"),
+        ({"rank": torch.ones(1)}, TypeError, "rank: .* got tensor"),
+        ({"dropout": None}, TypeError, "dropout: .* got None"),
         ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, ValueError, "dropout: .* got -0.1"),
         ({"dropout": math.nan}, ValueError, "dropout: .* got nan"),
@@ -158,7 +164,7 @@ def test_bad_arguments_are_named(options, kind, message):
 
 
 def test_bad_bases_and_inits_are_named():
-    with pytest.raises(ValueError, match="init: got 'svd', legal values are kaiming, pissa"):
+    with pytest.raises(ValueError, match="init: got 'svd', legal values are kaiming, pi"):
         FusedLoRALinear.from_linear(nn.Linear(K, N), R, init="svd")
     with pytest.raises(ValueError, match=r"rank: 'pissa' takes at most min\(N, K\) = 24, got 25"):
         FusedLoRALinear.from_linear(nn.Linear(K, N), 25, init="pissa")
@@ -168,8 +174,10 @@ def test_bad_bases_and_inits_are_named():
         FusedLoRALinear.from_linear(nn.Linear(K, N, device="meta"), R, init="pissa")
     integer = nn.Linear(K, N, bias=False)
     integer.weight = nn.Parameter(torch.ones(N, K, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"weight: expected a floating dtype, got torch\.int8"):
+    with pytest.raises(ValueError, match=r"linear: its weight is torch\.int8; .* of float16, b"):
         FusedLoRALinear.from_linear(integer, R)
+    with pytest.raises(TypeError, match=r"weight: is torch\.complex64"):
+        FusedLoRALinear(K, N, R, dtype=torch.complex64, device="meta")
 
 
 def test_fp32_adapters_on_an_fp64_base_are_refused():
@@ -204,12 +212,24 @@ def test_extra_repr():
 # ------------------------------------------------------------------------ forward, backward
 
 
-@pytest.mark.parametrize("adapter", [None, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, torch.float32), (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32), (torch.float64, torch.float64),
+    ],
+)  # fmt: skip
+def test_adapters_beside_16_bits_are_fp32_unless_asked_otherwise(dtype, expected):
+    layers = [make(dtype=dtype), FusedLoRALinear.from_linear(nn.Linear(K, N, dtype=dtype), R)]
+    assert {p.dtype for layer in layers for p in (layer.lora_A, layer.lora_B)} == {expected}
+    assert make(dtype=dtype, adapter_dtype=dtype).lora_A.dtype == dtype
+
+
+@pytest.mark.parametrize("master", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_output_and_gradients_against_fp64(dtype, adapter):
+def test_output_and_gradients_against_fp64(dtype, master):
     """The accuracy rule: at most twice the error of unfused torch, plus the dtype's eps."""
-    layer = make(dtype=dtype, adapter_dtype=adapter)
-    assert layer.lora_A.dtype == layer.lora_B.dtype == (adapter or dtype)
+    layer = make(dtype=dtype, adapter_dtype=torch.float32 if master else dtype)
     grad_out = torch.randn(3, 5, N, generator=torch.Generator().manual_seed(1)).to(dtype)
     given = [layer.weight, layer.bias, layer.lora_A, layer.lora_B]
 

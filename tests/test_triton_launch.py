@@ -25,7 +25,7 @@ TENSORS = tuple(
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)
     if offset % dtype.itemsize == 0
 )
-CONSTANTS = {"R": 16, "RANKS": 1, "BM": 64, "BN": 64, "DROP": 0, "PRECISION": "ieee"}
+CONSTANTS = {"R": 16, "RANKS": 1, "BM": 64, "BN": 64, "DROP": 0, "HIGH": 1.0, "PRECISION": "ieee"}
 
 bind = create_function_from_signature(
     expand_kernel.signature, expand_kernel.params, make_backend(GPUTarget("cuda", 90, 32))

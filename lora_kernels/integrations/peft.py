@@ -7,6 +7,7 @@ Works with PEFT 0.20 to 0.21.
 """
 
 import copy
+import warnings
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -15,8 +16,11 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import targets
@@ -29,7 +33,14 @@ _QUANTISED = (
     "Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear",
     "EetqLoraLinear", "HqqLoraLinear", "IncLoraLinear", "TorchaoLoraLinear",
 )  # fmt: skip
+_BASES = (nn.Linear, Conv1D)
 _HALF = (torch.float16, torch.bfloat16)
+# Tensors that the op reads as PEFT's products do; to another subclass a product may be anything.
+_PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+# On the CPU an x of no more elements costs less than the work of the host that the op is for it.
+_SMALL = 1 << 14
+_LINEAR, _DROPOUTS = (nn.Linear,), (nn.Dropout, nn.Identity)
+_WARNING = "_lost_gradient"  # the attribute that holds what a layer has to say once
 
 
 @dataclass
@@ -37,11 +48,14 @@ class PeftReport:
     """What `fuse_peft` found: names of the layers that run fused, the others with the reason.
 
     `rounded` are the fused layers whose fp32 adapters are rounded to the base's 16 bits at use.
+    `no_gradient` are the layers whose base does not pass the gradient on to its input, with what
+    was found: fused or left to PEFT, whatever lies before them trains wrongly.
     """
 
     fused: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
+    no_gradient: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"fused {len(self.fused)} layers: {targets.summary(self.fused)}"]
@@ -51,6 +65,7 @@ class PeftReport:
                 f" {len(self.rounded)} layers (exact=True leaves them to PEFT)"
             )
         lines += [f"left to PEFT {name}: {reason}" for name, reason in self.left.items()]
+        lines += [f"no gradient through {name}: {why}" for name, why in self.no_gradient.items()]
         return "\n".join(lines)
 
 
@@ -61,8 +76,12 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
     `get_peft_model_state_dict` go on working. Several, disabled and merged adapters, dropout,
     rsLoRA, `lora_bias`, autocast and `adapter_names` mean what they mean in PEFT. Quantised bases
     keep their own GEMM. What the op does not cover when a layer is called (DoRA and other variants,
-    hooks, parametrizations, sharded weights, submodules of other types) is computed by PEFT. Call
-    it again for layers that PEFT makes later.
+    hooks, parametrizations, sharded weights, submodules and tensors of other types,
+    `torch.jit.trace`) is computed by PEFT; so, in effect, are calls of few rows on the CPU, for
+    which the layer makes PEFT's own torch calls. Call it again for layers that PEFT makes later.
+
+    A base that is not a plain dense layer is tried with two rows, on a copy: where the gradient of
+    its input is lost, the report names the layer, and the first call that needs it warns.
 
     Args:
         peft_model: a PeftModel or any module that holds PEFT's LoRA layers.
@@ -83,6 +102,9 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
         if not isinstance(layer, LoraLayer):
             continue
         reason = _fuse(layer, exact)
+        if isinstance(layer, _Fused) and (lost := _lost_gradient(layer)) is not None:
+            report.no_gradient[name] = lost
+            layer.__dict__[_WARNING] = f"{name}: {lost}"
         if reason is not None:
             report.left[name] = reason
             continue
@@ -98,6 +120,7 @@ def unfuse_peft(peft_model: nn.Module) -> None:
     for layer in peft_model.modules():
         if isinstance(layer, _Fused):
             layer.__class__ = layer.peft_class
+            layer.__dict__.pop(_WARNING, None)
 
 
 def register_fused_lora(config: LoraConfig, *, exact: bool = False) -> LoraConfig:
@@ -143,51 +166,95 @@ class _Fused:
     """Mixed in before a PEFT layer class."""
 
     peft_class: type[LoraLayer]
+    dense: bool
     exact: bool
 
     def __reduce_ex__(self, protocol: int):
         return _empty, (self.peft_class, self.exact), self.__getstate__()
 
+    def _get_name(self) -> str:
+        return self.peft_class.__name__
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapters = _active(self)
+        # What decides is read anew in every call, so nothing can change unnoticed; submodules are
+        # taken from `_modules` because nn.Module's own access to them is slow.
+        if _WARNING in self.__dict__:
+            self._warn(x)
         if (
             args
-            or any(value is not None for value in kwargs.values())
-            or self.disable_adapters
-            or self.merged
-            or not adapters
-            or _global_hooks()
-            or not isinstance(x, Tensor)
-            or self._structure() is not None
-            or (y := self._fused_forward(x, adapters)) is None
+            or (kwargs and any(value is not None for value in kwargs.values()))
+            or self._disable_adapters
+            or self.merged_adapters
+            or type(x) not in _PLAIN
+            or _has_any_global_hook()
+            or torch.jit.is_tracing()
+            or not (adapters := _active(self))
+            or self._structure(adapters) is not None
         ):
             return super().forward(x, *args, **kwargs)
-        return y
+        if x.numel() <= _SMALL and x.is_cpu and not torch.compiler.is_compiling():
+            return self._small_forward(x, adapters)
+        y = self._fused_forward(x, adapters)
+        return super().forward(x, **kwargs) if y is None else y
+
+    def _warn(self, x: Tensor) -> None:
+        """In the first call in which the lost gradient of x is one that is needed."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if isinstance(x, Tensor) and x.requires_grad:
+            warnings.warn(
+                f"{self.__dict__.pop(_WARNING)}; what lies before this layer trains wrongly",
+                stacklevel=5,
+            )
+
+    def _small_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
+        """PEFT's own calls of torch, bit for bit, without those of nn.Module."""
+        modules = self._modules
+        base = modules["base_layer"]
+        if type(base) is nn.Linear and self.dense:
+            y = F.linear(x, base._parameters["weight"], base._parameters["bias"])
+        else:
+            y = base(x)
+        dtype = y.dtype
+        for name in adapters:
+            weight = modules["lora_A"]._modules[name]._parameters["weight"]
+            B, dropout = (modules[key]._modules[name] for key in ("lora_B", "lora_dropout"))
+            if x.dtype != weight.dtype:
+                x = x.to(weight.dtype)
+            dropped = x
+            if dropout.training and type(dropout) is nn.Dropout:
+                dropped = F.dropout(x, dropout.p, True, dropout.inplace)
+            low = F.linear(dropped, weight)
+            branch = F.linear(low, B._parameters["weight"], B._parameters["bias"])
+            y = y + branch * self.scaling[name]
+        return y if y.dtype == dtype else y.to(dtype)
 
     def _fused_forward(self, x: Tensor, adapters: list[str]) -> Tensor | None:
-        """None where the dtypes at hand are not the op's."""
-        if is_traceable_wrapper_subclass(x):
-            return None
-        base, dense = self.base_layer, self.peft_class.__name__ == _DENSE
+        """None where the dtypes at hand, or the scaling, are not the op's."""
+        base, lora_A, lora_B, dropouts = (
+            self._modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
+        )
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if autocast and x.dtype == torch.float64:
             return None
-        if dense and base.weight.dtype != x.dtype and not autocast:
+        if self.dense and base.weight.dtype != x.dtype and not autocast:
             return None
         for name in adapters:
-            low = self.lora_A[name].weight.dtype
+            low = lora_A[name].weight.dtype
             rounded = low == torch.float32 and dtype in _HALF
             if not (low == dtype or autocast or (rounded and not self.exact)):
                 return None
+            if not _takes(self.scaling[name], x):
+                return None
         y = None
-        if not dense:
+        if not self.dense:
             y = base(x)
             if y.dtype != dtype or y.shape[:-1] != x.shape[:-1]:
                 return None
         for name in adapters:
-            A, B, scaling = self.lora_A[name].weight, self.lora_B[name], self.scaling[name]
-            dropout = self.lora_dropout[name]
+            A, B, scaling = lora_A[name].weight, lora_B[name], self.scaling[name]
+            dropout = dropouts[name]
             p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
             bias = None if B.bias is None else B.bias * scaling
             options = {"scaling": scaling, "dropout_p": p}
@@ -205,38 +272,49 @@ class _Fused:
 
     def objection(self) -> str | None:
         """Why PEFT computes this layer as it is now; None where the op does."""
-        reason = self._structure()
-        if reason is None and self.exact and any(_mixes(self, name) for name in _active(self)):
+        adapters = _active(self)
+        reason = self._structure(adapters)
+        if reason is None and self.exact and any(_mixes(self, name) for name in adapters):
             return "fp32 adapters on a 16-bit base with exact=True (fused under autocast only)"
         return reason
 
-    def _structure(self) -> str | None:
+    def _structure(self, adapters: list[str]) -> str | None:
         """What stands against the op in the modules and parameters that are active."""
-        types = (nn.Linear, Conv1D) if self.peft_class.__name__ == _DENSE else None
-        reason = _module_objection(self.base_layer, "base_layer", types)
-        if reason is None and not self.cast_input_dtype_enabled:
+        base, lora_A, lora_B, dropouts = (
+            self._modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
+        )
+        if reason := _module_objection(base, _BASES if self.dense else None, "base_layer"):
+            return reason
+        if not self.cast_input_dtype_enabled:
             return "casting of inputs is disabled (disable_input_dtype_casting)"
-        for name in _active(self):
-            if reason is not None:
-                break
+        for name in adapters:
             if name in self.lora_variant:
                 return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
-            A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+            A, B = lora_A._modules[name], lora_B._modules[name]
+            dropout = dropouts._modules[name]
             reason = (
-                _module_objection(A, f"lora_A.{name}", (nn.Linear,))
-                or _module_objection(B, f"lora_B.{name}", (nn.Linear,))
-                or _module_objection(dropout, f"lora_dropout.{name}", (nn.Dropout, nn.Identity))
+                _module_objection(A, _LINEAR, "lora_A", name)
+                or _module_objection(B, _LINEAR, "lora_B", name)
+                or _module_objection(dropout, _DROPOUTS, "lora_dropout", name)
             )
-            if reason is None and type(dropout) is nn.Dropout and dropout.p >= 1:
-                return f"lora_dropout.{name} drops everything"
-            if reason is None and (A.bias is not None or A.weight.dtype != B.weight.dtype):
+            if reason is not None:
+                return reason
+            if type(dropout) is nn.Dropout and (dropout.p >= 1 or dropout.inplace):
+                return f"lora_dropout.{name} drops everything, or in place"
+            if (
+                A._parameters["bias"] is not None
+                or A._parameters["weight"].dtype != B._parameters["weight"].dtype
+            ):
                 return f"adapter {name!r} has a bias on lora_A or halves of two dtypes"
-        return reason
+        return None
 
 
 @cache
 def _fused_class(cls: type[LoraLayer], exact: bool) -> type[LoraLayer]:
-    members = {"peft_class": cls, "exact": exact, "__doc__": _Fused.__doc__}
+    members = {
+        "peft_class": cls, "dense": cls.__name__ == _DENSE, "exact": exact,
+        "__doc__": _Fused.__doc__, "__module__": __name__,
+    }  # fmt: skip
     return type(f"Fused{cls.__name__}", (_Fused, cls), members)
 
 
@@ -247,7 +325,18 @@ def _empty(cls: type[LoraLayer], exact: bool) -> LoraLayer:
 
 
 def _active(layer: LoraLayer) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+    active, there = layer._active_adapter, layer._modules["lora_A"]._modules
+    return [name for name in ((active,) if isinstance(active, str) else active) if name in there]
+
+
+def _takes(scaling: object, x: Tensor) -> bool:
+    """Whether the op takes this scaling; a tensor elsewhere, or one that trains, is PEFT's."""
+    return not isinstance(scaling, Tensor) or (
+        scaling.dim() == 0
+        and scaling.is_floating_point()
+        and scaling.device == x.device
+        and not (scaling.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def _mixes(layer: LoraLayer, adapter: str) -> bool:
@@ -258,12 +347,13 @@ def _mixes(layer: LoraLayer, adapter: str) -> bool:
 
 
 def _module_objection(
-    module: nn.Module, name: str, types: tuple[type[nn.Module], ...] | None
+    module: nn.Module, types: tuple[type[nn.Module], ...] | None, *path: str
 ) -> str | None:
     """What a call of this submodule would do beside its computation; None for `types` is any."""
     if types is not None and type(module) not in types:
         kind = "parametrized" if is_parametrized(module) else type(module).__name__
-        return f"{name} is {kind}, not exactly {' or '.join(t.__name__ for t in types)}"
+        legal = " or ".join(t.__name__ for t in types)
+        return f"{'.'.join(path)} is {kind}, not exactly {legal}"
     if (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -272,18 +362,62 @@ def _module_objection(
         or "_hf_hook" in module.__dict__
         or "forward" in module.__dict__
     ):
-        return f"{name} carries hooks"
+        return f"{'.'.join(path)} carries hooks"
     for parameter in module._parameters.values():
         if parameter is None:
             continue
         if hasattr(parameter, "ds_id"):
-            return f"{name} is sharded by DeepSpeed (ds_id)"
-        if types is not None and is_traceable_wrapper_subclass(parameter):
-            return f"{name} holds a {type(parameter).__name__}"
+            return f"{'.'.join(path)} is sharded by DeepSpeed (ds_id)"
+        if types is not None and type(parameter) not in _PLAIN:
+            return f"{'.'.join(path)} holds a {type(parameter).__name__}"
     return None
 
 
-def _global_hooks() -> bool:
-    """Hooks on every module's call, which the fused layer's submodules would miss."""
-    hooks = torch.nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+def _lost_gradient(layer: _Fused) -> str | None:
+    """What is wrong with the gradient that the base gives its input; None where nothing is, or
+    where it cannot be tried."""
+    base = layer.base_layer
+    quantised = not layer.dense or _module_objection(base, (type(base),), "base_layer") is not None
+    if type(base) in _BASES and not quantised:
+        return None
+    tensors = [*base.parameters(), *base.buffers()]
+    if _module_objection(base, None, "base_layer") or any(t.is_meta for t in tensors):
+        return None
+    own = [t.dtype for t in tensors if t.is_floating_point()]
+    for dtype in dict.fromkeys((*own, layer.lora_A[next(iter(layer.lora_A))].weight.dtype, *_HALF)):
+        try:
+            return _try_gradient(base, layer.in_features, tensors[0].device, dtype, quantised)
+        except Exception:  # whatever a foreign layer raises where it does not take this dtype
+            continue
+    return None
+
+
+def _try_gradient(
+    base: nn.Module, width: int, device: torch.device, dtype: torch.dtype, linear: bool
+) -> str | None:
+    """For a linear y = f(x), d = (f(x) - f(-x)) / 2 and dx the gradient of x for dy = d: dx x = d d
+    in every row. A copy is called: quantised layers move and cast what they hold when called."""
+    base = copy.deepcopy(base)
+    x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    devices = [] if device.type == "cpu" else [device]
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+    ):
+        x.requires_grad_()
+        y = base.forward(x)
+        d = ((y - base.forward(-x)) / 2).detach()
+        expected = d.double().square().sum(-1)
+        if not (expected > 0).all():
+            return None
+        (dx,) = torch.autograd.grad(y, x, d, allow_unused=True) if y.requires_grad else (None,)
+    held = {type(p).__name__ for p in base.parameters() if type(p) not in _PLAIN}
+    what = f"its base ({', '.join([type(base).__name__, *sorted(held)])})"
+    if dx is None or not dx.any():
+        return f"{what} passes no gradient on to its input"
+    share = (dx * x).detach().double().sum(-1) / expected
+    if linear and not ((share > 0.5) & (share < 2)).all():
+        return f"{what} passes a wrong gradient on to its input"
+    return None

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 Criterion = Callable[[Any, Any], Tensor] | None
 Count = Callable[[Any], int] | None
@@ -54,18 +55,25 @@ def place(
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device; mappings become dicts, sequences tuples."""
+    """The batch with its tensors on a device; mappings become dicts, sequences tuples, named
+    tuples and packed sequences stay such."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, PackedSequence):
+        return batch.to(device, non_blocking=True)
     if isinstance(batch, (tuple, list)):
-        return tuple(to_device(value, device) for value in batch)
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)
     return batch
 
 
 def batch_size(batch: Any) -> int:
-    """The first dimension of the batch's first tensor, targets before inputs."""
+    """The first dimension of the batch's first tensor, targets before inputs; the sequences of a
+    packed one."""
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
     if isinstance(batch, Mapping):
@@ -80,6 +88,14 @@ def batch_size(batch: Any) -> int:
     )
 
 
+def token_count(batch: Any) -> int:
+    """Token ids among a batch's inputs, padding included; 0 for other data."""
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
 def weigh(batch: Any, count: Count) -> float:
     """What a batch counts for in a mean."""
     weight = float(batch_size(batch) if count is None else count(batch))
@@ -92,10 +108,10 @@ def forward_loss(model: nn.Module, batch: Any, criterion: Criterion) -> tuple[Te
     """(loss [], prediction, targets) of a batch.
 
     A mapping goes to the model by keyword, without its "labels" where a criterion takes them. Of
-    (inputs, targets), inputs may be a tensor, a tuple of arguments or a mapping; without a
-    criterion the targets go to the model as `labels`, as Transformers' models take them. The
-    criterion gets the output's logits where there are any, the first element of a tuple, otherwise
-    the output itself.
+    (inputs, targets), inputs may be a tensor, a packed sequence, a tuple of arguments or a mapping;
+    without a criterion the targets go to the model as `labels`, as Transformers' models take them.
+    The criterion gets the output's logits where there are any, the first element of a tuple,
+    otherwise the output itself.
     """
     if isinstance(batch, Mapping):
         inputs, targets = dict(batch), batch.get(_LABELS)
@@ -112,7 +128,7 @@ def forward_loss(model: nn.Module, batch: Any, criterion: Criterion) -> tuple[Te
         extra = {} if criterion is not None else {_LABELS: targets}
         if isinstance(inputs, Mapping):
             output = model(**inputs, **extra)
-        elif isinstance(inputs, (tuple, list)):
+        elif _is_sequence(inputs):
             output = model(*inputs, **extra)
         else:
             output = model(inputs, **extra)
@@ -134,7 +150,12 @@ def _prediction(output: Any) -> Any:
         return output["logits"]
     if getattr(output, "logits", None) is not None:
         return output.logits
-    return output[0] if isinstance(output, (tuple, list)) else output
+    return output[0] if _is_sequence(output) else output
+
+
+def _is_sequence(value: Any) -> bool:
+    """Of several things: a packed sequence, a tuple to Python, is one."""
+    return isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence)
 
 
 def _own_loss(output: Any) -> Tensor:

@@ -42,9 +42,7 @@ def evaluate_model(
         TypeError: a batch of another form.
     """
     batches.check_arguments(model, criterion, autocast_dtype)
-    metrics = dict(metrics or {})
-    if "loss" in metrics:
-        raise ValueError("metrics: 'loss' is the criterion's own name, choose another")
+    metrics = check_metrics(metrics)
     device = batches.place(model, device)
     values: dict[str, list[Tensor]] = {name: [] for name in ("loss", *metrics)}
     weights = []
@@ -69,6 +67,15 @@ def evaluate_model(
         name: sum(w * float(v) for w, v in zip(weights, of_name, strict=True) if w) / total
         for name, of_name in values.items()
     }
+
+
+def check_metrics(metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
+    metrics = dict(metrics or {})
+    if "loss" in metrics:
+        raise ValueError("metrics: 'loss' is the criterion's own name, choose another")
+    if "step" in metrics:
+        raise ValueError("metrics: 'step' is what History calls the step, choose another")
+    return metrics
 
 
 def _scalar(name: str, value: float | Tensor) -> Tensor:

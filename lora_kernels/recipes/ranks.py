@@ -1,6 +1,5 @@
 """`adjust_rank`: another rank for every adapter, by measured loss."""
 
-import copy
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -10,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters import require_layers, saved_tensors
+from lora_kernels.adapters import require_layers
 from lora_kernels.layer import LoRALayer
 from lora_kernels.rank import allocate_ranks, refactor, spectrum, widen
 from lora_kernels.recipes.batches import Criterion
 from lora_kernels.recipes.evaluation import evaluate_model
+from lora_kernels.recipes.stepping import needs_closure
 from lora_kernels.recipes.training import History, train_model
+from lora_kernels.recipes.undo import Undo
 
 _SHARED = ("count", "autocast_dtype", "progress")
-_REFUSED = ("checkpoint", "checkpoint_every", "resume_from")
+_REFUSED = ("checkpoint", "checkpoint_every", "resume_from", "callbacks")
+_EVALUATING = ("eval_every", "metrics", "keep_best")
 # A, B and the kept energy of a layer.
 _New = tuple[Tensor, Tensor, float]
 
@@ -96,6 +98,11 @@ def adjust_rank(
     place of the old ones, in the same groups with the same options; their state starts anew and
     that of every other parameter stays.
 
+    Each rank is all or nothing. Whatever stops the call, an error, an interrupt or memory running
+    out, undoes the rank it was at, with the training for it: ranks, factors, scaling, optimizer and
+    scheduler are those of the last rank completed, before the first one those of the call. That
+    takes a copy of adapters and optimizer state.
+
     Args:
         model, train_loader, criterion, optimizer: as in `train_model`.
         k_initial: the rank the adapters have. With `per_layer` their mean, rounded up, weighted by
@@ -109,18 +116,23 @@ def adjust_rank(
             share it so as to keep the most energy (`rank.allocate_ranks`).
         eval_loader: what losses are measured on by `evaluate_model`; the train_loader by default.
         epochs: of training after each step; 0 only compresses.
-        training: other options of `train_model`, but for checkpoints and resuming; `max_steps`
-            counts anew in each step.
+        training: other options of `train_model`, but for checkpoints, resuming and callbacks;
+            `max_steps` counts anew in each step.
 
     Returns:
         `RankReport`, with ranks and kept energy per layer and the losses of each step.
 
     Raises:
-        ValueError: no LoRA layer, a rank that is not the model's or out of range, a merged layer.
+        ValueError: no LoRA layer, a rank that is not the model's or out of range, a layer that is
+            merged, or whose lora_A or lora_B is pruned, parametrized or offloaded.
         FloatingPointError: from `train_model`.
     """
     layers = dict(require_layers(model))
-    path = _check(layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, training)
+    path = _check(
+        layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, optimizer, training
+    )
+    if any(name in training for name in _EVALUATING):
+        training = training | {"eval_loader": eval_loader}
     # Checks the other arguments and moves the model, before any rank has changed.
     quiet = training | {"progress": False}
     train_model(model, train_loader, criterion, optimizer, epochs=0, **quiet)
@@ -136,25 +148,28 @@ def adjust_rank(
     # The smallest rank that no loss has ruled out.
     goal = k_final
     while (k := _next_rank(path, report.rank, goal, k_final)) is not None:
-        undo = None
-        if tolerance is not None:
-            undo = _Undo(model, layers, optimizer, training.get("scheduler"))
         down = k < report.rank
-        new = _compress(layers, k, per_layer) if down else _widen(layers, k)
-        _apply(layers, new, optimizer, original_base=down)
-        refactored = measure()
-        history = train_model(model, train_loader, criterion, optimizer, epochs=epochs, **training)
-        loss = measure() if len(history) else refactored
-        accepted = undo is None or loss <= limit
-        energy = {name: kept for name, (_, _, kept) in new.items()}
-        report.steps.append(
-            RankStep(k, _ranks(layers), energy, report.loss, refactored, loss, accepted, history)
-        )
-        if accepted:
-            report.rank, report.ranks, report.loss = k, _ranks(layers), loss
-        else:
-            undo()
-            goal = k + 1
+        weights = [layer.weight for layer in layers.values() if down and layer.pissa_A is not None]
+        with Undo(model, optimizer, training.get("scheduler"), weights) as undo:
+            new = _compress(layers, k, per_layer) if down else _widen(layers, k)
+            _apply(layers, new, optimizer, original_base=down)
+            refactored = measure()
+            history = train_model(
+                model, train_loader, criterion, optimizer, epochs=epochs, **training
+            )
+            loss = measure() if len(history) else refactored
+            accepted = tolerance is None or loss <= limit
+            energy = {name: kept for name, (_, _, kept) in new.items()}
+            report.steps.append(
+                RankStep(
+                    k, _ranks(layers), energy, report.loss, refactored, loss, accepted, history
+                )
+            )
+            if accepted:
+                report.rank, report.ranks, report.loss = k, _ranks(layers), loss
+            else:
+                undo()
+                goal = k + 1
     if goal > k_final:
         broke = next(step for step in reversed(report.steps) if not step.accepted)
         report.stopped = (
@@ -242,49 +257,11 @@ def exchange_parameters(
         optimizer.state.pop(parameter, None)
 
 
-class _Undo:
-    """Takes back a change of rank and the training after it."""
-
-    def __init__(self, model, layers, optimizer, scheduler) -> None:
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.adapters = [
-            (layer, layer.lora_A, layer.lora_B, layer.alpha) for layer in layers.values()
-        ]
-        self.pissa = [
-            (layer, layer.weight.detach().clone(), layer.pissa_A, layer.pissa_B)
-            for layer in layers.values()
-            if layer.pissa_A is not None
-        ]
-        self.groups = [dict(group, params=group["params"][:]) for group in optimizer.param_groups]
-        moving = {p for group in self.groups for p in group["params"] if p.requires_grad}
-        moving |= {saved.tensor for saved in saved_tensors(model)}
-        moving |= {parameter for _, A, B, _ in self.adapters for parameter in (A, B)}
-        self.values = [(parameter, parameter.detach().clone()) for parameter in moving]
-        self.state = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
-        self.scheduler_state = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        for layer, weight, A, B in self.pissa:
-            layer.weight.copy_(weight)
-            layer.pissa_A, layer.pissa_B = A, B
-        for layer, A, B, alpha in self.adapters:
-            layer.lora_A, layer.lora_B, layer.alpha = A, B, alpha
-        for parameter, value in self.values:
-            parameter.copy_(value)
-        for group, before in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group.update(before)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(self.state)
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(self.scheduler_state)
-
-
 # ------------------------------------------------------------------------------------------- checks
 
 
 def _check(
-    layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, training
+    layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, optimizer, training
 ) -> list[int] | None:
     """The ranks to go through; None where they are to be halved."""
     for name, k in (("k_initial", k_initial), ("k_final", k_final)):
@@ -292,6 +269,9 @@ def _check(
             raise ValueError(f"{name}: expected an integer of at least 1, got {k!r}")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"epochs: expected an integer of at least 0, got {epochs!r}")
+    for name, layer in layers.items():
+        if (reason := layer.why_fixed()) is not None:
+            raise ValueError(f"model: {name}: {reason}")
     present = _ranks(layers)
     if per_layer:
         costs = _costs(layers)
@@ -304,7 +284,13 @@ def _check(
             f" ({len(wrong)} of {len(layers)} layers differ)"
         )
     if refused := [name for name in _REFUSED if name in training]:
-        raise TypeError(f"{refused[0]}: adjust_rank writes and reads no checkpoints")
+        what = "takes none" if refused[0] == "callbacks" else "writes and reads no checkpoints"
+        raise TypeError(f"{refused[0]}: adjust_rank {what}, as it trains once for each rank")
+    if hasattr(optimizer, "param_groups") and needs_closure(optimizer):
+        raise TypeError(
+            f"optimizer: {type(optimizer).__name__} holds all parameters in one flat state, which"
+            " no other rank fits; adjust the rank with another optimizer"
+        )
     if k_final > k_initial:
         for name, given in (("tolerance", tolerance is not None), ("per_layer", per_layer)):
             if given:

@@ -1,6 +1,8 @@
 """The state of a training run, and its file: what it takes to continue with identical results."""
 
+import copy
 import dataclasses
+import math
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -10,15 +12,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.serialization import config
 
 from lora_kernels.files import replace_atomically
+from lora_kernels.recipes.reading import (
+    is_number,
+    read,
+    require,
+    require_count,
+    require_like,
+    require_tensor,
+)
+from lora_kernels.recipes.stepping import needs_closure
+from lora_kernels.recipes.undo import Undo, moving_tensors
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
 class Run:
-    """A run of `train_model`: its parts, and how far it is (`batches` of the current epoch)."""
+    """A run of `train_model`: its parts, and how far it is (`batches` of the current epoch).
+
+    measured: names of what evaluations give.
+    best: None, or {"value": what was measured, "tensors": what `moving_tensors` held then}.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -27,51 +44,58 @@ class Run:
     loader: Iterable
     history: Any
     accumulation_steps: int
+    measured: tuple[str, ...] = ()
     epoch: int = 0
     batches: int = 0
     # Generators as they were when the epoch began: they fix the order of its data.
     epoch_random: dict | None = None
+    best: dict | None = None
+    # What a resumed epoch has not seen yet.
+    remaining: Iterator | None = None
+
+    def stop(self, reason: str) -> None:
+        """Ends the run after the current step; `History.stopped` says why."""
+        self.history.stopped = reason
 
     def epoch_batches(self) -> Iterator:
         """The batches of the current epoch that are still to come."""
-        now = _get_random(self.loader)
-        if self.batches == 0:
-            self.epoch_random = now
-        else:
-            _set_random(self.epoch_random, self.loader)
-        iterator = iter(self.loader)
-        for seen in range(self.batches):
-            if next(iterator, None) is None:
-                raise ValueError(
-                    f"train_loader: gave {seen} batches, but {self.batches} were seen before the"
-                    " checkpoint; resume with the same data"
-                )
         if self.batches:
-            _set_random(now, self.loader)
-        elif (first := next(iterator, None)) is None:
+            yield from self.remaining
+            return
+        self.epoch_random = _get_random(self.loader)
+        iterator = iter(self.loader)
+        if (first := next(iterator, None)) is None:
             raise ValueError(f"train_loader: gave no batch in epoch {self.epoch + 1}")
-        else:
-            yield first
+        yield first
         yield from iterator
 
     def end_epoch(self) -> None:
         self.epoch, self.batches, self.epoch_random = self.epoch + 1, 0, None
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """What training changes in the model: trained parameters and persistent buffers."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        persistent = self.model.state_dict(keep_vars=True)
-        buffers = {n: b for n, b in self.model.named_buffers() if n in persistent}
-        return {name: tensor.detach() for name, tensor in (trained | buffers).items()}
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: t.detach() for name, t in moving_tensors(self.model).items()}
+
+    def keep_best(self, value: float) -> None:
+        kept = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        self.best = {"value": value, "tensors": kept}
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        present = self.tensors()
+        for name, tensor in self.best["tensors"].items():
+            present[name].copy_(tensor)
+
+    # ---------------------------------------------------------------------------------------- file
 
     def save(self, path: str | os.PathLike) -> None:
         state = {
             "format": _FORMAT,
-            "tensors": self._tensors(),
+            "tensors": self.tensors(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "history": dataclasses.asdict(self.history),
+            "best": self.best,
             "accumulation_steps": self.accumulation_steps,
             "epoch": self.epoch,
             "batches": self.batches,
@@ -80,48 +104,171 @@ class Run:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_atomically(path, lambda temporary: torch.save(state, temporary))
+        with config.patch("save.compute_crc32", True):
+            replace_atomically(path, lambda temporary: torch.save(state, temporary))
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Checks everything, then changes model, optimizer, scheduler and generators, or nothing.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: names the file and what is wrong with it.
+        """
+        try:
+            state = read(path)
+            self._check(state)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"resume_from: {error}") from None
+        except Exception as error:
+            raise ValueError(f"resume_from: {path}: {error}") from error
+        before = _get_random(self.loader)
+        try:
+            self.remaining = _seek(self.loader, state["epoch_random"], state["batches"])
+            with Undo(self.model, self.optimizer, self.scheduler):
+                self._apply(state)
+        except BaseException:
+            _set_random(before, self.loader)
+            raise
 
     @torch.no_grad()
-    def load(self, path: str | os.PathLike) -> None:
-        """Checks everything that can be checked, then changes model, optimizer and generators."""
-        if not Path(path).exists():
-            raise FileNotFoundError(f"resume_from: {path}: no such file")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise ValueError(f"resume_from: {path} is no checkpoint of train_model")
-        if state["accumulation_steps"] != self.accumulation_steps:
-            raise ValueError(
-                f"accumulation_steps: {path} was written with {state['accumulation_steps']},"
-                f" got {self.accumulation_steps}"
-            )
-        for name, value in (("scheduler", self.scheduler), ("scaler", self.scaler.state_dict())):
-            if bool(state[name]) != bool(value):
-                had = "was written with" if state[name] else "was written without"
-                what = "a scheduler" if name == "scheduler" else "autocast_dtype=torch.float16"
-                raise ValueError(f"resume_from: {path} {had} {what}, this run is not")
-        present = self._tensors()
-        if unmatched := sorted(present.keys() ^ state["tensors"].keys()):
-            raise ValueError(
-                f"resume_from: model and {path} do not train the same parameters; {unmatched[0]} is"
-                f" only in the {'model' if unmatched[0] in present else 'file'}"
-            )
-        for name, tensor in state["tensors"].items():
-            if tensor.shape != present[name].shape:
-                raise ValueError(
-                    f"resume_from: {name} has shape {tuple(tensor.shape)} in {path},"
-                    f" {tuple(present[name].shape)} in the model"
-                )
+    def _apply(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        present = self.tensors()
         for name, tensor in state["tensors"].items():
             present[name].copy_(tensor)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        self.history = type(self.history)(**state["history"])
+        self.history = type(self.history)(**(state["history"] | {"stopped": None}))
         self.epoch, self.batches = state["epoch"], state["batches"]
-        self.epoch_random = state["epoch_random"]
+        self.epoch_random, self.best = state["epoch_random"], state["best"]
         _set_random(state["random"], self.loader)
+
+    def _check(self, state: Any) -> None:
+        """ValueError for what this run could not have written."""
+        require(isinstance(state, dict) and "format" in state, "is no checkpoint of train_model")
+        require(
+            isinstance(state["format"], int) and state["format"] == _FORMAT,
+            f"is a checkpoint of another version (format {state['format']!r}, read is {_FORMAT})",
+        )
+        for key in (
+            "tensors", "optimizer", "scheduler", "scaler", "history", "best", "accumulation_steps",
+            "epoch", "batches", "epoch_random", "random",
+        ):  # fmt: skip
+            require(key in state, f"has no {key!r}")
+        require_count("epoch", state["epoch"])
+        require_count("batches", state["batches"])
+        require_count("accumulation_steps", state["accumulation_steps"], 1)
+        require(
+            state["accumulation_steps"] == self.accumulation_steps,
+            f"accumulation_steps: was written with {state['accumulation_steps']},"
+            f" got {self.accumulation_steps}",
+        )
+        self._check_tensors("", state["tensors"])
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        for name, value, what in (
+            ("scheduler", scheduler, "a scheduler"),
+            ("scaler", self.scaler.state_dict(), "autocast_dtype=torch.float16"),
+        ):
+            had = "with" if state[name] else "without"
+            same = bool(state[name]) == bool(value)
+            require(same, f"was written {had} {what}, this run is not")
+            require_like(name, state[name], value)
+        self._check_optimizer(state["optimizer"])
+        require(not state["scaler"] or state["scaler"]["scale"] > 0, "scaler: its scale is not > 0")
+        self._check_history(state["history"])
+        if state["best"] is not None:
+            require_like("best", state["best"], {"value": 0.0, "tensors": {}})
+            self._check_tensors("best: ", state["best"]["tensors"])
+        _check_random("random", state["random"], self.loader)
+        if state["batches"]:
+            _check_random("epoch_random", state["epoch_random"], self.loader)
+
+    def _check_tensors(self, where: str, tensors: Any) -> None:
+        require(isinstance(tensors, dict), f"{where}tensors: expected a mapping")
+        present = moving_tensors(self.model)
+        for name in (*present, *tensors):
+            require(
+                name in present and name in tensors,
+                f"{where}does not train the same parameters as the model; {name} is only in the"
+                f" {'model' if name in present else 'file'}",
+            )
+        for name, like in present.items():
+            require_tensor(where + name, tensors[name], like)
+            finite = not like.requires_grad or bool(tensors[name].isfinite().all())
+            require(finite, f"{where}{name} holds values that are inf or nan")
+
+    def _check_optimizer(self, state: Any) -> None:
+        groups = self.optimizer.state_dict()["param_groups"]
+        require_like("optimizer", state, {"param_groups": groups, "state": {}})
+        for group, present in zip(state["param_groups"], groups, strict=True):
+            require(
+                group["params"] == present["params"],
+                "optimizer: holds its parameters in other groups",
+            )
+        numbers = {number for group in groups for number in group["params"]}
+        expected = _state_after_a_step(self.optimizer, state["param_groups"])
+        for number, held in state["state"].items():
+            where = f"optimizer: state of parameter {number!r}"
+            require(number in numbers, f"{where}: there is no such parameter")
+            require_like(where, held, expected.get(number, {}))
+
+    def _check_history(self, history: Any) -> None:
+        require(isinstance(history, dict), "history: expected a mapping")
+        fields = {f.name for f in dataclasses.fields(self.history)}
+        require(fields == history.keys(), f"history: expected {', '.join(sorted(fields))}")
+        columns = {n: history[n] for n in fields - {"evaluations", "stopped"}}
+        for name, column in columns.items():
+            require(
+                isinstance(column, list)
+                and len(column) == len(columns["loss"])
+                and all(map(is_number, column)),
+                f"history: {name} is no list of a number for each step",
+            )
+        require(all(map(math.isfinite, columns["loss"])), "history: a loss is not finite")
+        require(
+            isinstance(history["evaluations"], list)
+            and all(
+                isinstance(found, dict) and {"step", "loss"} <= found.keys()
+                and all(map(is_number, found.values()))
+                for found in history["evaluations"]
+            ),
+            "history: evaluations is no list of mappings to numbers",
+        )  # fmt: skip
+
+
+def _state_after_a_step(optimizer: torch.optim.Optimizer, groups: list[dict]) -> dict[int, Any]:
+    """What the optimizer holds for each parameter once it has made a step, seen on a copy that
+    makes one without gradient; nothing where a copy cannot."""
+    if needs_closure(optimizer):
+        return {}
+    try:
+        twin = copy.deepcopy(optimizer)
+        twin.load_state_dict({"state": {}, "param_groups": groups})
+        for group in twin.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        twin.step()
+        return twin.state_dict()["state"]
+    except Exception:  # of an optimizer that is not torch's, with needs of its own
+        return {}
+
+
+def _seek(loader: Iterable, epoch_random: dict | None, batches: int) -> Iterator | None:
+    """An epoch's iterator, behind the batches that were seen."""
+    if batches == 0:
+        return None
+    _set_random(epoch_random, loader)
+    iterator = iter(loader)
+    for seen in range(batches):
+        if next(iterator, None) is None:
+            raise ValueError(
+                f"train_loader: gave {seen} batches, but {batches} were seen before the checkpoint;"
+                " resume with the same data"
+            )
+    return iterator
+
+
+# --------------------------------------------------------------------------------------- generators
 
 
 def _generators(loader: Iterable) -> list[torch.Generator]:
@@ -142,8 +289,26 @@ def _get_random(loader: Iterable) -> dict:
 
 def _set_random(state: dict, loader: Iterable) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available():
+        for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(value, device)
     random.setstate(state["python"])
-    for generator, value in zip(_generators(loader), state["loader"], strict=False):
+    for generator, value in zip(_generators(loader), state["loader"], strict=True):
         generator.set_state(value)
+
+
+def _check_random(where: str, state: Any, loader: Iterable) -> None:
+    """By setting other generators to it."""
+    own = _generators(loader)
+    require_like(where, state, {"loader": [None] * len(own), "torch": torch.get_rng_state()})
+    try:
+        torch.Generator().set_state(state["torch"])
+        for generator, value in zip(own, state["loader"], strict=True):
+            torch.Generator(generator.device).set_state(value)
+        if torch.cuda.is_available():
+            for value in state["cuda"]:
+                torch.Generator("cuda").set_state(value)
+        random.Random().setstate(state["python"])
+        float(state["python"][2] or 0)
+    except Exception as error:
+        raise ValueError(f"{where}: is no state of the generators ({error})") from error

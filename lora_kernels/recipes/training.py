@@ -1,19 +1,32 @@
 """`train_model`: the loop over optimizer steps."""
 
+import contextlib
+import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters import lora_layers
+from lora_kernels.adapters import lora_layers, require_loaded
+from lora_kernels.check import first_step_problems, folded
 from lora_kernels.layer import is_sharded, whole
 from lora_kernels.recipes import batches, resume
 from lora_kernels.recipes.batches import Count, Criterion
+from lora_kernels.recipes.callbacks import Callback, Goal
+from lora_kernels.recipes.evaluation import Metric, check_metrics, evaluate_model
+from lora_kernels.recipes.stepping import (
+    check_closure,
+    check_scheduler,
+    is_plateau,
+    needs_closure,
+)
 
 
 @dataclass
@@ -22,7 +35,11 @@ class History:
 
     loss: mean over the step's samples, before the update. samples: what they count for. epoch: from
     0. grad_norm: over all trained parameters, before clipping. learning_rate: of the optimizer's
-    first group.
+    first group. tokens: token ids in the step's `input_ids`, padding included, 0 for other data.
+    seconds: the step took, with waiting for its data; two histories may be equal without these.
+
+    evaluations: {"step": ..., "loss": ..., metric: ...} of each. stopped: the reason, where a
+    callback ended the run.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -30,9 +47,27 @@ class History:
     epoch: list[int] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list, compare=False)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    stopped: str | None = None
 
     def __len__(self) -> int:
         return len(self.loss)
+
+    def columns(self) -> dict[str, list]:
+        """The lists that have an entry per step."""
+        fields = (f.name for f in dataclasses.fields(self))
+        return {n: getattr(self, n) for n in fields if n not in ("evaluations", "stopped")}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps, without evaluations and checkpoints; 0 for data without `input_ids`."""
+        return sum(self.tokens) / (math.fsum(self.seconds) or math.inf)
+
+    @property
+    def samples_per_second(self) -> float:
+        return math.fsum(self.samples) / (math.fsum(self.seconds) or math.inf)
 
     @property
     def epoch_loss(self) -> list[float]:
@@ -63,12 +98,18 @@ def train_model(
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
     resume_from: str | os.PathLike | None = None,
+    eval_loader: Iterable | None = None,
+    eval_every: int | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    keep_best: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> History:
     """Trains what requires gradients: with LoRA layers, the adapters and `modules_to_save`.
 
     One pass over the loader unless `epochs` says more. Every module's train/eval mode is afterwards
     what it was. In a model with LoRA layers, batch norms that are frozen stay in eval mode, so that
-    their running statistics, which belong to the base, do not move.
+    their running statistics, which belong to the base, do not move. Adapters that the first step
+    leaves without a gradient, or that the optimizer does not hold, are named in a warning.
 
     Args:
         model: any module, e.g. after `add_adaptor_layer`.
@@ -76,13 +117,16 @@ def train_model(
             collators give. inputs may be a tensor, a tuple of arguments or a mapping of keywords.
         criterion: (prediction, targets) -> mean loss; the prediction is the model's output, or its
             logits. None takes the loss that the model returns (Transformers, given `labels`).
-        optimizer: over parameters of the model, e.g. `AdamW(lora_parameters(model))`.
+        optimizer: over parameters of the model, e.g. `AdamW(lora_parameters(model))`. One that
+            needs a closure (LBFGS) gets one over the step's batches; without fp16 and clipping.
         epochs: passes over the loader, in this run and the one it resumes together.
         max_steps: ends the run after this many optimizer steps, likewise together.
         accumulation_steps: batches per optimizer step; the step's loss is the mean over all their
             samples. An epoch's last step takes what is left.
         max_grad_norm: clips the gradient's norm.
-        scheduler: learning-rate scheduler; stepped after every optimizer step.
+        scheduler: learning-rate scheduler; stepped after every optimizer step. ReduceLROnPlateau is
+            stepped with the held-out loss after every evaluation, without `eval_loader` with the
+            epoch's mean loss after every epoch.
         device: where to move model and optimizer state; None leaves them. Batches follow the model.
         autocast_dtype: torch.bfloat16 or torch.float16 for mixed precision, the latter with scaled
             losses; None for the model's own dtypes.
@@ -91,7 +135,15 @@ def train_model(
         checkpoint: file written, atomically, every `checkpoint_every` steps and after every epoch.
         resume_from: such a file to continue from, given model, loader and optimizer made as for the
             first run. The results are those of a run never interrupted, if the order of the data
-            comes from torch's or Python's generators; the batches already seen are read again.
+            comes from torch's or Python's generators; the batches already seen are read again. A
+            file that is damaged or of another run is refused, and nothing is changed.
+        eval_loader: held-out batches for `evaluate_model`, in every `eval_every`-th step, by
+            default after every epoch, and at the end.
+        metrics: what to measure there besides the loss, as in `evaluate_model`.
+        keep_best: "loss", or "min NAME" or "max NAME" of a metric: the model ends with the trained
+            parameters (and running statistics) of the evaluation where that was best. Without it,
+            and after an exception, it has the last ones.
+        callbacks: `recipes.callbacks`: EarlyStopping, CSV, TensorBoard, or your own `Callback`.
 
     Returns:
         `History`, of the whole run where it was resumed.
@@ -103,58 +155,122 @@ def train_model(
         ValueError, TypeError: an argument that is not legal, a merged layer, an empty loader.
     """
     batches.check_arguments(model, criterion, autocast_dtype)
-    _check_numbers(epochs, max_steps, accumulation_steps, max_grad_norm, checkpoint_every)
+    _check_numbers(
+        epochs, max_steps, accumulation_steps, max_grad_norm, checkpoint_every, eval_every
+    )
     if checkpoint_every is not None and checkpoint is None:
         raise ValueError("checkpoint_every: needs checkpoint, the file to write")
     _check_trainable(model, optimizer, autocast_dtype)
+    check_closure(optimizer, autocast_dtype, max_grad_norm)
+    check_scheduler(scheduler, optimizer)
     _require_whole_for_files(model, checkpoint=checkpoint, resume_from=resume_from)
-    device = batches.place(model, device, optimizer)
+    measured = _measured(eval_loader, eval_every, metrics)
+    goal = None if keep_best is None else Goal.parse("keep_best", keep_best, measured)
+    target = batches.device_of(model) if device is None else torch.device(device)
     run = resume.Run(
         model,
         optimizer,
         scheduler,
-        torch.amp.GradScaler(device.type, enabled=autocast_dtype == torch.float16),
+        torch.amp.GradScaler(target.type, enabled=autocast_dtype == torch.float16),
         train_loader,
         History(),
         accumulation_steps,
+        measured,
     )
+    _check_callbacks(callbacks, run)
     if resume_from is not None:
         run.load(resume_from)
+    device = batches.place(model, device, optimizer)
     good = _LastGood(optimizer)
     _zero_grad(model, optimizer)
+    history = run.history
 
     def done() -> bool:
-        return run.epoch >= epochs or (max_steps is not None and len(run.history) >= max_steps)
+        ended = run.epoch >= epochs or (max_steps is not None and len(history) >= max_steps)
+        return ended or history.stopped is not None
+
+    def tell(event: str) -> None:
+        for callback in callbacks:
+            getattr(callback, event)(run)
+
+    def due(every: int | None) -> bool:
+        return every is not None and len(history) % every == 0
+
+    def evaluate() -> None:
+        evaluated = history.evaluations and history.evaluations[-1]["step"] == len(history)
+        if eval_loader is None or evaluated:
+            return
+        found = evaluate_model(
+            model, eval_loader, criterion, metrics=metrics, count=count,
+            autocast_dtype=autocast_dtype, progress=False,
+        )  # fmt: skip
+        history.evaluations.append({"step": len(history), **found})
+        if is_plateau(scheduler):
+            scheduler.step(found["loss"])
+        if goal and goal.better(found[goal.name], run.best and run.best["value"]):
+            run.keep_best(found[goal.name])
+        tell("on_evaluate")
 
     def save() -> None:
         if checkpoint is not None:
-            good.require_finite(len(run.history))
+            good.require_finite(len(history))
             run.save(checkpoint)
+            tell("on_checkpoint")
 
     bar = batches.progress_bar(
         progress, _total_steps(train_loader, epochs, max_steps, accumulation_steps), "train"
     )
-    with batches.mode(model, training=True), bar:
-        _freeze_batch_norms(model)
-        bar.update(len(run.history))
-        while not done():
-            for group in _groups(run.epoch_batches(), accumulation_steps):
-                _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good)
-                bar.update()
-                bar.set_postfix_str(f"loss {run.history.loss[-1]:.4f}")
+    begun = len(history)
+    with contextlib.ExitStack() as ends:
+        for callback in callbacks:
+            callback.on_start(run)
+            ends.callback(callback.on_end, run)
+        with batches.mode(model, training=True), bar:
+            _freeze_batch_norms(model)
+            bar.update(begun)
+            while not done():
+                start = time.perf_counter()
+                for group in _groups(run.epoch_batches(), accumulation_steps):
+                    first = len(history) == begun
+                    _step(
+                        run, group, criterion, device, autocast_dtype, count, max_grad_norm, good,
+                        first,
+                    )  # fmt: skip
+                    history.seconds.append(time.perf_counter() - start)
+                    bar.update()
+                    bar.set_postfix_str(_status(history))
+                    tell("on_step")
+                    if due(eval_every):
+                        evaluate()
+                    if done():
+                        break
+                    if due(checkpoint_every):
+                        save()
+                    start = time.perf_counter()
+                else:
+                    run.end_epoch()
+                    if eval_loader is None and is_plateau(scheduler):
+                        scheduler.step(history.epoch_loss[-1])
+                    if eval_every is None:
+                        evaluate()
                 if done():
-                    break
-                if checkpoint_every is not None and len(run.history) % checkpoint_every == 0:
+                    evaluate()
+                if run.batches == 0 or done():
                     save()
-            else:
-                run.end_epoch()
-            if run.batches == 0 or done():
-                save()
-        good.require_finite(len(run.history))
-    return run.history
+            good.require_finite(len(history))
+        if goal and run.best:
+            run.restore_best()
+    return history
 
 
-def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good) -> None:
+def _status(history: History) -> str:
+    rate, unit = history.tokens_per_second, "tokens"
+    if not rate:
+        rate, unit = history.samples_per_second, "samples"
+    return f"loss {history.loss[-1]:.4f}, {rate:.0f} {unit}/s"
+
+
+def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good, first) -> None:
     """One optimizer step over a group of batches."""
     model, optimizer, scaler, history = run.model, run.optimizer, run.scaler, run.history
     step = len(history) + 1
@@ -162,20 +278,28 @@ def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, g
     total = sum(weights)
     if not total > 0:
         raise ValueError(f"count: the batches of step {step} count for nothing")
-    losses = []
-    for batch, weight in zip(group, weights, strict=True):
-        if weight == 0:
-            continue
-        batch = batches.to_device(batch, device)
-        with batches.autocast(device, autocast_dtype):
-            loss, _, _ = batches.forward_loss(model, batch, criterion)
-        if not loss.requires_grad:
-            raise ValueError(
-                "criterion: the loss does not depend on any parameter that requires a gradient"
-            )
-        scaler.scale(loss * (weight / total)).backward()
-        loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
-        losses.append(loss * (weight / total))
+
+    def backward() -> list[Tensor]:
+        """The batches' parts of the loss; adds their gradients."""
+        losses = []
+        for batch, weight in zip(group, weights, strict=True):
+            if weight == 0:
+                continue
+            batch = batches.to_device(batch, device)
+            with batches.autocast(device, autocast_dtype):
+                loss, _, _ = batches.forward_loss(model, batch, criterion)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "criterion: the loss does not depend on any parameter that requires a gradient"
+                )
+            scaler.scale(loss * (weight / total)).backward()
+            loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+            losses.append(loss * (weight / total))
+        return losses
+
+    losses = backward()
+    if first:
+        _warn_of_idle_adapters(model, optimizer)
     scaler.unscale_(optimizer)
     trained = [p for p in good.parameters if p.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm(p.grad for p in trained))
@@ -197,13 +321,46 @@ def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, g
     history.epoch.append(run.epoch)
     history.grad_norm.append(grad_norm)
     history.learning_rate.append(float(optimizer.param_groups[0]["lr"]))
+    history.tokens.append(sum(map(batches.token_count, group)))
     scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
+    if needs_closure(optimizer):
+        optimizer.step(_closure(model, optimizer, backward, math.fsum(losses)))
+    else:
+        scaler.step(optimizer)
+        scaler.update()
     _zero_grad(model, optimizer)
-    if run.scheduler is not None and scaler.get_scale() >= scale:
+    if run.scheduler is not None and not is_plateau(run.scheduler) and scaler.get_scale() >= scale:
         run.scheduler.step()
     run.batches += len(group)
+
+
+def _warn_of_idle_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    problems = first_step_problems(model, optimizer)
+    if problems:
+        lines = "".join(f"\n  {line}" for line in folded(problems))
+        warnings.warn(
+            f"{len(problems)} adapters did not train in the first step;"
+            f" check_adapters(model, ...) with a batch looks closer{lines}",
+            stacklevel=4,
+        )
+
+
+def _closure(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[], list[Tensor]],
+    loss: float,
+) -> Callable[[], Tensor]:
+    """What an optimizer evaluates by itself: loss and gradients. The first time they are there."""
+    known = [torch.tensor(loss, dtype=torch.float64)]
+
+    def evaluate() -> Tensor:
+        if known:
+            return known.pop()
+        _zero_grad(model, optimizer)
+        return torch.stack(backward()).sum()
+
+    return evaluate
 
 
 class _LastGood:
@@ -273,19 +430,52 @@ def _total_steps(
 # ------------------------------------------------------------------------------------------- checks
 
 
-def _check_numbers(epochs, max_steps, accumulation_steps, max_grad_norm, checkpoint_every) -> None:
+def _check_numbers(
+    epochs, max_steps, accumulation_steps, max_grad_norm, checkpoint_every, eval_every
+) -> None:
     for name, value, low in (
         ("epochs", epochs, 0),
         ("max_steps", max_steps, 1),
         ("accumulation_steps", accumulation_steps, 1),
         ("checkpoint_every", checkpoint_every, 1),
+        ("eval_every", eval_every, 1),
     ):
-        if value is None and name in ("max_steps", "checkpoint_every"):
+        if value is None and name in ("max_steps", "checkpoint_every", "eval_every"):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
+
+
+def _measured(
+    eval_loader: Iterable | None, eval_every: int | None, metrics: Mapping[str, Metric] | None
+) -> tuple[str, ...]:
+    """The names of what evaluations give."""
+    if eval_loader is None:
+        for name, value in (("eval_every", eval_every), ("metrics", metrics)):
+            if value is not None:
+                raise ValueError(f"{name}: needs eval_loader, the batches to evaluate on")
+        return ()
+    if isinstance(eval_loader, Iterator):
+        raise ValueError(
+            f"eval_loader: a {type(eval_loader).__name__} is used up by the first evaluation; give"
+            " a list or a DataLoader"
+        )
+    if batches.length(eval_loader) == 0:
+        raise ValueError("eval_loader: has no batch")
+    return ("loss", *check_metrics(metrics))
+
+
+def _check_callbacks(callbacks: Sequence[Callback], run: resume.Run) -> None:
+    for index, callback in enumerate(callbacks):
+        if not isinstance(callback, Callback):
+            what = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            raise TypeError(
+                f"callbacks: expected objects of lora_kernels.recipes.callbacks.Callback, got"
+                f" {what} at {index}"
+            )
+        callback.check(run)
 
 
 def _require_whole_for_files(model: nn.Module, **paths: str | os.PathLike | None) -> None:
@@ -300,6 +490,7 @@ def _require_whole_for_files(model: nn.Module, **paths: str | os.PathLike | None
 def _check_trainable(
     model: nn.Module, optimizer: torch.optim.Optimizer, autocast_dtype: torch.dtype | None
 ) -> None:
+    require_loaded(model)
     for name, layer in lora_layers(model):
         if layer.merged or layer._disabled:
             what = "merged; unmerge_lora(model) first" if layer.merged else "disabled"

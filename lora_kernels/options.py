@@ -1,0 +1,203 @@
+"""The options of an adapter: numbers as users give them, patterns for single layers, and PEFT's
+`LoraConfig`."""
+
+import dataclasses
+import math
+import numbers
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+# PEFT's names for apply_lora's options.
+PEFT_NAMES = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init",
+}  # fmt: skip
+_SAME_NAME = (
+    "target_modules", "exclude_modules", "modules_to_save", "use_rslora", "rank_pattern",
+    "alpha_pattern",
+)  # fmt: skip
+_INITS = {True: "kaiming", False: "random", "pissa": "pissa"}
+# What PEFT's models for these tasks train in full beside the adapters, where it is there.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+# Entries that say where a config comes from, or act only beside another that is refused.
+_WITHOUT_EFFECT = (
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "fan_in_fan_out", "layers_to_transform", "layers_pattern", "megatron_core",
+    "qalora_group_size", "runtime_config",
+)  # fmt: skip
+
+
+def check_rank(value: object, argument: str = "rank") -> int:
+    """It as an int of at least 1; Python's, NumPy's and 0-dim tensors are taken."""
+    value = _number(value, argument, "an integer of at least 1")
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{argument}: expected an integer of at least 1, got {value!r}")
+    return int(value)
+
+
+def check_alpha(value: object, argument: str = "alpha") -> float | None:
+    """It as a finite number other than 0, with which an adapter would never act, or None."""
+    if value is None:
+        return None
+    value = _number(value, argument, "a number or None")
+    if not math.isfinite(value):
+        raise ValueError(f"{argument}: expected a finite number or None, got {value}")
+    if value == 0:
+        raise ValueError(f"{argument}: expected a number other than 0 or None, got {value}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_dropout(value: object) -> float:
+    """It as a float in [0, 1)."""
+    value = _number(value, "dropout", "a probability in [0, 1)")
+    if not 0 <= value < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
+    return float(value)
+
+
+def _number(value: object, argument: str, expected: str) -> numbers.Real:
+    """TypeError for what is none, ValueError for a bool, more often a slip than a 1."""
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        kind = ValueError if isinstance(number, bool) else TypeError
+        raise kind(f"{argument}: expected {expected}, got {value!r}")
+    return number
+
+
+def of_layer(patterns: Mapping | None, name: str, default: object) -> object:
+    """What holds for the layer of this name, by PEFT's rule: each pattern is an expression for the
+    last parts of a name, the first that matches wins."""
+    for pattern, value in (patterns or {}).items():
+        if _matches(pattern, name):
+            return value
+    return default
+
+
+def of_layers(
+    argument: str,
+    patterns: Mapping | None,
+    names: Iterable[str],
+    default: object,
+    check: Callable[[object, str], object],
+) -> dict[str, object]:
+    """What holds for each of these layers, every value checked.
+
+    Raises:
+        ValueError: a pattern that is no expression or matches none of the layers.
+    """
+    names, checked = list(names), {}
+    if not isinstance(patterns or {}, Mapping):
+        raise TypeError(f"{argument}: expected {{expression: value}}, got {patterns!r}")
+    for pattern, value in (patterns or {}).items():
+        checked[pattern] = check(value, f"{argument}[{pattern!r}]")
+        try:
+            found = any(_matches(pattern, name) for name in names)
+        except re.error as error:
+            raise ValueError(
+                f"{argument}: {pattern!r} is no regular expression: {error}"
+            ) from error
+        if not found:
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+            raise ValueError(f"{argument}: {pattern!r} matches no target; there are {shown}")
+    return {name: of_layer(checked, name, default) for name in names}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def refuse_unknown(given: Iterable[str]) -> None:
+    """TypeError for options that apply_lora does not have, with what to type for PEFT's names."""
+    for name in given:
+        if name in PEFT_NAMES:
+            raise TypeError(f"apply_lora: {name} is called {PEFT_NAMES[name]} here")
+        raise TypeError(f"apply_lora: got an unexpected keyword argument {name!r}")
+
+
+def from_peft(config: object, modules: Iterable[str], model_type: str | None) -> dict:
+    """The options of apply_lora that mean what a `peft.LoraConfig` does, for a model with modules
+    of these names.
+
+    Raises:
+        TypeError: another of PEFT's configs. ValueError: an option that apply_lora does not have is
+            switched on.
+    """
+    kind = type(config).__name__
+    if getattr(config.peft_type, "value", config.peft_type) != "LORA":
+        raise TypeError(f"rank: expected an integer or a peft.LoraConfig, got {kind}")
+    modules = list(modules)
+    _require_supported(config, kind)
+    options = {name: getattr(config, name) for name in _SAME_NAME}
+    options |= {ours: getattr(config, theirs) for theirs, ours in PEFT_NAMES.items()}
+    options["init"] = _INITS[config.init_lora_weights]
+    targets = config.target_modules or _default_targets(model_type, kind)
+    options["target_modules"] = targets
+    if config.layers_to_transform not in (None, []):
+        options["target_modules"] = _of_layers(config, targets, modules)
+    heads = _HEADS.get(getattr(config.task_type, "value", config.task_type), ())
+    last_parts = {name.rpartition(".")[2] for name in modules}
+    # PEFT adds its names of heads to every config; of those the model may lack some.
+    wanted = dict.fromkeys((*(config.modules_to_save or ()), *heads))
+    saved = [name for name in wanted if name not in heads or name in last_parts]
+    options["modules_to_save"] = saved or None
+    return options
+
+
+def _require_supported(config: object, kind: str) -> None:
+    cure = "make the model with PEFT and call fuse_peft(peft_model)"
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in _WITHOUT_EFFECT or name in _SAME_NAME or name in PEFT_NAMES:
+            continue
+        if name == "inference_mode" and value:
+            raise ValueError(
+                f"{kind}: inference_mode = True freezes the adapter; set it to False to train, or"
+                " read a saved adapter by load_adapter"
+            )
+        if value and value != field.default:
+            raise ValueError(f"{kind}: {name} = {value!r} is not supported; {cure}")
+    if config.init_lora_weights not in _INITS:
+        raise ValueError(
+            f"{kind}: init_lora_weights = {config.init_lora_weights!r} is not supported, only"
+            f" True, False and 'pissa'; {cure}"
+        )
+
+
+def _default_targets(model_type: str | None, kind: str) -> Iterable[str]:
+    """The targets that PEFT chooses for an architecture where a config names none."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    if model_type not in known:
+        raise ValueError(
+            f"{kind}: target_modules is not given and PEFT has no default for this model; name"
+            " them, or write target_modules='all-linear'"
+        )
+    return known[model_type]
+
+
+def _of_layers(config: object, targets: Iterable[str], modules: list[str]) -> str:
+    """An expression for those targets that lie in the layers of `layers_to_transform`: by PEFT's
+    rule the first number after one of `layers_pattern`, or after any name."""
+    indices = config.layers_to_transform
+    indices = {indices} if isinstance(indices, int) else set(indices)
+    patterns = config.layers_pattern or r"[^.]*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+
+    def index(name: str) -> int | None:
+        for pattern in patterns:
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+            if found:
+                return int(found.group(1))
+        return None
+
+    endings = tuple(f".{part}" for part in targets)
+    names = [n for n in modules if f".{n}".endswith(endings) and index(n) in indices]
+    if not names:
+        raise ValueError(
+            f"layers_to_transform: no target lies in the layers {sorted(indices)}"
+            + (f" of {config.layers_pattern}" if config.layers_pattern else "")
+        )
+    return "|".join(map(re.escape, names))

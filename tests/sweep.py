@@ -1,0 +1,398 @@
+"""Tries the default targets on every architecture of Transformers that can be built small.
+
+    python tests/sweep.py [--only TYPE ...] [--jobs 2] [--fresh] [--ledger FILE] [--table FILE]
+
+Each model type runs in a child process with its own time and memory limit; what a child finds goes
+to the ledger (JSON), so that a sweep that was stopped goes on where it was. The table is made from
+the ledger. Exit status 1 if an adapter is reported and does not act, or a value differs.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import multiprocessing
+import os
+import re
+import resource
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import architectures
+import peft
+import torch
+import transformers
+
+import lora_kernels as lk
+
+ROOT = Path(__file__).resolve().parents[1]
+LEDGER = ROOT / "build" / "sweep.json"
+TABLE = ROOT / "docs" / "architectures.md"
+SECONDS, MEMORY = 60, 8 << 30
+RANK = 4
+ROUNDING = 1e-4
+CHECKS = {
+    "start": "outputs equal the plain model's at B = 0",
+    "acts": "every adapter is called and gets a finite non-zero gradient",
+    "no grad": "outputs without grad equal those with it",
+    "merge": "merging moves outputs by no more than rounding; unmerging restores every bit",
+    "to PEFT": "PEFT computes from our file what we compute",
+    "from PEFT": "we compute from PEFT's file what PEFT computes",
+    "generate": "greedy generation: cached, uncached and merged agree",
+    "remove": "names, requires_grad and outputs are the plain model's again",
+}
+
+
+# -------------------------------------------------------------------------------------- one model
+
+
+def tensors_of(output) -> list[torch.Tensor]:
+    """The floating tensors of whatever a model returns."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = output.values()
+    if isinstance(output, (list, tuple, type({}.values()))):
+        return [tensor for part in output for tensor in tensors_of(part)]
+    return []  # caches
+
+
+def forward(model, given) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return tensors_of(model(**copy.deepcopy(given)))
+
+
+def gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """The largest difference of two outputs relative to the size of the tensor it is in."""
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return float("inf")
+    gaps = [0.0]
+    for left, right in zip(a, b, strict=True):
+        finite = left.isfinite() & right.isfinite()
+        if not torch.equal(left.isfinite(), right.isfinite()):
+            return float("inf")
+        left, right = left[finite].detach(), right[finite].detach()
+        if left.numel():
+            gaps.append(((left - right).abs().max() / left.abs().max().clamp(min=1e-6)).item())
+    return max(gaps)
+
+
+def randomise(parameters) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(std=0.2, generator=generator)
+
+
+def loss_of(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """A random projection of all outputs that depend on a parameter."""
+    generator = torch.Generator().manual_seed(3)
+    total = torch.zeros(())
+    for tensor in outputs:
+        if tensor.requires_grad:
+            weights = torch.randn(tensor.shape, generator=generator)
+            weights = weights / tensor.detach().abs().nan_to_num(0, 0, 0).max().clamp(min=1e-3)
+            total = total + (tensor * weights)[tensor.isfinite()].sum()
+    return total
+
+
+def folded(names) -> str:
+    """Names with numbers folded and only as many as a table's cell holds."""
+    parts = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return ", ".join(list(parts)[:3]) + more
+
+
+def adapters_that_do_not_act(model, given) -> str:
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    model.zero_grad()
+    loss = loss_of(forward(model, given))
+    if not loss.requires_grad:
+        return "no output depends on a parameter"
+    loss.backward()
+    grads = {n: [layer.lora_A.grad, layer.lora_B.grad] for n, layer in layers.items()}
+    model.zero_grad()
+    called = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=n: called.add(name))
+        for n, module in model.named_modules()
+    ]
+    forward(model, given)
+    for hook in hooks:
+        hook.remove()
+    idle = [n for n in layers if n not in called]
+    bypassed = [n for n in idle if n.rpartition(".")[0] in called]
+    kinds = {
+        "not called, though its parent is": bypassed,
+        "no gradient": [n for n, g in grads.items() if n in called and None in g],
+        "zero gradient": [
+            n for n, g in grads.items()
+            if n in called and None not in g and not all(x.count_nonzero() for x in g)
+        ],
+        "non-finite gradient": [
+            n for n, g in grads.items()
+            if None not in g and not all(x.isfinite().all() for x in g)
+        ],
+    }  # fmt: skip
+    found = "; ".join(
+        f"{why} ({len(names)} of {len(layers)}): {folded(names)}"
+        for why, names in kinds.items() if names
+    )  # fmt: skip
+    unreached = [n for n in idle if n not in bypassed]
+    if unreached:
+        found += f" (not reached by these inputs: {len(unreached)}, {folded(unreached)})"
+    return found.strip()
+
+
+def generated(model, given, **options):
+    torch.manual_seed(0)
+    out = model.generate(
+        **copy.deepcopy(given), do_sample=False, num_beams=1, max_new_tokens=4, min_new_tokens=4,
+        return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options,
+    )  # fmt: skip
+    return [t.float() for t in out.logits]
+
+
+def examine(kind: str, name: str | None = None) -> dict:
+    """What was found for one model type, with the class `name`: a row of the table."""
+    name = name or architectures.classes()[kind]
+    row = {"class": name}
+    try:
+        plain = architectures.build(kind, name)
+        given = architectures.inputs(plain)
+    except architectures.NotBuilt as error:
+        return row | {"not built": str(error)}
+    row["inputs"] = list(given)
+
+    plain.requires_grad_(True)
+    with torch.no_grad():
+        before = forward(plain, given)
+        if gap(before, forward(plain, given)) > 0:
+            return row | {"not built": "the plain model gives other outputs on a second call"}
+    model = copy.deepcopy(plain)
+    names = {n: p.requires_grad for n, p in model.named_parameters()}
+    try:
+        report = lk.apply_lora(model, RANK, alpha=RANK)
+    except ValueError as error:
+        return row | {"not built": f"nothing to adapt: {str(error)[:120]}"}
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    weights = {id(m.weight): m.weight.numel() for m in layers.values()}
+    row["layers"] = len(layers)
+    row["share"] = sum(weights.values()) / sum(p.numel() for p in plain.parameters())
+    row["skipped"] = dict(list(report.skipped.items())[:20])
+
+    checks = row["checks"] = {}
+
+    @contextlib.contextmanager
+    def check(what: str):
+        try:
+            yield
+        except Exception as error:
+            checks[what] = architectures.short(error)
+
+    def agree(what: str, a, b, bound: float = ROUNDING) -> None:
+        difference = gap(a, b)
+        checks[what] = "" if difference <= bound else f"differs by {difference:.1e}"
+
+    with check("start"), torch.no_grad():
+        agree("start", before, forward(model, given), 1e-5)
+    randomise(lk.lora_parameters(model))
+    with torch.no_grad():
+        adapted = forward(model, given)
+    with check("acts"):
+        checks["acts"] = adapters_that_do_not_act(model, given)
+        if not checks["acts"] and gap(before, adapted) < 1e-3:
+            checks["acts"] = "random adapters do not move the outputs"
+    with check("no grad"):
+        agree("no grad", forward(model, given), adapted)
+    with check("merge"), torch.no_grad():
+        state = {n: t.clone() for n, t in model.state_dict().items()}
+        lk.merge_lora(model)
+        merged = forward(model, given)
+        lk.unmerge_lora(model)
+        agree("merge", adapted, merged)
+        after = model.state_dict()
+        if set(state) != set(after) or not all(
+            torch.equal(t, after[n]) or not t.isfinite().all() for n, t in state.items()
+        ):
+            checks["merge"] += " unmerging does not restore the weights"
+    with check("to PEFT"), tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            lk.save_adapter(model, folder)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
+        agree("to PEFT", adapted, forward(theirs.base_model.model, given))
+        if checks["to PEFT"] and any("PEFT" in str(w.message) for w in said):
+            checks["to PEFT"] += " (save_adapter says so)"
+    with check("from PEFT"), tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+        try:
+            theirs = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+            randomise(p for n, p in theirs.named_parameters() if "lora_" in n)
+            expected = forward(theirs.base_model.model, given)
+        except Exception as error:
+            checks["from PEFT"] = f"(PEFT itself: {architectures.short(error)[:80]})"
+        else:
+            theirs.save_pretrained(folder, save_embedding_layers=False)
+            again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
+            if gap(expected, forward(again.base_model.model, given)) > ROUNDING:
+                checks["from PEFT"] = "(PEFT does not read its own file back)"
+            else:
+                ours = copy.deepcopy(plain)
+                try:
+                    lk.load_adapter(ours, folder)
+                except (ValueError, TypeError) as error:
+                    checks["from PEFT"] = f"refused: {str(error).replace(folder, '')[:120]}"
+                else:
+                    agree("from PEFT", expected, forward(ours, given))
+    if plain.can_generate():
+        with check("generate"), torch.no_grad():
+            prompt = {n: v for n, v in given.items() if n != "decoder_input_ids"}
+            checks["generate"] = generation(plain, model, prompt)
+    with check("remove"), torch.no_grad():
+        lk.remove_lora(model)
+        agree("remove", before, forward(model, given), 0.0)
+        if {n: p.requires_grad for n, p in model.named_parameters()} != names:
+            checks["remove"] += " names or requires_grad are not as before"
+        if [type(m) for m in model.modules()] != [type(m) for m in plain.modules()]:
+            checks["remove"] += " classes are not as before"
+    return row
+
+
+def generation(plain, model, prompt) -> str:
+    """Where the merged model, which has no adapter to run, differs without cache, so may ours."""
+    try:
+        generated(plain, prompt)
+    except Exception as error:
+        return f"(the plain model: {architectures.short(error)[:80]})"
+    cached, uncached = generated(model, prompt), generated(model, prompt, use_cache=False)
+    lk.merge_lora(model)
+    merged, without = generated(model, prompt), generated(model, prompt, use_cache=False)
+    lk.unmerge_lora(model)
+    for what, one, other in (("", cached, merged), (" without cache", uncached, without)):
+        if (difference := gap(one, other)) > ROUNDING:
+            return f"merged{what} differs by {difference:.1e}"
+    return "(the plain model: its cache changes it)" if gap(merged, without) > 1e-3 else ""
+
+
+# ------------------------------------------------------------------------------------- all of them
+
+
+def _child(kind: str, connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    warnings.simplefilter("ignore")
+    try:
+        row = examine(kind)
+    except BaseException as error:
+        row = {"class": architectures.classes()[kind], "crashed": architectures.short(error)}
+    connection.send(row)
+
+
+def run(kind: str) -> dict:
+    """`examine` in a child of this process, which has all imports behind it."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(kind, theirs))
+    child.start()
+    theirs.close()
+    row = {"class": architectures.classes()[kind]}
+    try:
+        row = ours.recv() if ours.poll(SECONDS) else row | {"crashed": f"over {SECONDS} s"}
+    except EOFError:
+        child.join()
+        row["crashed"] = f"ended with status {child.exitcode}"
+    child.kill()
+    child.join()
+    return row
+
+
+def faults(row: dict) -> dict[str, str]:
+    """Checks that failed through us: not what stands in parentheses, nor a file that is refused."""
+    harmless = ("(", "refused")
+    found = {n: w for n, w in row.get("checks", {}).items() if w and not w.startswith(harmless)}
+    return found | ({"crashed": row["crashed"]} if "crashed" in row else {})
+
+
+def table(rows: dict[str, dict]) -> str:
+    built = {k: r for k, r in rows.items() if "checks" in r}
+    clean = [k for k, r in built.items() if not faults(r)]
+    counts = {c: sum(c in faults(r) for r in built.values()) for c in CHECKS}
+    tried = {c: sum(c in r["checks"] for r in built.values()) for c in CHECKS}
+    lines = [
+        "# Architectures",
+        "",
+        "Made by `make sweep` (`tests/sweep.py`): `apply_lora(model, 4)` with its default targets"
+        " on small models built from configs, fp32, on the CPU.",
+        f"transformers {transformers.__version__}, peft {peft.__version__},"
+        f" torch {torch.__version__.split('+')[0]}.",
+        "",
+        f"{len(architectures.classes())} model types with a class of their own, {len(rows)} of them"
+        f" tried so far; {len(built)} built and run,"
+        f" {len(clean)} of them without a fault.",
+        "",
+        "| check | what it asks | tried | faults |",
+        "|---|---|---|---|",
+        *(f"| {c} | {what} | {tried[c]} | {counts[c]} |" for c, what in CHECKS.items()),
+        "",
+        "*Share* is the part of the model's weights that carries an adapter. What stands in"
+        " parentheses is no fault of the adapters: the plain model or PEFT has it too, or the"
+        " inputs of the sweep do not reach the layer. A file that is *refused* is left as it was.",
+        "",
+        "| model type | class | layers | share | found |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, row in sorted(built.items()):
+        found = "; ".join(f"**{c}**: {w}" for c, w in row["checks"].items() if w) or "ok"
+        lines.append(
+            f"| {kind} | {row['class']} | {row['layers']} | {row['share']:.0%} | {_cell(found)} |"
+        )
+    lines += ["", "## Not run", "", "| model type | class | reason |", "|---|---|---|"]
+    for kind, row in sorted(rows.items()):
+        if kind not in built:
+            reason = row.get("not built") or f"**crashed**: {row['crashed']}"
+            lines.append(f"| {kind} | {row['class']} | {_cell(reason)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="TYPE", default=[])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="forget the ledger")
+    parser.add_argument("--ledger", type=Path, default=LEDGER)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    kinds = architectures.classes()
+    if unknown := [k for k in arguments.only if k not in kinds]:
+        parser.error(f"--only: {unknown} are no model types; there are {', '.join(kinds)}")
+    known = arguments.ledger.exists() and not arguments.fresh
+    rows = json.loads(arguments.ledger.read_text()) if known else {}
+    todo = arguments.only or [k for k in kinds if k not in rows]
+    arguments.ledger.parent.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for kind, row in zip(todo, pool.map(run, todo), strict=True):
+            rows[kind] = row
+            arguments.ledger.write_text(json.dumps(rows, indent=1))
+            found = faults(row) or row.get("not built") or "ok"
+            print(f"{kind}: {found}", flush=True)
+    arguments.table.write_text(table({k: r for k, r in rows.items() if k in kinds}))
+    return int(any(faults(rows[kind]) for kind in todo))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

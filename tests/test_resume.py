@@ -1,0 +1,211 @@
+"""Checkpoints of training: a run that goes on as if it had never stopped, and damaged files."""
+
+import math
+import os
+import random
+import re
+
+import fuzz_files
+import pytest
+import torch
+from recipe_problem import CROSS_ENTROPY, adam, batched, equal, net, pairs, sgd, state
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lora_kernels import add_adaptor_layer, train_model
+from lora_kernels.adapters import lora_layers
+
+
+def resumable(own_generator, scaled):
+    """Model, loader, optimizer and options of a run with every kind of randomness."""
+    dtype = torch.float32
+    model = net(dtype=dtype, dropout=0.2, trained=False, seed=3)
+    for _, layer in lora_layers(model):
+        layer.dropout = 0.3
+    generator = torch.Generator().manual_seed(5) if own_generator else None
+    x, y = pairs(22, dtype=dtype)
+
+    def noisy(samples):
+        x, y = torch.utils.data.default_collate(samples)
+        return x + 0.1 * torch.randn(x.shape) + 0.1 * random.random(), y
+
+    loader = DataLoader(
+        TensorDataset(x, y), batch_size=3, shuffle=True, generator=generator, collate_fn=noisy
+    )
+    optimizer = adam(model)
+    options = {
+        "scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+        "accumulation_steps": 2,
+        "max_grad_norm": 0.5,
+        "autocast_dtype": torch.float16 if scaled else None,
+    }
+    return model, loader, optimizer, options
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("stop", [1, 3, 4, 6, 12])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_resumed_run_gives_identical_results(tmp_path, own_generator, stop, scaled):
+    file = tmp_path / "run" / "checkpoint.pt"
+    model, loader, optimizer, options = resumable(own_generator, scaled)
+    torch.manual_seed(11)
+    random.seed(11)
+    history = train_model(model, loader, CROSS_ENTROPY, optimizer, epochs=3, **options)
+    expected = state(model), history, optimizer.state_dict(), torch.get_rng_state()
+    assert len(history) == 12
+
+    model, loader, optimizer, options = resumable(own_generator, scaled)
+    torch.manual_seed(11)
+    random.seed(11)
+    train_model(
+        model, loader, CROSS_ENTROPY, optimizer, epochs=3, max_steps=stop, checkpoint=file,
+        **options,
+    )  # fmt: skip
+
+    model, loader, optimizer, options = resumable(own_generator, scaled)
+    torch.manual_seed(77)
+    random.seed(77)
+    history = train_model(
+        model, loader, CROSS_ENTROPY, optimizer, epochs=3, resume_from=file, **options
+    )
+    assert equal(expected[0], state(model))
+    assert history == expected[1]
+    for key, value in expected[2]["state"].items():
+        assert all(torch.equal(value[k], optimizer.state_dict()["state"][key][k]) for k in value)
+    assert torch.equal(torch.get_rng_state(), expected[3])
+
+
+def test_checkpoints_are_written_when_asked_and_survive_a_crash(tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    model = net()
+    sizes = []
+
+    def batches():
+        for index, batch in enumerate(batched(4)):
+            sizes.append(len(torch.load(file)["history"]["loss"]) if file.exists() else 0)
+            if index == 5:
+                raise OSError("disk gone")
+            yield batch
+
+    with pytest.raises(OSError, match="disk gone"):
+        train_model(
+            model, batches(), CROSS_ENTROPY, adam(model), checkpoint=file, checkpoint_every=2
+        )
+    # The first batch of an epoch is read before its first step.
+    assert sizes == [0, 0, 2, 2, 4, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_bad_checkpoints_name_what_is_wrong(tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    model = net(rank=4)
+    train_model(model, batched(4), CROSS_ENTROPY, adam(model), checkpoint=file, max_steps=3)
+
+    def resume(model, message, error=ValueError, file=file, data=None, **options):
+        before = state(model)
+        with pytest.raises(error, match=re.escape(message)):
+            train_model(
+                model, batched(4) if data is None else data, CROSS_ENTROPY,
+                **{"optimizer": adam(model), "resume_from": file, **options},
+            )  # fmt: skip
+        assert equal(before, state(model))
+
+    resume(net(), "no such file", FileNotFoundError, tmp_path / "nothing.pt")
+    resume(
+        net(rank=3),
+        "inner.lora_A has shape (4, 6)",
+    )
+    resume(net(), "accumulation_steps: ", accumulation_steps=2)
+    resume(net(target_modules=["inner"]), "outer.lora_A is only in the file")
+    other = net()
+    optimizer = adam(other)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    options = {"optimizer": optimizer, "scheduler": scheduler}
+    resume(other, "was written without a scheduler", **options)
+    other = net()
+    resume(other, "optimizer['param_groups'][0]: has no 'momentum'", optimizer=sgd(other))
+    resume(net(), "gave 2 batches, but 3 were seen", data=batched(4)[:2])
+    torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
+    resume(net(), "is no checkpoint of train_model", file=tmp_path / "other.pt")
+
+
+def test_the_scale_of_losses_is_resumed(tmp_path):
+    """Losses so large that the scaler leaves the first steps out and finds another scale."""
+
+    def run(**options):
+        model = net(dtype=torch.float32)
+        history = train_model(
+            model, batched(4, dtype=torch.float32), lambda p, t: 40 * CROSS_ENTROPY(p, t),
+            adam(model), autocast_dtype=torch.float16, epochs=2, **options,
+        )  # fmt: skip
+        return state(model), history
+
+    file = tmp_path / "checkpoint"
+    expected = run()
+    overflown = [not math.isfinite(norm) for norm in expected[1].grad_norm]
+    assert 2 <= sum(overflown) <= 6
+    run(max_steps=7, checkpoint=file)
+    resumed = run(resume_from=file)
+    assert equal(expected[0], resumed[0])
+    assert str(expected[1].grad_norm) == str(resumed[1].grad_norm)  # with its nans
+
+
+def test_running_statistics_are_resumed(tmp_path):
+    def run(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        add_adaptor_layer(model, 2, target_modules=["0"], modules_to_save=["1"])
+        data = batched(4, dtype=torch.float32)
+        train_model(model, data, CROSS_ENTROPY, adam(model), epochs=2, **options)
+        return model.state_dict()
+
+    file = tmp_path / "checkpoint"
+    expected = run()
+    run(max_steps=7, checkpoint=file)
+    assert equal(expected, run(resume_from=file))
+
+
+def test_the_best_and_the_evaluations_are_resumed(tmp_path):
+    file = tmp_path / "checkpoint"
+
+    def run(fail_at=None, **options):
+        model = net()
+        optimizer = adam(model, lr=0.3)
+        options |= {"eval_loader": batched(4, seed=3), "eval_every": 2, "keep_best": "loss"}
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        calls = []
+
+        def criterion(prediction, targets):
+            calls.append(0)
+            return CROSS_ENTROPY(prediction, targets) * (torch.nan if len(calls) == fail_at else 1)
+
+        history = train_model(
+            model, batched(4), criterion, optimizer, scheduler=scheduler, epochs=2, **options
+        )
+        return state(model), history
+
+    expected = run()
+    losses = [found["loss"] for found in expected[1].evaluations]
+    assert 0 < losses.index(min(losses)) < len(losses) - 1
+    # Six batches are evaluated after every second one.
+    with pytest.raises(FloatingPointError):
+        run(fail_at=34, checkpoint=file, checkpoint_every=1)
+    resumed = run(resume_from=file)
+    assert equal(expected[0], resumed[0])
+    assert expected[1] == resumed[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_damaged_checkpoints_change_nothing(seed):
+    """A sample; `python tests/fuzz_files.py --kind checkpoint --count 20000` is the long form."""
+    outcomes = fuzz_files.fuzz("checkpoint", count=60, seed=seed)
+    assert not outcomes["wrong"]
+    assert outcomes["refused"] > 30
+
+
+def test_neither_folders_nor_pipes_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    model = net()
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=r"resume_from: .* is no regular file"):
+            train_model(model, batched(4), CROSS_ENTROPY, adam(model), resume_from=path)
