@@ -150,6 +150,16 @@ def test_names_of_attention_processors(tmp_path):
     assert_loads(path, pairs, 1, strict=True)
 
 
+@pytest.mark.parametrize("present", [False, True])
+def test_the_dropout_of_a_file_is_set(tmp_path, present):
+    write_peft(tmp_path, lora_dropout=0.25)
+    model = Model()
+    if present:
+        apply_lora(model, 2)
+    load_adapter(model, tmp_path)
+    assert model.attn.to_q.dropout == 0.25
+
+
 def test_mlx(tmp_path):
     pairs = factors()
     tensors = {f"{n}.lora_a": A.mT.contiguous() for n, (A, _) in pairs.items()}
