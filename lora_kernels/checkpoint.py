@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import math
 import os
 import re
 import warnings
@@ -14,28 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_kernels import adapters, names, options, peft_targets, targets
+from lora_kernels import adapters, formats, names, peft_targets, targets
+from lora_kernels.adapter_files import DIGEST, digest, naming, shown
 from lora_kernels.adapters import lora_layers
 from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
+from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
+from lora_kernels.formats import PREFIX as _PREFIX
 from lora_kernels.layer import LoRALayer, copy_whole, features, is_sharded, whole
 from lora_kernels.nn import layer_class
+from lora_kernels.peft_config import Config
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-# Entries of the config without which the weights mean something else; the weights' metadata holds
-# them too, so that files of two saves are told apart.
-_DECISIVE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-_PAIRED = "lora_kernels_config"
-# Starts that leave PEFT's base weight as it is; "pissa", "olora" and others change it on loading.
-_INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
-# Options of PEFT that change what an adapter computes and that this library does not have.
-_UNSUPPORTED = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
-    "layer_replication", "trainable_token_indices", "kasa_config",
-    "monteclora_config", "velora_config",
-)  # fmt: skip
+_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_adapter(
@@ -100,7 +90,7 @@ def _write(
 ) -> None:
     """The layers of `factors`, by name. Of what is `given`, by its name in the model, those
     tensors; the model's own otherwise."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {}
     for name, pair in factors.items():
@@ -128,10 +118,11 @@ def _write(
             stacklevel=3,
         )
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", _PAIRED: json.dumps({key: config[key] for key in _DECISIVE})}
+    paired = json.dumps({key: config[key] for key in DECISIVE})
+    metadata = {"format": "pt", PAIRED: paired, DIGEST: digest(tensors)}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     replace_together({
-        directory / WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
+        directory / WEIGHTS_NAME: lambda path: Path(path).write_bytes(save(tensors, metadata)),
         directory / CONFIG_NAME: lambda path: Path(path).write_text(text),
     })  # fmt: skip
 
@@ -189,34 +180,56 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Reads PEFT's two files into a model: into its LoRA layers, or into a model that has none yet.
+def load_adapter(model: nn.Module, directory: str | os.PathLike, *, strict: bool = False) -> None:
+    """Reads an adapter's files into a model: into its LoRA layers, or into a model that has none
+    yet.
 
     Everything is checked first; on an error nothing in the model has changed. A model that has its
     LoRA layers may be sharded: every rank reads the files and takes its part.
 
+    Warns (UserWarning) of what is not loaded: layers of the config that the file lacks, adapters
+    that compute nothing and have no place in the model, options of the config that are unknown.
+
+    Args:
+        directory: with PEFT's two files (adapter_model.bin and sharded files too), or MLX's
+            (adapters.safetensors); or a file of Diffusers or kohya, or a directory with
+            pytorch_lora_weights.safetensors, of which a model takes its own part.
+        strict: what would be warned of is an error.
+
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is truncated, is not of the same save as the other, uses an option of
-            PEFT that this library lacks, or holds a tensor (named) that is non-finite or does not
-            fit the model.
+        ValueError: a file (named) is truncated, damaged, is not of the same save as the other, uses
+            an option of PEFT that this library lacks, or holds a tensor (named) that is non-finite
+            or does not fit the model.
     """
-    model, directory = names.unwrapped(model), Path(directory)
-    config = _read_config(directory / CONFIG_NAME)
-    tensors = _read_tensors(directory / WEIGHTS_NAME, config)
+    model = names.unwrapped(model)
     targets.require_no_peft(model)
     targets.require_shapes(model)
-    _require_linear_parameters(model, config, directory / CONFIG_NAME)
-    pairs, saved = _sort(model, tensors, _origin(config))
+    adapter = formats.read(Path(directory), model)
+    with adapters.all_or_nothing(model) as before, naming(adapter.file):
+        _load(model, adapter, strict, before)
+
+
+def _load(
+    model: nn.Module, adapter: formats.Adapter, strict: bool, before: adapters.Before
+) -> None:
+    config, left_out = adapter.config, list(adapter.left_out)
+    pairs, saved = _sort(model, adapter, left_out)
     present = dict(lora_layers(model))
     if present and set(present) != set(pairs):
+        extra = [name for name in pairs if name not in present]
+        for name in [name for name in extra if _is_idle(pairs[name])]:
+            del pairs[name]
+            left_out.append(f"{name}: its adapter is zero, and the model has none there")
         extra, missing = sorted(set(pairs) - set(present)), sorted(set(present) - set(pairs))
-        raise ValueError(
-            "the adapter's layers are not the model's:"
-            + (f" the file alone has {targets.summary(extra)};" if extra else "")
-            + (f" the model alone has {targets.summary(missing)};" if missing else "")
-            + " remove_lora(model) first to take them from the file"
-        )
+        if extra or missing:
+            raise ValueError(
+                "the adapter's layers are not the model's:"
+                + (f" the file alone has {targets.summary(extra)};" if extra else "")
+                + (f" the model alone has {targets.summary(missing)};" if missing else "")
+                + " remove_lora(model) first to take them from the file"
+            )
+    _say(model, config, pairs, saved, left_out, strict)
     modules = dict(names.named_modules(model))
     saved_modules = {n.rpartition(".")[0]: modules[n.rpartition(".")[0]] for n in saved}
     targets.require_whole_ties(model, saved_modules)
@@ -226,123 +239,86 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         warnings.warn(
             f"adapters on {targets.summary(idle)} may have no part in the output:"
             f" {past[modules[idle[0]]]}; check_adapters(model, ...) with a batch tells",
-            stacklevel=3,
+            stacklevel=4,
         )
     layers, values = {}, {}
-    with adapters.all_or_nothing(model) as before:
-        for name, (A, B) in pairs.items():
-            rank, alpha, use_rslora = _layer_config(config, name)
-            _check_pair(name, modules[name], A, B, rank, _origin(config))
-            layer = modules[name]
-            if name in present:
-                _check_present(name, layer, A)
-                before.keep(layer.lora_A)
-                before.keep(layer.lora_B)
-            else:
-                layers[layer] = layer_class(layer)._prepare(
-                    layer, rank, None, 0.0, use_rslora, None, "kaiming"
-                )
-            values[name] = (layer, A, B, alpha, use_rslora)
-
-        if layers or saved_modules:
-            adapters.attach(model, layers, saved_modules, before.trainable)
-        guard_save_pretrained(model)
-        for layer, A, B, alpha, use_rslora in values.values():
-            copy_whole(layer.lora_A, A)
-            copy_whole(layer.lora_B, B)
-            layer.alpha, layer.use_rslora = alpha, use_rslora
-            layer.dropout = config.get("lora_dropout") or 0.0
-        for name, tensor in saved.items():
-            owner, _, attribute = name.rpartition(".")
-            target = getattr(modules[owner], attribute)
-            before.keep(target)
-            copy_whole(target, tensor)
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a complete JSON file: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: expected peft_type 'LORA', got {kind!r}")
-    for option in _UNSUPPORTED:
-        if config.get(option):
-            raise ValueError(
-                f"{path}: {option} = {config[option]!r} is not supported; load it with PEFT"
+    for name, (A, B) in pairs.items():
+        rank, alpha, use_rslora = config.layer(name)
+        _check_pair(name, modules[name], A, B, rank, config.origin)
+        layer = modules[name]
+        if name in present:
+            _check_present(name, layer, A)
+            before.keep(layer.lora_A)
+            before.keep(layer.lora_B)
+        else:
+            layers[layer] = layer_class(layer)._prepare(
+                layer, rank, None, 0.0, use_rslora, None, "kaiming"
             )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in _INITS_BESIDE_THE_BASE:
-        raise ValueError(
-            f"{path}: init_lora_weights = {init!r} stands on a changed base; save it from PEFT with"
-            " path_initial_model_for_weight_conversion"
-        )
-    dropout = config.get("lora_dropout") or 0.0
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"{path}: lora_dropout: expected a probability in [0, 1), got {dropout}")
-    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        patterns = config.get(pattern) or {}
-        for value in (config.get(name, 8), *patterns.values()):
-            if not _is_number(value) or (name == "r" and (value < 1 or value != int(value))):
-                raise ValueError(f"{path}: {name}: got {value!r}, which is no usable number")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias = {config['bias']!r} is not supported, only 'none'")
-    return config
+        values[name] = (layer, A, B, alpha, use_rslora)
+
+    if layers or saved_modules:
+        adapters.attach(model, layers, saved_modules, before.trainable)
+    guard_save_pretrained(model)
+    for layer, A, B, alpha, use_rslora in values.values():
+        copy_whole(layer.lora_A, A)
+        copy_whole(layer.lora_B, B)
+        layer.alpha, layer.use_rslora = alpha, use_rslora
+        layer.dropout = config.dropout
+    for name, tensor in saved.items():
+        owner, _, attribute = name.rpartition(".")
+        target = getattr(modules[owner], attribute)
+        before.keep(target)
+        copy_whole(target, tensor)
 
 
-def _require_linear_parameters(model: nn.Module, config: dict, path: Path) -> None:
-    weights = [f".{n}.weight" for n, m in names.named_modules(model) if targets.is_linear(m)]
-    for parameter in config.get("target_parameters") or ():
-        if not any(weight.endswith(f".{parameter}") for weight in weights):
-            raise ValueError(
-                f"{path}: target_parameters: {parameter!r} is not the weight of a linear layer of"
-                " the model, and no other parameter can carry an adapter; load it with PEFT"
+def _say(
+    model: nn.Module,
+    config: Config,
+    pairs: Mapping[str, object],
+    saved: Mapping[str, Tensor],
+    left_out: list[str],
+    strict: bool,
+) -> None:
+    """Warns of everything that is not loaded and that the config speaks of; raises if strict."""
+    modules = dict(names.named_modules(model))
+    linear = [n for n, m in modules.items() if targets.is_linear(m)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = next((name for name, module in modules.items() if module is head), None)
+    able = [
+        name
+        for name in linear
+        if isinstance(modules[name], LoRALayer) or targets.objection(modules[name]) is None
+    ]
+    missing = sorted(set(config.targeted(able, head)) - set(pairs))
+    if missing:
+        left_out.append(f"{targets.summary(missing)}: targets of the config, not in the file")
+    for parameter in config.target_parameters:
+        if not any(f".{name}.weight".endswith(f".{parameter}") for name in linear):
+            left_out.append(
+                f"target_parameters: {parameter!r} is not the weight of a linear layer of the"
+                " model, and no other parameter can carry an adapter"
             )
-
-
-def _is_number(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def _read_tensors(path: Path, config: dict) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        tensors = load_file(path)
-        with safe_open(path, "pt") as file:
-            paired = json.loads((file.metadata() or {}).get(_PAIRED, "{}"))
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from error
-    for key, value in paired.items():
-        if config.get(key) != value:
-            raise ValueError(
-                f"{path}: was saved with {key} = {value!r}, but {CONFIG_NAME} has"
-                f" {config.get(key)!r}: the files are of two saves, or one was changed since;"
-                " save the adapter again, or bring the other file back"
-            )
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name}: holds non-finite values ({path})")
-    return tensors
-
-
-def _origin(config: dict) -> str:
-    """Where an adapter that does not fit belongs."""
-    base = config.get("base_model_name_or_path")
-    return f"; load it into the model it was trained on{f', {base}' if base else ''}"
+    for wanted in config.modules_to_save:
+        places = [n for n, m in modules.items() if f".{n}".endswith(f".{wanted}")]
+        held = any(f"{name}.".startswith(f"{place}.") for name in saved for place in places)
+        if places and not held and any(adapters.state_of(modules[n]) for n in places):
+            left_out.append(f"modules_to_save: {wanted!r} is not in the file")
+    if config.unknown:
+        entries = ", ".join(f"{n} = {shown(config.entries[n])}" for n in config.unknown)
+        left_out.append(f"options that this library does not know: {entries}")
+    if left_out and strict:
+        raise ValueError(f"strict: not all of it can be loaded: {'; '.join(left_out)}")
+    for one in left_out:
+        warnings.warn(f"load_adapter: not loaded: {one}", stacklevel=4)
 
 
 def _sort(
-    model: nn.Module, tensors: dict[str, Tensor], origin: str
+    model: nn.Module, adapter: formats.Adapter, left_out: list[str]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """(layer name -> (A, B), name -> tensor of modules_to_save), each found in the
-    model."""
-    modules = dict(names.named_modules(model))
+    """(layer name -> (A, B), name -> tensor of modules_to_save), each found in the model.
+
+    Adapters without effect where no adapter can be are noted in `left_out`."""
+    modules, config = dict(names.named_modules(model)), adapter.config
     tensors_there = {
         names.join(prefix, name): tensor
         for prefix, module in modules.items()
@@ -350,52 +326,94 @@ def _sort(
     }
     halves: dict[str, dict[str, Tensor]] = {}
     saved = {}
-    for key, tensor in tensors.items():
+    for key, tensor in adapter.tensors.items():
         name = key.removeprefix(_PREFIX)
-        if (found := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)) is not None:
+        if (found := _FACTOR.fullmatch(name)) is not None:
             layer, part = found.groups()
-            if layer not in modules:
+            if layer.replace(".base_layer", "") not in modules:
                 known = targets.summary(n for n, m in modules.items() if targets.is_linear(m))
                 raise ValueError(
                     f"{key}: the model has no module {layer!r}; its linear layers are"
-                    f" {known}{origin}"
+                    f" {known}{config.origin}"
                 )
+            if tensor.dtype not in _FLOATS:
+                raise ValueError(f"{key}: has dtype {tensor.dtype}, expected a floating one")
             halves.setdefault(layer, {})[part] = tensor
-        elif name in tensors_there:
-            if tensor.shape != tensors_there[name].shape:
-                raise ValueError(
-                    f"{key}: has shape {tuple(tensor.shape)}, the model's {name} has"
-                    f" {tuple(tensors_there[name].shape)}{origin}"
-                )
+            continue
+        name = name.replace(".base_layer.", ".")
+        if name not in tensors_there:
+            raise ValueError(f"{key}: the model has no parameter or buffer {name!r}{config.origin}")
+        _check_beside(key, name, tensor, tensors_there[name], config.origin)
+        if ".base_layer." not in key and config.is_saved(name.rpartition(".")[0]):
             saved[name] = tensor
-        else:
-            raise ValueError(f"{key}: the model has no parameter or buffer {name!r}{origin}")
+        elif not _is_same(tensor, tensors_there[name]):
+            raise ValueError(
+                f"{key}: differs from the model's {name}, and modules_to_save of the config does"
+                " not name it: the adapter was trained on other base weights. Copy it into the"
+                " model first, if that is what you want"
+            )
     if not halves:
-        raise ValueError(f"the adapter file holds no LoRA tensor, only {targets.summary(tensors)}")
+        raise ValueError(
+            f"the adapter file holds no LoRA tensor, only {targets.summary(adapter.tensors)}"
+        )
     for layer, parts in halves.items():
         for part in "AB":
             if part not in parts:
                 raise ValueError(
                     f"{_PREFIX}{layer}.lora_{part}.weight: missing from the adapter file"
                 )
-    return {layer: (parts["A"], parts["B"]) for layer, parts in halves.items()}, saved
+    pairs = {layer: (parts["A"], parts["B"]) for layer, parts in halves.items()}
+    for layer in list(pairs):
+        # None for a second adapter of one module, which is one of a parameter.
+        module = modules.get(layer)
+        if module is not None and targets.is_linear(module):
+            why = None if isinstance(module, LoRALayer) else targets.objection(module)
+            # PEFT computes nothing from an adapter there: attention reads the weight itself.
+            unused = isinstance(modules[layer.rpartition(".")[0]], nn.MultiheadAttention)
+        else:
+            why, unused = "is no linear layer", False
+        if why is not None and (unused or _is_idle(pairs[layer])):
+            left_out.append(f"{layer}: {why}; its adapter has no effect")
+            del pairs[layer]
+        elif why is not None:
+            raise ValueError(
+                f"{_PREFIX}{layer}.lora_A.weight: cannot go to {layer}: {why}, and its adapter is"
+                " not zero"
+            )
+    return pairs, saved
 
 
-def _layer_config(config: dict, name: str) -> tuple[int, float, bool]:
-    """(rank, alpha, use_rslora) of one layer."""
-    return (
-        options.of_layer(config.get("rank_pattern"), name, config.get("r", 8)),
-        options.of_layer(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)),
-        bool(config.get("use_rslora")),
-    )
+def _is_idle(pair: tuple[Tensor, Tensor]) -> bool:
+    return not all(tensor.any() for tensor in pair)
+
+
+def _check_beside(key: str, name: str, tensor: Tensor, there: Tensor, origin: str) -> None:
+    """A tensor of the model itself, stored beside the adapter."""
+    if tensor.shape != there.shape:
+        resized = (
+            "; was its vocabulary resized? Call model.resize_token_embeddings first"
+            if tensor.dim() == 2 and tensor.shape[1:] == there.shape[1:]
+            else ""
+        )
+        raise ValueError(
+            f"{key}: has shape {tuple(tensor.shape)}, the model's {name} has"
+            f" {tuple(there.shape)}{resized}{origin}"
+        )
+    alike = tensor.dtype in _FLOATS if there.is_floating_point() else tensor.dtype == there.dtype
+    if not alike:
+        raise ValueError(f"{key}: has dtype {tensor.dtype}, the model's {name} has {there.dtype}")
+
+
+def _is_same(tensor: Tensor, there: Tensor) -> bool:
+    """Whether they are equal in the narrower of their dtypes."""
+    there = whole(there.detach()).to(tensor.device)
+    if there.is_meta:
+        return False
+    return torch.equal(tensor.to(there.dtype), there) or torch.equal(there.to(tensor.dtype), tensor)
 
 
 def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int, origin: str) -> None:
     key = f"{_PREFIX}{name}.lora_"
-    if not isinstance(module, LoRALayer):
-        reason = targets.objection(module)
-        if reason is not None:
-            raise ValueError(f"{key}A.weight: cannot go to {name}: {reason}")
     K, N = features(module)
     for part, tensor, shape in (("A", A, (rank, K)), ("B", B, (N, rank))):
         if tensor.shape != shape:
@@ -403,10 +421,6 @@ def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int, o
                 f"{key}{part}.weight: has shape {tuple(tensor.shape)}, expected {shape}"
                 f" for rank {rank} of the config and {name}"
                 f" ({K} -> {N}){origin}"
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{key}{part}.weight: has dtype {tensor.dtype}, expected a floating one"
             )
 
 

@@ -7,16 +7,20 @@ changes, or its result is that of the file before the damage.
 import argparse
 import collections
 import io
+import json
 import random
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_kernels import apply_lora, lora_parameters, train_model
+from lora_kernels import apply_lora, load_adapter, lora_parameters, save_adapter, train_model
+from lora_kernels.adapter_files import DIGEST
 
 # ------------------------------------------------------------------------------- damage of any file
 
@@ -179,7 +183,92 @@ def _plain(value):
     return repr(value) if callable(value) else value
 
 
-KINDS = {"checkpoint": Checkpoints}
+# ----------------------------------------------------------------------------------------- adapters
+
+
+class Adapters:
+    """The two files of `save_adapter`, loaded into a plain model or into adapters."""
+
+    def __init__(self, folder):
+        self.file = folder
+        save_adapter(self.make(adapted=True, seed=1), folder)
+        self.weights, self.config = (
+            folder / "adapter_model.safetensors",
+            folder / "adapter_config.json",
+        )
+        self.data = {path: path.read_bytes() for path in (self.weights, self.config)}
+        self.tensors, self.entries = load_file(self.weights), json.loads(self.config.read_text())
+        self.present = False
+        self.expected = {}
+        for self.present in (False, True):
+            self.expected[self.present] = self.result()
+
+    @staticmethod
+    def make(adapted, seed=0):
+        torch.manual_seed(0)
+        model = nn.ModuleDict(
+            {"up": nn.Linear(4, 6), "norm": nn.BatchNorm1d(6), "down": nn.Linear(6, 4)}
+        )
+        if adapted:
+            apply_lora(model, 2, alpha=3, modules_to_save=["norm"])
+            torch.manual_seed(seed)
+            for parameter in lora_parameters(model):
+                nn.init.normal_(parameter)
+        return model
+
+    def damage(self, rng):
+        """Writes damaged files; whether they may stand for another adapter that is legal."""
+        for path, data in self.data.items():
+            path.write_bytes(data)
+        self.present = rng.random() < 0.5
+        path, form = rng.choice(list(self.data)), rng.random()
+        if form < 0.5:
+            data = rng.choice(BYTES)(self.data[path], rng)
+            path.write_bytes(data)
+            # Of the config's entries one alone changes what is computed and is not in the metadata.
+            return (
+                DIGEST.encode() not in data
+                if path == self.weights
+                else b'"lora_dropout": 0.0' not in data
+            )
+        if path == self.config:
+            path.write_text(json.dumps(other_part(self.entries, rng), default=str))
+        else:
+            metadata = {"format": "pt"}
+            if rng.random() < 0.3:
+                metadata["lora_kernels_config"] = rng.choice(("3", "[" * 50_000, "{", "{}"))
+            content = other_part(self.tensors, rng)
+            content = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+            content = {
+                k: v.to_dense() if v.is_sparse else v.contiguous() for k, v in content.items()
+            }
+            save_file(content, path, metadata)
+        return True
+
+    def state(self, model):
+        return _plain([
+            model.state_dict(), [(n, p.requires_grad) for n, p in model.named_parameters()],
+            [type(m).__name__ for m in model.modules()],
+            [(m.alpha, m.dropout, m.use_rslora) for m in model.modules() if hasattr(m, "lora_A")],
+        ])  # fmt: skip
+
+    def result(self):
+        model = self.make(self.present)
+        before = self.state(model)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                load_adapter(model, self.file)
+        except Exception:
+            assert self.state(model) == before, "was changed"
+            raise
+        return self.state(model)
+
+    def outcome(self):
+        return "as before" if self.result() == self.expected[self.present] else "another"
+
+
+KINDS = {"checkpoint": Checkpoints, "adapter": Adapters}
 
 
 def fuzz(kind, count, seed):

@@ -75,7 +75,7 @@ def test_a_file_of_peft_with_patterns(tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("where", ["safetensors.torch.save_file", "os.replace"])
+@pytest.mark.parametrize("where", ["safetensors.torch.save", "os.replace"])
 def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, where):
     save_adapter(adapted(), tmp_path)
     old = read(tmp_path)

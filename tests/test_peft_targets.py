@@ -124,13 +124,27 @@ def test_a_file_of_peft_for_a_mixture(tmp_path, name):
     assert close(logits(base), logits(theirs))
 
 
-def test_adapters_of_fused_experts_are_refused(tmp_path):
+@pytest.mark.parametrize("trained", [False, True])
+def test_adapters_of_fused_experts_are_said_or_refused(tmp_path, trained):
     base = build("DeepseekV3")
-    config = peft.LoraConfig(r=4, target_modules=["q_a_proj", "gate_proj", "up_proj"])
-    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"target_parameters: 'gate_up_proj' is not the weight of"):
-        load_adapter(base, tmp_path)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_a_proj", "gate_proj", "up_proj"], init_lora_weights=not trained
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path)
+    if trained:
+        with pytest.raises(ValueError, match=r"experts: is no linear layer, .* is not zero"):
+            load_adapter(base, tmp_path)
+    else:
+        with pytest.raises(ValueError, match=r"strict: .*'gate_up_proj' is not the weight of"):
+            load_adapter(base, tmp_path, strict=True)
     assert not list(lora_parameters(base))
+    if not trained:
+        with pytest.warns(UserWarning, match="not loaded") as said:
+            load_adapter(base, tmp_path)
+        assert any("'gate_up_proj' is not the weight of" in str(one.message) for one in said)
+        assert any("mlp.experts: is no linear layer" in str(one.message) for one in said)
+        assert close(logits(base), logits(theirs))
 
 
 def test_a_conversion_that_changes_names_is_said(tmp_path, monkeypatch):
