@@ -370,16 +370,26 @@ def _sort(
             why = None if isinstance(module, LoRALayer) else targets.objection(module)
             # PEFT computes nothing from an adapter there: attention reads the weight itself.
             unused = isinstance(modules[layer.rpartition(".")[0]], nn.MultiheadAttention)
+            parameter = False
         else:
-            why, unused = "is no linear layer", False
-        if why is not None and (unused or _is_idle(pairs[layer])):
+            why, unused, parameter = "is no linear layer", False, True
+        if why is None:
+            continue
+        if unused or _is_idle(pairs[layer]):
             left_out.append(f"{layer}: {why}; its adapter has no effect")
-            del pairs[layer]
-        elif why is not None:
+        elif parameter:
+            left_out.append(
+                f"{layer}: {why} (fused experts, an embedding); its adapter, which is not zero, is"
+                " not loaded and the model computes without it: PEFT and fuse_peft have it"
+            )
+        else:
             raise ValueError(
                 f"{_PREFIX}{layer}.lora_A.weight: cannot go to {layer}: {why}, and its adapter is"
                 " not zero"
             )
+        del pairs[layer]
+    if not pairs:
+        raise ValueError(f"no adapter of the file can go to the model: {'; '.join(left_out)}")
     return pairs, saved
 
 
