@@ -30,6 +30,12 @@ OPS, VMAP, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
     "backends/reference.py",
 )
 TRITON = "backends/triton/"
+CPU, NATIVE = "csrc/cpu/", "backends/native/__init__.py"
+SCALING, PLANS = "backends/scaling.py", "backends/plans.py"
+CASES = "triton_interpreter_cases"
+MANY_ROWS = "test_sums_over_as_many_rows_as_a_batch_has"
+MANY_BLOCKS = "test_sums_over_many_blocks"
+LARGE = "test_large_values_in_fp16"
 INTEGRATION = "integrations/peft.py"
 KERNELS = "triton_interpreter_cases triton_passes_cases"
 
@@ -189,6 +195,45 @@ MUTANTS = {
     "check: compared in train mode": ("check.py", "_run", "if evaluate:", "if False:", "check"),
     "training silent about idle adapters": ("recipes/training.py", "_step", "_warn_of_idle_adapters(model, optimizer)\n    scaler", "pass\n    scaler", "check"),
     "training warns at every step": ("recipes/training.py", "train_model", "first = len(run.history) == begun", "first = True", "check"),
+    "cpu: partial sums past the 16th lost": (CPU + "ops.cpp", "for (int64_t i = 0; i < chunks; ++i) {", "for (int64_t i = 0; i < std::min<int64_t>(chunks, 16); ++i) {", f"native::{MANY_ROWS}"),
+    "cpu: scale of a gradient dropped": (CPU + "ops.cpp", "static_cast<float>(gradient_scale), g_data", "1.f, g_data", f"native::{LARGE}"),
+    "cpu: masks of what is read wrap at row 4096": (CPU + "low_rank.inl", "static_cast<uint32_t>(first + i), strip / 8", "static_cast<uint32_t>(first + i) & 4095u, strip / 8", f"native::{MANY_ROWS}"),
+    "cpu: masks of what is written wrap at row 4096": (CPU + "low_rank.inl", "static_cast<uint32_t>(first + m + i), k / 8", "static_cast<uint32_t>(first + m + i) & 4095u, k / 8", f"native::{MANY_ROWS}"),
+    "cpu: rows of masks counted in 16 bits": (CPU + "low_rank.inl", "dropout.row + m,", "dropout.row + (m & 65535u),", "native::test_masks_of_as_many_rows_as_a_batch_has"),
+    "native: power of two dropped in y": (NATIVE, "lora_linear", "y, high, bias=", "y, 1.0, bias=", f"native::{LARGE}"),
+    "native: power of two dropped in lora_add": (NATIVE, "lora_add", "y, high, accumulate", "y, 1.0, accumulate", f"native::{LARGE}"),
+    "native: power of two dropped in place": (NATIVE, "lora_add_", "base_out, high, accumulate", "base_out, 1.0, accumulate", "native::test_in_place_on_any_strides"),
+    "native: power of two dropped in place, on strides": (NATIVE, "lora_add_", "y, high, accumulate", "y, 1.0, accumulate", "native::test_in_place_on_any_strides"),
+    "native: power of two dropped in dB": (NATIVE, "_branch_backward", "split(scaling, dy.dtype)[1]", "1.0", f"native::{LARGE}"),
+    "native: fp64 taken": (NATIVE, None, "torch.bfloat16, torch.float16)", "torch.bfloat16, torch.float16, torch.float64)", "native"),
+    "scaling: fp16 not split": (SCALING, "split", "dtype != torch.float16 or", "True or", f"accuracy::{LARGE}"),
+    "scaling: negative ones not split": (SCALING, "split", "abs(scaling) <= 1", "scaling <= 1", f"accuracy::{LARGE}"),
+    "scaling: other dtypes split": (SCALING, "split", "dtype != torch.float16", "dtype == torch.float64", "scaling"),
+    "scaling: factor of s above one": (SCALING, "split", "return below_one, 2.0**exponent", "return 2 * below_one, 2.0 ** (exponent - 1)", "scaling"),
+    "blocks past the 16th lost in dA and dB": (BLOCKED, "backward", "in _blocks(M, _step(dy, max(K, N))):", "in list(_blocks(M, _step(dy, max(K, N))))[:16]:", f"accuracy::{MANY_BLOCKS}"),
+    "blocks past the 16th lost in dB": (BLOCKED, "backward", "if need_b:\n", "if need_b and block.start < 1024:\n", f"accuracy::{MANY_BLOCKS}"),
+    "blocks past the 16th lost in the weight's gradient": (BLOCKED, "weight_gradient", "in _blocks(M, step):", "in list(_blocks(M, step))[:16]:", f"accuracy::{MANY_BLOCKS}"),
+    "masks of blocks wrap at row 4096 forward": (BLOCKED, "_shrink", "block.start", "block.start % 4096", f"accuracy::{MANY_BLOCKS}"),
+    "masks of blocks wrap at row 4096 backward": (BLOCKED, "backward", "keep_mask(seed, block.start", "keep_mask(seed, block.start % 4096", f"accuracy::{MANY_BLOCKS}"),
+    "power of two dropped in blocked dB": (BLOCKED, "backward", "alpha=high", "alpha=1.0", f"accuracy::{LARGE}"),
+    "masks wrap at row 4096": (DROPOUT, "keep_mask", "torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)", "torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device) % 4096", "dropout::test_rows_are_counted_past"),
+    "masks wrap at row 65536 of a call": (DROPOUT, "keep_mask", "torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)", "first_row + torch.arange(rows, dtype=torch.int64, device=seed.device) % 65536", "dropout::test_rows_of_one_call_are_counted_past_65536"),
+    "triton: partial sums past the 16th lost": (TRITON + "reduce.py", "sum_partials", "range(tl.cdiv(count, LANES))", "range(tl.minimum(tl.cdiv(count, LANES), 2))", f"{CASES}::{MANY_ROWS}"),
+    "triton: second sum scaled as the first": (TRITON + "reduce.py", "reduce_kernel", "size_1, scale_1, pid - blocks", "size_1, scale_0, pid - blocks", f"{CASES}::{LARGE}"),
+    "triton: masks wrap at row 4096": (TRITON + "blocks.py", "keep_tile", "rows = row_0 + rows", "rows = row_0 + rows % 4096", f"{CASES}::{MANY_ROWS}"),
+    "triton: row tiles past the 16th over others in dB": (TRITON + "gradients.py", "ds_db_kernel", "part_db += tile.to(tl.int64)", "part_db += (tile % 16).to(tl.int64)", f"{CASES}::{MANY_ROWS}"),
+    "triton: steps of a share past the 4th lost in dA": (TRITON + "gradients.py", "tall_tile", "for i in range(steps):", "for i in range(tl.minimum(steps, 4)):", f"{CASES}::{MANY_ROWS}"),
+    "triton: shares past the 16th over others in grouped dA": (TRITON + "grouped.py", "dx_da_kernel", "item // ranks, M, K", "item // ranks % 16, M, K", f"{CASES}::{MANY_ROWS}"),
+    "triton: power of two dropped in dB": (TRITON + "gradients.py", "ds_db", "(part_db, db, high)", "(part_db, db, 1.0)", f"{CASES}::{LARGE}"),
+    "triton: power of two dropped in dB alone": (TRITON + "__init__.py", "_backward", 'tile.get("db"), high)', 'tile.get("db"))', f"{CASES}::{MANY_ROWS}"),
+    "triton: power of two dropped in lora_add": (TRITON + "__init__.py", "_add_branch", "out, high=high", "out", f"{CASES}::{LARGE}_on_top_of_a_base"),
+    "triton: rows not in the key": (TRITON + "launch.py", "_key", "arg.bit_length() > 31 if", "None if", "triton_launch"),
+    "triton: launches of a profiler unseen": (TRITON + "launch.py", "_is_watched", "return bool(calls[0] or calls[1] or kernel.pre_run_hooks)", "return False", "triton_launch"),
+    "tiles: fields of a table ignored": (TRITON + "tiles.py", "replaced", "tile._replace(**fields) if fields else tile", "tile", "triton_backend"),
+    "plans: tiles of a table at any rank": (PLANS, "nearest", 'call.aligned and call.r <= max(16, bucket["r"])', "call.aligned", "triton_backend"),
+    "plans: tiles of a table for any strides": (PLANS, "nearest", "call.aligned and call.r", "call.r", "triton_backend"),
+    "plans: unproven ones taken": (PLANS, "nearest", """kind and bucket["plan"] in table["proven"] and""", "kind and", "triton_backend"),
+    "plans: decode of any number of rows": (PLANS, "refusal", "call.M > DECODE_ROWS", "False", "triton_backend"),
 }  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """The compiled CPU kernels, on every instruction set of this CPU."""
 
-import itertools
-
 import oracle
 import pytest
 import torch
@@ -102,13 +100,17 @@ def test_large_values_in_fp16(isa, case):
     oracle.assert_fp16_range(case, lora_add if case.add else lora_linear)
 
 
-def test_in_place_on_any_strides(isa):
-    for layout, (M, N) in itertools.product(("contiguous", "transposed", "sliced"), ((9, 70),)):
-        t, _ = oracle.make(oracle.Case(M, 33, N, 3, add=True))
-        t = {name: value.detach() for name, value in t.items()}
-        expected = lora_add(**t, scaling=2.0)
+@pytest.mark.parametrize(("dtype", "scaling"), [(torch.float32, 2.0), (torch.float16, 3.0)])
+def test_in_place_on_any_strides(isa, dtype, scaling):
+    case = oracle.Case(9, 33, 70, 3, dtype, scaling=scaling, add=True)
+    t, dy = oracle.make(case)
+    exact = oracle.reference64(case, t, dy)["y"]
+    t = {name: value.detach() for name, value in t.items()}
+    expected = lora_add(**t, scaling=scaling)
+    assert (expected - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+    for layout in ("contiguous", "transposed", "sliced"):
         out = oracle.lay_out(t["base_out"].clone(), layout)
-        lora_add_(out, t["x"], t["lora_a"], t["lora_b"], scaling=2.0)
+        lora_add_(out, t["x"], t["lora_a"], t["lora_b"], scaling=scaling)
         assert torch.equal(out, expected)
 
 
