@@ -8,9 +8,7 @@ import torch
 from lora_kernels.backends.scaling import split
 
 
-@pytest.mark.parametrize(
-    "scaling", [1.0000001, 1.5, 2.0, -2.0, 3.0, -48.5, 64.0, 1e30]
-)
+@pytest.mark.parametrize("scaling", [1.0000001, 1.5, 2.0, -2.0, 3.0, -48.5, 64.0, 1e30])
 def test_fp16_rounds_s_at_most_as_large_as_unscaled(scaling):
     low, high = split(scaling, torch.float16)
     assert low * high == scaling
