@@ -5,15 +5,22 @@ python tests/mutants.py [word of a name ...]     exit status 1 if a mutant survi
 
 # ruff: noqa: E501
 
+import ast
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 TESTS = pathlib.Path(__file__).resolve().parent
-PACKAGE = TESTS.parent / "lora_kernels"
+ROOT = TESTS.parent
+PACKAGE = ROOT / "lora_kernels"
+PROCESSES = 2
 OPS, VMAP, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
     "_ops.py",
     "_vmap.py",
@@ -23,258 +30,392 @@ OPS, VMAP, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
     "backends/reference.py",
 )
 TRITON = "backends/triton/"
+CPU, NATIVE = "csrc/cpu/", "backends/native/__init__.py"
+SCALING, PLANS = "backends/scaling.py", "backends/plans.py"
+CASES = "triton_interpreter_cases"
+MANY_ROWS = "test_sums_over_as_many_rows_as_a_batch_has"
+MANY_BLOCKS = "test_sums_over_many_blocks"
+LARGE = "test_large_values_in_fp16"
 INTEGRATION = "integrations/peft.py"
-KERNELS = "triton_interpreter"
+KERNELS = "triton_interpreter_cases triton_passes_cases"
 
-# name: (file, text that occurs once, what replaces it, test files that should notice)
+# name: (file, function or class that the text stands in, the text, what replaces it, tests that
+# should notice). None stands for what is in no function or class; files of csrc/ leave the function
+# out, the text occurs once in them. A test is tests/test_NAME.py, NAME::test or a case file.
 MUTANTS = {
-    "sign of ds": (REFERENCE, "if rank_first else b, scaling)", "if rank_first else b, -scaling)", "ops"),
-    "scaling dropped in s": (REFERENCE, "s = _scaled_product(x, _as(lora_a, x).t(), scaling)\n        y = _base", "s = _scaled_product(x, _as(lora_a, x).t(), 1)\n        y = _base", "ops"),
-    "scaling dropped in s of lora_add": (REFERENCE, "s = _scaled_product(x, _as(lora_a, x).t(), scaling)\n    y.addmm_", "s = _scaled_product(x, _as(lora_a, x).t(), 1)\n    y.addmm_", "ops"),
-    "scaling dropped in ds": (REFERENCE, "if rank_first else b, scaling)", "if rank_first else b, 1.0)", "ops"),
-    "scaling dropped in blocked ds": (BLOCKED, "_scaled(rows, b, scaling)", "_scaled(rows, b, 1.0)", "ops"),
-    "1/(1-p) missing in s": (BLOCKED, "scaling * keep_scale(dropout_p)", "scaling", "dropout"),
-    "1/(1-p) missing in backward": (BLOCKED, "scale = keep_scale(dropout_p) if dropout_p else 1.0", "scale = 1.0", "dropout"),
-    "1/(1-p) missing in dA": (BLOCKED, "dropped.to(total), alpha=scale)", "dropped.to(total))", "ops"),
-    "mask not applied in dx": (BLOCKED, "term.masked_fill_(~keep[:, columns], 0)", "term", "dropout"),
-    "mask not applied in dA": (BLOCKED, "x[block] if keep is None else x[block].masked_fill(~keep, 0)", "x[block]", "ops"),
-    "swapped dA and dB": (REFERENCE, "    return dx, dweight, d_a, d_b\n", "    return dx, dweight, d_b, d_a\n", "ops"),
-    "swapped A and B in backward": (OPS, "dy, x, lora_a, lora_b, s, mask, ctx.scaling", "dy, x, lora_b, lora_a, s, mask, ctx.scaling", "ops"),
-    "wrong dtype of dA": (REFERENCE, "_as(torch.mm(ds.t(), x), lora_a)", "torch.mm(ds.t(), x)", "ops accuracy"),
-    "wrong dtype of blocked dA": (BLOCKED, "d_a.to(lora_a.dtype)", "d_a.to(dy.dtype)", "ops accuracy"),
-    "s rounded twice": (REFERENCE, "return torch.addmm(unread, rows, matrix, beta=0, alpha=scaling)", "return (rows @ matrix).mul_(scaling)", "accuracy"),
-    "s rounded twice in blocks": (BLOCKED, "return torch.addmm(rows.new_zeros(()), rows, matrix, beta=0, alpha=scale)", "return (rows @ matrix) * scale", "accuracy"),
-    "bias rounded on its own": (BLOCKED, "torch.addmm(bias[columns].to(out.dtype).to(rows.dtype), rows, strip)", "torch.mm(rows, strip) + bias[columns].to(out.dtype).to(rows.dtype)", "accuracy"),
-    "branch rounded on its own": (REFERENCE, "        y.addmm_(s, _as(lora_b, x).t())\n    return y, s if", "        y += s @ _as(lora_b, x).t()\n    return y, s if", "accuracy"),
-    "bias dropped in wide path": (BLOCKED, "if bias is None:", "if True:", "accuracy"),
-    "dA summed in 16 bits": (BLOCKED, "return torch.float64 if dtype == torch.float64 else torch.float32", "return dtype", "accuracy"),
-    "philox rounds 6": (DROPOUT, "ROUNDS = 7", "ROUNDS = 6", "dropout"),
-    "philox key halves swapped": (DROPOUT, "k0, k1 = seed & _LOW, (seed >> 32) & _LOW", "k1, k0 = seed & _LOW, (seed >> 32) & _LOW", "dropout"),
-    "threshold off by one": (DROPOUT, ">= threshold(p) - 32768", "> threshold(p) - 32768", "dropout"),
-    "truncated threshold": (DROPOUT, "round(65536 * p)", "int(65536 * p)", "dropout"),
-    "high half first": (DROPOUT, "halves = words.to(torch.int32).view(torch.int16)", "halves = words.to(torch.int32).view(torch.int16).unflatten(-1, (-1, 2)).flip(-1)", "dropout"),
-    "signed comparison": (DROPOUT, "(halves ^ -32768)", "halves", "dropout"),
-    "block offset dropped forward": (BLOCKED, "keep_mask(seed, block.start, *rows.shape", "keep_mask(seed, 0, *rows.shape", "dropout"),
-    "block offset dropped backward": (BLOCKED, "keep_mask(seed, block.start, len(rows)", "keep_mask(seed, 0, len(rows)", "dropout"),
-    "blocks overlap the last row": (BLOCKED, "range(0, count, step)", "range(0, count - 1, step)", "accuracy"),
-    "double-backward formula removed": (OPS, '    "lora_linear_backward": _Once,\n', "", "ops"),
-    "double-backward formula of lora_add removed": (OPS, '    "lora_add_backward": _Once,\n', "", "ops"),
-    "mark_non_differentiable removed": (OPS, "    ctx.mark_non_differentiable(*output[1:])\n", "", "ops"),
-    "save flag inverted": (REFERENCE, "        y.addmm_(s, _as(lora_b, x).t())\n    return y, s if save_s", "        y.addmm_(s, _as(lora_b, x).t())\n    return y, s if not save_s", "ops"),
-    "x always saved": (OPS, "x if need_input else None", "x", "ops"),
-    "gradients computed unasked": (REFERENCE, "    if need_weight:\n        dweight = _as(", "    if True:\n        dweight = _as(", "ops"),
-    "lora_add works in place": (REFERENCE, "base_out.clone(memory_format=torch.contiguous_format)", "base_out", "ops"),
-    "uninitialised sum": (BLOCKED, "dy.new_zeros(r, N, dtype=total)", "dy.new_empty(r, N, dtype=total)", "ops"),
-    "forward mode not refused": (OPS, "if forward_ad._current_level < 0:", "if True:", "ops"),
-    "flops without the branch": ("_flops.py", "(K * N + r * (K + N))", "K * N", "ops"),
-    "flops never registered": ("_flops.py", "sys.meta_path.insert(0, _Finder())", "pass", "import"),
-    "dual tensors not refused": (OPS, "        refuse_forward_mode(args)\n        return _FUNCTIONS", "        return _FUNCTIONS", "ops"),
-    "jvp not refused": (OPS, "        refuse_forward_mode(args)\n        if not (", "        if not (", "transforms"),
-    "no graph below a level of grad": (OPS, "with torch.enable_grad(), forward_ad", "with forward_ad", "transforms"),
-    "no tangents below a level of grad": (OPS, "forward_ad._set_fwd_grad_enabled(True):", "forward_ad._set_fwd_grad_enabled(False):", "transforms"),
-    "dropout folded by vmap": (VMAP, "return args[dropout_p] == 0 and ", "return ", "transforms"),
-    "dA folded by vmap": (VMAP, " and not any(args[len(args) - flags :])", "", "transforms"),
-    "batched adapter folded by vmap": (VMAP, " and batched.issubset(rows)", "", "transforms"),
-    "lora_add_ onto one base by vmap": (VMAP, "and in_dims[0] is None", "and False", "transforms"),
-    "Conv1D read as a Linear": ("layer.py", "return weight.t() if self.fan_in_fan_out else weight", "return weight", "integrations_transformers"),
-    "Conv1D merged transposed": ("layer.py", "_add_product(self.matrix, self.lora_B, self.lora_A, self.scaling)\n        if not keep_base", "_add_product(self.weight, self.lora_B, self.lora_A, self.scaling)\n        if not keep_base", "integrations_transformers"),
-    "fan_in_fan_out not written": ("checkpoint.py", "any(layer.fan_in_fan_out for layer in layers.values())", "False", "integrations_transformers"),
-    "buffers of modules_to_save left out": ("adapters.py", "found = {**module._parameters, **module._buffers}", "found = {**module._parameters}", "checkpoint"),
-    "merged state without its base": ("state.py", "        if self._base_weight_cpu is not None:  # no", "        if False:  # no", "nn"),
-    "a merged state taken for a base": ("state.py", "        if base is not None:\n", "        if False:\n", "nn"),
-    "a plain weight not merged again": ("state.py", "        elif again:\n", "        elif False:\n", "nn"),
-    "a final merge outlives a new base": ("state.py", '        elif base is not None or "weight" in given:', "        elif base is not None:", "nn"),
-    "a state that does not fit half loaded": ("state.py", "            error_msgs += errors\n            return", "            error_msgs += errors", "nn"),
-    "an adapter for a base that is gone": ("state.py", 'if self._merged == "final" and adapter and', "if False and adapter and", "nn"),
-    "the caller's tensors merged into": ("state.py", 'state[prefix + "weight"] = given["weight"].clone()', "pass", "nn"),
-    "merged_state_dict of untrained values": ("merged.py", "return whole(saved.trained)", "return whole(saved.base)", "merged"),
-    "merged_state_dict without the adapter": ("merged.py", 'isinstance(module, LoRALayer) and attribute == "weight":', "False:", "merged"),
-    "merged_state_dict of a tied weight": ("merged.py", '    require_untied(model, layers, "merged_state_dict")\n', "", "merged"),
-    "merged twice in merged_state_dict": ("layer.py", "        if self._merged:\n            return self.weight.detach()\n", "", "merged"),
-    "wrappers in names": ("names.py", "        return \"module\"\n", "        return None\n", "names"),
-    "compiled blocks in names": ("names.py", "    for (home, kind), attribute in {**_ELSEWHERE, **_HIDDEN}.items():", "    for (home, kind), attribute in _HIDDEN.items():", "names"),
-    "checkpointed blocks in names of states": ("names.py", "            if attribute not in _HIDDEN.values():\n", "            if True:\n", "names"),
-    "one's own module taken for a wrapper": ("names.py", "    if isinstance(module, _PARALLEL):", '    if "module" in module._modules:', "names"),
-    "what trains and is not saved not said": ("checkpoint.py", "    _warn_of_unsaved(model)\n", "", "names"),
-    "frozen parameters said to be left out": ("checkpoint.py", "parameter is not None and parameter.requires_grad and parameter not in saved", "parameter is not None and parameter not in saved", "names"),
-    "shared experts as PEFT's fused ones": ("peft_targets.py", "    return [name for name in layers if name.rpartition", "    return [name for name in () if name.rpartition", "peft_targets"),
-    "patterns of parameters without .weight": ("checkpoint.py", '(r"(\\.weight)?" if name in as_parameters else "")', '""', "peft_targets"),
-    "dropout beside target_parameters": ("checkpoint.py", "0.0 if as_parameters else layers[first].dropout", "layers[first].dropout", "peft_targets"),
-    "fused experts' adapters not refused": ("checkpoint.py", "        elif why is not None:\n            raise", "        elif False:\n            raise", "peft_targets"),
-    "PEFT's renaming not said": ("peft_targets.py", "    if reason:\n", "    if False:\n", "peft_targets"),
-    "a module in two places not said": ("peft_targets.py", "if len(found) > 1]", "if len(found) > 2]", "peft_targets"),
-    "inner models without a guard": ("checkpoint.py", "    for module in model.modules():\n        save =", "    for module in (model,):\n        save =", "save_pretrained"),
-    "a copy saves the original": ("checkpoint.py", "functools.partial(_save_pretrained, module)", "lambda *a, **k: _save_pretrained(module, *a, **k)", "save_pretrained"),
-    "guards of inner models left behind": ("checkpoint.py", "    for module in model.modules():\n        guard =", "    for module in (model,):\n        guard =", "save_pretrained"),
-    "every save_pretrained guarded": ("checkpoint.py", 'if callable(save) and "save_directory" in inspect.signature(save).parameters:', "if callable(save):", "save_pretrained"),
-    "the sum saved as the base": ("checkpoint.py", "        if base is not None and base.numel():\n", "        if False:\n", "save_pretrained"),
-    "compiled names in a saved base": ("checkpoint.py", "state[names.join(plain.get(owner, owner), attribute)] = tensor", "state[key] = tensor", "save_pretrained"),
-    "unmerged layers lost beside a final one": ("checkpoint.py", "    if parts:\n", "    if len(parts) == len(layers):\n", "save_pretrained"),
-    "a failed rename not undone": ("files.py", "for path in renamed:", "for path in ():", "checkpoint"),
-    "files of two saves taken for one": ("formats.py", "for key, value in paired.items():", "for key, value in ():", "checkpoint"),
-    "leftovers of dead savers stay": ("files.py", "    _sweep(writers)\n", "", "files"),
-    "living savers' files swept": ("files.py", "fcntl.flock(descriptor, fcntl.LOCK_SH)", "pass", "files"),
-    "folders not flushed": ("files.py", "for folder in {path.parent for path in writers}:", "for folder in ():", "files"),
-    "pipes waited for": ("files.py", "if not stat.S_ISREG(status.st_mode):", "if False:", "files"),
-    "files of mode 0600": ("files.py", "os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666", "os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600", "files"),
-    "repeats at least once": ("patterns.py", "found, new = set(places), places", "found, new = set(), places", "patterns"),
-    "flipped bits not noticed": ("adapter_files.py", "if DIGEST in metadata and", "if False and", "formats"),
-    "code of pickled files run": ("adapter_files.py", "weights_only=True)\n", "weights_only=False)\n", "formats"),
-    "shards outside the folder": ("adapter_files.py", "_SHARD.fullmatch(name)", "True", "formats"),
-    "lora_dropout of a file not set": ("checkpoint.py", "        layer.dropout = config.dropout\n", "", "formats"),
-    "strict ignored": ("checkpoint.py", "if left_out and strict:", "if False:", "formats"),
-    "layers missing in a file not said": ("checkpoint.py", "    if missing:\n        left_out", "    if False:\n        left_out", "formats"),
-    "weights beside the adapter not compared": ("checkpoint.py", "elif not _is_same(tensor, tensors_there[name]):", "elif False:", "formats"),
-    "weights beside the adapter trained": ("checkpoint.py", "and config.is_saved(name.rpartition(\".\")[0]):", "and True:", "formats"),
-    "kohya's alpha ignored": ("formats.py", 'if "alpha" in roles else', "if False else", "formats"),
-    "MLX's scale taken for alpha": ("formats.py", "{n: scale * r for n, r in ranks.items()}", "{n: scale for n, r in ranks.items()}", "formats"),
-    "options switched on and unknown not said": ("peft_config.py", "if value and name not in known", "if False", "formats"),
-    "PEFT's layers taken for targets": ("targets.py", "    require_no_peft(model)\n    for name", "    for name", "checkpoint"),
-    "an interrupted apply_lora not undone": ("adapters.py", "        before.restore()\n", "        pass\n", "all_or_nothing"),
-    "classes not brought back": ("adapters.py", "            module.__class__ = kind\n", "", "all_or_nothing"),
-    "what modules hold not brought back": ("adapters.py", "                held[key].update(content)\n", "", "all_or_nothing"),
-    "flags not brought back": ("adapters.py", "            parameter.requires_grad_(flag)\n", "            pass\n", "all_or_nothing"),
-    "PiSSA's weights not kept": ("convert.py", "                before.keep(linear.weight)\n", "", "all_or_nothing"),
-    "adapters not kept while loading": ("checkpoint.py", "            before.keep(layer.lora_B)\n", "", "all_or_nothing"),
-    "saved modules not kept while loading": ("checkpoint.py", "        before.keep(target)\n", "", "all_or_nothing"),
-    "marks of an earlier call changed": ("adapters.py", "module.__dict__[_FROZEN] = module.__dict__.get(_FROZEN, set()) | frozen", "module.__dict__.setdefault(_FROZEN, set()).update(frozen)", "all_or_nothing convert"),
-    "alpha kept as it was given": ("options.py", "return int(value) if isinstance(value, numbers.Integral) else float(value)", "return value", "options"),
-    "a bool taken for a number": ("options.py", "if isinstance(number, bool) or not", "if not", "options nn"),
-    "alpha of zero": ("options.py", "    if value <= 0:", "    if value < 0:", "nn"),
-    "the last pattern wins": ("options.py", "in (patterns or {}).items():\n        if _matches", "in reversed((patterns or {}).items()):\n        if _matches", "options"),
-    "patterns without a target taken": ("options.py", "        if not found:\n", "        if False:\n", "options"),
-    "options of PEFT dropped": ("options.py", "        if value and value != field.default:", "        if False:", "options"),
-    "layers_to_transform dropped": ("options.py", "if config.layers_to_transform not in (None, []):", "if False:", "options"),
-    "PEFT's heads dropped": ("options.py", "dict.fromkeys((*(config.modules_to_save or ()), *heads))", "dict.fromkeys(config.modules_to_save or ())", "options"),
-    "init_lora_weights=False dropped": ("options.py", 'False: "random"', 'False: "kaiming"', "options"),
-    "new heads adapted": ("targets.py", "            heads[name] = module\n", "            pass\n", "heads"),
-    "loaded heads taken for new": ("targets.py", 'return getattr(parameter, "_is_hf_initialized", False)', "return False", "heads"),
-    "an excluded head trained": ("targets.py", "if excluded.match(name) or (inside", "if False and (inside", "heads"),
-    "a named head trained in full": ("targets.py", "elif not wanted.is_for(name, inside, names - inside):", "else:", "heads"),
-    "a head loaded in part adapted": ("targets.py", "_is_new(c, all if body is None else any)", "_is_new(c, all)", "heads"),
-    "parts of a head written one by one": ("adapters.py", "            inside.update(module.modules())\n", "", "heads"),
-    "biases of experts listed": ("targets.py", "    if not matrix or vectors or _ELEMENTWISE.search(attribute):", "    if not matrix:", "convert"),
-    "vectors of experts listed": ("targets.py", "not matrix or vectors or", "not matrix or", "convert"),
-    "experts matched in silence": ("targets.py", "lambda predicate: _what_else(model, predicate)", "lambda predicate: None", "convert"),
-    "what is trained in full said to be frozen": ("targets.py", "if is_linear(module) or module in trained:", "if is_linear(module):", "convert"),
-    "skipped layers not folded": ("convert.py", "reasons.setdefault(reason, []).append(name)", "reasons.setdefault(reason + name, []).append(name)", "convert"),
-    "lazy layers not refused": ("targets.py", "if is_lazy(parameter):", "if False:", "options"),
-    "16-bit adapters by default": ("layer.py", "torch.float32 if self.weight.dtype in _HALVES else self.weight.dtype", "self.weight.dtype", "nn"),
-    "weights without values merged": ("layer.py", "            if tensor.is_meta:\n", "            if False:\n", "weights"),
-    "subclasses taken for weights": ("layer.py", "    if decides and not is_sharded", "    if False and not is_sharded", "weights"),
-    "odd dtypes taken for weights": ("layer.py", "if tensor.dtype not in _DTYPES:", "if False:", "weights"),
-    "computed tensors taken for parameters": ("layer.py", "if name in module._parameters or name in module._buffers:", "if hasattr(module, name):", "weights"),
-    "pruned factor as of the last forward": ("layer.py", "return hook.apply_mask(self)", "return getattr(self, name)", "weights"),
-    "offloaded adapter not read": ("layer.py", "hook = module._hf_hook if is_offloaded(module) else None", "hook = None", "weights"),
-    "half a merge kept": ("layer.py", "                self.weight.copy_(self._kept_base())\n            self.merged_base", "                pass\n            self.merged_base", "weights"),
-    "merges before an error kept": ("convert.py", "            for name in done:\n                layers[name].unmerge()", "            pass", "weights"),
-    "ties by memory not seen": ("targets.py", "for one, other in _overlaps(found):", "for one, other in ():", "weights"),
-    "columns of one matrix taken for tied": ("targets.py", "return bool(second.any())", "return True", "weights"),
-    "head with an adapter replaced": ("adapters.py", "    _guard_embeddings(model)\n", "", "weights"),
-    "same size taken for a resize": ("adapters.py", "new_num_tokens in (None, size)", "new_num_tokens is None", "weights"),
-    "fixed seed": (FUNCTIONAL, "torch.randint(2**63 - 1, (), dtype", "torch.randint(1, (), dtype", "dropout"),
-    "autocast inside the op": (OPS, "if torch.is_autocast_enabled(device):", "if False:", "functional"),
-    "lora_add_ in grad mode": (FUNCTIONAL, "if torch.is_grad_enabled() and any(", "if False and any(", "functional"),
-    "bias dropped with few rows": (REFERENCE, "torch.addmm(bias[:, None], weight, x_t)", "torch.mm(weight, x_t)", "ops accuracy"),
-    "op past autograd keeps no graph": (OPS, "return _FUNCTIONS[name].apply(op, None, *args)", "return _below_autograd(op, None, args)[0]", "ops"),
-    "raw op unchecked": (OPS, "            check(args)\n", "            pass\n", "ops_checks"),
-    "fake unchecked": (OPS, "        _CHECKS[name](args)\n", "", "ops_checks"),
-    "raw op takes rank 0": ("_checks.py", 'if 0 in (sizes["N"], sizes["K"], sizes["r"]):', "if False:", "ops_checks"),
-    "unread s refused": ("_checks.py", "not _is_read(key, names, args)", "False", "ops_checks"),
-    "sharded masks start at column 0": ("backends/sharded.py", "return torch.cat([seed.reshape(1), *offsets])", "return seed", "distributed"),
-    "sharded part of a sum counted twice": ("backends/sharded.py", "return local if first else torch.zeros_like(local)", "return local", "distributed"),
-    "whole dropped copy": (BLOCKED, "return max(1, budget // (4 * width))", "return 1 << 40", "ops"),
-    "triton: scale dropped in s": (TRITON + "low_rank.py", "store_tile(out, acc * scale, rank, rows, 1, r, r, M)", "store_tile(out, acc, rank, rows, 1, r, r, M)", KERNELS),
-    "triton: scaling dropped in ds": (TRITON + "gradients.py", "(part_ds, ds, scaling)", "(part_ds, ds, 1.0)", KERNELS),
-    "triton: a row tile missing in dB": (TRITON + "gradients.py", "part_db += tile.to(tl.int64) * N * r", "part_db += 0 * tile.to(tl.int64)", KERNELS),
-    "triton: mask not applied in dx": (TRITON + "blocks.py", "tl.where(keep, term * scale, 0.0)", "term * scale", KERNELS),
-    "triton: mask not applied in dA": (TRITON + "gradients.py", "tl.where(keep_tile(seed, rows, col, threshold, BC), tile, 0.0)", "tile", KERNELS),
-    "triton: place in the mask ignored": (TRITON + "blocks.py", "rows = row_0 + rows", "rows = rows + 0 * row_0", KERNELS),
-    "triton: last column of the reduction lost": (TRITON + "gemm.py", "x_values = tl.load(x_tile, mask=ks[None, :] < left,", "x_values = tl.load(x_tile, mask=ks[None, :] < left - 1,", KERNELS),
-    "triton: last partial sum lost": (TRITON + "reduce.py", "(index[:, None] < count)", "(index[:, None] < count - 1)", KERNELS),
-    "triton: bias added after a strip": (TRITON + "gemm.py", "acc += values.to(out.dtype.element_ty).to(tl.float32)[None, :]", "acc += values.to(tl.float32)[None, :] * (col < BN)", KERNELS),
-    "triton: s of the flag kernel unscaled": (TRITON + "flag.py", "store_tile(s, low * scale,", "store_tile(s, low,", KERNELS),
-    "triton: a share of the rows missing in grouped dA": (TRITON + "grouped.py", "columns * ranks * SPLIT:", "columns * ranks * SPLIT - 1:", KERNELS),
-    "triton: 1/(1-p) missing in grouped dA": (TRITON + "grouped.py", "reduce_partials((part, out, scale))", "reduce_partials((part, out, 1.0))", KERNELS),
-    "triton: alignment not in the key": (TRITON + "launch.py", "key.append(arg.data_ptr() % 16)", "pass", "triton_launch"),
-    "triton: partial sums freed too early": (TRITON + "low_rank.py", "held.append(part)", "pass", "triton_backend"),
-    "triton: dy read once more": (TRITON + "tiles.py", "return r < 64 and r <= rank_block(dtype, r)", "return False", KERNELS),
-    "tensor scaling dropped": (FUNCTIONAL, "return 1.0, wide * scaling.to(wide.dtype)", "return 1.0, wide", "functional"),
-    "tensor scaling folded in 16 bits": (FUNCTIONAL, "wide = lora_b if lora_b.dtype == torch.float64 else lora_b.float()", "wide = lora_b", "functional"),
-    "scaling that trains detached": (FUNCTIONAL, "if scaling.requires_grad and torch.is_grad_enabled():", "if False:", "functional"),
-    "scaling on another device": (FUNCTIONAL, "if scaling.device != device:", "if False:", "functional"),
-    "good case blind to devices": (FUNCTIONAL, "or tensor.device != device:\n            return False", "or False:\n            return False", "functional"),
-    "good case blind to autocast": (FUNCTIONAL, "and (x.is_meta or not torch.is_autocast_enabled(device.type))", "", "functional"),
-    "fused PEFT: global hooks unseen": (INTEGRATION, "or _has_any_global_hook()", "", "integrations_peft"),
-    "fused PEFT: traced": (INTEGRATION, "or torch.jit.is_tracing()", "", "integrations_peft"),
-    "fused PEFT: backward hooks unseen": (INTEGRATION, "or module._backward_hooks", "", "integrations_peft"),
-    "fused PEFT: backward pre-hooks unseen": (INTEGRATION, "or module._backward_pre_hooks", "", "integrations_peft"),
-    "fused PEFT: replaced forward unseen": (INTEGRATION, 'or "forward" in module.__dict__', "", "integrations_peft"),
-    "fused PEFT: subclass of a weight taken": (INTEGRATION, "if types is not None and type(parameter) not in _PLAIN:", "if False:", "integrations_peft"),
-    "fused PEFT: merged adapters unseen": (INTEGRATION, "or self.merged_adapters", "", "integrations_peft"),
-    "fused PEFT: dropout of a few rows": (INTEGRATION, "if dropout.training and type(dropout) is nn.Dropout:", "if False:", "integrations_peft"),
-    "fused PEFT: scaling of a few rows": (INTEGRATION, "y = y + branch * self.scaling[name]", "y = y + branch", "integrations_peft"),
-    "fused PEFT: few rows compiled": (INTEGRATION, "x.is_cpu and not torch.compiler.is_compiling()", "x.is_cpu", "integrations_peft"),
-    "fused PEFT: any scaling tensor taken": (INTEGRATION, "return not isinstance(scaling, Tensor) or (", "return True or (", "integrations_peft"),
-    "fused PEFT: lost gradient unnoticed": (INTEGRATION, "if dx is None or not dx.any():", "if False:", "integrations_peft"),
-    "fused PEFT: wrong gradient unnoticed": (INTEGRATION, "if linear and not (", "if False and not (", "integrations_peft"),
-    "fused PEFT: tried on the base itself": (INTEGRATION, "    base = copy.deepcopy(base)\n", "", "integrations_peft"),
-    "fused PEFT: warns in every call": (INTEGRATION, "self.__dict__.pop(_WARNING)", "self.__dict__[_WARNING]", "integrations_peft"),
-    "fused PEFT: warns where nothing is lost": (INTEGRATION, "if isinstance(x, Tensor) and x.requires_grad:", "if True:", "integrations_peft"),
-    "fused PEFT: own name in repr": (INTEGRATION, "return self.peft_class.__name__\n", "return type(self).__name__\n", "integrations_peft"),
-    "metadata of a weight taken for a use": ("bypass.py", """if inner[-1:] == ("weight",) and asked:""", "if False:", "bypass"),
-    "conditions of a read ignored": ("bypass.py", "if value is not _UNKNOWN and bool(value) != outcome:", "if False:", "bypass"),
-    "read past only in forward itself": ("bypass.py", "todo.append((*member, 0))", "pass", "bypass"),
-    "encoder layers stay on the fast path": ("bypass.py", "setattr(module, option, 0)", "pass", "bypass"),
-    "nested tensors for encoders with adapters": ("bypass.py", """    nn.TransformerEncoder: "use_nested_tensor",\n""", "", "bypass"),
-    "fast path not given back": ("bypass.py", "setattr(module, option, vars(module).pop(_KEPT + option))", "pass", "bypass"),
-    "layers put in by hand stay on the fast path": ("bypass.py", "if isinstance(child, LoRALayer) and isinstance(module", "if False and isinstance(module", "bypass"),
-    "bypassed layers named explicitly are skipped": ("targets.py", "elif module in past and wanted:", "elif False:", "bypass"),
-    "check: buffers not restored": ("check.py", "if not torch.equal(buffer, value):", "if False:", "check"),
-    "check: weights not restored": ("check.py", "parameter.copy_(value)", "pass", "check"),
-    "check: optimizers step in the backward": ("check.py", "now.clear()\n    try:", "pass\n    try:", "check"),
-    "check: adapters merged as small as they are": ("check.py", "_enlarge(adapter)\n        apart", "pass\n        apart", "check"),
-    "check: a zero gradient passes": ("check.py", "if norm == 0 and not explained", "if False", "check"),
-    "check: B = 0 taken for a fault": ("check.py", "if norm == 0 and not explained", "if norm == 0", "check"),
-    "check: compared in train mode": ("check.py", "if evaluate:", "if False:", "check"),
-    "training silent about idle adapters": ("recipes/training.py", "_warn_of_idle_adapters(model, optimizer)\n    scaler", "pass\n    scaler", "check"),
-    "training warns at every step": ("recipes/training.py", "first = len(run.history) == begun", "first = True", "check"),
+    "sign of ds": (REFERENCE, "_whole_backward", "if rank_first else b, scaling)", "if rank_first else b, -scaling)", "ops"),
+    "scaling dropped in s": (REFERENCE, "lora_linear", "x).t(), low)", "x).t(), 1)", "ops"),
+    "scaling dropped in s of lora_add": (REFERENCE, "_add_branch", "x).t(), low)", "x).t(), 1)", "ops"),
+    "scaling dropped in ds": (REFERENCE, "_whole_backward", "if rank_first else b, scaling)", "if rank_first else b, 1.0)", "ops"),
+    "scaling dropped in blocked ds": (BLOCKED, "backward", "_scaled(rows, b, scaling)", "_scaled(rows, b, 1.0)", "ops"),
+    "1/(1-p) missing in s": (BLOCKED, "_shrink", "scaling * keep_scale(dropout_p)", "scaling", "dropout"),
+    "1/(1-p) missing in backward": (BLOCKED, "backward", "scale = keep_scale(dropout_p) if dropout_p else 1.0", "scale = 1.0", "dropout"),
+    "1/(1-p) missing in dA": (BLOCKED, "backward", "dropped.to(total), alpha=scale)", "dropped.to(total))", "ops"),
+    "mask not applied in dx": (BLOCKED, "_product", "term.masked_fill_(~keep[:, columns], 0)", "term", "dropout"),
+    "mask not applied in dA": (BLOCKED, "backward", "x[block] if keep is None else x[block].masked_fill(~keep, 0)", "x[block]", "ops"),
+    "swapped dA and dB": (REFERENCE, "_whole_backward", "    return dx, dweight, d_a, d_b\n", "    return dx, dweight, d_b, d_a\n", "ops"),
+    "swapped A and B in backward": (OPS, "_LoraAdd.backward", "dy, x, lora_a, lora_b, s, mask, ctx.scaling", "dy, x, lora_b, lora_a, s, mask, ctx.scaling", "ops"),
+    "wrong dtype of dA": (REFERENCE, "_whole_backward", "_as(torch.mm(ds.t(), x), lora_a)", "torch.mm(ds.t(), x)", "ops accuracy"),
+    "wrong dtype of blocked dA": (BLOCKED, "backward", "d_a.to(lora_a.dtype)", "d_a.to(dy.dtype)", "ops accuracy"),
+    "s rounded twice": (REFERENCE, "_scaled_product", "return torch.addmm(unread, rows, matrix, beta=0, alpha=scaling)", "return (rows @ matrix).mul_(scaling)", "accuracy"),
+    "s rounded twice in blocks": (BLOCKED, "_scaled", "return torch.addmm(rows.new_zeros(()), rows, matrix, beta=0, alpha=scale)", "return (rows @ matrix) * scale", "accuracy"),
+    "bias rounded on its own": (BLOCKED, "_product", "torch.addmm(bias[columns].to(out.dtype).to(rows.dtype), rows, strip)", "torch.mm(rows, strip) + bias[columns].to(out.dtype).to(rows.dtype)", "accuracy"),
+    "branch rounded on its own": (REFERENCE, "lora_linear", "y.addmm_(s, _as(lora_b, x).t(), alpha=high)", "y += high * (s @ _as(lora_b, x).t())", "accuracy"),
+    "bias dropped in wide path": (BLOCKED, "_product", "if bias is None:", "if True:", "accuracy"),
+    "dA summed in 16 bits": (BLOCKED, "_sum_dtype", "return torch.float64 if dtype == torch.float64 else torch.float32", "return dtype", "accuracy"),
+    "philox rounds 6": (DROPOUT, None, "ROUNDS = 7", "ROUNDS = 6", "dropout"),
+    "philox key halves swapped": (DROPOUT, "philox", "k0, k1 = seed & _LOW, (seed >> 32) & _LOW", "k1, k0 = seed & _LOW, (seed >> 32) & _LOW", "dropout"),
+    "threshold off by one": (DROPOUT, "keep_mask", ">= threshold(p) - 32768", "> threshold(p) - 32768", "dropout"),
+    "truncated threshold": (DROPOUT, "threshold", "round(65536 * p)", "int(65536 * p)", "dropout"),
+    "high half first": (DROPOUT, "keep_mask", "halves = words.to(torch.int32).view(torch.int16)", "halves = words.to(torch.int32).view(torch.int16).unflatten(-1, (-1, 2)).flip(-1)", "dropout"),
+    "signed comparison": (DROPOUT, "keep_mask", "(halves ^ -32768)", "halves", "dropout"),
+    "block offset dropped forward": (BLOCKED, "_shrink", "keep_mask(seed, block.start, *rows.shape", "keep_mask(seed, 0, *rows.shape", "dropout"),
+    "block offset dropped backward": (BLOCKED, "backward", "keep_mask(seed, block.start, len(rows)", "keep_mask(seed, 0, len(rows)", "dropout"),
+    "blocks overlap the last row": (BLOCKED, "_blocks", "range(0, count, step)", "range(0, count - 1, step)", "accuracy"),
+    "double-backward formula removed": (OPS, None, '    "lora_linear_backward": _Once,\n', "", "ops"),
+    "double-backward formula of lora_add removed": (OPS, None, '    "lora_add_backward": _Once,\n', "", "ops"),
+    "mark_non_differentiable removed": (OPS, "_outputs", "    ctx.mark_non_differentiable(*output[1:])\n", "", "ops"),
+    "save flag inverted": (REFERENCE, "lora_linear", "s if save_s", "s if not save_s", "ops"),
+    "x always saved": (OPS, "_save", "x if need_input else None", "x", "ops"),
+    "gradients computed unasked": (REFERENCE, "_whole_backward", "    if need_weight:\n        dweight = _as(", "    if True:\n        dweight = _as(", "ops"),
+    "lora_add works in place": (REFERENCE, "lora_add", "base_out.clone(memory_format=torch.contiguous_format)", "base_out", "ops"),
+    "uninitialised sum": (BLOCKED, "backward", "dy.new_zeros(r, N, dtype=total)", "dy.new_empty(r, N, dtype=total)", "ops"),
+    "forward mode not refused": (OPS, "refuse_forward_mode", "if forward_ad._current_level < 0:", "if True:", "ops"),
+    "flops without the branch": ("_flops.py", "_lora_linear", "(K * N + r * (K + N))", "K * N", "ops"),
+    "flops never registered": ("_flops.py", "register", "sys.meta_path.insert(0, _Finder())", "pass", "import"),
+    "dual tensors not refused": (OPS, "call", "        refuse_forward_mode(args)\n        return _FUNCTIONS", "        return _FUNCTIONS", "ops"),
+    "jvp not refused": (OPS, "_register_autograd.dispatch", "        refuse_forward_mode(args)\n        if not (", "        if not (", "transforms"),
+    "no graph below a level of grad": (OPS, "_single_level.forward", "with torch.enable_grad(), forward_ad", "with forward_ad", "transforms"),
+    "no tangents below a level of grad": (OPS, "_single_level.forward", "forward_ad._set_fwd_grad_enabled(True):", "forward_ad._set_fwd_grad_enabled(False):", "transforms"),
+    "dropout folded by vmap": (VMAP, "_only_rows", "return args[dropout_p] == 0 and ", "return ", "transforms"),
+    "dA folded by vmap": (VMAP, "_only_rows", " and not any(args[len(args) - flags :])", "", "transforms"),
+    "batched adapter folded by vmap": (VMAP, "_only_rows", " and batched.issubset(rows)", "", "transforms"),
+    "lora_add_ onto one base by vmap": (VMAP, "_one_by_one", "and in_dims[0] is None", "and False", "transforms"),
+    "Conv1D read as a Linear": ("layer.py", "LoRALayer._oriented", "return weight.t() if self.fan_in_fan_out else weight", "return weight", "integrations_transformers"),
+    "Conv1D merged transposed": ("layer.py", "LoRALayer.merge", "_add_product(self.matrix, ", "_add_product(self.weight, ", "integrations_transformers"),
+    "fan_in_fan_out not written": ("checkpoint.py", "_config", "any(layer.fan_in_fan_out for layer in layers.values())", "False", "integrations_transformers"),
+    "buffers of modules_to_save left out": ("adapters.py", "state_of", "found = {**module._parameters, **module._buffers}", "found = {**module._parameters}", "checkpoint"),
+    "merged state without its base": ("state.py", "LayerState._save_to_state_dict", "        if self._base_weight_cpu is not None:  # no", "        if False:  # no", "nn"),
+    "a merged state taken for a base": ("state.py", "LayerState._load_from_state_dict", "        if base is not None:\n", "        if False:\n", "nn"),
+    "a plain weight not merged again": ("state.py", "LayerState._load_from_state_dict", "        elif again:\n", "        elif False:\n", "nn"),
+    "a final merge outlives a new base": ("state.py", "LayerState._load_from_state_dict", '        elif base is not None or "weight" in given:', "        elif base is not None:", "nn"),
+    "a state that does not fit half loaded": ("state.py", "LayerState._load_from_state_dict", "            error_msgs += errors\n            return", "            error_msgs += errors", "nn"),
+    "an adapter for a base that is gone": ("state.py", "LayerState._misfits", 'if self._merged == "final" and adapter and', "if False and adapter and", "nn"),
+    "the caller's tensors merged into": ("state.py", "LayerState._load_from_state_dict", 'state[prefix + "weight"] = given["weight"].clone()', "pass", "nn"),
+    "merged_state_dict of untrained values": ("merged.py", "_MergedStateDict.__getitem__", "return whole(saved.trained)", "return whole(saved.base)", "merged"),
+    "merged_state_dict without the adapter": ("merged.py", "_MergedStateDict.__getitem__", 'isinstance(module, LoRALayer) and attribute == "weight":', "False:", "merged"),
+    "merged_state_dict of a tied weight": ("merged.py", "merged_state_dict", '    require_untied(model, layers, "merged_state_dict")\n', "", "merged"),
+    "merged twice in merged_state_dict": ("layer.py", "LoRALayer.merged_weight", "        if self._merged:\n            return self.weight.detach()\n", "", "merged"),
+    "wrappers in names": ("names.py", "_attribute", "        return \"module\"\n", "        return None\n", "names"),
+    "compiled blocks in names": ("names.py", "_attribute", "    for (home, kind), attribute in {**_ELSEWHERE, **_HIDDEN}.items():", "    for (home, kind), attribute in _HIDDEN.items():", "names"),
+    "checkpointed blocks in names of states": ("names.py", "keyed_modules.walk", "            if attribute not in _HIDDEN.values():\n", "            if True:\n", "names"),
+    "one's own module taken for a wrapper": ("names.py", "_attribute", "    if isinstance(module, _PARALLEL):", '    if "module" in module._modules:', "names"),
+    "what trains and is not saved not said": ("checkpoint.py", "save_adapter", "    _warn_of_unsaved(model)\n", "", "names"),
+    "frozen parameters said to be left out": ("checkpoint.py", "_warn_of_unsaved", "and parameter.requires_grad", "", "names"),
+    "shared experts as PEFT's fused ones": ("peft_targets.py", "taken_for_experts", "    return [name for name in layers if name.rpartition", "    return [name for name in () if name.rpartition", "peft_targets"),
+    "patterns of parameters without .weight": ("checkpoint.py", "_config.whole", '(r"(\\.weight)?" if name in as_parameters else "")', '""', "peft_targets"),
+    "dropout beside target_parameters": ("checkpoint.py", "_config", "0.0 if as_parameters else layers[first].dropout", "layers[first].dropout", "peft_targets"),
+    "PEFT's renaming not said": ("peft_targets.py", "warn_of_differences", "    if reason:\n", "    if False:\n", "peft_targets"),
+    "a module in two places not said": ("peft_targets.py", "_shared", "if len(found) > 1]", "if len(found) > 2]", "peft_targets"),
+    "inner models without a guard": ("checkpoint.py", "guard_save_pretrained", "    for module in model.modules():\n        save =", "    for module in (model,):\n        save =", "save_pretrained"),
+    "a copy saves the original": ("checkpoint.py", "guard_save_pretrained", "functools.partial(_save_pretrained, module)", "lambda *a, **k: _save_pretrained(module, *a, **k)", "save_pretrained"),
+    "guards of inner models left behind": ("checkpoint.py", "release_save_pretrained", "    for module in model.modules():\n        guard =", "    for module in (model,):\n        guard =", "save_pretrained"),
+    "every save_pretrained guarded": ("checkpoint.py", "guard_save_pretrained", 'if callable(save) and "save_directory" in inspect.signature(save).parameters:', "if callable(save):", "save_pretrained"),
+    "the sum saved as the base": ("checkpoint.py", "_base_state", "        if base is not None and base.numel():\n", "        if False:\n", "save_pretrained"),
+    "compiled names in a saved base": ("checkpoint.py", "_base_state", "state[names.join(plain.get(owner, owner), attribute)] = tensor", "state[key] = tensor", "save_pretrained"),
+    "unmerged layers lost beside a final one": ("checkpoint.py", "_save_pretrained", "    if parts:\n", "    if len(parts) == len(layers):\n", "save_pretrained"),
+    "a failed rename not undone": ("files.py", "replace_together", "for path in renamed:", "for path in ():", "checkpoint"),
+    "fixed seed": (FUNCTIONAL, "_check_values", "torch.randint(2**63 - 1, (), dtype", "torch.randint(1, (), dtype", "dropout"),
+    "autocast inside the op": (OPS, "_kernel.run", "if torch.is_autocast_enabled(device):", "if False:", "functional"),
+    "lora_add_ in grad mode": (FUNCTIONAL, "lora_add_", "if torch.is_grad_enabled() and any(", "if False and any(", "functional"),
+    "bias dropped with few rows": (REFERENCE, "_base", "torch.addmm(bias[:, None], weight, x_t)", "torch.mm(weight, x_t)", "ops accuracy"),
+    "op past autograd keeps no graph": (OPS, "call", "return _FUNCTIONS[name].apply(op, None, *args)", "return _below_autograd(op, None, args)[0]", "ops"),
+    "raw op unchecked": (OPS, "_kernel.run", "            check(args)\n", "            pass\n", "ops_checks"),
+    "fake unchecked": (OPS, "_checked.run", "        _CHECKS[name](args)\n", "", "ops_checks"),
+    "raw op takes rank 0": ("_checks.py", "checker.check", 'if 0 in (sizes["N"], sizes["K"], sizes["r"]):', "if False:", "ops_checks"),
+    "unread s refused": ("_checks.py", "checker.check", "not _is_read(key, names, args)", "False", "ops_checks"),
+    "sharded masks start at column 0": ("backends/sharded.py", "_place_seed", "return torch.cat([seed.reshape(1), *offsets])", "return seed", "distributed"),
+    "sharded part of a sum counted twice": ("backends/sharded.py", "_local", "return local if first else torch.zeros_like(local)", "return local", "distributed"),
+    "whole dropped copy": (BLOCKED, "_step", "return max(1, budget // (4 * width))", "return 1 << 40", "ops"),
+    "triton: scale dropped in s": (TRITON + "low_rank.py", "shrink_kernel", "store_tile(out, acc * scale, rank, rows, 1, r, r, M)", "store_tile(out, acc, rank, rows, 1, r, r, M)", KERNELS),
+    "triton: scaling dropped in ds": (TRITON + "gradients.py", "ds_db", "(part_ds, ds, scaling)", "(part_ds, ds, 1.0)", KERNELS),
+    "triton: a row tile missing in dB": (TRITON + "gradients.py", "ds_db_kernel", "part_db += tile.to(tl.int64) * N * r", "part_db += 0 * tile.to(tl.int64)", KERNELS),
+    "triton: mask not applied in dx": (TRITON + "blocks.py", "add_low_rank", "tl.where(keep, term * scale, 0.0)", "term * scale", KERNELS),
+    "triton: mask not applied in dA": (TRITON + "gradients.py", "tall_tile", "tl.where(keep_tile(seed, rows, col, threshold, BC), tile, 0.0)", "tile", KERNELS),
+    "triton: place in the mask ignored": (TRITON + "blocks.py", "keep_tile", "rows = row_0 + rows", "rows = rows + 0 * row_0", KERNELS),
+    "triton: last column of the reduction lost": (TRITON + "gemm.py", "pointer_loop", "x_values = tl.load(x_tile, mask=ks[None, :] < left,", "x_values = tl.load(x_tile, mask=ks[None, :] < left - 1,", KERNELS),
+    "triton: last partial sum lost": (TRITON + "reduce.py", "sum_partials", "(index[:, None] < count)", "(index[:, None] < count - 1)", KERNELS),
+    "triton: bias added after a strip": (TRITON + "gemm.py", "finish_tile", "acc += values.to(out.dtype.element_ty).to(tl.float32)[None, :]", "acc += values.to(tl.float32)[None, :] * (col < BN)", KERNELS),
+    "triton: s of the flag kernel unscaled": (TRITON + "flag.py", "flag_kernel", "store_tile(s, low * scale,", "store_tile(s, low,", KERNELS),
+    "triton: a share of the rows missing in grouped dA": (TRITON + "grouped.py", "dx_da_kernel", "columns * ranks * SPLIT:", "columns * ranks * SPLIT - 1:", KERNELS),
+    "triton: 1/(1-p) missing in grouped dA": (TRITON + "grouped.py", "dx_da", "reduce_partials((part, out, scale))", "reduce_partials((part, out, 1.0))", KERNELS),
+    "triton: alignment not in the key": (TRITON + "launch.py", "_key", "key.append(arg.data_ptr() % 16)", "pass", "triton_launch"),
+    "triton: partial sums freed too early": (TRITON + "low_rank.py", "shrink", "held.append(part)", "pass", "triton_backend"),
+    "triton: dy read once more": (TRITON + "tiles.py", "fuses_ds_db", "return r < 64 and r <= rank_block(dtype, r)", "return False", KERNELS),
+    "tensor scaling dropped": (FUNCTIONAL, "_fold", "return 1.0, wide * scaling.to(wide.dtype)", "return 1.0, wide", "functional"),
+    "tensor scaling folded in 16 bits": (FUNCTIONAL, "_fold", "wide = lora_b if lora_b.dtype == torch.float64 else lora_b.float()", "wide = lora_b", "functional"),
+    "scaling that trains detached": (FUNCTIONAL, "_check_scaling", "if scaling.requires_grad and torch.is_grad_enabled():", "if False:", "functional"),
+    "scaling on another device": (FUNCTIONAL, "_check_scaling", "if scaling.device != device:", "if False:", "functional"),
+    "good case blind to devices": (FUNCTIONAL, "_are_sound", "or tensor.device != device:\n            return False", "or False:\n            return False", "functional"),
+    "good case blind to autocast": (FUNCTIONAL, "_are_sound", "and (x.is_meta or not torch.is_autocast_enabled(device.type))", "", "functional"),
+    "fused PEFT: global hooks unseen": (INTEGRATION, "_Fused.forward", "or _has_any_global_hook()", "", "integrations_peft"),
+    "fused PEFT: traced": (INTEGRATION, "_Fused.forward", "or torch.jit.is_tracing()", "", "integrations_peft"),
+    "fused PEFT: backward hooks unseen": (INTEGRATION, "_module_objection", "or module._backward_hooks", "", "integrations_peft"),
+    "fused PEFT: backward pre-hooks unseen": (INTEGRATION, "_module_objection", "or module._backward_pre_hooks", "", "integrations_peft"),
+    "fused PEFT: replaced forward unseen": (INTEGRATION, "_module_objection", 'or "forward" in module.__dict__', "", "integrations_peft"),
+    "fused PEFT: subclass of a weight taken": (INTEGRATION, "_module_objection", "if types is not None and type(parameter) not in _PLAIN:", "if False:", "integrations_peft"),
+    "fused PEFT: merged adapters unseen": (INTEGRATION, "_Fused.forward", "or self.merged_adapters", "", "integrations_peft"),
+    "fused PEFT: dropout of a few rows": (INTEGRATION, "_Fused._small_forward", "if dropout.training and type(dropout) is nn.Dropout:", "if False:", "integrations_peft"),
+    "fused PEFT: scaling of a few rows": (INTEGRATION, "_Fused._small_forward", "y = y + branch * self.scaling[name]", "y = y + branch", "integrations_peft"),
+    "fused PEFT: few rows compiled": (INTEGRATION, "_Fused.forward", "x.is_cpu and not torch.compiler.is_compiling()", "x.is_cpu", "integrations_peft"),
+    "fused PEFT: any scaling tensor taken": (INTEGRATION, "_takes", "return not isinstance(scaling, Tensor) or (", "return True or (", "integrations_peft"),
+    "fused PEFT: lost gradient unnoticed": (INTEGRATION, "_try_gradient", "if dx is None or not dx.any():", "if False:", "integrations_peft"),
+    "fused PEFT: wrong gradient unnoticed": (INTEGRATION, "_try_gradient", "if linear and not (", "if False and not (", "integrations_peft"),
+    "fused PEFT: tried on the base itself": (INTEGRATION, "_try_gradient", "    base = copy.deepcopy(base)\n", "", "integrations_peft"),
+    "fused PEFT: warns in every call": (INTEGRATION, "_Fused._warn", "self.__dict__.pop(_WARNING)", "self.__dict__[_WARNING]", "integrations_peft"),
+    "fused PEFT: warns where nothing is lost": (INTEGRATION, "_Fused._warn", "if isinstance(x, Tensor) and x.requires_grad:", "if True:", "integrations_peft"),
+    "fused PEFT: own name in repr": (INTEGRATION, "_Fused._get_name", "return self.peft_class.__name__\n", "return type(self).__name__\n", "integrations_peft"),
+    "metadata of a weight taken for a use": ("bypass.py", "_Visitor.visit_Attribute", """if inner[-1:] == ("weight",) and asked:""", "if False:", "bypass"),
+    "conditions of a read ignored": ("bypass.py", "_may_run", "if value is not _UNKNOWN and bool(value) != outcome:", "if False:", "bypass"),
+    "read past only in forward itself": ("bypass.py", "_reads_of", "todo.append((*member, 0))", "pass", "bypass"),
+    "encoder layers stay on the fast path": ("bypass.py", "_leave_fast_path", "setattr(module, option, 0)", "pass", "bypass"),
+    "nested tensors for encoders with adapters": ("bypass.py", None, """    nn.TransformerEncoder: "use_nested_tensor",\n""", "", "bypass"),
+    "fast path not given back": ("bypass.py", "update_fast_paths", "setattr(module, option, vars(module).pop(_KEPT + option))", "pass", "bypass"),
+    "layers put in by hand stay on the fast path": ("bypass.py", "_leave_on_assignment", "if isinstance(child, LoRALayer) and isinstance(module", "if False and isinstance(module", "bypass"),
+    "bypassed layers named explicitly are skipped": ("targets.py", "find_targets", "elif module in past and wanted:", "elif False:", "bypass"),
+    "check: buffers not restored": ("check.py", "_unchanged.rewind", "if not torch.equal(buffer, value):", "if False:", "check"),
+    "check: weights not restored": ("check.py", "_merges", "parameter.copy_(value)", "pass", "check"),
+    "check: optimizers step in the backward": ("check.py", "_unchanged", "now.clear()\n    try:", "pass\n    try:", "check"),
+    "check: adapters merged as small as they are": ("check.py", "_merges", "_enlarge(adapter)\n        apart", "pass\n        apart", "check"),
+    "check: a zero gradient passes": ("check.py", "_zero", "if norm == 0 and not explained", "if False", "check"),
+    "check: B = 0 taken for a fault": ("check.py", "_zero", "if norm == 0 and not explained", "if norm == 0", "check"),
+    "check: compared in train mode": ("check.py", "_run", "if evaluate:", "if False:", "check"),
+    "training silent about idle adapters": ("recipes/training.py", "_step", "_warn_of_idle_adapters(model, optimizer)\n    scaler", "pass\n    scaler", "check"),
+    "training warns at every step": ("recipes/training.py", "train_model", "first = len(history) == begun", "first = True", "check"),
+    "cpu: partial sums past the 16th lost": (CPU + "ops.cpp", "for (int64_t i = 0; i < chunks; ++i) {", "for (int64_t i = 0; i < std::min<int64_t>(chunks, 16); ++i) {", f"native::{MANY_ROWS}"),
+    "cpu: scale of a gradient dropped": (CPU + "ops.cpp", "static_cast<float>(gradient_scale), g_data", "1.f, g_data", f"native::{LARGE}"),
+    "cpu: masks of what is read wrap at row 4096": (CPU + "low_rank.inl", "static_cast<uint32_t>(first + i), strip / 8", "static_cast<uint32_t>(first + i) & 4095u, strip / 8", f"native::{MANY_ROWS}"),
+    "cpu: masks of what is written wrap at row 4096": (CPU + "low_rank.inl", "static_cast<uint32_t>(first + m + i), k / 8", "static_cast<uint32_t>(first + m + i) & 4095u, k / 8", f"native::{MANY_ROWS}"),
+    "cpu: rows of masks counted in 16 bits": (CPU + "low_rank.inl", "dropout.row + m,", "dropout.row + (m & 65535u),", "native::test_masks_of_as_many_rows_as_a_batch_has"),
+    "native: power of two dropped in y": (NATIVE, "lora_linear", "y, high, bias=", "y, 1.0, bias=", f"native::{LARGE}"),
+    "native: power of two dropped in lora_add": (NATIVE, "lora_add", "y, high, accumulate", "y, 1.0, accumulate", f"native::{LARGE}"),
+    "native: power of two dropped in place": (NATIVE, "lora_add_", "base_out, high, accumulate", "base_out, 1.0, accumulate", "native::test_in_place_on_any_strides"),
+    "native: power of two dropped in place, on strides": (NATIVE, "lora_add_", "y, high, accumulate", "y, 1.0, accumulate", "native::test_in_place_on_any_strides"),
+    "native: power of two dropped in dB": (NATIVE, "_branch_backward", "split(scaling, dy.dtype)[1]", "1.0", f"native::{LARGE}"),
+    "native: fp64 taken": (NATIVE, None, "torch.bfloat16, torch.float16)", "torch.bfloat16, torch.float16, torch.float64)", "native"),
+    "scaling: fp16 not split": (SCALING, "split", "dtype != torch.float16 or", "True or", f"accuracy::{LARGE}"),
+    "scaling: negative ones not split": (SCALING, "split", "abs(scaling) <= 1", "scaling <= 1", f"accuracy::{LARGE}"),
+    "scaling: other dtypes split": (SCALING, "split", "dtype != torch.float16", "dtype == torch.float64", "scaling"),
+    "scaling: factor of s above one": (SCALING, "split", "return below_one, 2.0**exponent", "return 2 * below_one, 2.0 ** (exponent - 1)", "scaling"),
+    "blocks past the 16th lost in dA and dB": (BLOCKED, "backward", "in _blocks(M, _step(dy, max(K, N))):", "in list(_blocks(M, _step(dy, max(K, N))))[:16]:", f"accuracy::{MANY_BLOCKS}"),
+    "blocks past the 16th lost in dB": (BLOCKED, "backward", "if need_b:\n", "if need_b and block.start < 1024:\n", f"accuracy::{MANY_BLOCKS}"),
+    "blocks past the 16th lost in the weight's gradient": (BLOCKED, "weight_gradient", "in _blocks(M, step):", "in list(_blocks(M, step))[:16]:", f"accuracy::{MANY_BLOCKS}"),
+    "masks of blocks wrap at row 4096 forward": (BLOCKED, "_shrink", "block.start", "block.start % 4096", f"accuracy::{MANY_BLOCKS}"),
+    "masks of blocks wrap at row 4096 backward": (BLOCKED, "backward", "keep_mask(seed, block.start", "keep_mask(seed, block.start % 4096", f"accuracy::{MANY_BLOCKS}"),
+    "power of two dropped in blocked dB": (BLOCKED, "backward", "alpha=high", "alpha=1.0", f"accuracy::{LARGE}"),
+    "masks wrap at row 4096": (DROPOUT, "keep_mask", "torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)", "torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device) % 4096", "dropout::test_rows_are_counted_past"),
+    "masks wrap at row 65536 of a call": (DROPOUT, "keep_mask", "torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)", "first_row + torch.arange(rows, dtype=torch.int64, device=seed.device) % 65536", "dropout::test_rows_of_one_call_are_counted_past_65536"),
+    "triton: partial sums past the 16th lost": (TRITON + "reduce.py", "sum_partials", "range(tl.cdiv(count, LANES))", "range(tl.minimum(tl.cdiv(count, LANES), 2))", f"{CASES}::{MANY_ROWS}"),
+    "triton: second sum scaled as the first": (TRITON + "reduce.py", "reduce_kernel", "size_1, scale_1, pid - blocks", "size_1, scale_0, pid - blocks", f"{CASES}::{LARGE}"),
+    "triton: masks wrap at row 4096": (TRITON + "blocks.py", "keep_tile", "rows = row_0 + rows", "rows = row_0 + rows % 4096", f"{CASES}::{MANY_ROWS}"),
+    "triton: row tiles past the 16th over others in dB": (TRITON + "gradients.py", "ds_db_kernel", "part_db += tile.to(tl.int64)", "part_db += (tile % 16).to(tl.int64)", f"{CASES}::{MANY_ROWS}"),
+    "triton: steps of a share past the 4th lost in dA": (TRITON + "gradients.py", "tall_tile", "for i in range(steps):", "for i in range(tl.minimum(steps, 4)):", f"{CASES}::{MANY_ROWS}"),
+    "triton: shares past the 16th over others in grouped dA": (TRITON + "grouped.py", "dx_da_kernel", "item // ranks, M, K", "item // ranks % 16, M, K", f"{CASES}::{MANY_ROWS}"),
+    "triton: power of two dropped in dB": (TRITON + "gradients.py", "ds_db", "(part_db, db, high)", "(part_db, db, 1.0)", f"{CASES}::{LARGE}"),
+    "triton: power of two dropped in dB alone": (TRITON + "__init__.py", "_backward", 'tile.get("db"), high)', 'tile.get("db"))', f"{CASES}::{MANY_ROWS}"),
+    "triton: power of two dropped in lora_add": (TRITON + "__init__.py", "_add_branch", "out, high=high", "out", f"{CASES}::{LARGE}_on_top_of_a_base"),
+    "triton: rows not in the key": (TRITON + "launch.py", "_key", "arg.bit_length() > 31 if", "None if", "triton_launch"),
+    "triton: launches of a profiler unseen": (TRITON + "launch.py", "_is_watched", "return bool(calls[0] or calls[1] or kernel.pre_run_hooks)", "return False", "triton_launch"),
+    "tiles: fields of a table ignored": (TRITON + "tiles.py", "replaced", "tile._replace(**fields) if fields else tile", "tile", "triton_backend"),
+    "plans: tiles of a table at any rank": (PLANS, "nearest", 'call.aligned and call.r <= max(16, bucket["r"])', "call.aligned", "triton_backend"),
+    "plans: tiles of a table for any strides": (PLANS, "nearest", "call.aligned and call.r", "call.r", "triton_backend"),
+    "plans: unproven ones taken": (PLANS, "nearest", """kind and bucket["plan"] in table["proven"] and""", "kind and", "triton_backend"),
+    "plans: decode of any number of rows": (PLANS, "refusal", "call.M > DECODE_ROWS", "False", "triton_backend"),
+    "fused experts' adapters lost in silence": ("checkpoint.py", "_sort", "left_out.append(\n                f\"{layer}: {why} (fused", "str(\n                f\"{layer}: {why} (fused", "peft_targets"),
+    "files of two saves taken for one": ("formats.py", "read", "for key, value in paired.items():", "for key, value in ():", "checkpoint"),
+    "leftovers of dead savers stay": ("files.py", "replace_together", "    _sweep(writers)\n", "", "files"),
+    "living savers' files swept": ("files.py", "_hold", "fcntl.flock(descriptor, fcntl.LOCK_SH)", "pass", "files"),
+    "folders not flushed": ("files.py", "replace_together", "for folder in {path.parent for path in writers}:", "for folder in ():", "files"),
+    "pipes waited for": ("files.py", "open_regular", "if not stat.S_ISREG(status.st_mode):", "if False:", "files"),
+    "files of mode 0600": ("files.py", "_temporary", "os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666", "os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600", "files"),
+    "repeats at least once": ("patterns.py", "Matcher._repeated", "found, new = set(places), places", "found, new = set(), places", "patterns"),
+    "flipped bits not noticed": ("adapter_files.py", "read_safetensors", "if DIGEST in metadata and", "if False and", "formats"),
+    "code of pickled files run": ("adapter_files.py", "read_pickled", "weights_only=True)\n", "weights_only=False)\n", "formats"),
+    "shards outside the folder": ("adapter_files.py", "read_sharded", "_SHARD.fullmatch(name)", "True", "formats"),
+    "lora_dropout of a file not set": ("checkpoint.py", "_load", "        layer.dropout = config.dropout\n", "", "formats"),
+    "strict ignored": ("checkpoint.py", "_say", "if left_out and strict:", "if False:", "formats"),
+    "layers missing in a file not said": ("checkpoint.py", "_say", "    if missing:\n        left_out", "    if False:\n        left_out", "formats"),
+    "weights beside the adapter not compared": ("checkpoint.py", "_sort", "elif not _is_same(tensor, tensors_there[name]):", "elif False:", "formats"),
+    "weights beside the adapter trained": ("checkpoint.py", "_sort", "and config.is_saved(name.rpartition(\".\")[0]):", "and True:", "formats"),
+    "kohya's alpha ignored": ("formats.py", "_read_one_file", 'if "alpha" in roles else', "if False else", "formats"),
+    "MLX's scale taken for alpha": ("formats.py", "_read_mlx", "{n: scale * r for n, r in ranks.items()}", "{n: scale for n, r in ranks.items()}", "formats"),
+    "options switched on and unknown not said": ("peft_config.py", "Config.unknown", "if value and name not in known", "if False", "formats"),
+    "PEFT's layers taken for targets": ("targets.py", "find_targets", "    require_no_peft(model)\n    require_shapes", "    require_shapes", "checkpoint"),
+    "an interrupted apply_lora not undone": ("adapters.py", "all_or_nothing", "        before.restore()\n", "        pass\n", "all_or_nothing"),
+    "classes not brought back": ("adapters.py", "Before.restore", "            module.__class__ = kind\n", "", "all_or_nothing"),
+    "what modules hold not brought back": ("adapters.py", "Before.restore", "                held[key].update(content)\n", "", "all_or_nothing"),
+    "flags not brought back": ("adapters.py", "Before.restore", "            parameter.requires_grad_(flag)\n", "            pass\n", "all_or_nothing"),
+    "PiSSA's weights not kept": ("convert.py", "_apply", "                before.keep(linear.weight)\n", "", "all_or_nothing"),
+    "adapters not kept while loading": ("checkpoint.py", "_load", "            before.keep(layer.lora_B)\n", "", "all_or_nothing"),
+    "saved modules not kept while loading": ("checkpoint.py", "_load", "        before.keep(target)\n", "", "all_or_nothing"),
+    "marks of an earlier call changed": ("adapters.py", "attach", "module.__dict__[_FROZEN] = module.__dict__.get(_FROZEN, set()) | frozen", "module.__dict__.setdefault(_FROZEN, set()).update(frozen)", "all_or_nothing convert"),
+    "alpha kept as it was given": ("options.py", "check_alpha", "return int(value) if isinstance(value, numbers.Integral) else float(value)", "return value", "options"),
+    "a bool taken for a number": ("options.py", "_number", "if isinstance(number, bool) or not", "if not", "options nn"),
+    "alpha of zero": ("options.py", "check_alpha", "    if value == 0:", "    if False:", "nn"),
+    "the last pattern wins": ("options.py", "of_layer", "in (patterns or {}).items():\n        if _matches", "in reversed((patterns or {}).items()):\n        if _matches", "options"),
+    "patterns without a target taken": ("options.py", "of_layers", "        if not found:\n", "        if False:\n", "options"),
+    "options of PEFT dropped": ("options.py", "_require_supported", "        if value and value != field.default:", "        if False:", "options"),
+    "layers_to_transform dropped": ("options.py", "from_peft", "if config.layers_to_transform not in (None, []):", "if False:", "options"),
+    "PEFT's heads dropped": ("options.py", "from_peft", "dict.fromkeys((*(config.modules_to_save or ()), *heads))", "dict.fromkeys(config.modules_to_save or ())", "options"),
+    "init_lora_weights=False dropped": ("options.py", None, 'False: "random"', 'False: "kaiming"', "options"),
+    "new heads adapted": ("targets.py", "new_heads", "            heads[name] = module\n", "            pass\n", "heads"),
+    "loaded heads taken for new": ("targets.py", "_is_loaded", 'return getattr(parameter, "_is_hf_initialized", False)', "return False", "heads"),
+    "an excluded head trained": ("targets.py", "new_heads", "if excluded.match(name) or (inside", "if False and (inside", "heads"),
+    "a named head trained in full": ("targets.py", "new_heads", "elif not wanted.is_for(name, inside, names - inside):", "else:", "heads"),
+    "a head loaded in part adapted": ("targets.py", "_new_parts", "_is_new(c, all if body is None else any)", "_is_new(c, all)", "heads"),
+    "parts of a head written one by one": ("adapters.py", "saved_modules", "            inside.update(module.modules())\n", "", "heads"),
+    "biases of experts listed": ("targets.py", "_kind", "    if not matrix or vectors or _ELEMENTWISE.search(attribute):", "    if not matrix:", "convert"),
+    "vectors of experts listed": ("targets.py", "_kind", "not matrix or vectors or", "not matrix or", "convert"),
+    "experts matched in silence": ("targets.py", "find_targets", "lambda predicate: _what_else(model, predicate)", "lambda predicate: None", "convert"),
+    "what is trained in full said to be frozen": ("targets.py", "others", "if is_linear(module) or module in trained:", "if is_linear(module):", "convert"),
+    "skipped layers not folded": ("convert.py", "LoraReport.__str__", "reasons.setdefault(reason, []).append(name)", "reasons.setdefault(reason + name, []).append(name)", "convert"),
+    "lazy layers not refused": ("targets.py", "require_shapes", "if is_lazy(parameter):", "if False:", "options"),
+    "16-bit adapters by default": ("layer.py", "LoRALayer._add_adapter", "torch.float32 if self.weight.dtype in _HALVES else self.weight.dtype", "self.weight.dtype", "nn"),
+    "weights without values merged": ("layer.py", "LoRALayer.why_valueless", "            if tensor.is_meta:\n", "            if False:\n", "weights"),
+    "subclasses taken for weights": ("layer.py", "_odd_type", "    if decides and not is_sharded", "    if False and not is_sharded", "weights"),
+    "odd dtypes taken for weights": ("layer.py", "_odd_type", "if tensor.dtype not in _DTYPES:", "if False:", "weights"),
+    "computed tensors taken for parameters": ("layer.py", "_computed", "if name in module._parameters or name in module._buffers:", "if hasattr(module, name):", "weights"),
+    "pruned factor as of the last forward": ("layer.py", "LoRALayer.factor", "return hook.apply_mask(self)", "return getattr(self, name)", "weights"),
+    "offloaded adapter not read": ("layer.py", "present", "hook = module._hf_hook if is_offloaded(module) else None", "hook = None", "weights"),
+    "half a merge kept": ("layer.py", "LoRALayer.merge", "                self.weight.copy_(self._kept_base())\n            self.merged_base", "                pass\n            self.merged_base", "weights"),
+    "merges before an error kept": ("convert.py", "merge_lora", "            for name in done:\n                layers[name].unmerge()", "            pass", "weights"),
+    "ties by memory not seen": ("targets.py", "owners", "for one, other in _overlaps(found):", "for one, other in ():", "weights"),
+    "columns of one matrix taken for tied": ("targets.py", "_meet", "return bool(second.any())", "return True", "weights"),
+    "head with an adapter replaced": ("adapters.py", "attach", "    _guard_embeddings(model)\n", "", "weights"),
+    "same size taken for a resize": ("adapters.py", "_keeps_size", "new_num_tokens in (None, size)", "new_num_tokens is None", "weights"),
 }  # fmt: skip
 
 
-def killed_by(file, old, new, tests):
+def definitions(tree, prefix=""):
+    """(qualified name, first line, last line) of every function and class."""
+    for node in ast.iter_child_nodes(tree):
+        inner = prefix
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            inner = f"{prefix}{node.name}."
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            yield inner[:-1], first, node.end_lineno
+        yield from definitions(node, inner)
+
+
+def source_of(file):
+    return (ROOT if file.startswith("csrc/") else PACKAGE) / file
+
+
+def places(code, where, text):
+    """Where the text begins in a definition of a Python source, or (None) outside of all."""
+    lines = [0, *accumulate(map(len, code.splitlines(keepends=True)))]
+    known = [(n, lines[first - 1], lines[last]) for n, first, last in definitions(ast.parse(code))]
+    for match in re.finditer(re.escape(text), code):
+        names = {n for n, first, last in known if first <= match.start() and match.end() <= last}
+        if where in names if where else not names:
+            yield match.start()
+
+
+def mutated(file, *change):
+    """The source with the change (where, old, new) made; SystemExit unless old is there once."""
+    *where, old, new = change
+    code = source_of(file).read_text()
+    if file.endswith(".py"):
+        (where,) = where
+        found = list(places(code, where, old))
+    else:
+        found = [match.start() for match in re.finditer(re.escape(old), code)]
+    if len(found) != 1:
+        raise SystemExit(f"{file}: {where}: {len(found)} occurrences of {old!r}, expected one")
+    return code[: found[0]] + new + code[found[0] + len(old) :]
+
+
+class Extension:
+    """Builds the CPU extension with one file changed, in one folder, so that only what depends on
+    the file is compiled again."""
+
+    def __init__(self):
+        self._lock, self._folder = threading.Lock(), None
+
+    def build(self, file, code, to):
+        with self._lock:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory()
+                shutil.copytree(ROOT / "csrc", f"{self._folder.name}/csrc")
+                (pathlib.Path(self._folder.name) / "lora_kernels").mkdir()
+                shutil.copy(ROOT / "setup.py", self._folder.name)
+            folder = pathlib.Path(self._folder.name)
+            (folder / file).write_text(code)
+            only = {"LORA_KERNELS_BUILD_CPU": "1", "LORA_KERNELS_BUILD_CUDA": "0"}
+            result = subprocess.run(
+                [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+                cwd=folder, env=os.environ | only, capture_output=True, text=True,
+            )  # fmt: skip
+            shutil.copy(source_of(file), folder / file)
+            if result.returncode:
+                raise SystemExit(result.stdout + result.stderr)
+            shutil.copy(*folder.glob("lora_kernels/*.so"), to)
+
+
+EXTENSION = Extension()
+
+
+def pytest_of(test):
+    """(what pytest is to run, environment) of "name" or "name::test", tests/test_name.py or a case
+    file of Triton's interpreter."""
+    file, *inner = test.split("::")
+    cases = TESTS / f"{file}.py"
+    path = cases if cases.exists() else TESTS / f"test_{file}.py"
+    interpreted = {"TRITON_INTERPRET": "1", "LORA_KERNELS_BACKEND": "triton"}
+    return "::".join([str(path), *inner]), interpreted if path == cases else {}
+
+
+def killed_by(mutant):
     """The test that fails on the mutant, or None."""
+    file, *change, tests = mutant
+    code = mutated(file, *change)
+    native = file.startswith("backends/native")
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "lora_kernels"
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        source = (copy / file).read_text()
-        if source.count(old) != 1:
-            raise SystemExit(f"{file}: {source.count(old)} occurrences of {old!r}, expected one")
-        (copy / file).write_text(source.replace(old, new))
+        # The compiled kernels come along only where they are meant: they would serve most calls.
+        left = shutil.ignore_patterns("__pycache__", *([] if native else ["*.so"]))
+        shutil.copytree(PACKAGE, copy, ignore=left)
+        if file.startswith("csrc/"):
+            EXTENSION.build(file, code, copy)
+        else:
+            (copy / file).write_text(code)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        command += [f"--rootdir={TESTS.parent}", f"--confcutdir={TESTS}"]
-        files = [str(TESTS / f"test_{test}.py") for test in tests.split()]
+        command += [f"--rootdir={ROOT}", f"--confcutdir={TESTS}"]
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        result = subprocess.run(
-            command + files, cwd=folder, env=environment, capture_output=True, text=True
-        )
-        if result.returncode == 0:
-            return None
-        failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
-        if result.returncode != 1 or not failed:
-            raise SystemExit(result.stdout + result.stderr)
-        return failed[0].split("::")[1].split(" - ")[0]
+        for test in tests.split():
+            path, more = pytest_of(test)
+            result = subprocess.run(
+                [*command, path], cwd=folder, env=environment | more, capture_output=True, text=True
+            )
+            failed = re.findall(r"^FAILED \S*?::(.*?)(?: - .*)?$", result.stdout, re.MULTILINE)
+            if result.returncode == 1 and failed:
+                return failed[0]
+            if result.returncode:
+                raise SystemExit(result.stdout + result.stderr)
+    return None
 
 
 def main():
+    chosen = [
+        name for name in MUTANTS if not sys.argv[1:] or any(word in name for word in sys.argv[1:])
+    ]
     survivors = 0
-    for name, mutant in MUTANTS.items():
-        if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):
-            continue
-        killer = killed_by(*mutant)
-        survivors += killer is None
-        print(f"{'killed  ' if killer else 'SURVIVED'}  {name:45} {killer or ''}", flush=True)
-    print(f"{survivors} survived")
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        killers = pool.map(killed_by, map(MUTANTS.get, chosen))
+        for name, killer in zip(chosen, killers, strict=True):
+            survivors += killer is None
+            print(f"{'killed  ' if killer else 'SURVIVED'}  {name:45} {killer or ''}", flush=True)
+    print(f"{len(chosen)} tried, {survivors} survived")
     return survivors > 0
 
 

@@ -81,6 +81,16 @@ def test_blocks_of_one_row_and_column(add, wide):
         oracle.assert_accurate(case, lora_add if add else lora_linear)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("add", [False, True], ids=["linear", "add"])
+@pytest.mark.parametrize("wide", [False, True], ids=["plain", "wide"])
+def test_sums_over_many_blocks(add, wide, p):
+    """79 blocks of 64 rows, with which masks pass row 4096."""
+    case = oracle.Case(5000, 16, 16, 8, torch.bfloat16, p=p, add=add)
+    with path(wide, 4 * 16 * 64):
+        oracle.assert_accurate(case, lora_add if add else lora_linear)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("wide", [False, True], ids=["plain", "wide"])

@@ -138,6 +138,20 @@ def test_row_blocks_see_the_same_mask(first):
     assert torch.equal(mask(9, 40, 13, 0.4), whole[:, :13])
 
 
+@pytest.mark.parametrize("limit", [2**12, 2**16, 2**31])
+def test_rows_are_counted_past(limit):
+    """No counter of rows wraps there."""
+    found = mask(9, 4, 64, 0.5, first_row=limit - 2)
+    for row, m in zip(found, range(limit - 2, limit + 2), strict=True):
+        words = [oracle.half_word(9, m, k) for k in range(64)]
+        assert row.tolist() == [word >= 32768 for word in words]
+
+
+def test_rows_of_one_call_are_counted_past_65536():
+    whole = mask(9, 65_600, 8, 0.5)
+    assert torch.equal(whole[-100:], mask(9, 100, 8, 0.5, first_row=65_500))
+
+
 def masks_of_forward_and_backward(op, M, K, p, seed):
     """Both read off linear maps: A = I, B = I, no base."""
     x = torch.ones(M, K, requires_grad=True)

@@ -1,7 +1,5 @@
 """The compiled CPU kernels, on every instruction set of this CPU."""
 
-import itertools
-
 import oracle
 import pytest
 import torch
@@ -90,18 +88,29 @@ def test_wider_than_a_strip_and_more_rows_than_a_chunk(isa, dtype):
         oracle.assert_accurate(oracle.Case(300, 1100, 1030, 5, dtype, p=p), lora_linear)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [5000, 20_011])
+def test_sums_over_as_many_rows_as_a_batch_has(isa, rows, p):
+    """dA and dB are sums of up to 64 chunks: 40 of 128 rows, then 63 of 320."""
+    oracle.assert_accurate(oracle.Case(rows, 16, 16, 8, p=p), lora_linear)
+
+
 @pytest.mark.parametrize("case", oracle.LARGE)
 def test_large_values_in_fp16(isa, case):
     oracle.assert_fp16_range(case, lora_add if case.add else lora_linear)
 
 
-def test_in_place_on_any_strides(isa):
-    for layout, (M, N) in itertools.product(("contiguous", "transposed", "sliced"), ((9, 70),)):
-        t, _ = oracle.make(oracle.Case(M, 33, N, 3, add=True))
-        t = {name: value.detach() for name, value in t.items()}
-        expected = lora_add(**t, scaling=2.0)
+@pytest.mark.parametrize(("dtype", "scaling"), [(torch.float32, 2.0), (torch.float16, 3.0)])
+def test_in_place_on_any_strides(isa, dtype, scaling):
+    case = oracle.Case(9, 33, 70, 3, dtype, scaling=scaling, add=True)
+    t, dy = oracle.make(case)
+    exact = oracle.reference64(case, t, dy)["y"]
+    t = {name: value.detach() for name, value in t.items()}
+    expected = lora_add(**t, scaling=scaling)
+    assert (expected - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+    for layout in ("contiguous", "transposed", "sliced"):
         out = oracle.lay_out(t["base_out"].clone(), layout)
-        lora_add_(out, t["x"], t["lora_a"], t["lora_b"], scaling=2.0)
+        lora_add_(out, t["x"], t["lora_a"], t["lora_b"], scaling=scaling)
         assert torch.equal(out, expected)
 
 
@@ -129,7 +138,7 @@ def test_non_finite_values_stay_what_they_are(isa):
 
 
 def test_bits_do_not_depend_on_the_threads(isa):
-    case = oracle.Case(700, 160, 96, 8, torch.bfloat16, p=0.2)
+    case = oracle.Case(3000, 40, 24, 8, torch.bfloat16, p=0.2)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -147,7 +156,9 @@ def test_bits_do_not_depend_on_the_threads(isa):
 
 
 @pytest.mark.parametrize("columns", [1, 8, 13, 64, 1023, 1024, 1100])
-@pytest.mark.parametrize("seed", [0, 5, -1, 2**63 - 1, (9, 7, 24), (3, 2**31, 8 * 2**31)])
+@pytest.mark.parametrize(
+    "seed", [0, 5, -1, 2**63 - 1, (9, 7, 24), (3, 2**31, 8 * 2**31), (4, 2**31 - 4, 8)]
+)
 def test_masks_are_the_reference_mask(isa, columns, seed):
     seed, rows = torch.tensor(seed), 9
     for p in (0.1, 0.5):
@@ -166,6 +177,18 @@ def test_masks_are_the_reference_mask(isa, columns, seed):
             None, gradient,
         )  # fmt: skip
         assert torch.equal(gradient != 0, expected)
+
+
+@pytest.mark.parametrize("seed", [(6,), (6, 2**31 - 35_000, 8)], ids=("whole", "part"))
+def test_masks_of_as_many_rows_as_a_batch_has(isa, seed):
+    seed, (rows, columns), p = torch.tensor(seed), (70_000, 8), 0.5
+    expected = dropout.keep_mask(seed, 0, rows, columns, p)
+    ones, eye, threshold = torch.ones(rows, columns), torch.eye(columns), dropout.threshold(p)
+    out, shrunk = torch.empty(rows, columns), torch.empty(rows, columns)
+    OPS._expand_cpu(ones, eye, None, 1.0, threshold, seed, False, isa, out)
+    OPS._shrink_cpu(ones, eye, None, 1.0, 1.0, threshold, seed, isa, shrunk, None)
+    assert torch.equal(out, expected.float())
+    assert torch.equal(shrunk, expected.float())
 
 
 def mask_at(seed, row, column, rows, columns, p):

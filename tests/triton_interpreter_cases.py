@@ -104,6 +104,25 @@ def test_linear_and_gradients(monkeypatch, plan, target):
 
 
 @pytest.mark.parametrize(
+    ("plan", "r", "p"),
+    [("cublas", 8, 0.25), ("cublas", 64, 0.0), ("shrink_gemm", 8, 0.0), ("grouped", 8, 0.25)],
+)
+def test_sums_over_as_many_rows_as_a_batch_has(plan, r, p):
+    """On a device of 132 SMs: dA in 19 shares, dB in 40 or 19, masks past row 4096."""
+    partials = []
+
+    def record(kernel, grid, args, meta, launch) -> None:
+        if kernel.fn.__name__ == "reduce_kernel":
+            partials.extend(args[i] for i in (2, 7) if args[i])
+        launch()
+
+    problem = Problem(Case(5000, 16, 16, r, p=p))
+    with assume(Target(80, 132)), plans.using(plan), intercept(record):
+        ratios(problem, problem.linear())
+    assert sum(count > 16 for count in partials) == 2, partials
+
+
+@pytest.mark.parametrize(
     ("op", "case"),
     [
         ("forward", Case(40, 48, 1024, 16, bias=True)),
@@ -197,7 +216,16 @@ def test_weight_gradient_and_autograd():
 
 
 @pytest.mark.parametrize(
-    "seed", [[0], [2**31 + 5], [-1], [0x0123456789ABCDEF], [77, 0, 0], [-1, 70_001, 4096]]
+    "seed",
+    [
+        [0],
+        [2**31 + 5],
+        [-1],
+        [0x0123456789ABCDEF],
+        [77, 0, 0],
+        [-1, 70_001, 4096],
+        [5, 2**31 - 35, 8],
+    ],
 )
 def test_mask_is_the_references(seed):
     """All kernels that drop: each computes ones times the mask."""
