@@ -180,6 +180,21 @@ MUTANTS = {
     "check: compared in train mode": ("check.py", "if evaluate:", "if False:", "check"),
     "training silent about idle adapters": ("recipes/training.py", "_warn_of_idle_adapters(model, optimizer)\n    scaler", "pass\n    scaler", "check"),
     "training warns at every step": ("recipes/training.py", "first = len(run.history) == begun", "first = True", "check"),
+    "layouts: sparse taken by the raw op": ("_checks.py", "if tensor.layout is not torch.strided:", "if False:", "ops_checks"),
+    "layouts: good case blind to them": (FUNCTIONAL, "if tensor.layout is not _STRIDED or tensor.is_nested:", "if False:", "functional"),
+    "layouts: overlap of columns unseen": ("_checks.py", "and down // step < columns", "and down < 0", "ops_checks"),
+    "layouts: base_out may overlap": ("_checks.py", "if not base_out.is_contiguous() and", "if False and", "ops_checks"),
+    "layouts: base_out may be x": ("_checks.py", "if _share_memory(base_out, x):", "if False:", "functional"),
+    "layouts: columns side by side wrap": ("_checks.py", "return gap < width or gap + reach > pitch", "return gap < width", "ops_checks"),
+    "seed: rows wrap": ("_checks.py", "0 <= row <= ROWS - rows", "0 <= row", "ops_checks"),
+    "seed: columns wrap": ("_checks.py", "0 <= column <= COLUMNS - columns", "0 <= column", "ops_checks"),
+    "trace without scaling": (FUNCTIONAL, "return scaling * F.linear(F.linear(dropped", "return F.linear(F.linear(dropped", "functional"),
+    "trace forgets the seed": (FUNCTIONAL, "if dropout_p and seed is not None:", "if False:", "functional"),
+    "fused PEFT: sparse x taken": (INTEGRATION, "or x.layout is not torch.strided", "", "integrations_peft"),
+    "fused PEFT: nested x taken": (INTEGRATION, "or x.is_nested", "", "integrations_peft"),
+    "fused PEFT: complex x taken": (INTEGRATION, "x.dtype not in DTYPES or ", "", "integrations_peft"),
+    "fused PEFT: sparse weight taken": (INTEGRATION, "types is not None and parameter.layout is not torch.strided", "False", "integrations_peft"),
+    "fused PEFT: fp64 adapters under autocast": (INTEGRATION, "cast = autocast and low != torch.float64", "cast = autocast", "integrations_peft"),
 }  # fmt: skip
 
 
