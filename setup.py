@@ -26,6 +26,7 @@ CUDA_ARCHS = "8.0;8.9;9.0+PTX"
 # torch 2.11: the oldest whose stable ABI the binaries may use.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 FLAGS = ["-O3", "-std=c++20", TARGET]
+ROOT = Path(__file__).resolve().parent
 
 
 class Part(NamedTuple):
@@ -78,6 +79,15 @@ def gencode(arch: str) -> list[str]:
     return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
 
 
+def without_paths() -> list[str]:
+    """Options of the host compiler that keep this machine's folders out of binaries and messages;
+    of two that match, the last counts."""
+    import torch
+
+    folders = {ROOT: ".", Path(torch.__file__).parent: "torch"}
+    return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+
+
 def missing(demanded: bool) -> str | None:
     """Why nothing can be built here."""
     if sys.platform != "linux":
@@ -112,7 +122,7 @@ def missing_for_cuda(demanded: bool) -> str | None:
 def cpu_part(wanted: str) -> Part:
     from torch.utils.cpp_extension import CppExtension
 
-    flags = [*FLAGS, "-fvisibility=hidden"]
+    flags = [*FLAGS, "-fvisibility=hidden", *without_paths()]
     extension = CppExtension(CPU, CPU_SOURCES, extra_compile_args=flags, py_limited_api=True)
     return Part("CPU", wanted, extension, f"built with {compiler()}")
 
@@ -128,12 +138,13 @@ def run_nvcc(to: Path) -> None:
     in, whichever torch brings along."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    host_flags = ",".join(["-fPIC", "-fvisibility=hidden", *without_paths()])
     jobs = os.environ.get("MAX_JOBS") or str(min(len(archs()), os.cpu_count() or 1))
     host = [f"-ccbin={shutil.which(os.environ['CXX'].split()[0])}"] if os.environ.get("CXX") else []
     to.parent.mkdir(parents=True, exist_ok=True)
     command = [
         nvcc(), "-shared", "-cudart=static", *FLAGS, *host, "-DUSE_CUDA", "--threads", jobs,
-        "-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-I{path}" for path in include_paths()),
+        f"-Xcompiler={host_flags}", *(f"-I{path}" for path in include_paths()),
         *(flag for arch in archs() for flag in gencode(arch)), *CUDA_SOURCES, "-o", str(to),
         *(f"-L{path}" for path in library_paths()), "-Xlinker=--no-as-needed", "-ltorch",
         "-ltorch_cpu",

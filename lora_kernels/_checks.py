@@ -2,6 +2,7 @@
 must not read foreign memory or give, silently, the result of another call.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -14,6 +15,7 @@ DIMENSIONS = {
     "x": "MK", "weight": "NK", "lora_a": "rK", "lora_b": "Nr", "bias": "N", "base_out": "MN",
     "y": "MN", "s": "Mr", "dy": "MN", "dx": "MK", "dweight": "NK", "da": "rK", "db": "Nr",
 }  # fmt: skip
+ROWS, COLUMNS = 1 << 32, 1 << 35  # of the dropout mask
 NOT_GIVEN = (0,)  # the shape in which a backward op gets and returns what is not needed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -43,6 +45,7 @@ def checker(names: Sequence[str]) -> Callable[[Sequence], None]:
             tensor = args[i]
             if tensor is None and key == "bias":
                 continue
+            check_layout(key, tensor)
             shape = tensor.shape
             if len(shape) != len(letters):
                 if backward and shape == NOT_GIVEN and not _is_read(key, names, args):
@@ -60,8 +63,68 @@ def checker(names: Sequence[str]) -> Callable[[Sequence], None]:
         if 0 in (sizes["N"], sizes["K"], sizes["r"]):
             raise ValueError(f"{names[0]}: expected N, K and r of at least 1, got {sizes}")
         _check_values(*values(args), device)
+        _check_place(*values(args)[1:], sizes["M"], sizes["K"])
 
     return check
+
+
+def check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise ValueError(
+            f"{name}: expected a dense tensor, got a nested one; convert it with"
+            " torch.nested.to_padded_tensor, or give contiguous jagged x to lora_linear"
+        )
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"{name}: expected a dense tensor, got layout {tensor.layout}; convert it with"
+            " to_dense()"
+        )
+
+
+def check_written(base_out: Tensor, x: Tensor) -> None:
+    """For writing in place: an element that is met twice, or read once more, is a wrong sum."""
+    if not base_out.is_contiguous() and _overlaps_itself(base_out):
+        raise ValueError(
+            "base_out: expected elements apart in memory, it is written in place, got strides"
+            f" {base_out.stride()} for shape {tuple(base_out.shape)}; call lora_add, or clone it"
+        )
+    if _share_memory(base_out, x):
+        raise ValueError(
+            "base_out: expected memory apart from x's, it is written in place, got some of the"
+            " same; call lora_add, or clone one"
+        )
+
+
+def _overlaps_itself(matrix: Tensor) -> bool:
+    """Whether some steps down the columns lead where some steps along the rows do."""
+    (rows, columns), (down, along) = matrix.shape, matrix.stride()
+    step = math.gcd(down, along) or 1
+    return matrix.numel() > 1 and along // step < rows and down // step < columns
+
+
+def _share_memory(left: Tensor, right: Tensor) -> bool:
+    """Whether the bytes from first to last meet, unless they are columns side by side."""
+    begin, other = left.data_ptr(), right.data_ptr()
+    if begin + _extent(left) <= other if begin < other else other + _extent(right) <= begin:
+        return False
+    pitch = left.stride(0) * left.element_size()
+    if (
+        left.stride(1) != 1
+        or right.stride(1) != 1
+        or right.stride(0) != left.stride(0)
+        or not pitch
+    ):
+        return True
+    gap = (other - begin) % pitch
+    width, reach = (t.shape[1] * t.element_size() for t in (left, right))
+    return gap < width or gap + reach > pitch
+
+
+def _extent(matrix: Tensor) -> int:
+    (rows, columns), (down, along) = matrix.shape, matrix.stride()
+    if not rows or not columns:
+        return 0
+    return ((rows - 1) * down + (columns - 1) * along + 1) * matrix.element_size()
 
 
 def _is_read(key: str, names: Sequence[str], args: Sequence) -> bool:
@@ -106,3 +169,20 @@ def _check_values(
         )
     elif seed.device != device:
         raise ValueError(f"seed: expected the tensors' device {device}, got {seed.device}")
+
+
+def _check_place(dropout_p: float, seed: Tensor | None, rows: int, columns: int) -> None:
+    """Rows and blocks of eight columns are counted in 32 bits. What other devices hold is not read,
+    it would be waited for; nor are the values that stand for others while a graph is traced."""
+    if not dropout_p or seed.numel() != 3 or type(seed) is not Tensor or not seed.is_cpu:
+        return
+    _, row, column = seed.tolist()
+    if not 0 <= row <= ROWS - rows:
+        raise ValueError(
+            f"seed: expected a row from which x's {rows} rows end at 2^32 or before, got {row}"
+        )
+    if column % 8 or not 0 <= column <= COLUMNS - columns:
+        raise ValueError(
+            f"seed: expected a column that is a multiple of 8 and from which x's {columns} columns"
+            f" end at 2^35 or before, got {column}"
+        )

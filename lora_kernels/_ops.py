@@ -91,6 +91,8 @@ def _kernel(name: str):
             _vouched.now = False
         else:
             check(args)
+        if name == "lora_add_":
+            _checks.check_written(*args[:2])
         device = args[0].device.type
         function = getattr(backends.choose(device).module, name)
         if torch.is_autocast_enabled(device):

@@ -4,8 +4,11 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora_kernels import _checks, _ops
+
+_STRIDED = torch.strided
 
 
 def lora_linear(
@@ -27,7 +30,9 @@ def lora_linear(
         lora_b)
 
     Args:
-        x: [..., K] of any rank >= 1 and any strides; fp32, fp16, bf16 or (slow) fp64.
+        x: [..., K] of any rank >= 1 and any strides; fp32, fp16, bf16 or (slow) fp64. A nested
+            tensor [B, j, K] of the jagged layout, contiguous, gives [B, j, N]; all others are
+            dense.
         weight: [N, K] in x's dtype. Under autocast x, weight and bias are cast to the autocast
             dtype.
         lora_a: [r, K] in x's dtype or fp32; fp32 adapters are master copies, rounded to x's dtype
@@ -50,7 +55,15 @@ def lora_linear(
         ValueError: a wrong shape, device or value.
         NotImplementedError: forward-mode AD or double backward.
     """
+    if torch.jit.is_tracing():
+        return F.linear(x, weight, bias) + _traced(x, lora_a, lora_b, scaling, dropout_p, seed)
     if not _are_sound(x, lora_a, lora_b, weight, bias, linear=True):
+        if _is_jagged(x):
+            y = lora_linear(
+                x.values(), weight, lora_a, lora_b, bias,
+                scaling=scaling, dropout_p=dropout_p, seed=seed,
+            )  # fmt: skip
+            return torch.nested.nested_tensor_from_jagged(y, x.offsets())
         x, lora_a, lora_b = _check_linear(x, weight, lora_a, lora_b, bias)
     scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
@@ -81,6 +94,8 @@ def lora_add(
     `base_out` is [..., N] with the leading dimensions of x, in x's dtype; the other arguments, the
     errors and the gradients (to base_out, x, lora_a, lora_b) are those of `lora_linear`.
     """
+    if torch.jit.is_tracing():
+        return base_out + _traced(x, lora_a, lora_b, scaling, dropout_p, seed)
     base_out, x, lora_a, lora_b, scaling, dropout_p, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
     )
@@ -104,11 +119,14 @@ def lora_add_(
     """`lora_add` in place, for inference: adds to `base_out` and returns it.
 
     Raises RuntimeError where a gradient would be needed, and ValueError for a base_out whose
-    leading dimensions cannot be viewed as one.
+    leading dimensions cannot be viewed as one, whose elements overlap in memory, or which shares
+    memory with x.
     """
     tensors = (base_out, x, lora_a, lora_b)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError("lora_add_: has no gradient; call it under torch.no_grad, or lora_add")
+    if torch.jit.is_tracing():
+        return base_out.add_(_traced(x, lora_a, lora_b, scaling, dropout_p, seed))
     result = base_out
     base_out, x, lora_a, lora_b, scaling, dropout_p, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
@@ -124,6 +142,20 @@ def lora_add_(
         ) from error
     _ops.call_in_place(rows, _rows(x), lora_a, lora_b, scaling, dropout_p, seed)
     return result
+
+
+def _traced(x, lora_a, lora_b, scaling, dropout_p, seed) -> Tensor:
+    """The branch for torch.jit.trace: torch's own calls, which it records for any number of rows
+    and which run without this library."""
+    if dropout_p and seed is not None:
+        raise ValueError("seed: expected None under torch.jit.trace, which cannot keep the mask")
+    dropped = F.dropout(x, dropout_p)
+    return scaling * F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype))
+
+
+def _is_jagged(x: Tensor) -> bool:
+    """Whether x is a nested tensor [B, j, K] whose values [rows, K] lie one after the other."""
+    return isinstance(x, Tensor) and x.layout == torch.jagged and x.dim() == 3 and x.is_contiguous()
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -154,9 +186,14 @@ def _fold(scaling: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
 def _are_sound(x, lora_a, lora_b, base, bias, linear: bool) -> bool:
     """Whether the tensors are such as they nearly always are, told at one look: a tenth of the time
     of the checks by name, which decide about all others."""
-    tensors = (x, base, lora_a, lora_b) if bias is None else (x, base, lora_a, lora_b, bias)
-    if not all(isinstance(t, Tensor) for t in tensors):
+    if not isinstance(x, Tensor):
         return False
+    dtype, device = x.dtype, x.device
+    for tensor in (x, base, lora_a, lora_b) if bias is None else (x, base, lora_a, lora_b, bias):
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.device != device:
+            return False
+        if tensor.layout is not _STRIDED or tensor.is_nested:
+            return False
     leading, a, b = x.shape, lora_a.shape, lora_b.shape
     if len(leading) == 0 or len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
         return False
@@ -165,10 +202,6 @@ def _are_sound(x, lora_a, lora_b, base, bias, linear: bool) -> bool:
         return False
     if base.shape != ((N, K) if linear else (*leading[:-1], N)):
         return False
-    dtype, device = x.dtype, x.device
-    for tensor in tensors:
-        if tensor.dtype != dtype or tensor.device != device:
-            return False
     return dtype in _checks.DTYPES and (x.is_meta or not torch.is_autocast_enabled(device.type))
 
 
@@ -221,6 +254,8 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor is not None:
+            _checks.check_layout(name, tensor)
 
 
 def _check_branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[int, int]:

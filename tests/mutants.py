@@ -293,6 +293,21 @@ MUTANTS = {
     "columns of one matrix taken for tied": ("targets.py", "_meet", "return bool(second.any())", "return True", "weights"),
     "head with an adapter replaced": ("adapters.py", "attach", "    _guard_embeddings(model)\n", "", "weights"),
     "same size taken for a resize": ("adapters.py", "_keeps_size", "new_num_tokens in (None, size)", "new_num_tokens is None", "weights"),
+    "layouts: sparse taken by the raw op": ("_checks.py", "check_layout", "if tensor.layout is not torch.strided:", "if False:", "ops_checks"),
+    "layouts: good case blind to them": (FUNCTIONAL, "_are_sound", "if tensor.layout is not _STRIDED or tensor.is_nested:", "if False:", "functional"),
+    "layouts: overlap of columns unseen": ("_checks.py", "_overlaps_itself", "and down // step < columns", "and down < 0", "ops_checks"),
+    "layouts: base_out may overlap": ("_checks.py", "check_written", "if not base_out.is_contiguous() and", "if False and", "ops_checks"),
+    "layouts: base_out may be x": ("_checks.py", "check_written", "if _share_memory(base_out, x):", "if False:", "functional"),
+    "layouts: columns side by side wrap": ("_checks.py", "_share_memory", "return gap < width or gap + reach > pitch", "return gap < width", "ops_checks"),
+    "seed: rows wrap": ("_checks.py", "_check_place", "0 <= row <= ROWS - rows", "0 <= row", "ops_checks"),
+    "seed: columns wrap": ("_checks.py", "_check_place", "0 <= column <= COLUMNS - columns", "0 <= column", "ops_checks"),
+    "trace without scaling": (FUNCTIONAL, "_traced", "return scaling * F.linear(F.linear(dropped", "return F.linear(F.linear(dropped", "functional"),
+    "trace forgets the seed": (FUNCTIONAL, "_traced", "if dropout_p and seed is not None:", "if False:", "functional"),
+    "fused PEFT: sparse x taken": (INTEGRATION, "_Fused.forward", "or x.layout is not torch.strided", "", "integrations_peft"),
+    "fused PEFT: nested x taken": (INTEGRATION, "_Fused.forward", "or x.is_nested", "", "integrations_peft"),
+    "fused PEFT: complex x taken": (INTEGRATION, "_Fused._fused_forward", "x.dtype not in DTYPES or ", "", "integrations_peft"),
+    "fused PEFT: sparse weight taken": (INTEGRATION, "_module_objection", "types is not None and parameter.layout is not torch.strided", "False", "integrations_peft"),
+    "fused PEFT: fp64 adapters under autocast": (INTEGRATION, "_Fused._fused_forward", "cast = autocast and low != torch.float64", "cast = autocast", "integrations_peft"),
 }  # fmt: skip
 
 

@@ -91,6 +91,7 @@ def test_built_and_loaded_by_one_name(tmp_path):
     (library,) = tmp_path.glob("lib/lora_kernels/*.so")
     assert library.name == "_native_cpu.abi3.so"
     assert_stable(library)
+    assert str(ROOT).encode() not in library.read_bytes()  # __FILE__ in messages, and for debuggers
 
 
 # --------------------------------------------------------------------------------------------- ABI
@@ -182,6 +183,7 @@ def test_what_nvcc_is_asked_for(tmp_path, variables, said, flags):
     assert f"--threads {variables.get('MAX_JOBS', min(3, os.cpu_count()))} " in arguments
     (library,) = tmp_path.glob("lib/lora_kernels/*.so")
     assert library.name == "_native_cuda.abi3.so"
+    assert f"-ffile-prefix-map={ROOT}=." in arguments
 
 
 @pytest.mark.parametrize(

@@ -427,3 +427,102 @@ def test_fp32_masters_are_rounded_to_x_at_use(op):
     t, _ = oracle.make(case)
     rounded = {n: t[n].bfloat16() for n in ("lora_a", "lora_b")}
     assert torch.equal(op(**t), op(**{**t, **rounded}))
+
+
+LAYOUTS = {
+    "sparse": lambda t: t.to_sparse(),
+    "mkldnn": lambda t: t.to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor([t]),
+    "jagged": lambda t: torch.nested.nested_tensor([t[..., None]], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [(2,), (2, 130)])
+def test_other_layouts_are_refused_by_name(layout, rows):
+    shapes = {
+        "weight": (5, 8),
+        "lora_a": (3, 8),
+        "lora_b": (5, 3),
+        "bias": (5,),
+        "base_out": (*rows, 5),
+    }
+    given = {"x": torch.ones(*rows, 8)} | {k: torch.ones(v) for k, v in shapes.items()}
+    linear = ("x", "weight", "lora_a", "lora_b", "bias")
+    add = ("base_out", "x", "lora_a", "lora_b")
+    for op, names in ((lora_linear, linear), (lora_add, add), (lora_add_, add)):
+        for name in names:
+            wrong = given | {name: LAYOUTS[layout](given[name])}
+            with pytest.raises(ValueError, match=f"^{name}: expected a dense tensor, got"):
+                op(*(wrong[key] for key in names))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_jagged_x(p):
+    """As its rows one after the other, gradients too."""
+    lengths = (3, 0, 4)
+    parts = [torch.randn(n, 8) for n in lengths]
+    weight, bias = torch.randn(5, 8), torch.randn(5)
+    a, b = torch.randn(3, 8, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    results = []
+    for x in (torch.nested.nested_tensor(parts, layout=torch.jagged), torch.cat(parts)):
+        x.requires_grad_()
+        y = lora_linear(x, weight, a, b, bias, scaling=2.0, dropout_p=p, seed=3)
+        if x.is_nested:
+            assert [len(part) for part in y.unbind()] == list(lengths)
+            assert (y + F.linear(x, weight)).shape == y.shape  # the same ragged dimension
+        values = y.values() if x.is_nested else y
+        dx, da, db = torch.autograd.grad(values.square().sum(), (x, a, b))
+        results.append((values, dx.values() if x.is_nested else dx, da, db))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 200])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_memory_that_is_written_and_met_again_is_refused(rows, p):
+    a, b = torch.ones(4, 16), torch.ones(16, 4)
+    memory = torch.zeros(rows * 40 + 16)
+    apart = memory.as_strided((rows, 16), (40, 1))
+    beside = memory.as_strided((rows, 16), (40, 1), 16)
+    overlapping = memory.as_strided((rows, 16), (8, 1) if rows > 1 else (1, 0))
+    options = {"dropout_p": p, "seed": 3}
+    with torch.no_grad():
+        for base_out, x, words in (
+            (overlapping, torch.ones(rows, 16), "elements apart in memory"),
+            (apart, apart, "memory apart from x's"),
+            (apart, memory.as_strided((rows, 16), (40, 1), 8), "memory apart from x's"),
+        ):
+            with pytest.raises(ValueError, match=f"^base_out: expected {words}"):
+                lora_add_(base_out, x, a, b, **options)
+            assert not memory.any()
+        x = torch.ones(1, 16).expand(rows, 16)
+        expected = lora_add(apart, x, a, b, **options)
+        assert torch.equal(lora_add_(apart, x, a, b, **options), expected)
+        expected = lora_add(beside, apart, a, b, **options)
+        assert torch.equal(lora_add_(beside, apart, a, b, **options), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_trace_serves_other_batches(trains):
+    a, b = torch.randn(3, 8), torch.randn(5, 3)
+    weight, bias = torch.randn(5, 8), torch.randn(5)
+    a.requires_grad_(trains)
+
+    def model(x, a):
+        y = lora_linear(x, weight, a, b, bias, scaling=2.0)
+        y = lora_add(y, x, a, b, scaling=0.5)
+        return y if trains else lora_add_(y, x, a, b)
+
+    traced = torch.jit.trace(model, (torch.randn(2, 3, 8), a))
+    assert "lora_kernels::" not in str(traced.graph)
+    x = torch.randn(4, 7, 8)
+    torch.testing.assert_close(traced(x, a), model(x, a))
+    a = a.detach()
+    with pytest.raises(ValueError, match="seed: expected None under"):
+        torch.jit.trace(lambda x: lora_linear(x, weight, a, b, dropout_p=0.5, seed=1), x)
+    dropping = torch.jit.trace(
+        lambda x: lora_linear(x, weight, a, b, dropout_p=0.5), x, check_trace=False
+    )
+    assert not torch.equal(dropping(x), dropping(x))

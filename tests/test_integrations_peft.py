@@ -830,3 +830,60 @@ def test_the_supported_range_of_versions():
     major, minor = map(int, peft.__version__.split(".")[:2])
     assert (0, 20) <= (major, minor) <= (0, 21), "README and integrations/peft.py name 0.20 to 0.21"
     assert lora_kernels.fuse_peft is fuse_peft
+
+
+def sparse_x(model):
+    return torch.eye(600, 24).to_sparse()
+
+
+def nested_x(model):
+    return torch.nested.nested_tensor([torch.ones(700, 24), torch.ones(3, 24)])
+
+
+def jagged_x(model):
+    parts = [torch.ones(700, 24), torch.ones(3, 24)]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+
+def complex_model(model):
+    model.to(torch.complex64)
+    return torch.ones(700, 24, dtype=torch.complex64)
+
+
+def sparse_weight(model):
+    base = model.first.base_layer
+    base.weight = nn.Parameter(base.weight.detach().to_sparse_csr(), requires_grad=False)
+    return torch.ones(700, 24)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize(
+    "change", [sparse_x, nested_x, jagged_x, complex_model, sparse_weight], ids=lambda f: f.__name__
+)
+@torch.no_grad()
+def test_inputs_that_the_op_does_not_take_stay_with_peft(change):
+    model = build()
+    layer = model.base_model.model
+    x = change(layer)
+    theirs = layer.first(x)
+    fuse_peft(model)
+    with counted() as seen:
+        ours = layer.first(x)
+    assert not seen
+    left, right = (list(y.unbind()) if y.is_nested else [y] for y in (ours, theirs))
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@torch.no_grad()
+def test_fp64_adapters_under_autocast_stay_with_peft():
+    model = build()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.double()
+    x = x_of(700).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = model(x)
+        fuse_peft(model)
+        with counted() as seen:
+            assert torch.equal(model(x), theirs)
+    assert not seen

@@ -57,6 +57,15 @@ BAD = [
     ({"dropout_p": 0.5}, "seed: expected an int64 tensor", ValueError, FORWARD + BACKWARD),
     (seed(1, 2), "seed: .* of one element, or of three", ValueError, FORWARD + BACKWARD),
     (seed(5, dtype=torch.int32), "got torch.int32", ValueError, FORWARD + BACKWARD),
+    (seed(5, -1, 0), "seed: expected a row .* got -1", ValueError, FORWARD + BACKWARD),
+    (seed(5, 2**32 - M + 1, 0), "end at 2.32 or before", ValueError, FORWARD + BACKWARD),
+    (seed(5, 0, 4), "a multiple of 8 .* got 4", ValueError, FORWARD + BACKWARD),
+    (seed(5, 0, -8), "a multiple of 8 .* got -8", ValueError, FORWARD + BACKWARD),
+    (seed(5, 0, 2**35 - 8), "end at 2.35 or before", ValueError, FORWARD + BACKWARD),
+    ({"x": of(M, K).to_sparse()}, "x: .* layout torch.sparse_coo", ValueError, FORWARD),
+    ({"lora_a": of(R, K).to_sparse()}, "lora_a: .* layout", ValueError, FORWARD + BACKWARD),
+    ({"lora_b": of(N, R).to_mkldnn()}, "lora_b: .* layout", ValueError, FORWARD + BACKWARD),
+    ({"base_out": of(M, 1).expand(M, N)}, "base_out: expected elements", ValueError, FORWARD[2:]),
     ({"scaling": float("inf")}, "scaling: expected a finite", ValueError, FORWARD + BACKWARD),
     ({"dy": of(M, N + 1)}, "expected shape .* N = 6", ValueError, BACKWARD),
     ({"dy": of(M, N).half()}, "expected dy's dtype", TypeError, BACKWARD),
@@ -78,7 +87,7 @@ def test_bad_input_is_refused(name, wrong, words, error):
     with torch.inference_mode(), pytest.raises(error, match=words):
         op(*args.values())
     for key, tensor in before.items():
-        assert tensor.is_meta or torch.equal(tensor, args[key])
+        assert tensor.is_meta or torch.equal(tensor.to_dense(), args[key].to_dense())
 
 
 @pytest.mark.parametrize("name", FORWARD[:2])
@@ -125,3 +134,36 @@ def test_a_checked_call_vouches_for_itself_alone(monkeypatch):
     assert not checks
     ops.lora_linear(*args.values())
     assert len(checks) == 1
+
+
+def test_the_last_place_of_the_mask_is_legal():
+    args = good("lora_linear") | seed(5, 2**32 - M, 2**35 - K)
+    assert ops.lora_linear(*args.values())[0].shape == (M, N)
+
+
+def test_memory_met_twice():
+    """Against the places of all elements, one by one."""
+    for rows in range(4):
+        for columns in range(4):
+            for down in range(5):
+                for along in range(5):
+                    matrix = torch.zeros(40).as_strided((rows, columns), (down, along))
+                    places = [i * down + j * along for i in range(rows) for j in range(columns)]
+                    twice = len(set(places)) < len(places)
+                    assert _checks._overlaps_itself(matrix) == twice, (matrix.shape, down, along)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 12])
+@pytest.mark.parametrize("offset", [0, 2, 4, 5, 6, 12, 24])
+@pytest.mark.parametrize("pitch", [8, 9])
+def test_shared_memory(first, offset, pitch):
+    """Columns side by side are apart, whichever comes first; nothing shared is taken for apart."""
+    memory = torch.arange(100)
+    left, right = (
+        memory.as_strided((3, 4), (8, 1), first),
+        memory[offset:].as_strided((2, 3), (pitch, 1)),
+    )
+    shared = bool(set(left.flatten().tolist()) & set(right.flatten().tolist()))
+    found = _checks._share_memory(left, right)
+    assert found == shared if pitch == 8 else found >= shared
+    assert found == _checks._share_memory(right, left)

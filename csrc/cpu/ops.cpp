@@ -68,8 +68,18 @@ void check_tensor(const Tensor& t, const char* name, int64_t dimensions) {
   STD_TORCH_CHECK(t.layout() == Layout::Strided, name, ": must be dense");
   STD_TORCH_CHECK(t.dim() == dimensions, name, ": must have ", dimensions, " dimensions, got ",
                   t.dim());
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0, name,
-                  ": must start at a multiple of its element size");
+}
+
+bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+}
+
+// torch computes with tensors that start between two elements (files mapped into memory); these
+// kernels read a copy.
+Tensor aligned(const Tensor& t) { return is_aligned(t) ? t : torch::stable::clone(t); }
+
+std::optional<Tensor> aligned(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional(aligned(*t)) : t;
 }
 
 void check_matrix(const Tensor& t, const char* name) {
@@ -102,6 +112,7 @@ void check_type(const Tensor& t, const char* name, Type type, bool or_float) {
 
 // Writing through strides that overlap would race.
 void check_writable(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_aligned(t), name, ": must start at a multiple of its element size");
   const int64_t outer = t.stride(0), inner = t.stride(1), rows = t.size(0), columns = t.size(1);
   const bool apart = (columns <= 1 || inner > 0) && (rows <= 1 || outer > 0) &&
                      (rows <= 1 || columns <= 1 || outer > (columns - 1) * inner ||
@@ -118,7 +129,8 @@ std::optional<Dropout> dropout_of(int64_t threshold, const std::optional<Tensor>
   STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long &&
                       (seed->numel() == 1 || seed->numel() == 3) && seed->is_contiguous(),
                   "seed: must be a contiguous int64 tensor of one element or of three");
-  const int64_t* const words = static_cast<const int64_t*>(seed->const_data_ptr());
+  const Tensor read = aligned(*seed);
+  const int64_t* const words = static_cast<const int64_t*>(read.const_data_ptr());
   const int64_t row = seed->numel() == 3 ? words[1] : 0, column = seed->numel() == 3 ? words[2] : 0;
   constexpr int64_t kRowLimit = int64_t{1} << 32;
   STD_TORCH_CHECK(0 <= row && row < kRowLimit && rows <= kRowLimit - row,
@@ -219,7 +231,9 @@ void shrink_cpu(const Tensor rows, const std::optional<Tensor> matrix,
   const Dropout* drop = dropout.has_value() ? &*dropout : nullptr;
 
   const int64_t pitch = up(C, kernels.columns), ranks = up(r, kernels.ranks);
-  const Rows from = view(rows, "rows");
+  const Tensor read = aligned(rows);
+  const std::optional<Tensor> read_matrix = aligned(matrix), read_low = aligned(low);
+  const Rows from = view(read, "rows");
   const bool direct =
       type == Type::kFloat && drop == nullptr && from.column_stride == 1 && pitch == C;
   const int64_t block = std::clamp<int64_t>(kCacheBytes / (4 * pitch) / 4 * 4, 4, kMaxBlockRows);
@@ -231,12 +245,12 @@ void shrink_cpu(const Tensor rows, const std::optional<Tensor> matrix,
   const int64_t chunks = (M + chunk - 1) / chunk;
 
   Buffer packed(matrix.has_value() ? ranks * pitch : 0);
-  if (matrix.has_value()) pack(kernels, view(*matrix, "matrix"), r, type, packed.data, pitch);
+  if (matrix.has_value()) pack(kernels, view(*read_matrix, "matrix"), r, type, packed.data, pitch);
   Buffer partial(low.has_value() ? chunks * ranks * pitch : 0);
   void* const s_data = matrix.has_value() ? shrunk->mutable_data_ptr() : nullptr;
   const int64_t s_row = matrix.has_value() ? shrunk->stride(0) : 0;
   const int64_t s_column = matrix.has_value() ? shrunk->stride(1) : 0;
-  const Rows low_rows = low.has_value() ? view(*low, "low") : from;
+  const Rows low_rows = low.has_value() ? view(*read_low, "low") : from;
 
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     Buffer wide(direct ? 0 : block * pitch), s(block * ranks), u(block * ranks);
@@ -315,12 +329,15 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
 
   const int64_t pitch = up(C, kernels.columns), ranks = up(r, kernels.ranks);
+  const Tensor read_low = aligned(low), read_matrix = aligned(matrix);
+  const std::optional<Tensor> read_bias = aligned(bias);
   Buffer packed(ranks * pitch), offset(bias.has_value() ? pitch : 0);
-  pack(kernels, view(matrix, "matrix"), r, type, packed.data, pitch);
+  pack(kernels, view(read_matrix, "matrix"), r, type, packed.data, pitch);
   if (bias.has_value())
-    kernels.load({bias->const_data_ptr(), type_of(*bias, "bias"), C, 0, bias->stride(0)}, 0, 1,
+    kernels.load({read_bias->const_data_ptr(), type_of(*bias, "bias"), C, 0, read_bias->stride(0)},
+                 0, 1,
                  nullptr, offset.data, pitch);
-  const Rows low_rows = view(low, "low");
+  const Rows low_rows = view(read_low, "low");
   void* const data = out.mutable_data_ptr();
   const int64_t row_stride = out.stride(0);
   constexpr int64_t kBlock = 32;

@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import targets
+from lora_kernels._checks import DTYPES
 from lora_kernels.functional import lora_add, lora_linear
 
 # PEFT's layers that compute base_layer(x) plus the branch; on all but the first the base is
@@ -76,9 +77,10 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
     `get_peft_model_state_dict` go on working. Several, disabled and merged adapters, dropout,
     rsLoRA, `lora_bias`, autocast and `adapter_names` mean what they mean in PEFT. Quantised bases
     keep their own GEMM. What the op does not cover when a layer is called (DoRA and other variants,
-    hooks, parametrizations, sharded weights, submodules and tensors of other types,
-    `torch.jit.trace`) is computed by PEFT; so, in effect, are calls of few rows on the CPU, for
-    which the layer makes PEFT's own torch calls. Call it again for layers that PEFT makes later.
+    hooks, parametrizations, sharded weights, submodules and tensors of other types, layouts and
+    dtypes, `torch.jit.trace`) is computed by PEFT; so, in effect, are calls of few rows on the CPU,
+    for which the layer makes PEFT's own torch calls. Call it again for layers that PEFT makes
+    later.
 
     A base that is not a plain dense layer is tried with two rows, on a copy: where the gradient of
     its input is lost, the report names the layer, and the first call that needs it warns.
@@ -186,6 +188,8 @@ class _Fused:
             or self._disable_adapters
             or self.merged_adapters
             or type(x) not in _PLAIN
+            or x.layout is not torch.strided
+            or x.is_nested
             or _has_any_global_hook()
             or torch.jit.is_tracing()
             or not (adapters := _active(self))
@@ -236,14 +240,15 @@ class _Fused:
         )
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if autocast and x.dtype == torch.float64:
+        if x.dtype not in DTYPES or (autocast and x.dtype == torch.float64):
             return None
         if self.dense and base.weight.dtype != x.dtype and not autocast:
             return None
         for name in adapters:
             low = lora_A[name].weight.dtype
             rounded = low == torch.float32 and dtype in _HALF
-            if not (low == dtype or autocast or (rounded and not self.exact)):
+            cast = autocast and low != torch.float64
+            if not (low == dtype or cast or (rounded and not self.exact)):
                 return None
             if not _takes(self.scaling[name], x):
                 return None
@@ -370,6 +375,8 @@ def _module_objection(
             return f"{'.'.join(path)} is sharded by DeepSpeed (ds_id)"
         if types is not None and type(parameter) not in _PLAIN:
             return f"{'.'.join(path)} holds a {type(parameter).__name__}"
+        if types is not None and parameter.layout is not torch.strided:
+            return f"{'.'.join(path)} holds a tensor of layout {parameter.layout}"
     return None
 
 

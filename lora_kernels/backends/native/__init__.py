@@ -116,10 +116,10 @@ def lora_add_(
         return reference.lora_add_(base_out, x, lora_a, lora_b, scaling, dropout_p, seed)
     low, high = split(scaling, x.dtype)
     s = _shrink(x, lora_a, low, dropout_p, seed)
-    if base_out.stride(1) == 1:
+    if base_out.stride(1) == 1 and base_out.data_ptr() % base_out.element_size() == 0:
         _expand(s, lora_b.t(), base_out, high, accumulate=True)
     else:
-        y = base_out.contiguous()
+        y = base_out.clone(memory_format=torch.contiguous_format)
         _expand(s, lora_b.t(), y, high, accumulate=True)
         base_out.copy_(y)
 
