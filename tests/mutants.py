@@ -24,6 +24,7 @@ OPS, VMAP, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
 )
 TRITON = "backends/triton/"
 INTEGRATION = "integrations/peft.py"
+RECIPES = "recipes/"
 KERNELS = "triton_interpreter"
 
 # name: (file, text that occurs once, what replaces it, test files that should notice)
@@ -222,6 +223,35 @@ MUTANTS = {
     "check: compared in train mode": ("check.py", "if evaluate:", "if False:", "check"),
     "training silent about idle adapters": ("recipes/training.py", "_warn_of_idle_adapters(model, optimizer)\n    scaler", "pass\n    scaler", "check"),
     "training warns at every step": ("recipes/training.py", "first = len(run.history) == begun", "first = True", "check"),
+    "resume: Python's generator not restored": (RECIPES + "resume.py", "    random.setstate(state[\"python\"])\n", "", "resume"),
+    "resume: the loader's generator not restored": (RECIPES + "resume.py", "        generator.set_state(value)\n", "        pass\n", "resume"),
+    "resume: the epoch in another order": (RECIPES + "resume.py", "    _set_random(epoch_random, loader)\n", "", "resume"),
+    "resume: GradScaler's state not restored": (RECIPES + "resume.py", "        self.scaler.load_state_dict(state[\"scaler\"])\n", "", "resume"),
+    "resume: buffers missing from the checkpoint": (RECIPES + "undo.py", "return trained | buffers", "return trained", "resume"),
+    "resume: the best forgotten": (RECIPES + "resume.py", "self.epoch_random, self.best = state[\"epoch_random\"], state[\"best\"]", "self.epoch_random = state[\"epoch_random\"]", "resume"),
+    "resume: inf and nan taken for values": (RECIPES + "resume.py", "finite = not like.requires_grad or bool(tensors[name].isfinite().all())", "finite = True", "resume"),
+    "resume: integers of any size": (RECIPES + "reading.py", " and -(2**63) <= value < 2**63", "", "resume"),
+    "resume: checksums unread": (RECIPES + "reading.py", "if (name := archive.testzip()) is not None:", "if False:", "resume"),
+    "resume: no step tried": (RECIPES + "resume.py", "if comparable and not self.done:", "if False:", "resume"),
+    "resume: a step tried after the last": (RECIPES + "resume.py", "if comparable and not self.done:", "if comparable:", "resume"),
+    "resume: parameters of the step tried unseen": (RECIPES + "trial.py", "if not all(p.isfinite().all() for", "if False and not all(p.isfinite().all() for", "resume"),
+    "resume: generators changed by a refusal": (RECIPES + "resume.py", "            _set_random(before, self.loader)\n", "", "resume"),
+    "undo: alpha of the step undone": (RECIPES + "undo.py", "layer.lora_A, layer.lora_B, layer.alpha = A, B, alpha", "layer.lora_A, layer.lora_B = A, B", "adjust_rank"),
+    "undo: gradients lost": (RECIPES + "undo.py", "            parameter.grad = grad\n", "            pass\n", "resume adjust_rank"),
+    "undo: the optimizer's state lost": (RECIPES + "undo.py", "        self.optimizer.state.update(self.state)\n", "", "adjust_rank"),
+    "undo: the scheduler as it was undone": (RECIPES + "undo.py", "        if self.scheduler is not None:\n", "        if False:\n", "adjust_rank"),
+    "undo: trained values kept": (RECIPES + "undo.py", "            tensor.copy_(value)\n", "            pass\n", "adjust_rank"),
+    "training: a plateau without held-out losses": (RECIPES + "training.py", "            scheduler.step(found[\"loss\"])\n", "            pass\n", "training_loops"),
+    "training: a plateau without losses of epochs": (RECIPES + "training.py", "                        scheduler.step(history.epoch_loss[-1])\n", "                        pass\n", "training_loops"),
+    "training: gradients add up in a closure": (RECIPES + "training.py", "        _zero_grad(model, optimizer)\n        return torch.stack", "        return torch.stack", "training_loops"),
+    "training: the best not restored": (RECIPES + "training.py", "            run.restore_best()\n", "            pass\n", "training_loops"),
+    "training: schedulers count steps left out": (RECIPES + "training.py", " and scaler.get_scale() >= scale", "", "recipes"),
+    "training: a scheduler of another optimizer": (RECIPES + "stepping.py", "if own.param_groups is not optimizer.param_groups:", "if False:", "training_loops"),
+    "training: a plateau that wants losses to grow": (RECIPES + "stepping.py", "if scheduler.mode != \"min\":", "if False:", "training_loops"),
+    "training: fp16 with a closure": (RECIPES + "stepping.py", "    if autocast_dtype == torch.float16:\n", "    if False:\n", "training_loops"),
+    "callbacks: any difference is better": (RECIPES + "callbacks.py", "self.sign * (than - value) > by", "self.sign * (than - value) > 0", "training_loops"),
+    "callbacks: nan is better than nothing": (RECIPES + "callbacks.py", "        if math.isnan(value):\n", "        if False:\n", "training_loops"),
+    "callbacks: the table without its last step": (RECIPES + "callbacks.py", "    def on_end(self, run: Any) -> None:\n        self._write(run, len(run.history))\n", "", "training_loops"),
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""docs/ops.md says what is: its schemas and signatures are the registered ones, its code runs, and
-the example that calls the ops does too."""
+"""The pages of docs/ say what is: their code runs, the schemas and signatures of ops.md are the
+registered ones, and the example that calls the ops runs too."""
 
 import inspect
 import re
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "ops.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+def blocks(language, page=PAGE):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def quoted(prefix):
@@ -47,11 +47,19 @@ def test_signatures_are_those_of_the_functions():
     assert quoted("lora_kernels.") == signatures
 
 
-def test_python_blocks_run_in_order():
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("ops.md", {"expected", "da", "kept", "part"}),
+        ("training.md", {"tokens", "best", "again", "data", "report", "rewards"}),
+    ],
+)
+def test_python_blocks_run_in_order(monkeypatch, tmp_path, page, names):
+    monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in blocks("python"):
-        exec(compile(block, "docs/ops.md", "exec"), namespace)
-    assert {"expected", "da", "kept", "part"} <= namespace.keys()
+    for block in blocks("python", (ROOT / "docs" / page).read_text()):
+        exec(compile(block, f"docs/{page}", "exec"), namespace)
+    assert names <= namespace.keys()
 
 
 def test_exported_with_dynamic_rows():

@@ -175,6 +175,8 @@ def train_model(
         train_loader,
         History(),
         accumulation_steps,
+        epochs,
+        max_steps,
         measured,
     )
     _check_callbacks(callbacks, run)
@@ -184,10 +186,6 @@ def train_model(
     good = _LastGood(optimizer)
     _zero_grad(model, optimizer)
     history = run.history
-
-    def done() -> bool:
-        ended = run.epoch >= epochs or (max_steps is not None and len(history) >= max_steps)
-        return ended or history.stopped is not None
 
     def tell(event: str) -> None:
         for callback in callbacks:
@@ -228,7 +226,7 @@ def train_model(
         with batches.mode(model, training=True), bar:
             _freeze_batch_norms(model)
             bar.update(begun)
-            while not done():
+            while not run.done:
                 start = time.perf_counter()
                 for group in _groups(run.epoch_batches(), accumulation_steps):
                     first = len(history) == begun
@@ -242,7 +240,7 @@ def train_model(
                     tell("on_step")
                     if due(eval_every):
                         evaluate()
-                    if done():
+                    if run.done:
                         break
                     if due(checkpoint_every):
                         save()
@@ -253,9 +251,9 @@ def train_model(
                         scheduler.step(history.epoch_loss[-1])
                     if eval_every is None:
                         evaluate()
-                if done():
+                if run.done:
                     evaluate()
-                if run.batches == 0 or done():
+                if run.batches == 0 or run.done:
                     save()
             good.require_finite(len(history))
         if goal and run.best:
