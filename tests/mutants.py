@@ -245,7 +245,7 @@ MUTANTS = {
     "training: a plateau without losses of epochs": (RECIPES + "training.py", "                        scheduler.step(history.epoch_loss[-1])\n", "                        pass\n", "training_loops"),
     "training: gradients add up in a closure": (RECIPES + "training.py", "        _zero_grad(model, optimizer)\n        return torch.stack", "        return torch.stack", "training_loops"),
     "training: the best not restored": (RECIPES + "training.py", "            run.restore_best()\n", "            pass\n", "training_loops"),
-    "training: schedulers count steps left out": (RECIPES + "training.py", " and scaler.get_scale() >= scale", "", "recipes"),
+    "training: schedulers count steps left out": (RECIPES + "training.py", " and scaler.get_scale() >= scale", "", "training_loops"),
     "training: a scheduler of another optimizer": (RECIPES + "stepping.py", "if own.param_groups is not optimizer.param_groups:", "if False:", "training_loops"),
     "training: a plateau that wants losses to grow": (RECIPES + "stepping.py", "if scheduler.mode != \"min\":", "if False:", "training_loops"),
     "training: fp16 with a closure": (RECIPES + "stepping.py", "    if autocast_dtype == torch.float16:\n", "    if False:\n", "training_loops"),
