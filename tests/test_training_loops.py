@@ -356,9 +356,12 @@ def test_early_stopping(monkeypatch, patience, last):
 
 def test_better_by_more_than_asked_and_never_nan():
     loss, accuracy = Goal("loss", 1), Goal("accuracy", -1)
-    assert loss.better(5.0, None) and not loss.better(math.nan, None)
-    assert loss.better(1.5, 2.0, by=0.25) and not loss.better(1.75, 2.0, by=0.25)
-    assert accuracy.better(0.5, 0.25) and not accuracy.better(0.25, 0.5)
+    assert loss.better(5.0, None)
+    assert not loss.better(math.nan, None)
+    assert loss.better(1.5, 2.0, by=0.25)
+    assert not loss.better(1.75, 2.0, by=0.25)
+    assert accuracy.better(0.5, 0.25)
+    assert not accuracy.better(0.25, 0.5)
 
 
 @pytest.mark.parametrize(("name", "value"), [("patience", 0), ("patience", 1.5), ("min_delta", -1)])
