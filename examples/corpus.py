@@ -52,7 +52,7 @@ def held_out(documents: list[str]) -> tuple[list[str], list[str]]:
 def require_enough(documents: list[str], tokens: int) -> None:
     """ValueError where the texts cannot give `tokens` to train on, with a tenth held out.
 
-    Every byte may be a token of its own, or up to about four of them one.
+    A token is two to three bytes of the texts here; five a token leave room for repetitive ones.
     """
     size, needed = sum(len(document.encode()) for document in documents), 5 * tokens
     if size < needed:

@@ -154,7 +154,7 @@ class Checkpoints:
         return _plain([
             model.state_dict(), optimizer.state_dict(), options["scheduler"].state_dict(),
             [m.training for m in model.modules()], [p.grad for p in model.parameters()],
-            torch.get_rng_state(), random.getstate(), loader.generator.get_state(),
+            torch.get_rng_state(), str(random.getstate()), loader.generator.get_state(),
         ])  # fmt: skip
 
     def result(self):
@@ -175,7 +175,7 @@ class Checkpoints:
 def _plain(value):
     """Nested containers that can be compared: tensors as bytes."""
     if isinstance(value, torch.Tensor):
-        return (str(value.dtype), tuple(value.shape), value.tolist().__repr__())
+        return (str(value.dtype), tuple(value.shape), value.numpy().tobytes())
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -12,7 +12,7 @@ from recipe_problem import CROSS_ENTROPY, adam, batched, equal, net, pairs, sgd,
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_kernels import add_adaptor_layer, train_model
+from lora_kernels import add_adaptor_layer, lora_parameters, train_model
 from lora_kernels.adapters import lora_layers
 
 
@@ -201,6 +201,91 @@ def test_damaged_checkpoints_change_nothing(seed):
     outcomes = fuzz_files.fuzz("checkpoint", count=60, seed=seed)
     assert not outcomes["wrong"]
     assert outcomes["refused"] > 30
+
+
+def one_cycle(file=None, change=None, **options):
+    """A run of 12 steps; before it, `change` of what the file holds."""
+    model = net()
+    optimizer = adam(model)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=12)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.manual_seed(4 if change is None else 5)
+    before = state(model), scheduler.state_dict(), torch.get_rng_state()
+    if change is not None:
+        path, new = change
+        content = torch.load(file, weights_only=True)
+        torch.save(fuzz_files.replaced(content, path, new), file)
+        options["resume_from"] = file
+
+    def unchanged():
+        return (
+            equal(before[0], state(model))
+            and before[1] == scheduler.state_dict()
+            and not optimizer.state
+            and torch.equal(before[2], torch.get_rng_state())
+            and all(parameter.grad is not None for parameter in model.parameters())
+        )
+
+    def run():
+        data = batched(4)
+        options.setdefault("epochs", 2)
+        return train_model(model, data, CROSS_ENTROPY, optimizer, scheduler=scheduler, **options)
+
+    return run, unchanged
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        (["epoch"], lambda _: 2**70, "epoch: expected an integer of at least 0, got 118"),
+        (["optimizer", "param_groups", 0, "eps"], lambda _: 2**70, "expected a finite number"),
+        (["scheduler", "total_steps"], lambda _: -1, "cannot make a step (ValueError: "),
+        (["scheduler", "_schedule_phases", 1, "end_lr"], lambda _: "text",
+         "cannot make a step (KeyError: 'text')"),
+        (["scheduler", "_schedule_phases", 0, "end_step"], lambda _: math.inf, "a finite number"),
+        (["optimizer", "state", 1, "exp_avg"], lambda t: torch.full_like(t, math.inf),
+         "optimizer: its state makes parameters inf or nan"),
+        (["tensors", "inner.lora_A"], lambda t: torch.full_like(t, math.nan),
+         "inner.lora_A holds values that are inf or nan"),
+    ],
+)  # fmt: skip
+def test_values_that_no_step_can_be_made_with(tmp_path, path, change, message):
+    file = tmp_path / "checkpoint"
+    one_cycle(checkpoint=file, max_steps=3)[0]()
+    run, unchanged = one_cycle(file, (path, change))
+    with pytest.raises(ValueError, match=re.escape(f"resume_from: {file}: ")) as raised:
+        run()
+    assert message in str(raised.value)
+    assert unchanged()
+
+
+def test_a_run_that_has_ended_is_read(tmp_path):
+    """Its scheduler cannot make another step."""
+    file = tmp_path / "checkpoint"
+    history = one_cycle(checkpoint=file)[0]()
+    assert one_cycle(resume_from=file)[0]() == history
+    with pytest.raises(ValueError, match=r"checkpoint: .* cannot make a step .*Tried to step 13"):
+        one_cycle(resume_from=file, epochs=3)[0]()
+
+
+def test_an_optimizer_of_its_own_needs_is_resumed(tmp_path):
+    """A step without its gradients cannot be tried, with this run's state no more than another."""
+
+    class Wary(torch.optim.SGD):
+        def step(self):
+            assert all(p.grad.any() for group in self.param_groups for p in group["params"])
+            super().step()
+
+    def run(**options):
+        model = net()
+        optimizer = Wary(lora_parameters(model), 0.1, momentum=0.9)
+        train_model(model, batched(4), CROSS_ENTROPY, optimizer, **options)
+        return state(model)
+
+    file = tmp_path / "checkpoint"
+    run(max_steps=3, checkpoint=file)
+    assert equal(run(resume_from=file), run())
 
 
 def test_neither_folders_nor_pipes_are_read(tmp_path):

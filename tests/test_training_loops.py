@@ -1,6 +1,7 @@
 """Training loops other than the plain one: evaluations, callbacks, closures, packed sequences."""
 
 import csv
+import math
 import re
 import sys
 import types
@@ -19,7 +20,7 @@ from lora_kernels import (
     lora_parameters,
     train_model,
 )
-from lora_kernels.recipes.callbacks import CSV, Callback, EarlyStopping, TensorBoard
+from lora_kernels.recipes.callbacks import CSV, Callback, EarlyStopping, Goal, TensorBoard
 
 HELD_OUT = batched(6, seed=3)
 
@@ -60,6 +61,20 @@ def test_a_plateau_gets_held_out_losses_where_there_are_any():
     history = train(model, optimizer, scheduler=scheduler, eval_loader=HELD_OUT, eval_every=2)
     assert seen == [found["loss"] for found in history.evaluations]
     assert history.learning_rate == [1.0] * 4 + [0.5] * 2
+
+
+def test_schedulers_do_not_count_steps_that_overflow():
+    """Scaled losses that are too large: their steps are left out until the scale is found."""
+    model = net(dtype=torch.float32)
+    optimizer = adam(model, lr=1.0)
+    history = train(
+        model, optimizer, batched(4, dtype=torch.float32), lambda p, t: 40 * CROSS_ENTROPY(p, t),
+        autocast_dtype=torch.float16, epochs=2,
+        scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+    )  # fmt: skip
+    made = sum(map(math.isfinite, history.grad_norm))
+    assert 2 <= made <= 10
+    assert optimizer.param_groups[0]["lr"] == 0.5**made
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 3])
@@ -337,6 +352,16 @@ def test_early_stopping(monkeypatch, patience, last):
     )
     assert len(history) == last
     assert history.stopped.endswith(f"in {patience} evaluations")
+
+
+def test_better_by_more_than_asked_and_never_nan():
+    loss, accuracy = Goal("loss", 1), Goal("accuracy", -1)
+    assert loss.better(5.0, None)
+    assert not loss.better(math.nan, None)
+    assert loss.better(1.5, 2.0, by=0.25)
+    assert not loss.better(1.75, 2.0, by=0.25)
+    assert accuracy.better(0.5, 0.25)
+    assert not accuracy.better(0.25, 0.5)
 
 
 @pytest.mark.parametrize(("name", "value"), [("patience", 0), ("patience", 1.5), ("min_delta", -1)])

@@ -48,11 +48,16 @@ def require(condition: object, message: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A float, or an integer that tensors can hold."""
+    return isinstance(value, float) or is_integer(value)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def require_count(where: str, value: Any, low: int = 0) -> None:
-    legal = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    legal = is_integer(value) and value >= low
     require(legal, f"{where}: expected an integer of at least {low}, got {_shown(value)}")
 
 

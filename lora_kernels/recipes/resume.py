@@ -1,6 +1,5 @@
 """The state of a training run, and its file: what it takes to continue with identical results."""
 
-import copy
 import dataclasses
 import math
 import os
@@ -23,7 +22,7 @@ from lora_kernels.recipes.reading import (
     require_like,
     require_tensor,
 )
-from lora_kernels.recipes.stepping import needs_closure
+from lora_kernels.recipes.trial import state_after_a_step, step_problem
 from lora_kernels.recipes.undo import Undo, moving_tensors
 
 _FORMAT = 2
@@ -33,6 +32,7 @@ _FORMAT = 2
 class Run:
     """A run of `train_model`: its parts, and how far it is (`batches` of the current epoch).
 
+    epochs, max_steps: where it ends.
     measured: names of what evaluations give.
     best: None, or {"value": what was measured, "tensors": what `moving_tensors` held then}.
     """
@@ -44,6 +44,8 @@ class Run:
     loader: Iterable
     history: Any
     accumulation_steps: int
+    epochs: int
+    max_steps: int | None
     measured: tuple[str, ...] = ()
     epoch: int = 0
     batches: int = 0
@@ -52,6 +54,12 @@ class Run:
     best: dict | None = None
     # What a resumed epoch has not seen yet.
     remaining: Iterator | None = None
+
+    @property
+    def done(self) -> bool:
+        steps = math.inf if self.max_steps is None else self.max_steps
+        ended = self.epoch >= self.epochs or len(self.history) >= steps
+        return ended or self.history.stopped is not None
 
     def stop(self, reason: str) -> None:
         """Ends the run after the current step; `History.stopped` says why."""
@@ -120,11 +128,16 @@ class Run:
             raise FileNotFoundError(f"resume_from: {error}") from None
         except Exception as error:
             raise ValueError(f"resume_from: {path}: {error}") from error
+        comparable = step_problem(self.optimizer, self.scheduler) is None
         before = _get_random(self.loader)
         try:
             self.remaining = _seek(self.loader, state["epoch_random"], state["batches"])
             with Undo(self.model, self.optimizer, self.scheduler):
                 self._apply(state)
+                # What cannot make a step as this run has it says nothing about the file.
+                if comparable and not self.done:
+                    problem = step_problem(self.optimizer, self.scheduler)
+                    require(problem is None, f"resume_from: {path}: {problem}")
         except BaseException:
             _set_random(before, self.loader)
             raise
@@ -206,7 +219,7 @@ class Run:
                 "optimizer: holds its parameters in other groups",
             )
         numbers = {number for group in groups for number in group["params"]}
-        expected = _state_after_a_step(self.optimizer, state["param_groups"])
+        expected = state_after_a_step(self.optimizer, state["param_groups"])
         for number, held in state["state"].items():
             where = f"optimizer: state of parameter {number!r}"
             require(number in numbers, f"{where}: there is no such parameter")
@@ -234,23 +247,6 @@ class Run:
             ),
             "history: evaluations is no list of mappings to numbers",
         )  # fmt: skip
-
-
-def _state_after_a_step(optimizer: torch.optim.Optimizer, groups: list[dict]) -> dict[int, Any]:
-    """What the optimizer holds for each parameter once it has made a step, seen on a copy that
-    makes one without gradient; nothing where a copy cannot."""
-    if needs_closure(optimizer):
-        return {}
-    try:
-        twin = copy.deepcopy(optimizer)
-        twin.load_state_dict({"state": {}, "param_groups": groups})
-        for group in twin.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        twin.step()
-        return twin.state_dict()["state"]
-    except Exception:  # of an optimizer that is not torch's, with needs of its own
-        return {}
 
 
 def _seek(loader: Iterable, epoch_random: dict | None, batches: int) -> Iterator | None:

@@ -31,15 +31,17 @@ from lora_kernels.recipes.stepping import (
 
 @dataclass
 class History:
-    """One entry per optimizer step; `dataclasses.asdict` gives lists for JSON.
+    """One entry per optimizer step, `len(history)` of them; `dataclasses.asdict` gives lists for
+    JSON.
 
-    loss: mean over the step's samples, before the update. samples: what they count for. epoch: from
-    0. grad_norm: over all trained parameters, before clipping. learning_rate: of the optimizer's
-    first group. tokens: token ids in the step's `input_ids`, padding included, 0 for other data.
-    seconds: the step took, with waiting for its data; two histories may be equal without these.
+    loss: mean over the step's samples, before the update. samples: their number, or what `count`
+    gave for them. epoch: from 0. grad_norm: over all trained parameters, before clipping.
+    learning_rate: of the optimizer's first group. tokens: token ids in the step's `input_ids`,
+    padding included, 0 for other data. seconds: what the step took, waiting for its data included;
+    not compared by ==.
 
-    evaluations: {"step": ..., "loss": ..., metric: ...} of each. stopped: the reason, where a
-    callback ended the run.
+    evaluations: {"step": steps made before it, "loss": ..., metric: ...} of each. stopped: the
+    reason, where a callback ended the run, otherwise None.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -62,11 +64,12 @@ class History:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all steps, without evaluations and checkpoints; 0 for data without `input_ids`."""
+        """Mean over all steps, without evaluations and checkpoints; 0 without `input_ids`."""
         return sum(self.tokens) / (math.fsum(self.seconds) or math.inf)
 
     @property
     def samples_per_second(self) -> float:
+        """As `tokens_per_second`."""
         return math.fsum(self.samples) / (math.fsum(self.seconds) or math.inf)
 
     @property
@@ -114,7 +117,8 @@ def train_model(
     Args:
         model: any module, e.g. after `add_adaptor_layer`.
         train_loader: any iterable of batches, (inputs, targets) or mappings as Transformers' data
-            collators give. inputs may be a tensor, a tuple of arguments or a mapping of keywords.
+            collators give. inputs may be a tensor, a packed sequence, a tuple of arguments or a
+            mapping of keywords.
         criterion: (prediction, targets) -> mean loss; the prediction is the model's output, or its
             logits. None takes the loss that the model returns (Transformers, given `labels`).
         optimizer: over parameters of the model, e.g. `AdamW(lora_parameters(model))`. One that
@@ -143,7 +147,8 @@ def train_model(
         keep_best: "loss", or "min NAME" or "max NAME" of a metric: the model ends with the trained
             parameters (and running statistics) of the evaluation where that was best. Without it,
             and after an exception, it has the last ones.
-        callbacks: `recipes.callbacks`: EarlyStopping, CSV, TensorBoard, or your own `Callback`.
+        callbacks: of `lora_kernels.recipes.callbacks`: EarlyStopping, CSV, TensorBoard, or your own
+            `Callback`.
 
     Returns:
         `History`, of the whole run where it was resumed.
@@ -152,7 +157,9 @@ def train_model(
         FloatingPointError: a loss or gradient is not finite; names the step. The model then holds
             the last parameters that gave a finite loss and gradient.
         FileNotFoundError: no file at `resume_from`.
-        ValueError, TypeError: an argument that is not legal, a merged layer, an empty loader.
+        ValueError: an argument that is not legal, a merged layer, an empty loader, a file at
+            `resume_from` that is damaged or of another run.
+        TypeError: an argument or batch of another kind.
     """
     batches.check_arguments(model, criterion, autocast_dtype)
     _check_numbers(
@@ -175,6 +182,8 @@ def train_model(
         train_loader,
         History(),
         accumulation_steps,
+        epochs,
+        max_steps,
         measured,
     )
     _check_callbacks(callbacks, run)
@@ -184,10 +193,6 @@ def train_model(
     good = _LastGood(optimizer)
     _zero_grad(model, optimizer)
     history = run.history
-
-    def done() -> bool:
-        ended = run.epoch >= epochs or (max_steps is not None and len(history) >= max_steps)
-        return ended or history.stopped is not None
 
     def tell(event: str) -> None:
         for callback in callbacks:
@@ -228,7 +233,7 @@ def train_model(
         with batches.mode(model, training=True), bar:
             _freeze_batch_norms(model)
             bar.update(begun)
-            while not done():
+            while not run.done:
                 start = time.perf_counter()
                 for group in _groups(run.epoch_batches(), accumulation_steps):
                     first = len(history) == begun
@@ -242,7 +247,7 @@ def train_model(
                     tell("on_step")
                     if due(eval_every):
                         evaluate()
-                    if done():
+                    if run.done:
                         break
                     if due(checkpoint_every):
                         save()
@@ -253,9 +258,9 @@ def train_model(
                         scheduler.step(history.epoch_loss[-1])
                     if eval_every is None:
                         evaluate()
-                if done():
+                if run.done:
                     evaluate()
-                if run.batches == 0 or done():
+                if run.batches == 0 or run.done:
                     save()
             good.require_finite(len(history))
         if goal and run.best:
