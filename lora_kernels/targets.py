@@ -285,11 +285,18 @@ def _is_new(module: nn.Module, quantifier: Callable[[Iterable[bool]], bool]) -> 
 
 def find_saved(model: nn.Module, modules_to_save: Names) -> dict[str, nn.Module]:
     """Modules to be trained in full and saved with the adapter; ValueError for a name that is not
-    there."""
+    there, or a module that carries an adapter."""
     patterns = _Patterns("modules_to_save", modules_to_save)
     modules = dict(model.named_modules())
     patterns.require_matches(modules)
-    return {n: module for n, module in modules.items() if n and patterns.match(n)}
+    saved = {n: module for n, module in modules.items() if n and patterns.match(n)}
+    for name, module in saved.items():
+        if any(isinstance(part, LoRALayer) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save: {name} carries an adapter already, of an earlier call; take that"
+                " out first (remove_lora)"
+            )
+    return saved
 
 
 def submodules(modules: dict[str, nn.Module]) -> set[nn.Module]:
@@ -399,6 +406,8 @@ def _kind(
 ) -> str | None:
     """What a parameter outside linear layers is; None for vectors. Of a module with `stacked`
     matrices [E, N, K], a parameter [E, N] holds vectors."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):  # of several dimensions
+        return None
     if isinstance(module, nn.modules.conv._ConvNd):
         return CONVOLUTIONS if attribute == "weight" else None
     if isinstance(module, _EMBEDDINGS) or (parameter.dim() > 1 and _TABLES.search(attribute)):
