@@ -155,6 +155,11 @@ def first_step_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
             past = bypassed(model) if past is None else past
             reason = past.get(adapter.layer) or past.get(adapter.base)
             found[adapter.state.name] = f"got no gradient: {reason or _NO_GRADIENT}"
+        elif held.isdisjoint(p for p in adapter.B if p.requires_grad) and not _any(adapter.B):
+            found[adapter.state.name] = (
+                "lora_B is zero and is not trained, so the adapter stays without effect; give the"
+                " optimizer lora_parameters(model)"
+            )
     return found
 
 
@@ -373,6 +378,10 @@ def _gradient_norm(parameters: list[nn.Parameter]) -> float | None:
     return math.hypot(*norms) if norms else None
 
 
+def _any(parameters: list[nn.Parameter]) -> bool:
+    return any(bool(p.any()) for p in parameters)
+
+
 def _no_gradient(calls: list[_Call]) -> str:
     if any(call.grad for call in calls):
         return (
@@ -389,7 +398,7 @@ def _no_gradient(calls: list[_Call]) -> str:
 
 def _zero(adapter: _Adapter, of_A: float, of_B: float) -> str | None:
     """A zero gradient that the other factor's being zero does not explain."""
-    zero_A, zero_B = (not any(map(torch.any, held)) for held in (adapter.A, adapter.B))
+    zero_A, zero_B = not _any(adapter.A), not _any(adapter.B)
     if zero_A and zero_B:
         return "lora_A and lora_B are both zero, so neither gets a gradient; initialise lora_A"
     dead = [

@@ -435,3 +435,13 @@ def test_within_inference_mode():
     lk.apply_lora(model, 2)
     with torch.inference_mode():
         assert lk.check_adapters(model, x).ok
+
+
+def test_an_optimizer_that_leaves_out_zero_factors():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    lk.apply_lora(model, 2)
+    model(torch.randn(3, 8)).sum().backward()
+    found = first_step_problems(model, torch.optim.SGD([m.lora_A for m in model], lr=0.1))
+    assert found.keys() == {"0", "1"}
+    assert found["0"].startswith("lora_B is zero and is not trained")
+    assert not first_step_problems(model, torch.optim.SGD([m.lora_B for m in model], lr=0.1))
