@@ -113,7 +113,8 @@ def apply_lora(
             `adapter_dtype`.
         alpha, dropout, use_rslora, adapter_dtype, init: as in `FusedLoRALinear.from_linear`.
         target_modules: names or their last parts as a list, or one regular expression for the whole
-            name; None or "all-linear" means every nn.Linear and Conv1D (GPT-2) but the output head
+            name (names of the plain model, without the parts of wrappers as torch.compile); None or
+            "all-linear" means every nn.Linear and Conv1D (GPT-2) but the output head
             (`get_output_embeddings()`).
         exclude_modules: the same, taken out of the targets.
         modules_to_save: the same; these modules are trained in full and saved with the adapter,
@@ -145,7 +146,7 @@ def apply_lora(
         beside = [n for n, value in chosen.items() if value != apply_lora.__kwdefaults__[n]]
         if beside:
             raise TypeError(f"apply_lora: {beside[0]} is given beside a LoraConfig; set it there")
-        modules = [name for name, _ in model.named_modules()]
+        modules = [name for name, _ in names.named_modules(model)]
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         chosen = options.from_peft(rank, modules, model_type)
         rank = chosen.pop("rank")
@@ -175,8 +176,9 @@ def _apply(
     saved = heads | targets.find_saved(model, modules_to_save)
     in_heads = targets.submodules(heads)
     in_full = targets.submodules(saved) | {one.module for one in adapters.saved_tensors(model)}
+    modules = dict(names.named_modules(model))
     for name in [*found, *skipped]:
-        linear = model.get_submodule(name)
+        linear = modules[name]
         if linear in in_full:
             kind = "a new head" if linear in in_heads else "modules_to_save"
             skipped[name] = f"{_IN_FULL} ({kind})"
