@@ -127,6 +127,7 @@ class LoRALayer(LayerState):
                 store.pop(key, None)
             self._non_persistent_buffers_set.discard(key)
 
+    @torch.inference_mode(False)  # in which parameters would be made that cannot be trained
     def _add_adapter(
         self,
         rank: int,
