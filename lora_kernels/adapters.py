@@ -109,7 +109,7 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """
     require_loaded(model)
     for _, layer in lora_layers(model):
-        yield from layer.factor_parameters()
+        yield from layer.factor_parameters("lora_A", "lora_B")
     yield from saved_parameters(model)
 
 
@@ -205,15 +205,15 @@ class Before:
             vars(module).update(held)
             for key, content in contents.items():
                 held[key].clear()
-                held[key].update(content)
+                (held[key].extend if isinstance(content, list) else held[key].update)(content)
         for parameter, flag in self.flags.items():
             parameter.requires_grad_(flag)
 
 
-def _contents(module: nn.Module) -> dict[str, dict | set]:
-    """Copies of a module's registries: parameters, buffers, submodules, hooks."""
+def _contents(module: nn.Module) -> dict[str, dict | set | list]:
+    """Copies of a module's registries, parameters, buffers, submodules, hooks, and of its own."""
     held = vars(module).items()
-    return {k: copy.copy(v) for k, v in held if type(v) in (dict, set, OrderedDict)}
+    return {k: copy.copy(v) for k, v in held if type(v) in (dict, set, list, OrderedDict)}
 
 
 @contextlib.contextmanager

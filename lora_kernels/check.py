@@ -1,10 +1,12 @@
 """`check_adapters`: whether every adapter of a model acts, trains and merges."""
 
 import contextlib
+import copy
 import dataclasses
+import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import targets
+from lora_kernels import names, targets
+from lora_kernels.adapters import Before
 from lora_kernels.bypass import bypassed, fast_paths
 from lora_kernels.layer import LoRALayer, is_sharded
 
@@ -59,10 +62,10 @@ class AdapterReport:
 
 def folded(problems: dict[str, str]) -> list[str]:
     """Lines "names: reason", one a reason."""
-    names: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for name, reason in problems.items():
-        names.setdefault(reason, []).append(name)
-    return [f"{targets.summary(which)}: {reason}" for reason, which in names.items()]
+        by_reason.setdefault(reason, []).append(name)
+    return [f"{targets.summary(which)}: {reason}" for reason, which in by_reason.items()]
 
 
 @dataclass(eq=False)
@@ -71,8 +74,9 @@ class _Adapter:
 
     layer: nn.Module
     base: nn.Module
-    A: nn.Parameter
-    B: nn.Parameter
+    # lora_A and lora_B, or the parameters that a parametrization computes them from.
+    A: list[nn.Parameter]
+    B: list[nn.Parameter]
     scaling: float
     state: AdapterState
     # Merges all adapters of the layer; None where no comparison is made.
@@ -119,7 +123,11 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> AdapterRepo
             " get_peft_model first"
         )
     _require_here(model)
-    with _unchanged(model, inputs, kwargs) as rewind, torch.compiler.set_stance("force_eager"):
+    with (
+        torch.inference_mode(False),
+        _unchanged(model, inputs, kwargs) as rewind,
+        torch.compiler.set_stance("force_eager"),
+    ):
         run = partial(_run, model, inputs, kwargs, rewind)
         _check_training(adapters, run)
         past = {**fast_paths(model), **bypassed(model)}
@@ -136,7 +144,7 @@ def first_step_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
     held = {p for group in optimizer.param_groups for p in group["params"]}
     found, past = {}, None
     for adapter in _adapters(model):
-        trained = [p for p in (adapter.A, adapter.B) if p.requires_grad]
+        trained = [p for p in (*adapter.A, *adapter.B) if p.requires_grad]
         if not trained or adapter.off is not None:
             continue
         if held.isdisjoint(trained):
@@ -147,6 +155,11 @@ def first_step_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
             past = bypassed(model) if past is None else past
             reason = past.get(adapter.layer) or past.get(adapter.base)
             found[adapter.state.name] = f"got no gradient: {reason or _NO_GRADIENT}"
+        elif held.isdisjoint(p for p in adapter.B if p.requires_grad) and not _any(adapter.B):
+            found[adapter.state.name] = (
+                "lora_B is zero and is not trained, so the adapter stays without effect; give the"
+                " optimizer lora_parameters(model)"
+            )
     return found
 
 
@@ -157,12 +170,14 @@ _NO_GRADIENT = (
 
 def _adapters(model: nn.Module) -> Iterator[_Adapter]:
     peft = sys.modules.get("peft.tuners.lora.layer")
-    for name, layer in model.named_modules():
+    for name, layer in names.named_modules(model):
         if isinstance(layer, LoRALayer):
             off = "merged" if layer.merged else "disabled" if layer._disabled else None
+            fixed = layer.why_fixed() or layer.why_unmergeable(keep_base=False)
+            merge = None if fixed else partial(layer.merge, False)
             yield _Adapter(
-                layer, layer, layer.lora_A, layer.lora_B, float(layer.scaling),
-                AdapterState(name), partial(layer.merge, False), off,
+                layer, layer, layer.factor_parameters("lora_A"), layer.factor_parameters("lora_B"),
+                float(layer.scaling), AdapterState(name), merge, off,
             )  # fmt: skip
         elif peft is not None and isinstance(layer, peft.LoraLayer):
             yield from _peft_adapters(name, layer)
@@ -187,7 +202,7 @@ def _peft_adapters(name: str, layer: Any) -> Iterator[_Adapter]:
         off = "merged" if layer.merged else "disabled" if layer.disable_adapters else None
         merge = layer.merge if dense else None
         state = AdapterState(f"{name}.{adapter}")
-        yield _Adapter(layer, base, A, B, float(layer.scaling[adapter]), state, merge, off)
+        yield _Adapter(layer, base, [A], [B], float(layer.scaling[adapter]), state, merge, off)
 
 
 def _require_here(model: nn.Module) -> None:
@@ -212,11 +227,11 @@ def _require_here(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], None]]:
-    """Restores attributes, buffers, gradients and random states; gives what rewinds the first two
-    and the random states, so that every forward starts from the same."""
-    modules = list(dict.fromkeys(model.modules()))
-    attributes = [(m, dict(vars(m)), dict(m._buffers), dict(m._modules)) for m in modules]
-    buffers = [(b, b.detach().clone()) for b in dict.fromkeys(model.buffers())]
+    """Restores attributes, buffers, inputs, gradients and random states; gives what rewinds all
+    but the gradients, so that every forward starts from the same."""
+    before = Before(model)
+    given = (tensor for tensor in _tensors(inputs) if not tensor.requires_grad)
+    values = [(t, t.detach().clone()) for t in dict.fromkeys((*model.buffers(), *given))]
     leaves = dict.fromkeys((*model.parameters(), *(t for t in _tensors(inputs) if t.is_leaf)))
     gradients = [(leaf, leaf.grad) for leaf in leaves]
     hooks = [leaf._post_accumulate_grad_hooks or {} for leaf in leaves]
@@ -229,15 +244,10 @@ def _unchanged(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], None]]:
 
     @torch.no_grad()
     def rewind() -> None:
-        for module, members, own, children in attributes:
-            vars(module).clear()
-            vars(module).update(members)
-            for now, then in ((module._buffers, own), (module._modules, children)):
-                now.clear()
-                now.update(then)
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+        before.restore()
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
         random.setstate(generators[0])
         torch.set_rng_state(generators[1])
         if numpy is not None:
@@ -319,7 +329,18 @@ def _run(
     if change is not None:
         change()
     _count_calls(adapters)
-    return model(*inputs, **kwargs)
+    return model(*_containers(inputs), **_containers(kwargs))
+
+
+def _containers(value: Any) -> Any:
+    """New lists and dictionaries of the same contents, for a forward that takes things out."""
+    if isinstance(value, MutableMapping):
+        value = copy.copy(value)
+        for key in list(value):
+            value[key] = _containers(value[key])
+    elif type(value) in (list, tuple):
+        value = type(value)(map(_containers, value))
+    return value
 
 
 def _check_training(adapters: list[_Adapter], run: Callable) -> None:
@@ -331,7 +352,7 @@ def _check_training(adapters: list[_Adapter], run: Callable) -> None:
     for adapter in adapters:
         state, calls = adapter.state, adapter.calls
         state.calls = len(calls)
-        norms = [None if p.grad is None else float(p.grad.norm()) for p in (adapter.A, adapter.B)]
+        norms = [_gradient_norm(adapter.A), _gradient_norm(adapter.B)]
         state.grad_norm = tuple(norms)
         if adapter.off is not None:
             state.problem = _OFF[adapter.off]
@@ -339,17 +360,26 @@ def _check_training(adapters: list[_Adapter], run: Callable) -> None:
             state.problem = "never called"  # `_name_uncalled` looks for the reason
         elif not any(call.rows for call in calls):
             state.problem = "received no rows in this batch (an expert?); try another batch"
-        elif not (adapter.A.requires_grad and adapter.B.requires_grad):
+        elif not all(any(p.requires_grad for p in held) for held in (adapter.A, adapter.B)):
             state.problem = "is frozen: set requires_grad of lora_A and lora_B"
         elif adapter.scaling == 0:
             state.problem = "its scaling is 0; give it another alpha"
         elif None in norms:
             state.problem = _no_gradient(calls)
-        elif not all(map(torch.isfinite, (adapter.A.grad.norm(), adapter.B.grad.norm()))):
+        elif not all(map(math.isfinite, norms)):
             what = "" if finite else ", as the loss is"
             state.problem = f"its gradient is not finite{what}; look at the batch and the dtype"
         else:
             state.problem = _zero(adapter, *norms)
+
+
+def _gradient_norm(parameters: list[nn.Parameter]) -> float | None:
+    norms = [float(p.grad.norm()) for p in parameters if p.grad is not None]
+    return math.hypot(*norms) if norms else None
+
+
+def _any(parameters: list[nn.Parameter]) -> bool:
+    return any(bool(p.any()) for p in parameters)
 
 
 def _no_gradient(calls: list[_Call]) -> str:
@@ -368,7 +398,7 @@ def _no_gradient(calls: list[_Call]) -> str:
 
 def _zero(adapter: _Adapter, of_A: float, of_B: float) -> str | None:
     """A zero gradient that the other factor's being zero does not explain."""
-    zero_A, zero_B = not bool(adapter.A.any()), not bool(adapter.B.any())
+    zero_A, zero_B = not _any(adapter.A), not _any(adapter.B)
     if zero_A and zero_B:
         return "lora_A and lora_B are both zero, so neither gets a gradient; initialise lora_A"
     dead = [
@@ -477,7 +507,7 @@ def _merges(adapters: list[_Adapter], layers: list[list[_Adapter]], run: Callabl
     """Whether merging these layers leaves the output as it is; None where two outputs of the same
     computation cannot be compared."""
     chosen = [adapter for layer in layers for adapter in layer]
-    parameters = [p for a in chosen for p in (a.A, a.B, *a.base.parameters(recurse=False))]
+    parameters = [p for a in chosen for p in (*a.A, *a.B, *a.base.parameters(recurse=False))]
     kept = [(p, p.data, p.detach().clone()) for p in dict.fromkeys(parameters)]
 
     def merge() -> None:
@@ -499,7 +529,7 @@ def _merges(adapters: list[_Adapter], layers: list[list[_Adapter]], run: Callabl
             parameter.copy_(value)
         for layer in layers:
             getattr(layer[0].layer, "merged_adapters", []).clear()
-    if [t.shape for t in apart] != [t.shape for t in merged]:
+    if not apart or [t.shape for t in apart] != [t.shape for t in merged]:
         return None
     eps = max(torch.finfo(a.base.weight.dtype).eps for a in chosen)
     kind = chosen[0].base.weight.device.type
@@ -511,12 +541,12 @@ def _merges(adapters: list[_Adapter], layers: list[list[_Adapter]], run: Callabl
 
 def _enlarge(adapter: _Adapter) -> None:
     """An adapter as large as the weight: a zero one, or a small one, would merge unseen."""
-    weight, A = adapter.base.weight, adapter.A
-    size = abs(adapter.scaling) * float(A.float().norm()) * adapter.B.shape[0] ** 0.5
+    weight, (A,), (B,) = adapter.base.weight, adapter.A, adapter.B
+    size = abs(adapter.scaling) * float(A.float().norm()) * B.shape[0] ** 0.5
     std = float(weight.float().norm()) / size if size else 0.0
     if 0 < std < float("inf"):
         generator = torch.Generator().manual_seed(0)
-        adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * std)
+        B.copy_(torch.randn(B.shape, generator=generator) * std)
 
 
 def _distance(one: list[Tensor], other: list[Tensor]) -> float:

@@ -63,7 +63,7 @@ def _warn_of_unsaved(model: nn.Module) -> None:
     """Names the parameters that train and are no part of the adapter."""
     saved = set(adapters.saved_parameters(model))
     for _, layer in lora_layers(model):
-        saved.update(layer.factor_parameters())
+        saved.update(layer.factor_parameters("lora_A", "lora_B"))
     left_out = [
         names.join(name, attribute)
         for name, module in names.named_modules(model)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import adapters, options, targets
+from lora_kernels import adapters, names, options, targets
 from lora_kernels.adapters import lora_parameters
 from lora_kernels.bypass import unregistered_linears
 from lora_kernels.checkpoint import guard_save_pretrained, release_save_pretrained
@@ -57,23 +57,23 @@ class LoraReport:
             f" adapter {self.adapter_bytes / 2**20:.2f} MiB",
         ]
         heads = set(self.new_heads)
-        for what, names in (
+        for what, in_full in (
             (_IN_FULL, [name for name in self.saved if name not in heads]),
             (f"{_IN_FULL} (a new head)", self.new_heads),
         ):
-            if names:
-                lines.append(f"{what}: {', '.join(names)}")
+            if in_full:
+                lines.append(f"{what}: {', '.join(in_full)}")
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             if not reason.startswith(_IN_FULL):
                 reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            count = f"{len(names)} layers: " if len(names) > 1 else ""
-            lines.append(f"skipped {count}{targets.summary(names, limit=8)}: {reason}")
-        for kind, names in self.left_out.items():
+        for reason, skipped in reasons.items():
+            count = f"{len(skipped)} layers: " if len(skipped) > 1 else ""
+            lines.append(f"skipped {count}{targets.summary(skipped, limit=8)}: {reason}")
+        for kind, weights in self.left_out.items():
             share = self._share(self.left_out_parameters[kind])
             lines.append(
-                f"{kind}, left frozen: {targets.summary(names, limit=8)} ({share} of the weights)"
+                f"{kind}, left frozen: {targets.summary(weights, limit=8)} ({share} of the weights)"
             )
         if self.unregistered:
             lines.append(
@@ -113,7 +113,8 @@ def apply_lora(
             `adapter_dtype`.
         alpha, dropout, use_rslora, adapter_dtype, init: as in `FusedLoRALinear.from_linear`.
         target_modules: names or their last parts as a list, or one regular expression for the whole
-            name; None or "all-linear" means every nn.Linear and Conv1D (GPT-2) but the output head
+            name (names of the plain model, without the parts of wrappers as torch.compile); None or
+            "all-linear" means every nn.Linear and Conv1D (GPT-2) but the output head
             (`get_output_embeddings()`).
         exclude_modules: the same, taken out of the targets.
         modules_to_save: the same; these modules are trained in full and saved with the adapter,
@@ -127,6 +128,7 @@ def apply_lora(
             the model is unchanged then.
     """
     options.refuse_unknown(unknown)
+    names.require_module(model)
     chosen = {
         "alpha": alpha,
         "dropout": dropout,
@@ -144,7 +146,7 @@ def apply_lora(
         beside = [n for n, value in chosen.items() if value != apply_lora.__kwdefaults__[n]]
         if beside:
             raise TypeError(f"apply_lora: {beside[0]} is given beside a LoraConfig; set it there")
-        modules = [name for name, _ in model.named_modules()]
+        modules = [name for name, _ in names.named_modules(model)]
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         chosen = options.from_peft(rank, modules, model_type)
         rank = chosen.pop("rank")
@@ -172,9 +174,11 @@ def _apply(
     found, skipped = targets.find_targets(model, target_modules, exclude_modules)
     heads, frozen = targets.new_heads(model, target_modules, exclude_modules)
     saved = heads | targets.find_saved(model, modules_to_save)
-    in_heads, in_full = targets.submodules(heads), targets.submodules(saved)
+    in_heads = targets.submodules(heads)
+    in_full = targets.submodules(saved) | {one.module for one in adapters.saved_tensors(model)}
+    modules = dict(names.named_modules(model))
     for name in [*found, *skipped]:
-        linear = model.get_submodule(name)
+        linear = modules[name]
         if linear in in_full:
             kind = "a new head" if linear in in_heads else "modules_to_save"
             skipped[name] = f"{_IN_FULL} ({kind})"
@@ -236,10 +240,10 @@ def _apply(
 def require_untied(model: nn.Module, layers: list[nn.Module], what: str) -> None:
     owners = targets.owners(model, beside=True)
     for layer in layers:
-        names = owners[layer.weight]
-        if len(names) > 1:
+        shared = owners[layer.weight]
+        if len(shared) > 1:
             raise ValueError(
-                f"{what}: would change a weight that {' and '.join(names)} share; untie them first"
+                f"{what}: would change a weight that {' and '.join(shared)} share; untie them first"
             )
 
 
@@ -261,7 +265,7 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
         for name, layer in adapters.require_layers(model)
         if not layer.merged or (not keep_base and layer._merged == "kept")
     }
-    _refuse("merge_lora", {n: layer.why_unmergeable(keep_base) for n, layer in layers.items()})
+    refuse("merge_lora", {n: layer.why_unmergeable(keep_base) for n, layer in layers.items()})
     if not keep_base:
         adapters.require_loaded(model, layers=False)
     require_untied(model, list(layers.values()), "merge_lora")
@@ -287,14 +291,14 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
         adapters.release_saved(model, keep_saved=True)
 
 
-def _refuse(what: str, reasons: dict[str, str | None]) -> None:
+def refuse(what: str, reasons: dict[str, str | None]) -> None:
     """ValueError that names the layers against which there is something."""
     found: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         if reason is not None:
             found.setdefault(reason, []).append(name)
     if found:
-        lines = (f"{targets.summary(names)}: {reason}" for reason, names in found.items())
+        lines = (f"{targets.summary(layers)}: {reason}" for reason, layers in found.items())
         raise ValueError(f"{what}: {'; '.join(lines)}")
 
 
@@ -311,7 +315,7 @@ def unmerge_lora(model: nn.Module) -> None:
             raise RuntimeError(
                 f"unmerge_lora: {name} was merged with keep_base=False, its base was not kept"
             )
-    _refuse("unmerge_lora", {n: layer.why_valueless("weight") for n, layer in layers.items()})
+    refuse("unmerge_lora", {n: layer.why_valueless("weight") for n, layer in layers.items()})
     for layer in layers.values():
         layer.unmerge()
 
@@ -345,7 +349,7 @@ def remove_lora(model: nn.Module) -> None:
         "merge_lora(model, keep_base=False) leaves the plain cost",
     )
     layers = adapters.require_layers(model)
-    _refuse("remove_lora", {name: layer.why_stuck() for name, layer in layers})
+    refuse("remove_lora", {name: layer.why_stuck() for name, layer in layers})
     adapters.require_loaded(model, layers=False)
     adapters.detach(model)
     release_save_pretrained(model)

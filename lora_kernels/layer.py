@@ -127,6 +127,7 @@ class LoRALayer(LayerState):
                 store.pop(key, None)
             self._non_persistent_buffers_set.discard(key)
 
+    @torch.inference_mode(False)  # in which parameters would be made that cannot be trained
     def _add_adapter(
         self,
         rank: int,
@@ -137,16 +138,15 @@ class LoRALayer(LayerState):
     ) -> None:
         rank, alpha = options.check_rank(rank), options.check_alpha(alpha)
         dropout = options.check_dropout(dropout)
+        use_rslora = options.check_flag(use_rslora, "use_rslora")
         if (odd := _odd_type(self.weight)) is not None:
             raise TypeError(f"weight: is {odd}")
-        dtype = adapter_dtype or (
-            torch.float32 if self.weight.dtype in _HALVES else self.weight.dtype
-        )
-        double = self.weight.dtype == torch.float64
-        if dtype != self.weight.dtype and (dtype != torch.float32 or double):
-            legal = "" if double else " or torch.float32"
+        half = self.weight.dtype in _HALVES
+        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
+        if dtype != self.weight.dtype and not (half and dtype == torch.float32):
+            legal = " or torch.float32" if half else ""
             raise TypeError(
-                f"adapter_dtype: expected {self.weight.dtype} (the weight's){legal}, got {dtype}"
+                f"adapter_dtype: expected {self.weight.dtype} (the weight's){legal}, got {dtype!r}"
             )
         factory = {"device": self.weight.device, "dtype": dtype}
         self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
@@ -417,9 +417,9 @@ class LoRALayer(LayerState):
                 return hook.compute_weight(self, *without_update)
         return getattr(self, name)
 
-    def factor_parameters(self) -> list[nn.Parameter]:
-        """lora_A and lora_B, or the parameters that these are computed from."""
-        keys = [key for name in ("lora_A", "lora_B") for key in _sources(self, name)]
+    def factor_parameters(self, *names: Literal["lora_A", "lora_B"]) -> list[nn.Parameter]:
+        """These, or the parameters that they are computed from."""
+        keys = [key for name in names for key in _sources(self, name)]
         return [self.get_parameter(key) for key in keys]
 
     @torch.no_grad()

@@ -6,19 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import adapters, names, targets
-from lora_kernels.convert import require_untied
-from lora_kernels.layer import LoRALayer, whole
-from lora_kernels.state import BESIDE_THE_BASE
+from lora_kernels.convert import refuse, require_untied
+from lora_kernels.layer import LoRALayer, present, whole
+from lora_kernels.state import is_beside_the_base
 
 
 class _MergedStateDict(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module) -> None:
-        self._owners = {
-            names.join(name, attribute): (module, attribute)
-            for name, module in names.named_modules(model, remove_duplicate=False)
-            for attribute in adapters.state_of(module)
-            if not (isinstance(module, LoRALayer) and attribute in BESIDE_THE_BASE)
-        }
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        layer = None  # the name of the last one, followed by its parametrizations
+        for name, module in names.named_modules(model, remove_duplicate=False):
+            if isinstance(module, LoRALayer):
+                layer = names.join(name, "")
+            for attribute in adapters.state_of(module):
+                key = names.join(name, attribute)
+                own = layer is not None and key.startswith(layer)
+                if not (own and is_beside_the_base(key.removeprefix(layer))):
+                    self._owners[key] = module, attribute
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -34,7 +38,8 @@ class _MergedStateDict(Mapping[str, Tensor]):
         for saved in adapters.saved_of("", module):
             if saved.attribute == attribute:
                 return whole(saved.trained)
-        return whole(getattr(module, attribute).detach())
+        with present(module):
+            return whole(getattr(module, attribute).detach())
 
     def __repr__(self) -> str:
         return f"merged_state_dict({targets.summary(self, limit=8)})"
@@ -58,9 +63,11 @@ def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
 
     Raises:
         ValueError: the model has no LoRA layer, has adapters of PEFT (`merge_and_unload()` of a
-            copy gives their sum), or an adapter on a tied weight (it names the owners).
+            copy gives their sum), or an adapter on a weight that is tied (it names the owners),
+            offloaded, pruned, quantised, or on the meta device.
     """
     targets.require_no_peft(model)
-    layers = [layer for _, layer in adapters.require_layers(model) if not layer.merged]
-    require_untied(model, layers, "merged_state_dict")
+    layers = {name: layer for name, layer in adapters.require_layers(model) if not layer.merged}
+    refuse("merged_state_dict", {name: layer.why_unmergeable() for name, layer in layers.items()})
+    require_untied(model, list(layers.values()), "merged_state_dict")
     return _MergedStateDict(model)

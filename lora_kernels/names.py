@@ -45,6 +45,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def require_module(model: object) -> None:
+    """TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def join(name: str, attribute: str) -> str:
     return f"{name}.{attribute}" if name else attribute
 
@@ -53,6 +59,7 @@ def keyed_modules(
     model: nn.Module, *, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, str, nn.Module]]:
     """(name in the plain model, name in `model.state_dict()`, module), no wrapper among them."""
+    require_module(model)
     seen: set[nn.Module] = set()
 
     def walk(name: str, key: str, module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:

@@ -58,9 +58,23 @@ def check_dropout(value: object) -> float:
     return float(value)
 
 
+def check_flag(value: object, argument: str) -> bool:
+    """It as a bool: what merely counts as true, "no" too, is a slip."""
+    flag = _scalar(value)
+    if not isinstance(flag, bool):
+        raise TypeError(f"{argument}: expected True or False, got {value!r}")
+    return flag
+
+
+def _scalar(value: object) -> object:
+    """The Python value of a NumPy scalar or a 0-dim tensor that has one."""
+    has_value = getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False)
+    return value.item() if has_value else value
+
+
 def _number(value: object, argument: str, expected: str) -> numbers.Real:
     """TypeError for what is none, ValueError for a bool, more often a slip than a 1."""
-    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    number = _scalar(value)
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         kind = ValueError if isinstance(number, bool) else TypeError
         raise kind(f"{argument}: expected {expected}, got {value!r}")

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 _MERGED = "merged_base"
 _ADAPTER = ("lora_A", "lora_B", "pissa_A", "pissa_B")
 # What a plain model has no place for; everything else of a layer is its base's.
-BESIDE_THE_BASE = frozenset((*_ADAPTER, _MERGED))
+_BESIDE_THE_BASE = frozenset((*_ADAPTER, _MERGED))
+
+
+def is_beside_the_base(key: str) -> bool:
+    """Whether a key of a layer's state dict belongs to the adapter, or to a parametrization of
+    it."""
+    first, *rest = key.split(".")
+    if first == "parametrizations" and rest:
+        return rest[0] in _BESIDE_THE_BASE
+    return first in _BESIDE_THE_BASE or first.startswith(("lora_A_", "lora_B_"))
 
 
 class LayerState(nn.Module):
@@ -32,7 +41,7 @@ class LayerState(nn.Module):
     ) -> None:
         given = {
             name: state_dict[prefix + name]
-            for name in ("weight", "bias", *BESIDE_THE_BASE)
+            for name in ("weight", "bias", *_BESIDE_THE_BASE)
             if isinstance(state_dict.get(prefix + name), Tensor)
         }
         errors = list(self._misfits(given, prefix))

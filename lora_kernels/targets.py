@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels.bypass import bypassed
 from lora_kernels.layer import LoRALayer, is_conv1d, refusal
+from lora_kernels.names import named_modules, unwrapped
 
 Names = str | Iterable[str] | None
 # What PEFT calls the default of `target_modules`.
@@ -114,7 +115,7 @@ def objection(module: nn.Module) -> str | None:
 def require_no_peft(model: nn.Module) -> None:
     """ValueError for a model with PEFT's adapters, whose own linear layers would look like
     targets."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         kinds = (kind.__module__ for kind in type(module).__mro__)
         if hasattr(module, "base_layer") and any(k.startswith("peft.tuners.") for k in kinds):
             raise ValueError(
@@ -145,7 +146,7 @@ def find_targets(
         ValueError: a pattern matches nothing, only modules that cannot carry an adapter, or a layer
             that the model's code reads past; the model has adapters of PEFT.
     """
-    if is_linear(model):
+    if is_linear(unwrapped(model)):
         raise ValueError(
             "model: is itself a linear layer, nothing can be replaced in it;"
             " use FusedLoRALinear.from_linear"
@@ -154,13 +155,13 @@ def find_targets(
     require_shapes(model)
     if target_modules == ALL_LINEAR:
         target_modules = None
-    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linear = {name: module for name, module in named_modules(model) if is_linear(module)}
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
     if target_modules is not None and not wanted:
         raise ValueError("target_modules: got an empty list; None means every linear layer")
     wanted.require_matches(linear, lambda predicate: _what_else(model, predicate))
-    excluded.require_matches(name for name, _ in model.named_modules())
+    excluded.require_matches(name for name, _ in named_modules(model))
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) and not wanted else None
     targets, skipped, past = {}, {}, bypassed(model)
@@ -193,7 +194,7 @@ def find_targets(
 
 def _what_else(model: nn.Module, predicate: Callable[[str], bool]) -> str | None:
     """What a pattern that matches no linear layer names instead."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if is_linear(module):
             continue
         if name and predicate(name):
@@ -228,7 +229,7 @@ def new_heads(
         target_modules = None
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
-    names = {name for name, module in model.named_modules() if is_linear(module)}
+    names = {name for name, module in named_modules(model) if is_linear(module)}
     heads, skipped = {}, {}
     for name, module in _new_parts(model).items():
         inside = {other for other in names if f"{other}.".startswith(f"{name}.")}
@@ -241,9 +242,7 @@ def new_heads(
 
 def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The new ones among the children of a Transformers model and of its body."""
-    path = ""
-    while "_orig_mod" in model._modules:  # compiled
-        model, path = model._orig_mod, f"{path}_orig_mod."
+    model = unwrapped(model)
     prefix = getattr(model, "base_model_prefix", None)
     find_output = getattr(model, "get_output_embeddings", None)
     if not isinstance(prefix, str) or not callable(find_output):
@@ -252,16 +251,17 @@ def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
     loaded = any(map(_is_loaded, model.parameters()))
     if output is not None and not loaded:
         return {}
-    children = {name: child for name, child in model.named_children() if child is not body}
+    children = {n: unwrapped(c) for n, c in model.named_children() if c is not body}
     # Beside the body, a part that was loaded but for a layer of another size is new too.
     parts = {n: c for n, c in children.items() if _is_new(c, all if body is None else any)}
     if loaded and body is not None:
-        parts |= {f"{prefix}.{n}": c for n, c in body.named_children() if _is_new(c, all)}
+        inner = {f"{prefix}.{n}": unwrapped(c) for n, c in unwrapped(body).named_children()}
+        parts |= {name: part for name, part in inner.items() if _is_new(part, all)}
     elif not loaded and body is None:
         parts = {name: part for name, part in parts.items() if name in _HEAD_NAMES}
     shared = {parameter for parameter, names in owners(model).items() if len(names) > 1}
     return {
-        path + name: part
+        name: part
         for name, part in parts.items()
         if shared.isdisjoint(part.parameters()) and output not in part.modules()
     }
@@ -285,11 +285,18 @@ def _is_new(module: nn.Module, quantifier: Callable[[Iterable[bool]], bool]) -> 
 
 def find_saved(model: nn.Module, modules_to_save: Names) -> dict[str, nn.Module]:
     """Modules to be trained in full and saved with the adapter; ValueError for a name that is not
-    there."""
+    there, or a module that carries an adapter."""
     patterns = _Patterns("modules_to_save", modules_to_save)
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     patterns.require_matches(modules)
-    return {n: module for n, module in modules.items() if n and patterns.match(n)}
+    saved = {n: module for n, module in modules.items() if n and patterns.match(n)}
+    for name, module in saved.items():
+        if any(isinstance(part, LoRALayer) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save: {name} carries an adapter already, of an earlier call; take that"
+                " out first (remove_lora)"
+            )
+    return saved
 
 
 def submodules(modules: dict[str, nn.Module]) -> set[nn.Module]:
@@ -304,7 +311,7 @@ def owners(model: nn.Module, beside: bool = False) -> dict[Tensor, list[str]]:
     tied where they overlap in it, not where each has a part of its own.
     """
     found: dict[Tensor, list[str]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in named_modules(model):
         held = {**vars(module), **module._buffers} if beside else {}
         for attribute, tensor in {**held, **module._parameters}.items():
             if isinstance(tensor, Tensor):
@@ -365,7 +372,7 @@ def _meet(one: Tensor, other: Tensor) -> bool:
 
 def require_whole_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
     """A parameter trained in full must not be tied to one that stays frozen."""
-    trained, modules = submodules(saved), dict(model.named_modules())
+    trained, modules = submodules(saved), dict(named_modules(model))
     for names in owners(model).values():
         inside = [name for name in names if modules[name.rpartition(".")[0]] in trained]
         outside = [name for name in names if name not in inside]
@@ -381,7 +388,7 @@ def others(model: nn.Module, trained: set[nn.Module]) -> dict[str, dict[str, nn.
     parameter: convolutions, embeddings, and linear maps that are no nn.Linear (fused experts,
     packed projections)."""
     kinds: dict[str, dict[str, nn.Parameter]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if is_linear(module) or module in trained:
             continue
         own = {n: p for n, p in module._parameters.items() if p is not None}
@@ -399,6 +406,8 @@ def _kind(
 ) -> str | None:
     """What a parameter outside linear layers is; None for vectors. Of a module with `stacked`
     matrices [E, N, K], a parameter [E, N] holds vectors."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):  # of several dimensions
+        return None
     if isinstance(module, nn.modules.conv._ConvNd):
         return CONVOLUTIONS if attribute == "weight" else None
     if isinstance(module, _EMBEDDINGS) or (parameter.dim() > 1 and _TABLES.search(attribute)):

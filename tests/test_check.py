@@ -11,9 +11,11 @@ import torch
 from tiny_models import MODELS, build, inputs
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
+from lora_kernels.check import first_step_problems
 
 
 class Net(nn.Module):
@@ -362,3 +364,84 @@ def test_a_resumed_run_warns_too(tmp_path):
     model, path = adapted(Uncalled()), tmp_path / "run.pt"
     assert len(train(model, checkpoint=path)) == 1
     assert len(train(adapted(Uncalled()), resume_from=path, max_steps=3)) == 1
+
+
+def test_pruned_and_parametrized_adapters_act():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    lk.apply_lora(model, 2)
+    model[0].reset_lora_parameters()
+    prune.l1_unstructured(model[0], "lora_A", amount=0.5)
+    parametrizations.weight_norm(model[2], "lora_A")
+    report = lk.check_adapters(model, torch.randn(5, 8))
+    assert report.ok, report
+    assert all(adapter.grad_norm[1] > 0 for adapter in report.adapters)
+    optimizer = torch.optim.SGD(lk.lora_parameters(model), lr=0.1)
+    model(torch.randn(5, 8)).sum().backward()
+    assert first_step_problems(model, optimizer) == {}
+
+
+def test_names_are_the_plain_models():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    lk.apply_lora(model, 2)
+    wrapped = nn.DataParallel(torch.compile(model, backend="eager"))
+    assert [a.name for a in lk.check_adapters(wrapped, torch.randn(3, 8)).adapters] == ["0", "1"]
+
+
+class _Consuming(nn.Module):
+    """Takes its batch out of the dictionary, changes it in place and keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.seen = []
+
+    def forward(self, batch):
+        x = batch.pop("x")
+        x.mul_(2)
+        self.seen.append(x)
+        return self.layer(x)
+
+
+def test_the_batch_and_attributes_are_left_as_they_were():
+    model, x = _Consuming(), torch.randn(3, 8)
+    lk.apply_lora(model, 2)
+    batch, before = {"x": x}, x.clone()
+    report = lk.check_adapters(model, batch)
+    assert report.ok, report
+    assert report.adapters[0].merges
+    assert batch["x"] is x
+    assert torch.equal(x, before)
+    assert model.seen == []
+
+
+def test_a_consumed_generator_is_not_compared():
+    class Summing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, rows):
+            return sum(map(self.layer, rows))
+
+    model = Summing()
+    lk.apply_lora(model, 2)
+    report = lk.check_adapters(model, iter([torch.randn(8), torch.randn(8)]))
+    assert report.ok
+    assert report.adapters[0].merges is None
+
+
+def test_within_inference_mode():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    lk.apply_lora(model, 2)
+    with torch.inference_mode():
+        assert lk.check_adapters(model, x).ok
+
+
+def test_an_optimizer_that_leaves_out_zero_factors():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    lk.apply_lora(model, 2)
+    model(torch.randn(3, 8)).sum().backward()
+    found = first_step_problems(model, torch.optim.SGD([m.lora_A for m in model], lr=0.1))
+    assert found.keys() == {"0", "1"}
+    assert found["0"].startswith("lora_B is zero and is not trained")
+    assert not first_step_problems(model, torch.optim.SGD([m.lora_B for m in model], lr=0.1))

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import lora_kernels
 from lora_kernels import apply_lora, disable_adapters, merge_lora, merged_state_dict
@@ -133,3 +134,24 @@ def test_shared_modules_and_wrappers_have_the_plain_model_s_names():
     model = adapted()
     model[0] = torch.compile(model[0], backend="eager")
     assert list(merged_state_dict(nn.DataParallel(model))) == list(plain().state_dict())
+
+
+@pytest.mark.parametrize("change", ["prune", "weight_norm"])
+def test_adapters_that_are_computed_leave_no_keys(change):
+    model, x = plain().eval(), torch.randn(5, 6)
+    apply_lora(model, 2, init="random")
+    if change == "prune":
+        prune.random_unstructured(model[1], "lora_A", amount=0.5)
+    else:
+        parametrizations.weight_norm(model[1], "lora_A")
+    rollout = plain().eval()
+    rollout.load_state_dict(dict(merged_state_dict(model)))
+    torch.testing.assert_close(rollout(x), model(x))
+
+
+def test_weights_that_are_computed_are_refused():
+    model = plain()
+    apply_lora(model, 2, init="random")
+    prune.random_unstructured(model[1], "weight", amount=0.5)
+    with pytest.raises(ValueError, match=r"merged_state_dict: 1: its weight is computed from"):
+        merged_state_dict(model)

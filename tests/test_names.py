@@ -145,3 +145,29 @@ def test_a_deep_copy_has_the_same_names(tmp_path):
     fresh = plain()
     load_adapter(fresh, tmp_path)
     assert torch.equal(fresh(X), model(X))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel, AveragedModel]
+)
+def test_patterns_are_for_the_plain_models_names(wrap):
+    def build():
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        return nn.ModuleDict({"block": block, "head": nn.Linear(8, 2), "new": nn.Linear(8, 2)})
+
+    model = build()
+    model["block"] = wrap(model["block"])
+    report = apply_lora(
+        wrap(model),
+        2,
+        target_modules=r"block\.\d|head",
+        exclude_modules=["block.1"],
+        modules_to_save=["new"],
+        rank_pattern={"^block.0": 3},
+    )
+    assert report.replaced == ["block.0", "head"]
+    assert report.skipped == {"block.1": "excluded by exclude_modules"}
+    assert report.saved == ["new"]
+    with pytest.raises(ValueError, match=r"matches no module; there are block\.\*, head, new"):
+        apply_lora(wrap(model), 2, target_modules=["nothing"])

@@ -592,3 +592,11 @@ def test_pissa_of_a_large_weight_uses_a_randomised_svd():
     assert layer.weight.double().norm() < 1.001 * S[4:].norm()
     total = layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double()
     assert error(total, original) < 8 * torch.finfo(torch.float32).eps
+
+
+def test_an_adapter_made_in_inference_mode_trains():
+    linear, x = nn.Linear(8, 4), torch.randn(3, 8)
+    with torch.inference_mode():
+        layer = FusedLoRALinear.from_linear(linear, 2)
+    layer(x).sum().backward()
+    assert layer.lora_B.grad.any()

@@ -245,3 +245,37 @@ def test_other_configs_and_options_beside_one_are_refused():
         apply_lora(llama(), peft.LoraConfig(target_modules=["q_proj"]), alpha=3)
     with pytest.raises(ValueError, match="target_modules is not given and PEFT has no default"):
         apply_lora(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig())
+
+
+@pytest.mark.parametrize("value", ["no", None, 2, torch.tensor(1.0)])
+def test_use_rslora_is_a_bool(value):
+    with pytest.raises(TypeError, match="use_rslora: expected True or False, got"):
+        FusedLoRALinear(8, 8, 4, alpha=4, use_rslora=value)
+    assert FusedLoRALinear(8, 8, 4, alpha=4, use_rslora=np.bool_(True)).scaling == 2.0
+
+
+def test_a_number_without_a_value_is_refused():
+    with pytest.raises(TypeError, match="alpha: expected a number or None, got tensor"):
+        FusedLoRALinear(8, 8, 4, alpha=torch.tensor(4.0, device="meta"))
+
+
+@pytest.mark.parametrize("model", [None, "model", [nn.Linear(8, 8)], nn.Linear])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got"):
+        apply_lora(model, 4)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got"):
+        save_adapter(model, "unused")
+
+
+def test_what_is_trained_in_full_and_what_is_adapted_do_not_overlap(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    apply_lora(model, 2, target_modules=["0"], modules_to_save=["2"])
+    with pytest.raises(ValueError, match="no layer is left for an adapter: 2 are trained in full"):
+        apply_lora(model, 2, target_modules=["2"])
+    assert apply_lora(model, 2).replaced == ["1"]
+    with pytest.raises(ValueError, match="modules_to_save: 1 carries an adapter already"):
+        apply_lora(model, 2, target_modules=["2"], modules_to_save=["1"])
+    save_adapter(model, tmp_path)
+    fresh = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(fresh[2].weight, model[2].weight)
