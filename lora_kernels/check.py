@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_kernels import targets
 from lora_kernels.bypass import bypassed, fast_paths
 from lora_kernels.layer import LoRALayer, is_sharded
+from lora_kernels.names import named_modules
 
 # How many layers are merged for one comparison, and how much weight, of which a copy is kept.
 _GROUP, _GROUP_BYTES = 32, 1 << 30
@@ -157,7 +158,7 @@ _NO_GRADIENT = (
 
 def _adapters(model: nn.Module) -> Iterator[_Adapter]:
     peft = sys.modules.get("peft.tuners.lora.layer")
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model):
         if isinstance(layer, LoRALayer):
             off = "merged" if layer.merged else "disabled" if layer._disabled else None
             yield _Adapter(

@@ -15,6 +15,7 @@ from lora_kernels.adapters import lora_parameters
 from lora_kernels.bypass import unregistered_linears
 from lora_kernels.checkpoint import guard_save_pretrained, release_save_pretrained
 from lora_kernels.layer import Init, is_sharded
+from lora_kernels.names import named_modules
 from lora_kernels.nn import layer_class
 from lora_kernels.targets import Names
 
@@ -144,7 +145,7 @@ def apply_lora(
         beside = [n for n, value in chosen.items() if value != apply_lora.__kwdefaults__[n]]
         if beside:
             raise TypeError(f"apply_lora: {beside[0]} is given beside a LoraConfig; set it there")
-        modules = [name for name, _ in model.named_modules()]
+        modules = [name for name, _ in named_modules(model)]
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         chosen = options.from_peft(rank, modules, model_type)
         rank = chosen.pop("rank")
@@ -173,8 +174,9 @@ def _apply(
     heads, frozen = targets.new_heads(model, target_modules, exclude_modules)
     saved = heads | targets.find_saved(model, modules_to_save)
     in_heads, in_full = targets.submodules(heads), targets.submodules(saved)
+    modules = dict(named_modules(model))
     for name in [*found, *skipped]:
-        linear = model.get_submodule(name)
+        linear = modules[name]
         if linear in in_full:
             kind = "a new head" if linear in in_heads else "modules_to_save"
             skipped[name] = f"{_IN_FULL} ({kind})"

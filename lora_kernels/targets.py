@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lora_kernels.bypass import bypassed
+from lora_kernels.bypass import bypassed, unread
 from lora_kernels.layer import LoRALayer, is_conv1d, refusal
+from lora_kernels.names import join, named_modules, unwrapped
 
 Names = str | Iterable[str] | None
 # What PEFT calls the default of `target_modules`.
@@ -114,7 +115,7 @@ def objection(module: nn.Module) -> str | None:
 def require_no_peft(model: nn.Module) -> None:
     """ValueError for a model with PEFT's adapters, whose own linear layers would look like
     targets."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         kinds = (kind.__module__ for kind in type(module).__mro__)
         if hasattr(module, "base_layer") and any(k.startswith("peft.tuners.") for k in kinds):
             raise ValueError(
@@ -138,14 +139,14 @@ def find_targets(
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """(name -> linear layers to replace, name -> why others were not).
 
-    The default is every nn.Linear and Conv1D but the model's output head, which is
-    `get_output_embeddings()`.
+    The default is every nn.Linear and Conv1D but output heads, which are `get_output_embeddings()`
+    of the model or of one within it, and layers whose weight something else holds too.
 
     Raises:
         ValueError: a pattern matches nothing, only modules that cannot carry an adapter, or a layer
             that the model's code reads past; the model has adapters of PEFT.
     """
-    if is_linear(model):
+    if is_linear(unwrapped(model)):
         raise ValueError(
             "model: is itself a linear layer, nothing can be replaced in it;"
             " use FusedLoRALinear.from_linear"
@@ -154,23 +155,24 @@ def find_targets(
     require_shapes(model)
     if target_modules == ALL_LINEAR:
         target_modules = None
-    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linear = {name: module for name, module in named_modules(model) if is_linear(module)}
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
     if target_modules is not None and not wanted:
         raise ValueError("target_modules: got an empty list; None means every linear layer")
     wanted.require_matches(linear, lambda predicate: _what_else(model, predicate))
-    excluded.require_matches(name for name, _ in model.named_modules())
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) and not wanted else None
-    targets, skipped, past = {}, {}, bypassed(model)
+    excluded.require_matches(name for name, _ in named_modules(model))
+    left_out = {} if wanted else _left_out(model, linear)
+    targets, skipped, past, behind = {}, {}, bypassed(model), unread(model)
     for name, module in linear.items():
         if wanted and not wanted.match(name):
             continue
         if excluded.match(name):
             skipped[name] = "excluded by exclude_modules"
-        elif module is head:
-            skipped[name] = "the model's output head"
+        elif module in left_out:
+            skipped[name] = left_out[module]
+        elif module in behind:
+            skipped[name] = behind[module]
         elif (reason := objection(module)) is not None:
             skipped[name] = reason
         elif module in past and wanted:
@@ -191,9 +193,27 @@ def find_targets(
     return targets, skipped
 
 
+def _left_out(model: nn.Module, linear: dict[str, nn.Module]) -> dict[nn.Module, str]:
+    """Linear layers that are no targets by default, with the reason."""
+    reasons: dict[nn.Module, str] = {}
+    for _, module in named_modules(model):
+        find_head = getattr(module, "get_output_embeddings", None)
+        head = find_head() if callable(find_head) else None
+        if isinstance(head, nn.Module):
+            reasons |= dict.fromkeys(head.modules(), "the model's output head")
+    owning = owners(model, beside=True)
+    for name, module in linear.items():
+        own = f"{name}.weight"
+        beside = [n for n in owning.get(module._parameters.get("weight"), ()) if n != own]
+        if beside:
+            reason = f"its weight is tied to {', '.join(beside)}, which merging would change too"
+            reasons.setdefault(module, reason)
+    return reasons
+
+
 def _what_else(model: nn.Module, predicate: Callable[[str], bool]) -> str | None:
     """What a pattern that matches no linear layer names instead."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if is_linear(module):
             continue
         if name and predicate(name):
@@ -228,9 +248,9 @@ def new_heads(
         target_modules = None
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
-    names = {name for name, module in model.named_modules() if is_linear(module)}
+    names = {name for name, module in named_modules(model) if is_linear(module)}
     heads, skipped = {}, {}
-    for name, module in _new_parts(model).items():
+    for name, module in _all_new_parts(model).items():
         inside = {other for other in names if f"{other}.".startswith(f"{name}.")}
         if excluded.match(name) or (inside and all(map(excluded.match, inside))):
             skipped |= dict.fromkeys(inside, "excluded by exclude_modules")
@@ -239,32 +259,42 @@ def new_heads(
     return heads, skipped
 
 
+def _all_new_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The new parts of every Transformers model that is this one or lies in it, but in no other."""
+    parts, inside = {}, set()
+    for name, module in named_modules(model):
+        if module not in inside and isinstance(getattr(module, "base_model_prefix", None), str):
+            inside.update(module.modules())
+            parts |= {join(name, part): new for part, new in _new_parts(module).items()}
+    return parts
+
+
 def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The new ones among the children of a Transformers model and of its body."""
-    path = ""
-    while "_orig_mod" in model._modules:  # compiled
-        model, path = model._orig_mod, f"{path}_orig_mod."
-    prefix = getattr(model, "base_model_prefix", None)
-    find_output = getattr(model, "get_output_embeddings", None)
-    if not isinstance(prefix, str) or not callable(find_output):
+    prefix, find_output = model.base_model_prefix, getattr(model, "get_output_embeddings", None)
+    if not callable(find_output):
         return {}
-    body, output = model._modules.get(prefix), find_output()
+    children, output = _children(model), find_output()
+    body = children.pop(prefix, None)
     loaded = any(map(_is_loaded, model.parameters()))
     if output is not None and not loaded:
         return {}
-    children = {name: child for name, child in model.named_children() if child is not body}
     # Beside the body, a part that was loaded but for a layer of another size is new too.
     parts = {n: c for n, c in children.items() if _is_new(c, all if body is None else any)}
     if loaded and body is not None:
-        parts |= {f"{prefix}.{n}": c for n, c in body.named_children() if _is_new(c, all)}
+        parts |= {f"{prefix}.{n}": c for n, c in _children(body).items() if _is_new(c, all)}
     elif not loaded and body is None:
         parts = {name: part for name, part in parts.items() if name in _HEAD_NAMES}
     shared = {parameter for parameter, names in owners(model).items() if len(names) > 1}
     return {
-        path + name: part
+        name: part
         for name, part in parts.items()
         if shared.isdisjoint(part.parameters()) and output not in part.modules()
     }
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: unwrapped(child) for name, child in module.named_children()}
 
 
 def _is_loaded(parameter: nn.Parameter) -> bool:
@@ -287,7 +317,7 @@ def find_saved(model: nn.Module, modules_to_save: Names) -> dict[str, nn.Module]
     """Modules to be trained in full and saved with the adapter; ValueError for a name that is not
     there."""
     patterns = _Patterns("modules_to_save", modules_to_save)
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     patterns.require_matches(modules)
     return {n: module for n, module in modules.items() if n and patterns.match(n)}
 
@@ -304,7 +334,7 @@ def owners(model: nn.Module, beside: bool = False) -> dict[Tensor, list[str]]:
     tied where they overlap in it, not where each has a part of its own.
     """
     found: dict[Tensor, list[str]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in named_modules(model):
         held = {**vars(module), **module._buffers} if beside else {}
         for attribute, tensor in {**held, **module._parameters}.items():
             if isinstance(tensor, Tensor):
@@ -365,7 +395,7 @@ def _meet(one: Tensor, other: Tensor) -> bool:
 
 def require_whole_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
     """A parameter trained in full must not be tied to one that stays frozen."""
-    trained, modules = submodules(saved), dict(model.named_modules())
+    trained, modules = submodules(saved), dict(named_modules(model))
     for names in owners(model).values():
         inside = [name for name in names if modules[name.rpartition(".")[0]] in trained]
         outside = [name for name in names if name not in inside]
@@ -381,7 +411,7 @@ def others(model: nn.Module, trained: set[nn.Module]) -> dict[str, dict[str, nn.
     parameter: convolutions, embeddings, and linear maps that are no nn.Linear (fused experts,
     packed projections)."""
     kinds: dict[str, dict[str, nn.Parameter]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if is_linear(module) or module in trained:
             continue
         own = {n: p for n, p in module._parameters.items() if p is not None}

@@ -222,6 +222,12 @@ MUTANTS = {
     "check: compared in train mode": ("check.py", "if evaluate:", "if False:", "check"),
     "training silent about idle adapters": ("recipes/training.py", "_warn_of_idle_adapters(model, optimizer)\n    scaler", "pass\n    scaler", "check"),
     "training warns at every step": ("recipes/training.py", "first = len(run.history) == begun", "first = True", "check"),
+    "tied layer a target by default": ("targets.py", "        if beside:\n", "        if False:\n", "targets"),
+    "head of the outermost model only": ("targets.py", "        if isinstance(head, nn.Module):\n", "        if isinstance(head, nn.Module) and module is model:\n", "targets"),
+    "new heads of the outermost model only": ("targets.py", "        if module not in inside and isinstance(getattr", "        if module is model and isinstance(getattr", "targets"),
+    "wrappers in names of targets": ("targets.py", "for name, module in named_modules(model) if is_linear(module)}\n    wanted", "for name, module in model.named_modules() if is_linear(module)}\n    wanted", "targets"),
+    "unread layers off by one": ("bypass.py", "index % (depth + 1) for index", "index % depth for index", "targets"),
+    "first of the layers that are read": ("bypass.py", "read = max(index", "read = min(index", "targets"),
 }  # fmt: skip
 
 

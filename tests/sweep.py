@@ -90,18 +90,6 @@ def randomise(parameters) -> None:
             parameter.normal_(std=0.2, generator=generator)
 
 
-def loss_of(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """A random projection of all outputs that depend on a parameter."""
-    generator = torch.Generator().manual_seed(3)
-    total = torch.zeros(())
-    for tensor in outputs:
-        if tensor.requires_grad:
-            weights = torch.randn(tensor.shape, generator=generator)
-            weights = weights / tensor.detach().abs().nan_to_num(0, 0, 0).max().clamp(min=1e-3)
-            total = total + (tensor * weights)[tensor.isfinite()].sum()
-    return total
-
-
 def folded(names) -> str:
     """Names with numbers folded and only as many as a table's cell holds."""
     parts = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
@@ -110,44 +98,27 @@ def folded(names) -> str:
 
 
 def adapters_that_do_not_act(model, given) -> str:
-    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
-    model.zero_grad()
-    loss = loss_of(forward(model, given))
-    if not loss.requires_grad:
-        return "no output depends on a parameter"
-    loss.backward()
-    grads = {n: [layer.lora_A.grad, layer.lora_B.grad] for n, layer in layers.items()}
-    model.zero_grad()
-    called = set()
-    hooks = [
-        module.register_forward_hook(lambda *_, name=n: called.add(name))
-        for n, module in model.named_modules()
-    ]
-    forward(model, given)
-    for hook in hooks:
-        hook.remove()
-    idle = [n for n in layers if n not in called]
-    bypassed = [n for n in idle if n.rpartition(".")[0] in called]
-    kinds = {
-        "not called, though its parent is": bypassed,
-        "no gradient": [n for n, g in grads.items() if n in called and None in g],
-        "zero gradient": [
-            n for n, g in grads.items()
-            if n in called and None not in g and not all(x.count_nonzero() for x in g)
-        ],
-        "non-finite gradient": [
-            n for n, g in grads.items()
-            if None not in g and not all(x.isfinite().all() for x in g)
-        ],
-    }  # fmt: skip
-    found = "; ".join(
-        f"{why} ({len(names)} of {len(layers)}): {folded(names)}"
-        for why, names in kinds.items() if names
-    )  # fmt: skip
-    unreached = [n for n in idle if n not in bypassed]
+    """What `check_adapters` says, in short. What these inputs do not reach stands in parentheses:
+    it is not called, and its weight is read by nobody, or merging would move the outputs."""
+    torch.manual_seed(0)
+    states = lk.check_adapters(model, **copy.deepcopy(given)).adapters
+    kinds: dict[str, list[str]] = {}
+    for state in states:
+        problem = state.problem or ""
+        if problem.startswith("was never called"):
+            read = state.merges is False or "reads its weight" in problem
+            kind = "bypassed" if read else "not reached by these inputs"
+        elif "does not reach the loss" in problem:
+            kind = "output unused"
+        else:
+            kind = problem.split(":")[0].split(";")[0].split(",")[0]
+        if kind:
+            kinds.setdefault(kind, []).append(state.name)
+    unreached = kinds.pop("not reached by these inputs", [])
+    found = [f"{w} ({len(n)} of {len(states)}): {folded(n)}" for w, n in kinds.items()]
     if unreached:
-        found += f" (not reached by these inputs: {len(unreached)}, {folded(unreached)})"
-    return found.strip()
+        found.append(f"(not reached by these inputs: {len(unreached)}, {folded(unreached)})")
+    return "; ".join(found)
 
 
 def generated(model, given, **options):
@@ -226,10 +197,13 @@ def examine(kind: str, name: str | None = None) -> dict:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             lk.save_adapter(model, folder)
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
-        agree("to PEFT", adapted, forward(theirs.base_model.model, given))
+        try:
+            theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
+            agree("to PEFT", adapted, forward(theirs.base_model.model, given))
+        except Exception as error:
+            checks["to PEFT"] = architectures.short(error)
         if checks["to PEFT"] and any("PEFT" in str(w.message) for w in said):
-            checks["to PEFT"] += " (save_adapter says so)"
+            checks["to PEFT"] = f"(save_adapter warns: {checks['to PEFT']})"
     with check("from PEFT"), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
         try:
