@@ -237,6 +237,8 @@ def _unchanged(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], None]]:
                 now.clear()
                 now.update(then)
         for buffer, value in buffers:
+            if buffer.shape != value.shape:  # observers of torch.ao resize theirs
+                buffer.resize_(value.shape)
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
         random.setstate(generators[0])

@@ -109,7 +109,10 @@ def objection(module: nn.Module) -> str | None:
     known = type(module) is nn.Linear or is_conv1d(module)
     if not known and not is_parametrized(module):
         return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
-    return refusal(module)
+    if (reason := refusal(module)) is not None:
+        return reason
+    shape = list(module.weight.shape)
+    return f"its weight is empty, {shape}" if 0 in shape else None
 
 
 def require_no_peft(model: nn.Module) -> None:

@@ -228,6 +228,8 @@ MUTANTS = {
     "wrappers in names of targets": ("targets.py", "for name, module in named_modules(model) if is_linear(module)}\n    wanted", "for name, module in model.named_modules() if is_linear(module)}\n    wanted", "targets"),
     "unread layers off by one": ("bypass.py", "index % (depth + 1) for index", "index % depth for index", "targets"),
     "first of the layers that are read": ("bypass.py", "read = max(index", "read = min(index", "targets"),
+    "adapter on an empty weight": ("targets.py", " if 0 in shape else None", " if False else None", "targets"),
+    "check: resized buffers": ("check.py", "buffer.resize_(value.shape)", "pass", "check"),
 }  # fmt: skip
 
 

@@ -97,12 +97,24 @@ def folded(names) -> str:
     return ", ".join(list(parts)[:3]) + more
 
 
-def adapters_that_do_not_act(model, given) -> str:
-    """What `check_adapters` says, in short. What these inputs do not reach stands in parentheses:
-    it is not called, and its weight is read by nobody, or merging would move the outputs."""
+def without_gradient(plain, given) -> set[str]:
+    """The plain model's weights that get no gradient, or zero, from these inputs."""
+    plain.zero_grad()
+    outputs = [t[t.isfinite()] for t in forward(plain, given) if t.requires_grad]
+    sum((t * torch.randn_like(t)).sum() for t in outputs).backward()
+    found = {n for n, p in plain.named_parameters() if p.grad is None or not p.grad.any()}
+    plain.zero_grad()
+    return {name.removesuffix(".weight") for name in found}
+
+
+def adapters_that_do_not_act(model, plain, given) -> str:
+    """What `check_adapters` says, in short. In parentheses stands what lies in these inputs: a
+    layer is not called (and its weight read by nobody, or merging would move the outputs), or the
+    plain model's weight has a zero gradient too."""
     torch.manual_seed(0)
     states = lk.check_adapters(model, **copy.deepcopy(given)).adapters
     kinds: dict[str, list[str]] = {}
+    at_rest = None
     for state in states:
         problem = state.problem or ""
         if problem.startswith("was never called"):
@@ -110,14 +122,19 @@ def adapters_that_do_not_act(model, given) -> str:
             kind = "bypassed" if read else "not reached by these inputs"
         elif "does not reach the loss" in problem:
             kind = "output unused"
+        elif "exactly zero" in problem:
+            at_rest = without_gradient(plain, given) if at_rest is None else at_rest
+            kind = "the plain weight's gradient is zero too" if state.name in at_rest else problem
         else:
             kind = problem.split(":")[0].split(";")[0].split(",")[0]
         if kind:
             kinds.setdefault(kind, []).append(state.name)
-    unreached = kinds.pop("not reached by these inputs", [])
-    found = [f"{w} ({len(n)} of {len(states)}): {folded(n)}" for w, n in kinds.items()]
-    if unreached:
-        found.append(f"(not reached by these inputs: {len(unreached)}, {folded(unreached)})")
+    harmless = ("not reached by these inputs", "the plain weight's gradient is zero too")
+    found = [
+        f"({w}: {len(n)}, {folded(n)})" if w in harmless else
+        f"{w} ({len(n)} of {len(states)}): {folded(n)}"
+        for w, n in sorted(kinds.items(), key=lambda item: item[0] in harmless)
+    ]  # fmt: skip
     return "; ".join(found)
 
 
@@ -177,7 +194,7 @@ def examine(kind: str, name: str | None = None) -> dict:
     with torch.no_grad():
         adapted = forward(model, given)
     with check("acts"):
-        checks["acts"] = adapters_that_do_not_act(model, given)
+        checks["acts"] = adapters_that_do_not_act(model, plain, given)
         if not checks["acts"] and gap(before, adapted) < 1e-3:
             checks["acts"] = "random adapters do not move the outputs"
     with check("no grad"):

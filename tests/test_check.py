@@ -362,3 +362,22 @@ def test_a_resumed_run_warns_too(tmp_path):
     model, path = adapted(Uncalled()), tmp_path / "run.pt"
     assert len(train(model, checkpoint=path)) == 1
     assert len(train(adapted(Uncalled()), resume_from=path, max_steps=3)) == 1
+
+
+def test_buffers_that_a_forward_resizes_are_restored():
+    class Observed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.register_buffer("least", torch.empty(0))
+
+        def forward(self, x):
+            self.least.resize_(x.shape[1:]).copy_(x.amin(0))
+            return self.inner(x)
+
+    model = Observed()
+    least = model.least
+    lk.apply_lora(model, 2)
+    assert lk.check_adapters(model, torch.randn(3, 4)).ok
+    assert model.least is least
+    assert least.shape == (0,)

@@ -42,9 +42,10 @@ def test_a_layer_that_no_output_reads_is_named():
     model = architectures.build("llama", KINDS["llama"])
     model.model.layers[0].mlp.unread = torch.nn.Linear(64, 64)
     given = architectures.inputs(model)
+    plain = copy.deepcopy(model)
     lk.apply_lora(model, 2)
     sweep.randomise(lk.lora_parameters(model))
-    found = sweep.adapters_that_do_not_act(model, given)
+    found = sweep.adapters_that_do_not_act(model, plain, given)
     assert found == "(not reached by these inputs: 1, model.layers.*.mlp.unread)"
 
 

@@ -88,3 +88,10 @@ def test_layers_behind_the_one_a_config_reads(layer, unread):
     assert {name.split("layers.")[1][0] for name in skipped} == unread
     assert len(skipped) == 6 * len(unread)
     assert not skipped & set(report.replaced)
+
+
+def test_a_layer_without_weights_is_skipped():
+    softmax = nn.AdaptiveLogSoftmaxWithLoss(4, 10, [2, 4])
+    report = apply_lora(softmax, 2)
+    assert report.skipped["tail.1.0"] == "its weight is empty, [0, 4]"
+    assert torch.isfinite(softmax.log_prob(torch.ones(2, 4))).any()
