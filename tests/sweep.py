@@ -260,6 +260,7 @@ def generation(plain, model, prompt) -> str:
     """Where the merged model, which has no adapter to run, differs without cache, so may ours."""
     try:
         generated(plain, prompt)
+        generated(plain, prompt, use_cache=False)
     except Exception as error:
         return f"(the plain model: {architectures.short(error)[:80]})"
     cached, uncached = generated(model, prompt), generated(model, prompt, use_cache=False)
