@@ -230,6 +230,7 @@ MUTANTS = {
     "first of the layers that are read": ("bypass.py", "read = max(index", "read = min(index", "targets"),
     "adapter on an empty weight": ("targets.py", " if 0 in shape else None", " if False else None", "targets"),
     "check: resized buffers": ("check.py", "buffer.resize_(value.shape)", "pass", "check"),
+    "check: an uncalled layer that merging moves": ("check.py", "problem in (None, _UNCALLED)", "problem is None", "check"),
 }  # fmt: skip
 
 

@@ -381,3 +381,19 @@ def test_buffers_that_a_forward_resizes_are_restored():
     assert lk.check_adapters(model, torch.randn(3, 4)).ok
     assert model.least is least
     assert least.shape == (0,)
+
+
+def test_an_uncalled_layer_whose_weight_is_read_in_a_way_that_sources_do_not_show():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return linear(self.other(x), getattr(self.inner, "wei" + "ght"))
+
+    model = Hidden()
+    lk.apply_lora(model, 2)
+    problems = lk.check_adapters(model, torch.randn(3, 4)).problems
+    assert list(problems) == ["inner"]
+    assert problems["inner"].startswith("was never called, and merging it changes the output")
