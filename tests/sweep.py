@@ -337,7 +337,9 @@ def table(rows: dict[str, dict]) -> str:
         "",
         "*Share* is the part of the model's weights that carries an adapter. What stands in"
         " parentheses is no fault of the adapters: the plain model or PEFT has it too, or the"
-        " inputs of the sweep do not reach the layer. A file that is *refused* is left as it was.",
+        " inputs of the sweep do not reach the layer, or `save_adapter` warns of it. A file that is"
+        " *refused* changes nothing. *Output unused*: the layer is called, nothing reads what it"
+        " gives; `check_adapters` names it.",
         "",
         "| model type | class | layers | share | found |",
         "|---|---|---|---|---|",
