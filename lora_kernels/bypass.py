@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lora_kernels.layer import LoRALayer
+from lora_kernels.names import named_modules
 
 # What a weight is asked for without its values being used.
 _METADATA = {
@@ -77,11 +78,34 @@ def bypassed(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def unread(model: nn.Module) -> dict[nn.Module, str]:
+    """What lies in a vision tower behind the last layer whose output the config says is read, with
+    the reason (LLaVA takes the last but one)."""
+    found: dict[nn.Module, str] = {}
+    for module in model.modules():
+        wanted = getattr(getattr(module, "config", None), "vision_feature_layer", None)
+        if wanted is None:
+            continue
+        indices = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        for name, tower in named_modules(module):
+            depth = getattr(getattr(tower, "config", None), "num_hidden_layers", None)
+            if not name.endswith("_tower") or depth is None:
+                continue
+            # Hidden states are the embeddings and the output of each layer.
+            read = max(index % (depth + 1) for index in indices)
+            reason = f"config.vision_feature_layer = {wanted}: no output reads what it computes"
+            for layers in tower.modules():
+                if isinstance(layers, nn.ModuleList) and len(layers) == depth:
+                    for layer in layers[read:]:
+                        found |= dict.fromkeys(layer.modules(), reason)
+    return found
+
+
 def unregistered_linears(model: nn.Module) -> list[str]:
     """Linear layers that only a plain list, tuple or dict of a module holds: `model.modules()`
     does not have them, nothing trains, moves or saves them."""
     registered, found = set(model.modules()), []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for attribute, value in vars(module).items():
             if attribute.startswith("_") or not isinstance(value, (list, tuple, dict)):
                 continue

@@ -246,6 +246,8 @@ def _unchanged(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], None]]:
     def rewind() -> None:
         before.restore()
         for tensor, value in values:
+            if tensor.shape != value.shape:  # observers of torch.ao resize their buffers
+                tensor.resize_(value.shape)
             if not torch.equal(tensor, value):
                 tensor.copy_(value)
         random.setstate(generators[0])
@@ -414,6 +416,10 @@ def _zero(adapter: _Adapter, of_A: float, of_B: float) -> str | None:
     )
 
 
+_UNCALLED = (
+    "was never called in this batch: its part of the model is unused, an expert got no rows, or"
+    " code takes its weight; try another batch or exclude it"
+)
 _OFF = {
     "merged": "is merged, so it cannot train; unmerge it (unmerge_lora, unmerge_adapter)",
     "disabled": "is disabled; leave disable_adapters, or enable the adapters",
@@ -425,10 +431,7 @@ def _name_uncalled(adapters: list[_Adapter], past: dict[nn.Module, str]) -> None
         if adapter.state.problem == "never called":
             reason = past.get(adapter.layer) or past.get(adapter.base)
             adapter.state.problem = (
-                f"was never called: {reason}; exclude it (exclude_modules)"
-                if reason
-                else "was never called in this batch: its part of the model is unused, an expert"
-                " got no rows, or code takes its weight; try another batch or exclude it"
+                f"was never called: {reason}; exclude it (exclude_modules)" if reason else _UNCALLED
             )
 
 
@@ -495,9 +498,11 @@ def _find_moved(
         return
     for adapter in (one for layer in layers for one in layer):
         adapter.state.merges = same
-        if same is False and adapter.state.problem is None:
+        problem = adapter.state.problem
+        if same is False and problem in (None, _UNCALLED):
             adapter.state.problem = (
-                "acts, but merging it changes the output: "
+                f"{'acts, but' if problem is None else 'was never called, and'} merging it changes"
+                " the output: "
                 + past.get(adapter.layer, "in eval mode some code reads its weight past the layer")
                 + "; exclude it (exclude_modules)"
             )

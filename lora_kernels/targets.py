@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lora_kernels.bypass import bypassed
+from lora_kernels.bypass import bypassed, unread
 from lora_kernels.layer import LoRALayer, is_conv1d, refusal
-from lora_kernels.names import named_modules, unwrapped
+from lora_kernels.names import join, named_modules, unwrapped
 
 Names = str | Iterable[str] | None
 # What PEFT calls the default of `target_modules`.
@@ -109,7 +109,10 @@ def objection(module: nn.Module) -> str | None:
     known = type(module) is nn.Linear or is_conv1d(module)
     if not known and not is_parametrized(module):
         return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
-    return refusal(module)
+    if (reason := refusal(module)) is not None:
+        return reason
+    shape = list(module.weight.shape)
+    return f"its weight is empty, {shape}" if 0 in shape else None
 
 
 def require_no_peft(model: nn.Module) -> None:
@@ -139,8 +142,8 @@ def find_targets(
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """(name -> linear layers to replace, name -> why others were not).
 
-    The default is every nn.Linear and Conv1D but the model's output head, which is
-    `get_output_embeddings()`.
+    The default is every nn.Linear and Conv1D but output heads, which are `get_output_embeddings()`
+    of the model or of one within it, and layers whose weight something else holds too.
 
     Raises:
         ValueError: a pattern matches nothing, only modules that cannot carry an adapter, or a layer
@@ -162,16 +165,17 @@ def find_targets(
         raise ValueError("target_modules: got an empty list; None means every linear layer")
     wanted.require_matches(linear, lambda predicate: _what_else(model, predicate))
     excluded.require_matches(name for name, _ in named_modules(model))
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) and not wanted else None
-    targets, skipped, past = {}, {}, bypassed(model)
+    left_out = {} if wanted else _left_out(model, linear)
+    targets, skipped, past, behind = {}, {}, bypassed(model), unread(model)
     for name, module in linear.items():
         if wanted and not wanted.match(name):
             continue
         if excluded.match(name):
             skipped[name] = "excluded by exclude_modules"
-        elif module is head:
-            skipped[name] = "the model's output head"
+        elif module in left_out:
+            skipped[name] = left_out[module]
+        elif module in behind:
+            skipped[name] = behind[module]
         elif (reason := objection(module)) is not None:
             skipped[name] = reason
         elif module in past and wanted:
@@ -190,6 +194,24 @@ def find_targets(
             + (reasons or ": it holds no nn.Linear")
         )
     return targets, skipped
+
+
+def _left_out(model: nn.Module, linear: dict[str, nn.Module]) -> dict[nn.Module, str]:
+    """Linear layers that are no targets by default, with the reason."""
+    reasons: dict[nn.Module, str] = {}
+    for _, module in named_modules(model):
+        find_head = getattr(module, "get_output_embeddings", None)
+        head = find_head() if callable(find_head) else None
+        if isinstance(head, nn.Module):
+            reasons |= dict.fromkeys(head.modules(), "the model's output head")
+    owning = owners(model, beside=True)
+    for name, module in linear.items():
+        own = f"{name}.weight"
+        beside = [n for n in owning.get(module._parameters.get("weight"), ()) if n != own]
+        if beside:
+            reason = f"its weight is tied to {', '.join(beside)}, which merging would change too"
+            reasons.setdefault(module, reason)
+    return reasons
 
 
 def _what_else(model: nn.Module, predicate: Callable[[str], bool]) -> str | None:
@@ -231,7 +253,7 @@ def new_heads(
     excluded = _Patterns("exclude_modules", exclude_modules)
     names = {name for name, module in named_modules(model) if is_linear(module)}
     heads, skipped = {}, {}
-    for name, module in _new_parts(model).items():
+    for name, module in _all_new_parts(model).items():
         inside = {other for other in names if f"{other}.".startswith(f"{name}.")}
         if excluded.match(name) or (inside and all(map(excluded.match, inside))):
             skipped |= dict.fromkeys(inside, "excluded by exclude_modules")
@@ -240,23 +262,30 @@ def new_heads(
     return heads, skipped
 
 
+def _all_new_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The new parts of every Transformers model that is this one or lies in it, but in no other."""
+    parts, inside = {}, set()
+    for name, module in named_modules(model):
+        if module not in inside and isinstance(getattr(module, "base_model_prefix", None), str):
+            inside.update(module.modules())
+            parts |= {join(name, part): new for part, new in _new_parts(module).items()}
+    return parts
+
+
 def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The new ones among the children of a Transformers model and of its body."""
-    model = unwrapped(model)
-    prefix = getattr(model, "base_model_prefix", None)
-    find_output = getattr(model, "get_output_embeddings", None)
-    if not isinstance(prefix, str) or not callable(find_output):
+    prefix, find_output = model.base_model_prefix, getattr(model, "get_output_embeddings", None)
+    if not callable(find_output):
         return {}
-    body, output = model._modules.get(prefix), find_output()
+    children, output = _children(model), find_output()
+    body = children.pop(prefix, None)
     loaded = any(map(_is_loaded, model.parameters()))
     if output is not None and not loaded:
         return {}
-    children = {n: unwrapped(c) for n, c in model.named_children() if c is not body}
     # Beside the body, a part that was loaded but for a layer of another size is new too.
     parts = {n: c for n, c in children.items() if _is_new(c, all if body is None else any)}
     if loaded and body is not None:
-        inner = {f"{prefix}.{n}": unwrapped(c) for n, c in unwrapped(body).named_children()}
-        parts |= {name: part for name, part in inner.items() if _is_new(part, all)}
+        parts |= {f"{prefix}.{n}": c for n, c in _children(body).items() if _is_new(c, all)}
     elif not loaded and body is None:
         parts = {name: part for name, part in parts.items() if name in _HEAD_NAMES}
     shared = {parameter for parameter, names in owners(model).items() if len(names) > 1}
@@ -265,6 +294,10 @@ def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
         for name, part in parts.items()
         if shared.isdisjoint(part.parameters()) and output not in part.modules()
     }
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: unwrapped(child) for name, child in module.named_children()}
 
 
 def _is_loaded(parameter: nn.Parameter) -> bool:

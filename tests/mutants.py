@@ -349,6 +349,15 @@ MUTANTS = {
     "adapted though trained in full": ("convert.py", "_apply", "targets.submodules(saved) | {one.module for one in adapters.saved_tensors(model)}", "targets.submodules(saved)", "options"),
     "trained in full though adapted": ("targets.py", "find_saved", "        if any(isinstance(part, LoRALayer) for part in module.modules()):\n            raise ValueError(\n                f\"modules_to_save", "        if False:\n            raise ValueError(\n                f\"modules_to_save", "options"),
     "adapters that cannot train": ("layer.py", "LoRALayer._add_adapter", "    @torch.inference_mode(False)  # in which", "    # in which", "nn"),
+    "tied layer a target by default": ("targets.py", "_left_out", "        if beside:\n", "        if False:\n", "targets"),
+    "head of the outermost model only": ("targets.py", "_left_out", "        if isinstance(head, nn.Module):\n", "        if isinstance(head, nn.Module) and module is model:\n", "targets"),
+    "new heads of the outermost model only": ("targets.py", "_all_new_parts", "        if module not in inside and isinstance(getattr", "        if module is model and isinstance(getattr", "targets"),
+    "wrappers in names of targets": ("targets.py", "find_targets", "for name, module in named_modules(model) if is_linear(module)}\n    wanted", "for name, module in model.named_modules() if is_linear(module)}\n    wanted", "targets"),
+    "unread layers off by one": ("bypass.py", "unread", "index % (depth + 1) for index", "index % depth for index", "targets"),
+    "first of the layers that are read": ("bypass.py", "unread", "read = max(index", "read = min(index", "targets"),
+    "adapter on an empty weight": ("targets.py", "objection", " if 0 in shape else None", " if False else None", "targets"),
+    "check: resized buffers": ("check.py", "_unchanged.rewind", "tensor.resize_(value.shape)", "pass", "check"),
+    "check: an uncalled layer that merging moves": ("check.py", "_find_moved", "problem in (None, _UNCALLED)", "problem is None", "check"),
 }  # fmt: skip
 
 

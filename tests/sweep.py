@@ -90,18 +90,6 @@ def randomise(parameters) -> None:
             parameter.normal_(std=0.2, generator=generator)
 
 
-def loss_of(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """A random projection of all outputs that depend on a parameter."""
-    generator = torch.Generator().manual_seed(3)
-    total = torch.zeros(())
-    for tensor in outputs:
-        if tensor.requires_grad:
-            weights = torch.randn(tensor.shape, generator=generator)
-            weights = weights / tensor.detach().abs().nan_to_num(0, 0, 0).max().clamp(min=1e-3)
-            total = total + (tensor * weights)[tensor.isfinite()].sum()
-    return total
-
-
 def folded(names) -> str:
     """Names with numbers folded and only as many as a table's cell holds."""
     parts = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
@@ -109,45 +97,45 @@ def folded(names) -> str:
     return ", ".join(list(parts)[:3]) + more
 
 
-def adapters_that_do_not_act(model, given) -> str:
-    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
-    model.zero_grad()
-    loss = loss_of(forward(model, given))
-    if not loss.requires_grad:
-        return "no output depends on a parameter"
-    loss.backward()
-    grads = {n: [layer.lora_A.grad, layer.lora_B.grad] for n, layer in layers.items()}
-    model.zero_grad()
-    called = set()
-    hooks = [
-        module.register_forward_hook(lambda *_, name=n: called.add(name))
-        for n, module in model.named_modules()
-    ]
-    forward(model, given)
-    for hook in hooks:
-        hook.remove()
-    idle = [n for n in layers if n not in called]
-    bypassed = [n for n in idle if n.rpartition(".")[0] in called]
-    kinds = {
-        "not called, though its parent is": bypassed,
-        "no gradient": [n for n, g in grads.items() if n in called and None in g],
-        "zero gradient": [
-            n for n, g in grads.items()
-            if n in called and None not in g and not all(x.count_nonzero() for x in g)
-        ],
-        "non-finite gradient": [
-            n for n, g in grads.items()
-            if None not in g and not all(x.isfinite().all() for x in g)
-        ],
-    }  # fmt: skip
-    found = "; ".join(
-        f"{why} ({len(names)} of {len(layers)}): {folded(names)}"
-        for why, names in kinds.items() if names
-    )  # fmt: skip
-    unreached = [n for n in idle if n not in bypassed]
-    if unreached:
-        found += f" (not reached by these inputs: {len(unreached)}, {folded(unreached)})"
-    return found.strip()
+def without_gradient(plain, given) -> set[str]:
+    """The plain model's weights that get no gradient, or zero, from these inputs."""
+    plain.zero_grad()
+    outputs = [t[t.isfinite()] for t in forward(plain, given) if t.requires_grad]
+    sum((t * torch.randn_like(t)).sum() for t in outputs).backward()
+    found = {n for n, p in plain.named_parameters() if p.grad is None or not p.grad.any()}
+    plain.zero_grad()
+    return {name.removesuffix(".weight") for name in found}
+
+
+def adapters_that_do_not_act(model, plain, given) -> str:
+    """What `check_adapters` says, in short. In parentheses stands what lies in these inputs: a
+    layer is not called (and its weight read by nobody, or merging would move the outputs), or the
+    plain model's weight has a zero gradient too."""
+    torch.manual_seed(0)
+    states = lk.check_adapters(model, **copy.deepcopy(given)).adapters
+    kinds: dict[str, list[str]] = {}
+    at_rest = None
+    for state in states:
+        problem = state.problem or ""
+        if problem.startswith("was never called"):
+            read = state.merges is False or "reads its weight" in problem
+            kind = "bypassed" if read else "not reached by these inputs"
+        elif "does not reach the loss" in problem:
+            kind = "output unused"
+        elif "exactly zero" in problem:
+            at_rest = without_gradient(plain, given) if at_rest is None else at_rest
+            kind = "the plain weight's gradient is zero too" if state.name in at_rest else problem
+        else:
+            kind = problem.split(":")[0].split(";")[0].split(",")[0]
+        if kind:
+            kinds.setdefault(kind, []).append(state.name)
+    harmless = ("not reached by these inputs", "the plain weight's gradient is zero too")
+    found = [
+        f"({w}: {len(n)}, {folded(n)})" if w in harmless else
+        f"{w} ({len(n)} of {len(states)}): {folded(n)}"
+        for w, n in sorted(kinds.items(), key=lambda item: item[0] in harmless)
+    ]  # fmt: skip
+    return "; ".join(found)
 
 
 def generated(model, given, **options):
@@ -206,7 +194,7 @@ def examine(kind: str, name: str | None = None) -> dict:
     with torch.no_grad():
         adapted = forward(model, given)
     with check("acts"):
-        checks["acts"] = adapters_that_do_not_act(model, given)
+        checks["acts"] = adapters_that_do_not_act(model, plain, given)
         if not checks["acts"] and gap(before, adapted) < 1e-3:
             checks["acts"] = "random adapters do not move the outputs"
     with check("no grad"):
@@ -226,10 +214,13 @@ def examine(kind: str, name: str | None = None) -> dict:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             lk.save_adapter(model, folder)
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
-        agree("to PEFT", adapted, forward(theirs.base_model.model, given))
+        try:
+            theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
+            agree("to PEFT", adapted, forward(theirs.base_model.model, given))
+        except Exception as error:
+            checks["to PEFT"] = architectures.short(error)
         if checks["to PEFT"] and any("PEFT" in str(w.message) for w in said):
-            checks["to PEFT"] += " (save_adapter says so)"
+            checks["to PEFT"] = f"(save_adapter warns: {checks['to PEFT']})"
     with check("from PEFT"), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
         try:
@@ -269,6 +260,7 @@ def generation(plain, model, prompt) -> str:
     """Where the merged model, which has no adapter to run, differs without cache, so may ours."""
     try:
         generated(plain, prompt)
+        generated(plain, prompt, use_cache=False)
     except Exception as error:
         return f"(the plain model: {architectures.short(error)[:80]})"
     cached, uncached = generated(model, prompt), generated(model, prompt, use_cache=False)
@@ -345,7 +337,9 @@ def table(rows: dict[str, dict]) -> str:
         "",
         "*Share* is the part of the model's weights that carries an adapter. What stands in"
         " parentheses is no fault of the adapters: the plain model or PEFT has it too, or the"
-        " inputs of the sweep do not reach the layer. A file that is *refused* is left as it was.",
+        " inputs of the sweep do not reach the layer, or `save_adapter` warns of it. A file that is"
+        " *refused* changes nothing. *Output unused*: the layer is called, nothing reads what it"
+        " gives; `check_adapters` names it.",
         "",
         "| model type | class | layers | share | found |",
         "|---|---|---|---|---|",

@@ -445,3 +445,38 @@ def test_an_optimizer_that_leaves_out_zero_factors():
     assert found.keys() == {"0", "1"}
     assert found["0"].startswith("lora_B is zero and is not trained")
     assert not first_step_problems(model, torch.optim.SGD([m.lora_B for m in model], lr=0.1))
+
+
+def test_buffers_that_a_forward_resizes_are_restored():
+    class Observed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.register_buffer("least", torch.empty(0))
+
+        def forward(self, x):
+            self.least.resize_(x.shape[1:]).copy_(x.amin(0))
+            return self.inner(x)
+
+    model = Observed()
+    least = model.least
+    lk.apply_lora(model, 2)
+    assert lk.check_adapters(model, torch.randn(3, 4)).ok
+    assert model.least is least
+    assert least.shape == (0,)
+
+
+def test_an_uncalled_layer_whose_weight_is_read_in_a_way_that_sources_do_not_show():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return linear(self.other(x), getattr(self.inner, "wei" + "ght"))
+
+    model = Hidden()
+    lk.apply_lora(model, 2)
+    problems = lk.check_adapters(model, torch.randn(3, 4)).problems
+    assert list(problems) == ["inner"]
+    assert problems["inner"].startswith("was never called, and merging it changes the output")
