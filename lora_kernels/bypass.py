@@ -13,6 +13,7 @@ from functools import cache
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from lora_kernels.layer import LoRALayer
@@ -79,10 +80,14 @@ def bypassed(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def unread(model: nn.Module) -> dict[nn.Module, str]:
-    """What lies in a vision tower behind the last layer whose output the config says is read, with
-    the reason (LLaVA takes the last but one)."""
+    """What gets no gradient, with the reason: all that lies in a module whose forward is decorated
+    with no_grad, and in a vision tower behind the last layer whose output the config says is read
+    (LLaVA takes the last but one)."""
     found: dict[nn.Module, str] = {}
     for module in model.modules():
+        if _without_gradient(type(module).forward):
+            reason = f"{type(module).__name__}.forward runs under no_grad: it would never train"
+            found |= dict.fromkeys(module.modules(), reason)
         wanted = getattr(getattr(module, "config", None), "vision_feature_layer", None)
         if wanted is None:
             continue
@@ -98,6 +103,29 @@ def unread(model: nn.Module) -> dict[nn.Module, str]:
                 if isinstance(layers, nn.ModuleList) and len(layers) == depth:
                     for layer in layers[read:]:
                         found |= dict.fromkeys(layer.modules(), reason)
+    return found
+
+
+def _without_gradient(function: FunctionType) -> bool:
+    """Whether torch.no_grad or inference_mode decorate it."""
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    contexts = (torch.no_grad, torch.inference_mode)
+    return any(isinstance(getattr(one, "__self__", None), contexts) for one in held)
+
+
+def poolers(model: nn.Module) -> dict[nn.Module, str]:
+    """What pools the outputs of an encoder in a model that gives logits of tokens, which reads them
+    one by one, with the reason; not where a head for whole sequences stands beside that one."""
+    found: dict[nn.Module, str] = {}
+    find_head = getattr(model, "get_output_embeddings", None)
+    if not callable(find_head) or find_head() is None:
+        return found
+    parts = {name.rpartition(".")[2] for name, _ in named_modules(model)}
+    for name, module in named_modules(model):
+        kind = type(module).__name__
+        pools = name.endswith(".pooler") and "seq_relationship" not in parts
+        if pools or kind.endswith("AttentionPoolingHead"):
+            found |= dict.fromkeys(module.modules(), "pools an output that no logits are made of")
     return found
 
 

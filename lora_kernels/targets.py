@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lora_kernels.bypass import bypassed, unread
+from lora_kernels.bypass import bypassed, poolers, unread
 from lora_kernels.layer import LoRALayer, is_conv1d, refusal
 from lora_kernels.names import join, named_modules, unwrapped
 
@@ -204,6 +204,7 @@ def _left_out(model: nn.Module, linear: dict[str, nn.Module]) -> dict[nn.Module,
         head = find_head() if callable(find_head) else None
         if isinstance(head, nn.Module):
             reasons |= dict.fromkeys(head.modules(), "the model's output head")
+            reasons |= poolers(module)
     owning = owners(model, beside=True)
     for name, module in linear.items():
         own = f"{name}.weight"

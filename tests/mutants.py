@@ -358,6 +358,9 @@ MUTANTS = {
     "adapter on an empty weight": ("targets.py", "objection", " if 0 in shape else None", " if False else None", "targets"),
     "check: resized buffers": ("check.py", "_unchanged.rewind", "tensor.resize_(value.shape)", "pass", "check"),
     "check: an uncalled layer that merging moves": ("check.py", "_find_moved", "problem in (None, _UNCALLED)", "problem is None", "check"),
+    "poolers taken for targets": ("targets.py", "_left_out", "reasons |= poolers(module)", "pass", "targets"),
+    "poolers that are read left out": ("bypass.py", "poolers", ' and "seq_relationship" not in parts', "", "targets"),
+    "targets under no_grad": ("bypass.py", "unread", "if _without_gradient(type(module).forward):", "if False:", "targets"),
 }  # fmt: skip
 
 

@@ -95,3 +95,42 @@ def test_a_layer_without_weights_is_skipped():
     report = apply_lora(softmax, 2)
     assert report.skipped["tail.1.0"] == "its weight is empty, [0, 4]"
     assert torch.isfinite(softmax.log_prob(torch.ones(2, 4))).any()
+
+
+def test_a_pooler_beside_a_head_for_tokens_is_no_target_by_default():
+    config = transformers.BertConfig(**SIZES, is_decoder=False)
+    decoder = transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, decoder)
+    model = transformers.EncoderDecoderModel(config)
+    report = apply_lora(model, 2)
+    assert "no logits are made of" in report.skipped["encoder.pooler.dense"]
+    assert not any("pooler" in name for name in report.replaced)
+    named = apply_lora(transformers.EncoderDecoderModel(config), 2, target_modules=["dense"])
+    assert "encoder.pooler.dense" in named.replaced
+
+
+@pytest.mark.parametrize(
+    "kind", ["BertForPreTraining", "BertModel", "BertForSequenceClassification"]
+)
+def test_a_pooler_that_is_read_is_a_target(kind):
+    model = getattr(transformers, kind)(transformers.BertConfig(**SIZES))
+    assert any(name.endswith("pooler.dense") for name in apply_lora(model, 2).replaced)
+
+
+class Scores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_what_runs_under_no_grad_is_no_target():
+    model = nn.ModuleDict({"scores": Scores(), "body": nn.Linear(4, 4)})
+    report = apply_lora(model, 2)
+    assert report.replaced == ["body"]
+    assert report.skipped["scores.inner"].startswith("Scores.forward runs under no_grad")
+    with pytest.raises(ValueError, match=r"scores\.inner: Scores\.forward runs under no_grad"):
+        apply_lora(nn.ModuleDict({"scores": Scores()}), 2, target_modules=["inner"])
