@@ -43,6 +43,19 @@ _FAST_PATHS = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",
 }
+# Class of a model or part -> what of it no output depends on but through a choice, and why.
+_IDLE = {
+    "CanineForMultipleChoice": ("canine.final_char_encoder", "the pooled output is made before it"),
+    "CanineForSequenceClassification": (
+        "canine.final_char_encoder", "the pooled output is made before it"
+    ),
+    "ColModernVBertForRetrieval": ("vlm.vision_model.head", "no embedding reads what it pools"),
+    "LightGlueForKeypointMatching": ("token_confidence", "decides where to stop, as a yes or no"),
+    "OwlViTForObjectDetection": ("owlvit.visual_projection", "boxes do not read it"),
+    "Owlv2ForObjectDetection": ("owlv2.visual_projection", "boxes do not read it"),
+    "Sam3LiteTextModel": ("text_encoder.projection", "reads what is not projected"),
+    "Sam3Model": ("text_encoder.text_projection", "reads what is not projected"),
+}  # fmt: skip
 _KEPT = "_lora_kept_"
 _SCANNED = 1024  # elements of a list that are looked at
 _ANY = "*"  # one of the children of a container
@@ -126,6 +139,21 @@ def poolers(model: nn.Module) -> dict[nn.Module, str]:
         pools = name.endswith(".pooler") and "seq_relationship" not in parts
         if pools or kind.endswith("AttentionPoolingHead"):
             found |= dict.fromkeys(module.modules(), "pools an output that no logits are made of")
+    return found
+
+
+def idle(model: nn.Module) -> dict[nn.Module, str]:
+    """What gets a gradient from losses of one's own alone, with the reason: scores by which tokens
+    are chosen, and parts of models of Transformers that are known for it."""
+    found: dict[nn.Module, str] = {}
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith("Indexer"):
+            reason = f"{kind} chooses tokens: no gradient passes a choice"
+            found |= dict.fromkeys(module.modules(), reason)
+        path, reason = _IDLE.get(kind, (None, None))
+        for part in _resolve(module, tuple(path.split("."))) if path else ():
+            found |= dict.fromkeys(part.modules(), f"in {kind} no output needs it: {reason}")
     return found
 
 

@@ -19,10 +19,9 @@ from lora_kernels.adapters import lora_layers
 from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
 from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
-from lora_kernels.formats import PREFIX as _PREFIX
 from lora_kernels.layer import LoRALayer, copy_whole, features, is_sharded, whole
 from lora_kernels.nn import layer_class
-from lora_kernels.peft_config import Config
+from lora_kernels.peft_config import PREFIX, Config
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -95,9 +94,9 @@ def _write(
     tensors = {}
     for name, pair in factors.items():
         for part, tensor in zip("AB", pair, strict=True):
-            tensors[f"{_PREFIX}{name}.lora_{part}.weight"] = tensor
+            tensors[f"{PREFIX}{name}.lora_{part}.weight"] = tensor
     for saved in adapters.saved_tensors(model):
-        tensors[_PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
+        tensors[PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
     for key, tensor in tensors.items():
         if tensor.is_meta:
@@ -162,7 +161,7 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         "lora_alpha": alpha(first),
         # PEFT has no dropout for adapters of parameters, and refuses a config with both.
         "lora_dropout": 0.0 if as_parameters else layers[first].dropout,
-        "modules_to_save": sorted(adapters.saved_modules(model)) or None,
+        "modules_to_save": peft_targets.saved_names(model) or None,
         "r": ranks[first],
         "rank_pattern": {whole(n): r for n, r in ranks.items() if r != ranks[first]},
         "alpha_pattern": {whole(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
@@ -327,7 +326,7 @@ def _sort(
     halves: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in adapter.tensors.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         if (found := _FACTOR.fullmatch(name)) is not None:
             layer, part = found.groups()
             if layer.replace(".base_layer", "") not in modules:
@@ -360,7 +359,7 @@ def _sort(
         for part in "AB":
             if part not in parts:
                 raise ValueError(
-                    f"{_PREFIX}{layer}.lora_{part}.weight: missing from the adapter file"
+                    f"{PREFIX}{layer}.lora_{part}.weight: missing from the adapter file"
                 )
     pairs = {layer: (parts["A"], parts["B"]) for layer, parts in halves.items()}
     for layer in list(pairs):
@@ -384,7 +383,7 @@ def _sort(
             )
         else:
             raise ValueError(
-                f"{_PREFIX}{layer}.lora_A.weight: cannot go to {layer}: {why}, and its adapter is"
+                f"{PREFIX}{layer}.lora_A.weight: cannot go to {layer}: {why}, and its adapter is"
                 " not zero"
             )
         del pairs[layer]
@@ -423,7 +422,7 @@ def _is_same(tensor: Tensor, there: Tensor) -> bool:
 
 
 def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int, origin: str) -> None:
-    key = f"{_PREFIX}{name}.lora_"
+    key = f"{PREFIX}{name}.lora_"
     K, N = features(module)
     for part, tensor, shape in (("A", A, (rank, K)), ("B", B, (N, rank))):
         if tensor.shape != shape:
@@ -435,7 +434,7 @@ def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int, o
 
 
 def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
-    key = f"{_PREFIX}{name}.lora_A.weight"
+    key = f"{PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")
     if (reason := layer.why_fixed()) is not None:

@@ -24,11 +24,10 @@ from lora_kernels.adapter_files import (
     read_tensors,
     shown,
 )
-from lora_kernels.peft_config import Config, is_number
+from lora_kernels.peft_config import PREFIX, Config, is_number
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 # Entries of the config without which the weights mean something else; the weights' metadata holds
 # them too, so that files of two saves are told apart.
 DECISIVE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")

@@ -7,6 +7,7 @@ from itertools import pairwise
 from lora_kernels.adapter_files import shown
 from lora_kernels.patterns import Matcher
 
+PREFIX = "base_model.model."  # what PEFT puts before the model's own names
 # Starts that leave PEFT's base weight as it is; "pissa", "olora" and others change it on loading.
 _INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # Options of PEFT that change what an adapter computes and that this library does not have.
@@ -114,7 +115,8 @@ class Config:
         self.dropout = float(entries.get("lora_dropout") or 0.0)
         self.base = entries.get("base_model_name_or_path")
         self.target_parameters: list[str] = entries.get("target_parameters") or []
-        self.modules_to_save: list[str] = entries.get("modules_to_save") or []
+        saved = entries.get("modules_to_save") or []
+        self.modules_to_save: list[str] = [name.removeprefix(PREFIX) for name in saved]
         self._matcher = Matcher()
 
     @property

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from torch import Tensor, nn
 
 from lora_kernels import adapters, names, targets
+from lora_kernels.peft_config import PREFIX
 
 # Projections that stood in a mixture's experts before Transformers 5 fused those. PEFT takes any
 # target of these last names, dense and shared MLPs included, for experts and moves it to the fused
@@ -42,6 +43,14 @@ def target_names(model: nn.Module, layers: list[str]) -> list[str] | str:
     if any(f".{name}".endswith(endings) for name in set(modules) - set(layers)):
         return "|".join(map(re.escape, sorted(layers)))
     return sorted(layers)
+
+
+def saved_names(model: nn.Module) -> list[str]:
+    """The names of the modules trained in full; with what PEFT puts before names where a name is
+    the end of another module's, since PEFT takes every module whose name ends so."""
+    saved = adapters.saved_modules(model)
+    others = {name for name, _ in names.named_modules(model)} - set(saved)
+    return sorted(PREFIX + n if any(o.endswith(n) for o in others) else n for n in saved)
 
 
 def warn_of_differences(model: nn.Module, config: dict, tensors: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lora_kernels.bypass import bypassed, poolers, unread
+from lora_kernels.bypass import bypassed, idle, poolers, unread
 from lora_kernels.layer import LoRALayer, is_conv1d, refusal
 from lora_kernels.names import join, named_modules, unwrapped
 
@@ -198,7 +198,7 @@ def find_targets(
 
 def _left_out(model: nn.Module, linear: dict[str, nn.Module]) -> dict[nn.Module, str]:
     """Linear layers that are no targets by default, with the reason."""
-    reasons: dict[nn.Module, str] = {}
+    reasons = idle(model)
     for _, module in named_modules(model):
         find_head = getattr(module, "get_output_embeddings", None)
         head = find_head() if callable(find_head) else None

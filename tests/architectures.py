@@ -93,6 +93,9 @@ OVERRIDES: dict[str, dict] = {
     "swin": {"image_size": 224, "window_size": 7},
     "donut-swin": {"image_size": 224, "window_size": 7},
     "esm": {"pad_token_id": 1, "mask_token_id": 2},
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}
+    },
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "mamba2": {"head_dim": 32},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -114,6 +117,7 @@ OVERRIDES: dict[str, dict] = {
     "glm_ocr": {"text_config": _MROPE_HALF},
 }
 EXPENSIVE = 60_000_000
+INERT = {"mra": "its attention gives zeros without a CUDA kernel"}
 
 
 class NotBuilt(Exception):
@@ -232,7 +236,11 @@ def shrink(config, overrides: dict, kinds: bool = True) -> dict:
 def build(kind: str, name: str | None = None):
     """The type's model from seed 0, in evaluation mode, a few million parameters at most."""
     name = name or classes()[kind]
-    cls = getattr(transformers, name)
+    if kind in INERT:
+        raise NotBuilt(INERT[kind])
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise NotBuilt(f"transformers {transformers.__version__} has no {name}")
     if getattr(cls, "is_dummy", False) or not hasattr(cls, "config_class"):
         raise NotBuilt("needs a package that is not installed")
     overrides = OVERRIDES.get(kind, {})
@@ -393,4 +401,24 @@ def _accepted(model, given: dict) -> dict:
     raise NotBuilt("placeholders do not fit")
 
 
-INPUTS: dict = {}
+def placeholders(config) -> list[int] | None:
+    """The tokens that stand for parts of images and sounds: no text to generate."""
+    parts = [config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))]
+    found = {
+        value
+        for part in parts
+        for name, value in vars(part).items()
+        if isinstance(value, int) and PLACEHOLDER.fullmatch(name)
+    }
+    return sorted(token for token in found if 0 <= token < VOCABULARY) or None
+
+
+PLACEHOLDER = re.compile(r"(image|video|audio|vision)(_\w+)?_token_(id|index)")
+INPUTS: dict = {
+    # As long as its positions are in training.
+    "reformer": lambda model, generator: {"input_ids": _tokens(model.config, generator, 2, 128)},
+    # Its state is changed in place where it is kept.
+    "rwkv": lambda model, generator: {
+        "input_ids": _tokens(model.config, generator), "use_cache": False
+    },
+}  # fmt: skip

@@ -361,6 +361,13 @@ MUTANTS = {
     "poolers taken for targets": ("targets.py", "_left_out", "reasons |= poolers(module)", "pass", "targets"),
     "poolers that are read left out": ("bypass.py", "poolers", ' and "seq_relationship" not in parts', "", "targets"),
     "targets under no_grad": ("bypass.py", "unread", "if _without_gradient(type(module).forward):", "if False:", "targets"),
+    "choices of tokens as targets": ("bypass.py", "idle", 'if kind.endswith("Indexer"):', "if False:", "targets"),
+    "idle parts as targets": ("targets.py", "_left_out", "reasons = idle(model)", "reasons = {}", "targets"),
+    "names that end others' names": ("peft_targets.py", "saved_names", "PREFIX + n if any(o.endswith(n) for o in others) else n", "n", "peft_targets"),
+    "names behind PEFT's prefix": ("peft_config.py", "Config.__init__", "name.removeprefix(PREFIX)", "name", "peft_targets"),
+    "check: magnified rounding is a bypass": ("check.py", "_merges", "if bound < moved < _SMALL:", "if False:", "check"),
+    "check: every small move is rounding": ("check.py", "_merges", "bound = 4 * _distance(apart, rounded)", "bound = _SMALL", "check"),
+    "check: reversible layers": ("check.py", "_count", "not torch.is_grad_enabled() and _in_function()", "False", "check"),
 }  # fmt: skip
 
 

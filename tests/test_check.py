@@ -135,6 +135,28 @@ class Reentrant(Net):
         return self.head(self.body(x) + checkpoint(self.side, x, use_reentrant=True))
 
 
+class _Reversible(torch.autograd.Function):
+    """Runs the layer again in the backward, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.layer(x).backward(grad)
+        return x.grad, None
+
+
+class Reversible(Net):
+    def forward(self, x):
+        return self.head(self.body(x) + _Reversible.apply(x, self.side))
+
+
 class NoRows(Net):
     def forward(self, x):
         return self.head(self.body(x)) + self.side(x[:0]).sum()
@@ -149,6 +171,11 @@ class PartlyPast(Net):
     def forward(self, x):
         hidden = self.body(x) + self.side(x)
         return self.head(hidden + x @ self.side.weight.t())
+
+
+class SlightlyPast(Net):
+    def forward(self, x):
+        return self.head(self.body(x) + self.side(x) + 0.01 * linear(x, self.side.weight))
 
 
 class PastInEval(Net):
@@ -167,15 +194,37 @@ class PastInEval(Net):
         (Detached, "does not reach the loss"),
         (WithoutGradients, "under no_grad"),
         (Reentrant, "reentrant activation checkpoint"),
+        (Reversible, "a reversible layer) whose inputs need no gradient"),
         (NoRows, "no rows in this batch"),
         (TimesZero, "exactly zero"),
         (PartlyPast, "merging it changes the output: PartlyPast.forward reads its weight"),
+        (SlightlyPast, "merging it changes the output: SlightlyPast.forward reads its weight"),
         (PastInEval, "merging it changes the output: PastInEval.forward reads its weight"),
     ],
 )
 @pytest.mark.parametrize("filled", [False, True])
 def test_what_does_not_act_is_named_with_the_reason(kind, reason, filled):
     assert reason in problem(adapted(kind(), filled=filled), X)
+
+
+class Magnifies(Net):
+    """Of a rounding in its last place the output moves by many thousands of them."""
+
+    def forward(self, x):
+        hidden = self.body(x) + self.side(x)
+        return self.head(torch.sin(1e4 * hidden / hidden.detach().abs().max()))
+
+
+def test_rounding_that_the_model_magnifies_is_no_bypass():
+    torch.manual_seed(0)
+    report = lk.check_adapters(adapted(Magnifies(), filled=True), X)
+    assert report.ok, report
+    assert all(one.merges for one in report.adapters)
+
+
+def test_a_reversible_layer_acts_where_its_inputs_have_gradients():
+    model = adapted(Reversible(), filled=True)
+    assert lk.check_adapters(model, X.clone().requires_grad_()).ok
 
 
 def frozen(layer):

@@ -193,3 +193,38 @@ def test_a_module_in_two_places(tmp_path):
     assert torch.equal(fresh(x), model(x))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_parameters"] is None
+
+
+class Ends(nn.Module):
+    """Names that end as others' do: PEFT takes every module that a name is the end of."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.body = nn.ModuleDict({"post_norm": nn.LayerNorm(8), "proj": nn.Linear(8, 8)})
+        self.up = nn.Sequential()
+        self.up.up = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.up.up(self.norm(self.body["post_norm"](self.body["proj"](x))))
+
+
+def test_a_saved_module_whose_name_ends_others(tmp_path):
+    plain, x = Ends(), torch.randn(3, 8)
+    model = adapted(
+        copy.deepcopy(plain), target_modules="body.proj", modules_to_save=["norm", "up"]
+    )
+    with torch.no_grad():
+        model.norm.bias.add_(1)
+        model.up.up.bias.add_(1)
+    save_adapter(model, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    assert written == ["base_model.model.norm", "base_model.model.up"]
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x))
+    ours = copy.deepcopy(plain)
+    load_adapter(ours, tmp_path, strict=True)
+    torch.testing.assert_close(ours(x), model(x))
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }

@@ -134,3 +134,31 @@ def test_what_runs_under_no_grad_is_no_target():
     assert report.skipped["scores.inner"].startswith("Scores.forward runs under no_grad")
     with pytest.raises(ValueError, match=r"scores\.inner: Scores\.forward runs under no_grad"):
         apply_lora(nn.ModuleDict({"scores": Scores()}), 2, target_modules=["inner"])
+
+
+class TopIndexer(Scores):
+    def forward(self, x):
+        return self.inner(x).topk(2).indices
+
+
+class Owlv2ForObjectDetection(nn.Module):
+    """By its class's name: what is known of the real one."""
+
+    def __init__(self):
+        super().__init__()
+        self.owlv2 = nn.ModuleDict({"visual_projection": nn.Linear(4, 4), "body": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("build", "path", "reason"),
+    [
+        (TopIndexer, "inner", "TopIndexer chooses tokens"),
+        (Owlv2ForObjectDetection, "owlv2.visual_projection", "boxes do not read it"),
+    ],
+)
+def test_what_no_output_needs_is_a_target_by_name_alone(build, path, reason):
+    report = apply_lora(nn.ModuleDict({"part": build(), "body": nn.Linear(4, 4)}), 2)
+    assert reason in report.skipped[f"part.{path}"]
+    assert "body" in report.replaced
+    named = apply_lora(nn.ModuleDict({"part": build()}), 2, target_modules=f"part.{path}")
+    assert named.replaced == [f"part.{path}"]

@@ -26,6 +26,7 @@ class Case(NamedTuple):
     K: int = 4096
     r: int = 16
     dropout: float = 0.0
+    scaling: float = 1.0  # over 1 in fp16 a power of two of it goes to s B^T
     bias: bool = False
     transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
     part: bool = False  # x is a part of a larger matrix: the dropout mask has an offset
@@ -34,6 +35,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         flags = f"{' dropout' * bool(self.dropout)}{' bias' * self.bias}"
+        flags += f" scaling {self.scaling}" * (self.scaling != 1)
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"{self.M}x{self.N}x{self.K} r{self.r}"
         fields = "".join(
@@ -72,7 +74,16 @@ def _defaults() -> Iterator[Case]:
     yield backward._replace(transposed=True, r=64)
     yield backward._replace(dtype=torch.float32)
     yield backward._replace(M=512, r=64)
-    yield Case(dtype=torch.float16, bias=True)
+    half = Case(dtype=torch.float16, bias=True)
+    yield half
+    for r in (16, 64):
+        yield half._replace(scaling=32.0, r=r)
+        yield half._replace(scaling=32.0, r=r, plan="dual", N=1024, ops=("forward",))
+        if r == 16:  # at 64 the flag kernel spills 96 bytes on sm_100, whose tuner then decides
+            yield half._replace(scaling=32.0, r=r, plan="flag", ops=("forward",))
+        yield half._replace(scaling=32.0, r=r, plan="decode", M=16, ops=("forward",))
+        yield half._replace(scaling=32.0, r=r, plan="grouped", ops=("backward",))
+        yield half._replace(scaling=32.0, r=r, dropout=0.1)
     yield Case(plan="cublas", dropout=0.1)
     yield Case(plan="cublas", r=128)
     yield Case(M=512, bias=True)

@@ -176,7 +176,7 @@ def compile_case(case: Case, arch: int, seen: set[str]) -> list[Kernel]:
     bias = tensor(1, N)[0] if case.bias else None
     words = 3 if case.part else 1
     seed = torch.empty(words, dtype=torch.int64, device="meta") if case.dropout else None
-    branch = (1.0, case.dropout, seed)
+    branch = (case.scaling, case.dropout, seed)
     # Not put back: where there is no GPU, Triton has no driver to return to.
     triton.runtime.driver.set_active(_OfflineDriver(arch))
     with assume(TARGETS[arch]), intercept(build), plans.using(case.plan, case.tiles):
