@@ -537,16 +537,19 @@ def _merges(adapters: list[_Adapter], layers: list[list[_Adapter]], run: Callabl
         output = run(adapters, evaluate=True, change=change)
         return [t.detach().to(torch.float64, copy=True) for t in _floating(output)]
 
-    def enlarged() -> None:
+    def restore() -> None:
         for parameter, data, value in kept:
             parameter.data = data
             parameter.copy_(value)
+        for layer in layers:
+            getattr(layer[0].layer, "merged_adapters", []).clear()
+
+    def enlarge() -> None:
         for adapter in chosen:
-            getattr(adapter.layer, "merged_adapters", []).clear()
             _enlarge(adapter)
 
     try:
-        enlarged()
+        enlarge()
         apart = outputs(None)
         merged = outputs(merge)
         if not apart or [t.shape for t in apart] != [t.shape for t in merged]:
@@ -555,17 +558,14 @@ def _merges(adapters: list[_Adapter], layers: list[list[_Adapter]], run: Callabl
         # too.
         bound, moved = 8 * eps * len(layers) ** 0.5, _distance(apart, merged)
         if bound < moved < _SMALL:  # a bypass, or a model that magnifies rounding
-            enlarged()
+            restore()
+            enlarge()
             rounded = outputs(round_weights)
             if [t.shape for t in apart] == [t.shape for t in rounded]:
                 bound = 4 * _distance(apart, rounded)
         return moved <= bound
     finally:
-        for parameter, data, value in kept:
-            parameter.data = data
-            parameter.copy_(value)
-        for layer in layers:
-            getattr(layer[0].layer, "merged_adapters", []).clear()
+        restore()
 
 
 def _enlarge(adapter: _Adapter) -> None:
