@@ -61,9 +61,9 @@ class LowRankUpdate(nn.Module):
     def forward_raw(self, x: Tensor, p: float, seed: int) -> Tensor:
         """The op itself: matrices, a seed tensor, and what backward will need, said beforehand."""
         train = torch.is_grad_enabled()
-        y, _, _ = torch.ops.lora_kernels.lora_linear(
+        y, _ = torch.ops.lora_kernels.lora_linear(
             x.reshape(-1, x.shape[-1]), self.base.weight, self.down, self.up, self.base.bias,
-            self.factor, p, torch.tensor(seed, device=x.device), train, train,
+            self.factor, p, torch.tensor(seed, device=x.device), train,
         )  # fmt: skip
         return y.view(*x.shape[:-1], -1)
 

@@ -10,28 +10,18 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-# The dimensions of every matrix of the ops by name: x [M,K] and so on.
-DIMENSIONS = {
-    "x": "MK", "weight": "NK", "lora_a": "rK", "lora_b": "Nr", "bias": "N", "base_out": "MN",
-    "y": "MN", "s": "Mr", "dy": "MN", "dx": "MK", "dweight": "NK", "da": "rK", "db": "Nr",
-}  # fmt: skip
+from lora_kernels._contract import ALSO, DIMENSIONS, DTYPES, NOT_GIVEN, READERS, Op
+
 ROWS, COLUMNS = 1 << 32, 1 << 35  # of the dropout mask
-NOT_GIVEN = (0,)  # the shape in which a backward op gets and returns what is not needed
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Dtypes beside that of the first tensor: fp32 master copies, and what autocast leaves as it is.
-_ALSO = {
-    "lora_a": DTYPES[:1], "lora_b": DTYPES[:1], "weight": DTYPES[:3], "bias": DTYPES[:3],
-}  # fmt: skip
-_READERS = {"x": ("need_weight", "need_a"), "s": ("need_b",)}
 
 
-def checker(names: Sequence[str]) -> Callable[[Sequence], None]:
-    """The check of an op with arguments of these names: it raises ValueError (shape, device, value)
-    or TypeError (dtype), naming the argument; all must fit the first."""
-    tensors = [(i, DIMENSIONS[key], key) for i, key in enumerate(names) if key in DIMENSIONS]
+def checker(op: Op) -> Callable[[Sequence], None]:
+    """The check of an op's arguments: it raises ValueError (shape, device, value) or TypeError
+    (dtype), naming the argument; all must fit the first."""
+    names = op.arguments
+    tensors = [(i, DIMENSIONS[key], key) for key, i in op.index.items() if key in DIMENSIONS]
     values = itemgetter(*map(names.index, ("scaling", "dropout_p", "seed")))
-    backward = names[0] == "dy"
+    backward = op.is_backward
 
     def check(args: Sequence) -> None:
         sizes: dict[str, int] = {}
@@ -128,8 +118,8 @@ def _extent(matrix: Tensor) -> int:
 
 
 def _is_read(key: str, names: Sequence[str], args: Sequence) -> bool:
-    return key not in _READERS or any(
-        args[names.index(reader)] for reader in _READERS[key] if reader in names
+    return key not in READERS or any(
+        args[names.index(reader)] for reader in READERS[key] if reader in names
     )
 
 
@@ -142,7 +132,7 @@ def _refuse(key: str, letters: str, wanted: str, shape: torch.Size) -> None:
 
 
 def _check_other_dtype(first: str, dtype: torch.dtype, key: str, tensor: Tensor) -> None:
-    legal = [t for t in _ALSO.get(key, ()) if t != dtype and dtype != torch.float64]
+    legal = [t for t in ALSO.get(key, ()) if t != dtype and dtype != torch.float64]
     if tensor.dtype not in legal:
         expected = " or ".join([f"{first}'s dtype {dtype}", *map(str, legal)])
         raise TypeError(f"{key}: expected {expected}, got {tensor.dtype}")

@@ -23,3 +23,6 @@ if PLAN is not None and BACKEND not in (None, "triton"):
         f"LORA_KERNELS_PLAN={PLAN} forces a plan of the triton backend,"
         f" but LORA_KERNELS_BACKEND={BACKEND}"
     )
+
+# Registers autograd by torch.library's own means alone: slower calls, no private part of torch.
+PUBLIC_DISPATCH = _choice("LORA_KERNELS_PUBLIC_DISPATCH", ("0", "1")) == "1"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_kernels import __version__, _env, backends
-from lora_kernels._ops import OPS
+from lora_kernels._contract import OPS
 from lora_kernels.functional import lora_linear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

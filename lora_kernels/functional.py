@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import _checks, _ops
+from lora_kernels import _checks, _dispatch, _ops  # noqa: F401 _ops defines what is called
+from lora_kernels._contract import DTYPES
 
 _STRIDED = torch.strided
 
@@ -67,9 +68,9 @@ def lora_linear(
         x, lora_a, lora_b = _check_linear(x, weight, lora_a, lora_b, bias)
     scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
-    y = _ops.call(
+    y = _dispatch.call(
         "lora_linear", _rows(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
-        torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
+        torch.is_grad_enabled() and lora_b.requires_grad,
     )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
 
@@ -99,9 +100,9 @@ def lora_add(
     base_out, x, lora_a, lora_b, scaling, dropout_p, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
     )
-    y = _ops.call(
+    y = _dispatch.call(
         "lora_add", _rows(base_out), _rows(x), lora_a, lora_b, scaling, dropout_p, seed,
-        torch.is_grad_enabled() and lora_b.requires_grad, _saves_mask(x, lora_a, dropout_p),
+        torch.is_grad_enabled() and lora_b.requires_grad,
     )  # fmt: skip
     return y if base_out.dim() == 2 else y.view(base_out.shape)
 
@@ -140,7 +141,7 @@ def lora_add_(
             f"base_out: expected leading dimensions that view as one, got strides {result.stride()}"
             f" for shape {_shape(result)}"
         ) from error
-    _ops.call_in_place(rows, _rows(x), lora_a, lora_b, scaling, dropout_p, seed)
+    _dispatch.call_in_place("lora_add_", rows, _rows(x), lora_a, lora_b, scaling, dropout_p, seed)
     return result
 
 
@@ -202,7 +203,7 @@ def _are_sound(x, lora_a, lora_b, base, bias, linear: bool) -> bool:
         return False
     if base.shape != ((N, K) if linear else (*leading[:-1], N)):
         return False
-    return dtype in _checks.DTYPES and (x.is_meta or not torch.is_autocast_enabled(device.type))
+    return dtype in DTYPES and (x.is_meta or not torch.is_autocast_enabled(device.type))
 
 
 def _check_linear(x, weight, lora_a, lora_b, bias) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,12 +297,12 @@ def _autocast(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor
 def _check_dtypes(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, others: dict[str, Tensor | None], autocast: bool
 ) -> None:
-    if x.dtype not in _checks.DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     for name, tensor in others.items():
         if tensor is None or tensor.dtype == x.dtype:
             continue
-        if not (autocast and tensor.dtype in _checks.DTYPES[:3]):
+        if not (autocast and tensor.dtype in DTYPES[:3]):
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
         if tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
@@ -371,10 +372,3 @@ def _check_scaling(scaling: Tensor, device: torch.device) -> Tensor:
     if scaling.requires_grad and torch.is_grad_enabled():
         raise ValueError("scaling: expected no requires_grad, it has no gradient; detach it")
     return scaling.reshape(())
-
-
-def _saves_mask(x: Tensor, lora_a: Tensor, dropout_p: float) -> bool:
-    """Whether backward will need the dropout mask; a backend may keep one bit per element or the
-    seed."""
-    needed = x.requires_grad or lora_a.requires_grad
-    return dropout_p > 0 and torch.is_grad_enabled() and needed

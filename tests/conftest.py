@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from lora_kernels import _ops, backends
+from lora_kernels import backends
+from lora_kernels.branch import Dense
 
 settings.register_profile(
     "lora_kernels",
@@ -35,16 +36,23 @@ def _fixed_seed():
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """(op, rows) of every call that reaches a backend."""
-    calls, module = [], backends.choose("cpu").module
+    calls, serving = [], backends.serving
 
-    def counted(name):
+    def counted(function, name):
         def run(*args):
-            calls.append((name, args[0].shape[0]))
-            return getattr(module, name)(*args)
+            calls.append((name, args[1].shape[0]))
+            return function(*args)
 
         return run
 
-    counting = SimpleNamespace(**{name: counted(name) for name in _ops.OPS})
-    choice = backends.Choice("counting", counting, "counted by a test")
-    monkeypatch.setattr(backends, "choose", lambda device: choice)
+    def counting(base, rows, branch):
+        backend = serving(base, rows, branch)
+        kind = "lora_linear" if isinstance(base, Dense) else "lora_add"
+        return SimpleNamespace(
+            forward=counted(backend.forward, kind),
+            add_=counted(backend.add_, f"{kind}_"),
+            backward=counted(backend.backward, f"{kind}_backward"),
+        )
+
+    monkeypatch.setattr(backends, "serving", counting)
     return calls

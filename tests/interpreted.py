@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lora_kernels.backends import plans
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 from lora_kernels.backends.scaling import split
+from lora_kernels.branch import Branch, Dense
 
 ops = torch.ops.lora_kernels
 NAMES = ("y", "s", "dx", "da", "db")
@@ -56,6 +57,10 @@ class Problem:
         place = [5 * case.M, 8 * case.K] if case.M % 2 else []
         self.seed = torch.tensor([-(3 << 40) - case.M, *place]) if case.p else None
         self.branch = (SCALING, case.p, self.seed)
+        self.base, self.low_rank = (
+            Dense(self.weight, self.bias),
+            Branch(self.a, self.b, *self.branch),
+        )
 
     def keep(self) -> torch.Tensor | float:
         if not self.case.p:
@@ -82,18 +87,16 @@ class Problem:
         return dict(zip(NAMES, (y.detach(), s.detach(), dx, da, db), strict=True))
 
     def linear(self, needed=(True, False, True, True)) -> dict[str, torch.Tensor]:
-        y, s, mask = ops.lora_linear(
-            self.x, self.weight, self.a, self.b, self.bias, *self.branch, True, False
-        )
+        y, s = ops.lora_linear(self.x, self.weight, self.a, self.b, self.bias, *self.branch, True)
         dx, _, da, db = ops.lora_linear_backward(
-            self.dy, self.x, self.weight, self.a, self.b, s, mask, *self.branch, *needed
+            self.dy, self.x, self.weight, self.a, self.b, s, *self.branch, *needed
         )
         return dict(zip(NAMES, (y, s, dx, da, db), strict=True))
 
     def add(self, base: torch.Tensor) -> dict[str, torch.Tensor]:
-        y, s, mask = ops.lora_add(base, self.x, self.a, self.b, *self.branch, True, False)
+        y, s = ops.lora_add(base, self.x, self.a, self.b, *self.branch, True)
         dx, da, db = ops.lora_add_backward(
-            self.dy, self.x, self.a, self.b, s, mask, *self.branch, True, True, True
+            self.dy, self.x, self.a, self.b, s, *self.branch, True, True, True
         )
         return dict(zip(NAMES, (y, s, dx, da, db), strict=True))
 

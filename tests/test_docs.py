@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import _ops
+from lora_kernels._contract import OPS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "ops.md").read_text()
@@ -32,9 +32,7 @@ def quoted(prefix):
 
 
 def test_schemas_are_the_registered_ones():
-    registered = {
-        name: str(getattr(torch.ops.lora_kernels, name).default._schema) for name in _ops.OPS
-    }
+    registered = {name: str(getattr(torch.ops.lora_kernels, name).default._schema) for name in OPS}
     assert {k: f"lora_kernels::{v}" for k, v in quoted("lora_kernels::").items()} == registered
 
 

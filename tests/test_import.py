@@ -15,10 +15,12 @@ OPTIONAL = ("triton", "transformers", "peft", "safetensors", "matplotlib")
 # __init__ for what is taken from the library as its users do.
 FLOORS = {
     "_env": -2,
+    "branch": -3,
+    "_contract": -2.5,
     "_checks": -2,
     "backends": -1,
-    "_flops": -1,
-    "_vmap": -1,
+    "_dispatch": -1,
+    "rules": -1,
     "_ops": 0,
     "functional": 1,
     "state": 1.8,

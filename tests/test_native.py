@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lora_kernels import _env, backends, lora_add, lora_add_, lora_linear
 from lora_kernels.backends import blocked, dropout, native, reference
 from lora_kernels.backends.native import extension
+from lora_kernels.branch import Branch, Dense
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.status())
 
@@ -271,8 +272,8 @@ def test_other_dtypes_fall_back_or_raise_when_forced(monkeypatch):
     tensors, _ = oracle.make(case)
     t = {name: value.detach() for name, value in tensors.items()}
     y = lora_linear(**t, scaling=2.0)
-    low = (t["lora_a"], t["lora_b"], t["bias"], 2.0, 0.0, None, False, False)
-    assert torch.equal(y, reference.lora_linear(t["x"], t["weight"], *low)[0])
+    base, low = Dense(t["weight"], t["bias"]), Branch(t["lora_a"], t["lora_b"], 2.0, 0.0, None)
+    assert torch.equal(y, reference.forward(base, t["x"], low, False)[0])
     monkeypatch.setattr(_env, "BACKEND", "native")
     with pytest.raises(RuntimeError, match=r"LORA_KERNELS_BACKEND=native.*torch\.float64"):
         lora_linear(**t, scaling=2.0)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import lora_add, lora_linear
 from lora_kernels.backends import blocked, reference
+from lora_kernels.branch import Branch, Dense, Given, Need
 
 ops = torch.ops.lora_kernels
 M, K, N, R = 12, 20, 16, 3
@@ -32,14 +33,14 @@ def branch(p):
 
 def call(name, t, p, save=True, need=None):
     """The argument tuple of an op."""
-    s, none = torch.randn(len(t["x"]), R).to(t["x"].dtype), t["x"].new_empty(0)
+    s = torch.randn(len(t["x"]), R).to(t["x"].dtype)
     dy = torch.randn_like(t["base"])
     args = {
-        "lora_linear": (t["x"], t["weight"], t["a"], t["b"], t["bias"], *branch(p), save, save),
-        "lora_add": (t["base"], t["x"], t["a"], t["b"], *branch(p), save, save),
+        "lora_linear": (t["x"], t["weight"], t["a"], t["b"], t["bias"], *branch(p), save),
+        "lora_add": (t["base"], t["x"], t["a"], t["b"], *branch(p), save),
         "lora_add_": (t["base"], t["x"], t["a"], t["b"], *branch(p)),
-        "lora_linear_backward": (dy, t["x"], t["weight"], t["a"], t["b"], s, none, *branch(p)),
-        "lora_add_backward": (dy, t["x"], t["a"], t["b"], s, none, *branch(p)),
+        "lora_linear_backward": (dy, t["x"], t["weight"], t["a"], t["b"], s, *branch(p)),
+        "lora_add_backward": (dy, t["x"], t["a"], t["b"], s, *branch(p)),
     }[name]
     if name.endswith("backward"):
         args += need or (True,) * (4 if "linear" in name else 3)
@@ -69,12 +70,11 @@ def test_gradcheck(p):
 
 
 @pytest.mark.parametrize("name", ["lora_linear", "lora_add"])
-def test_s_and_mask_are_not_differentiable(name):
-    y, s, mask = getattr(ops, name)(*call(name, inputs(), 0.0))
+def test_s_is_not_differentiable(name):
+    y, s = getattr(ops, name)(*call(name, inputs(), 0.0))
     assert y.requires_grad
     assert s.shape == (M, R)
     assert not s.requires_grad
-    assert not mask.requires_grad
 
 
 def both(t, p=0.0):
@@ -159,7 +159,7 @@ def test_needs_input_grad_reaches_the_op(need):
         both(t, p=0.3)["linear"]().sum().backward()
     (forward, fargs), *backward = calls.seen
     assert forward == "lora_linear"
-    assert fargs[-2:] == (need[3], need[0] or need[2])
+    assert fargs[-1] == need[3]
     expected = [("lora_linear_backward", need[:4])] if any(need[:4]) else []
     assert [(name, args[-4:]) for name, args in backward] == expected
     for name, needed in zip(names, need, strict=True):
@@ -175,7 +175,7 @@ def test_needs_input_grad_reaches_lora_add(need):
         return
     with Calls() as calls:
         both(t)["add"]().sum().backward()
-    assert calls.seen[0][1][-2:] == (need[3], False)
+    assert calls.seen[0][1][-1] == need[3]
     assert [args[-3:] for _, args in calls.seen[1:]] == ([need[1:]] if any(need[1:]) else [])
     for name, needed in zip(names, need, strict=True):
         assert (t[name].grad is not None) == needed
@@ -238,7 +238,7 @@ def test_pure_deterministic_and_fully_written(name, p, wide, monkeypatch):
 
 def test_lora_add_changes_base_out_alone():
     t = inputs(grad=False)
-    expected, _, _ = ops.lora_add(*call("lora_add", t, 0.3))
+    expected, _ = ops.lora_add(*call("lora_add", t, 0.3))
     copies = {name: v.clone() for name, v in t.items()}
     ops.lora_add_(*call("lora_add_", t, 0.3))
     assert torch.equal(t["base"], expected)
@@ -312,17 +312,16 @@ def test_memory_beside_the_outputs(name, p, wide, monkeypatch):
     t["base_out"] = torch.randn_like(dy)
     t = {key: v.detach() for key, v in t.items()}
     a, b, seed = t["lora_a"], t["lora_b"], torch.tensor(1)
-    s, none = torch.randn(512, 2).bfloat16(), torch.empty(0)
-    args = {
-        "lora_linear": (t["x"], t["weight"], a, b, t["bias"], 1.0, p, seed, True, True),
-        "lora_add": (t["base_out"], t["x"], a, b, 1.0, p, seed, True, True),
-        "lora_linear_backward": (
-            *(dy, t["x"], t["weight"], a, b, s, none, 1.0, p, seed, True, not wide and not p),
-            *(True, True),
-        ),
+    s, none, x = torch.randn(512, 2).bfloat16(), torch.empty(0), t["x"]
+    base, branch = Dense(t["weight"], t["bias"]), Branch(a, b, 1.0, p, seed)
+    need = Need(True, not wide and not p, True, True)
+    run = {
+        "lora_linear": lambda: reference.forward(base, x, branch, True),
+        "lora_add": lambda: reference.forward(Given(t["base_out"]), x, branch, True),
+        "lora_linear_backward": lambda: reference.backward(base, dy, x, s, branch, need),
     }[name]
     with torch.no_grad(), Largest() as memory:
-        outputs = getattr(reference, name)(*args)
+        outputs = [none if output is None else output for output in run()]
     # Rank-sized scratch, or a block; the mask of a block is made of int64 words (8 x an fp32).
     limit = 8 * block_bytes if p or wide else 4 * 512 * 2
     assert memory.beside([*outputs, *t.values(), dy, s, seed, none]) <= limit

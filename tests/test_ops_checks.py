@@ -1,9 +1,15 @@
 """Bad input to the raw ops, which other libraries and C++ call past `functional`: always a
 ValueError or TypeError that names the argument, never a result."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import _checks, _ops, lora_add_, lora_linear
 
@@ -17,7 +23,7 @@ def good(name):
     """Arguments by name, in the order of the schema."""
     shapes = {
         "x": (M, K), "weight": (N, K), "lora_a": (R, K), "lora_b": (N, R), "bias": (N,),
-        "base_out": (M, N), "dy": (M, N), "s": (M, R), "mask": (0,),
+        "base_out": (M, N), "dy": (M, N), "s": (M, R),
     }  # fmt: skip
     values = {key: torch.randn(shape) for key, shape in shapes.items()}
     values |= {"scaling": 2.0, "dropout_p": 0.0, "seed": None}
@@ -167,3 +173,57 @@ def test_shared_memory(first, offset, pitch):
     found = _checks._share_memory(left, right)
     assert found == shared if pitch == 8 else found >= shared
     assert found == _checks._share_memory(right, left)
+
+
+class OwnCall(TorchDispatchMode):
+    """Calls an op of its own, with arguments that do not fit, before the one that it sees."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is ops.lora_linear.default:
+            x, weight, a, b, *rest = args
+            with pytest.raises(ValueError, match=r"lora_b: .* with N = 5"):
+                function(x, weight, a, b[:1], *rest)
+            with pytest.raises(ValueError, match="dropout_p"):
+                function(x, weight, a, b, rest[0], rest[1], 2.0, *rest[3:])
+            self.refused = True
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_s_own_call_is_checked():
+    x, weight, a, b, *_ = good("lora_linear").values()
+    with OwnCall() as mode:
+        lora_linear(x, weight, a, b)
+    assert mode.refused
+
+
+PUBLIC = """
+import torch
+from lora_kernels import _dispatch, lora_linear, lora_add
+assert not _dispatch.PRIVATE
+shapes = ((4, 6), (5, 6), (2, 6), (5, 2), (5,))
+t = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+options = {"scaling": 0.7, "dropout_p": 0.3, "seed": 3}
+assert torch.autograd.gradcheck(lambda *v: lora_linear(*v, **options), t)
+base = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+assert torch.autograd.gradcheck(lambda *v: lora_add(*v, **options), (base, t[0], *t[2:4]))
+(dx,) = torch.autograd.grad(lora_linear(*t).square().sum(), t[0], create_graph=True)
+try:
+    dx.sum().backward()
+except NotImplementedError as error:
+    assert "double backward" in str(error)
+else:
+    raise AssertionError("double backward")
+assert not lora_linear(*(v.detach() for v in t)).requires_grad
+compiled = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
+torch.testing.assert_close(compiled(*t), lora_linear(*t))
+"""
+
+
+def test_the_public_way_of_torch_library():
+    environment = {**os.environ, "LORA_KERNELS_PUBLIC_DISPATCH": "1"}
+    root = str(Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", PUBLIC], env=environment | {"PYTHONPATH": root},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]

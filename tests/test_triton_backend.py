@@ -12,12 +12,13 @@ import torch
 
 from lora_kernels import _env, backends
 from lora_kernels.backends import plans
+from lora_kernels.branch import Branch, Dense
 
 ROOT = Path(__file__).parent.parent
 CALL = """
 import torch, lora_kernels
 x = torch.ones(2, 3)
-torch.ops.lora_kernels.lora_linear(x, x, x[:1], x[:, :1], None, 1.0, 0.0, None, False, False)
+torch.ops.lora_kernels.lora_linear(x, x, x[:1], x[:, :1], None, 1.0, 0.0, None, False)
 """
 
 
@@ -112,9 +113,21 @@ def test_nearest_proven_bucket(tuned):
     assert plans.choose(call(dropout=True), device).plan == "aten"
     # decode is nearer, but not proven.
     assert plans.choose(call(M=8), device).plan == "cublas"
-    # No bucket of this kind.
-    assert plans.choose(call(dtype="float16"), device).plan == "cublas"
-    assert plans.choose(call(op="backward"), device).plan == "cublas"
+    # No bucket of this kind: nothing that was not proven for it becomes a default.
+    assert plans.choose(call(dtype="float16"), device).plan == "aten"
+    assert plans.choose(call(op="backward"), device).plan == "aten"
+    assert plans.choose(call(), torch.device("cuda", 1)).plan == "shrink_gemm"
+
+
+def test_a_struck_out_plan_is_no_default(tuned, monkeypatch):
+    table = TABLE | {"proven": ["aten"]}
+    monkeypatch.setattr(plans, "tuned", lambda index: table)
+    assert plans.choose(call(), torch.device("cuda", 0)).plan == "aten"
+
+
+def test_a_forced_backend_without_a_table_runs_its_kernels(monkeypatch):
+    monkeypatch.setattr(_env, "BACKEND", "triton")
+    assert plans.choose(call(), torch.device("cpu")).plan == "cublas"
 
 
 def test_forced_plan_overrides_the_table(tuned, monkeypatch):
@@ -196,7 +209,7 @@ def test_an_overlapped_launch_keeps_what_is_still_read(split):
         launch.intercept(record),
         plans.using("shrink_gemm", tiles),
     ):
-        backend.lora_linear(x, weight, a, b, None, 1.0, 0.0, None, True, False)
+        backend.forward(Dense(weight), x, Branch(a, b, 1.0, 0.0, None), True)
     *others, before, last = launched
     assert (before[0], len(partials)) == (
         ("reduce_kernel", 1) if split > 1 else ("shrink_kernel", 0)

@@ -13,6 +13,7 @@ from lora_kernels import _env
 from lora_kernels.backends import plans
 from lora_kernels.backends import triton as backend
 from lora_kernels.backends.triton.launch import Target, assume, intercept
+from lora_kernels.branch import Given, Need
 
 F16, F32 = torch.float16, torch.float32
 ONE_LAUNCH = ("decode", "dual", "flag")
@@ -58,18 +59,14 @@ def kernels_touching(run) -> dict[str, list[str]]:
 
 def forward(problem: Problem) -> dict[str, torch.Tensor]:
     x, weight = problem.x, problem.weight
-    y, problem.s, problem.mask = backend.lora_linear(
-        x, weight, problem.a, problem.b, problem.bias, *problem.branch, True, False
-    )
+    y, problem.s = backend.forward(problem.base, x, problem.low_rank, True)
     return {"x": x, "weight": weight, "y": y}
 
 
 def backward(problem: Problem) -> dict[str, torch.Tensor]:
     x, weight, dy = problem.x, problem.weight, problem.dy
-    dx, *_ = backend.lora_linear_backward(
-        dy, x, weight, problem.a, problem.b, problem.s, problem.mask, *problem.branch,
-        True, False, True, True,
-    )  # fmt: skip
+    need = Need(True, False, True, True)
+    dx, *_ = backend.backward(problem.base, dy, x, problem.s, problem.low_rank, need)
     return {"x": x, "weight": weight, "dy": dy, "dx": dx}
 
 
@@ -123,15 +120,13 @@ def test_the_branch_alone(r):
     base = torch.randn(48, 136).half()
 
     def add() -> dict[str, torch.Tensor]:
-        y, problem.s, problem.mask = backend.lora_add(
-            base, problem.x, problem.a, problem.b, *problem.branch, True, False
-        )
+        y, problem.s = backend.forward(Given(base), problem.x, problem.low_rank, True)
         return {"x": problem.x, "base_out": base, "y": y}
 
     def gradients() -> dict[str, torch.Tensor]:
-        dx, *_ = backend.lora_add_backward(
-            problem.dy, problem.x, problem.a, problem.b, problem.s, problem.mask, *problem.branch,
-            True, True, True,
+        dx, *_ = backend.backward(
+            Given(), problem.dy, problem.x, problem.s, problem.low_rank,
+            Need(True, False, True, True),
         )  # fmt: skip
         return {"x": problem.x, "dy": problem.dy, "dx": dx}
 
@@ -146,9 +141,9 @@ def test_nothing_is_read_for_a_gradient_nobody_needs():
         forward(problem)
 
         def only_dx() -> dict[str, torch.Tensor]:
-            dx, *_ = backend.lora_linear_backward(
-                problem.dy, problem.x, problem.weight, problem.a, problem.b, problem.s,
-                problem.mask, *problem.branch, True, False, False, False,
+            dx, *_ = backend.backward(
+                problem.base, problem.dy, problem.x, problem.s, problem.low_rank,
+                Need(True, False, False, False),
             )  # fmt: skip
             return {"x": problem.x, "dy": problem.dy, "dx": dx, "s": problem.s}
 

@@ -10,12 +10,14 @@ the frozen layer itself there, and rounds every output once.
 
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 from lora_kernels.backends.scaling import split
+from lora_kernels.branch import Base, Branch, Dense, Need
 
 _CPU_BLOCK_BYTES = 8 << 20
 _ACCELERATOR_BLOCK_BYTES = 64 << 20
@@ -59,89 +61,63 @@ def _blocks(count: int, step: int) -> Iterator[slice]:
         yield slice(first, min(first + step, count))
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(y, s), shapes as in `reference`."""
-    (M, K), N = x.shape, weight.shape[0]
-    a, b = _adapters(x, lora_a, lora_b)
-    low, high = split(scaling, x.dtype)
+def forward(base: Dense, x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
+    """(y, s), as in `reference`."""
+    (M, K), N = x.shape, base.weight.shape[0]
+    a, b = _adapters(x, branch)
+    _, high = split(branch.scaling, x.dtype)
     y, s = x.new_empty(M, N), x.new_empty(M, a.shape[0])
     for block in _blocks(M, _step(x, max(K, N))):
         rows = x[block].to(a.dtype)
-        _shrink(rows, block, a, low, dropout_p, seed, s[block])
-        _product(rows, weight.t(), bias, s[block].to(a.dtype), b.t(), y[block], high)
+        _shrink(rows, block, a, branch, s[block])
+        product = _Product(s[block].to(a.dtype), b.t(), high)
+        _multiply(rows, base.weight.t(), base.bias, product, y[block])
     return y, s
 
 
-def add_branch(
-    y: Tensor,
-    x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
+def add_branch(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
     """y += s B^T; returns s."""
     (M, K), N = x.shape, y.shape[1]
-    a, b = _adapters(x, lora_a, lora_b)
-    low, high = split(scaling, x.dtype)
+    a, b = _adapters(x, branch)
+    _, high = split(branch.scaling, x.dtype)
     s = x.new_empty(M, a.shape[0])
     for block in _blocks(M, _step(x, max(K, N))):
-        _shrink(x[block].to(a.dtype), block, a, low, dropout_p, seed, s[block])
+        _shrink(x[block].to(a.dtype), block, a, branch, s[block])
         y[block] = y[block].to(a.dtype).addmm_(s[block].to(a.dtype), b.t(), alpha=high)
     return s
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
+    base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB), None where not needed; without a weight dx is the branch's alone."""
-    (M, N), (r, K) = dy.shape, lora_a.shape
-    a, b = _adapters(dy, lora_a, lora_b)
-    total = _sum_dtype(dy.dtype)
-    scale = keep_scale(dropout_p) if dropout_p else 1.0
-    _, high = split(scaling, dy.dtype)
-    dx = dy.new_empty(M, K) if need_x else None
-    d_a = dy.new_zeros(r, K, dtype=total) if need_a else None
-    d_b = dy.new_zeros(r, N, dtype=total) if need_b else None
+    (M, N), (r, K) = dy.shape, branch.lora_a.shape
+    weight = base.weight if isinstance(base, Dense) else None
+    a, b = _adapters(dy, branch)
+    total, p = _sum_dtype(dy.dtype), branch.dropout_p
+    scale = keep_scale(p) if p else 1.0
+    _, high = split(branch.scaling, dy.dtype)
+    dx = dy.new_empty(M, K) if need.x else None
+    d_a = dy.new_zeros(r, K, dtype=total) if need.a else None
+    d_b = dy.new_zeros(r, N, dtype=total) if need.b else None
     for block in _blocks(M, _step(dy, max(K, N))):
         rows = dy[block].to(a.dtype)
-        if need_b:
+        if need.b:
             d_b.addmm_(s[block].to(total).t(), rows.to(total), alpha=high)
-        if not need_x and not need_a:
+        if not need.x and not need.a:
             continue
         # ds is rounded to the compute dtype, as any other backend stores it.
-        ds = _scaled(rows, b, scaling).to(dy.dtype).to(a.dtype)
-        keep = keep_mask(seed, block.start, len(rows), K, dropout_p) if dropout_p else None
-        if need_x:
-            _product(rows, weight, None, ds, a, dx[block], scale, keep)
-        if need_a:
+        ds = _scaled(rows, b, branch.scaling).to(dy.dtype).to(a.dtype)
+        keep = keep_mask(branch.seed, block.start, len(rows), K, p) if p else None
+        if need.x:
+            _multiply(rows, weight, None, _Product(ds, a, scale, keep), dx[block])
+        if need.a:
             dropped = x[block] if keep is None else x[block].masked_fill(~keep, 0)
             d_a.addmm_(ds.to(total).t(), dropped.to(total), alpha=scale)
     return (
         dx,
-        d_a.to(lora_a.dtype) if need_a else None,
-        d_b.t().to(lora_b.dtype).contiguous() if need_b else None,
+        d_a.to(branch.lora_a.dtype) if need.a else None,
+        d_b.t().to(branch.lora_b.dtype).contiguous() if need.b else None,
     )
 
 
@@ -159,10 +135,10 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return dweight
 
 
-def _adapters(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+def _adapters(x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
     """Both rounded to x's dtype, in the dtype that products are formed in."""
     dtype = _compute_dtype(x)
-    return lora_a.to(x.dtype).to(dtype), lora_b.to(x.dtype).to(dtype)
+    return branch.lora_a.to(x.dtype).to(dtype), branch.lora_b.to(x.dtype).to(dtype)
 
 
 def _scaled(rows: Tensor, matrix: Tensor, scale: float) -> Tensor:
@@ -170,37 +146,33 @@ def _scaled(rows: Tensor, matrix: Tensor, scale: float) -> Tensor:
     return torch.addmm(rows.new_zeros(()), rows, matrix, beta=0, alpha=scale)
 
 
-def _shrink(
-    rows: Tensor,
-    block: slice,
-    lora_a: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    s: Tensor,
-) -> None:
-    """s = scaling * drop(rows) A^T for one block."""
-    if dropout_p:
-        keep = keep_mask(seed, block.start, *rows.shape, dropout_p)
-        rows, scaling = rows.masked_fill(~keep, 0), scaling * keep_scale(dropout_p)
+def _shrink(rows: Tensor, block: slice, lora_a: Tensor, branch: Branch, s: Tensor) -> None:
+    """s = scaling * drop(rows) A^T for one block, as far as `split` scales before rounding."""
+    scaling, _ = split(branch.scaling, s.dtype)
+    if branch.dropout_p:
+        keep = keep_mask(branch.seed, block.start, *rows.shape, branch.dropout_p)
+        rows, scaling = rows.masked_fill(~keep, 0), scaling * keep_scale(branch.dropout_p)
     s.copy_(_scaled(rows, lora_a.t(), scaling))
 
 
-def _product(
-    rows: Tensor,
-    matrix: Tensor | None,
-    bias: Tensor | None,
-    low: Tensor,
-    lora: Tensor,
-    out: Tensor,
-    scale: float,
-    keep: Tensor | None = None,
+class _Product(NamedTuple):
+    """scale * low @ lora, masked where a mask is given."""
+
+    low: Tensor
+    lora: Tensor
+    scale: float
+    keep: Tensor | None = None
+
+
+def _multiply(
+    rows: Tensor, matrix: Tensor | None, bias: Tensor | None, product: _Product, out: Tensor
 ) -> None:
-    """out = rows @ matrix + bias + scale * low @ lora, the last term masked where a mask is given.
+    """out = rows @ matrix + bias + the product.
 
     Column strips keep the widened part of the matrix small; where nothing is widened one strip is
     all.
     """
+    low, lora, scale, keep = product
     wide = rows.dtype != out.dtype
     width = lora.shape[1]
     for columns in _blocks(width, _step(rows, rows.shape[1]) if wide else width):

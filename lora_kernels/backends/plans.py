@@ -194,10 +194,9 @@ def _decode_cuda_refusal(call: Call) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _choose(index: int | None, call: Call) -> Choice:
+def _choose(index: int | None, call: Call, otherwise: str) -> Choice:
     table = None if index is None else tuned(index)
-    # Unless the backend is forced, a call comes here only where `backends.choose` found a table.
-    return (table and nearest(table, call)) or Choice("cublas", {})
+    return (table and nearest(table, call)) or Choice(otherwise, {})
 
 
 def choose(call: Call, device: torch.device) -> Choice:
@@ -212,4 +211,5 @@ def choose(call: Call, device: torch.device) -> Choice:
     index = None
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-    return _choose(index, call)
+    # What no table has proven is no default; a forced backend is to run its own kernels.
+    return _choose(index, call, "cublas" if _env.BACKEND == "triton" else "aten")

@@ -1,8 +1,8 @@
 """The op as ATen calls: every device and dtype, the default of every op and the fallback of every
 backend.
 
-Shapes: x [M,K], weight [N,K], lora_a [r,K], lora_b [N,r], bias [N], dy and y [M,N]; adapters in x's
-dtype or fp32 and a weight of another dtype than x (autocast) are rounded to x's dtype at use.
+The arguments are those of `lora_kernels.branch`; adapters in x's dtype or fp32 and a weight of
+another dtype than x (autocast) are rounded to x's dtype at use.
 
 Nothing of size M x N or M x K is allocated beside the outputs, for more than a few rows. Dropout
 and CPUs without fast half-precision products need such temporaries: `blocked` works through the
@@ -17,173 +17,78 @@ from torch.nn.functional import linear
 
 from lora_kernels.backends import blocked
 from lora_kernels.backends.scaling import split
+from lora_kernels.branch import Base, Branch, Dense, Need
 
 _RANK_FIRST_ROWS = 128
 _FEW_ROWS = 64
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    save_s: bool,
-    save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, s, mask). The mask is always of size 0 here: backward regenerates it from the seed."""
-    if dropout_p or blocked.is_wide(x, forward=True):
-        y, s = blocked.lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+
+def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor, Tensor | None]:
+    """(y, s)."""
+    if not isinstance(base, Dense):
+        y = base.out.clone(memory_format=torch.contiguous_format)
+        s = _add_branch(y, x, branch)
+    elif branch.dropout_p or blocked.is_wide(x, forward=True):
+        y, s = blocked.forward(base, x, branch)
     else:
-        low, high = split(scaling, x.dtype)
-        s = _scaled_product(x, _as(lora_a, x).t(), low)
-        y = _base(x, _as(weight, x), None if bias is None else _as(bias, x))
-        y.addmm_(s, _as(lora_b, x).t(), alpha=high)
-    return y, s if save_s else x.new_empty(0), x.new_empty(0)
+        low, high = split(branch.scaling, x.dtype)
+        s = _scaled_product(x, _as(branch.lora_a, x).t(), low)
+        y = _base(x, _as(base.weight, x), None if base.bias is None else _as(base.bias, x))
+        y.addmm_(s, _as(branch.lora_b, x).t(), alpha=high)
+    return y, s if save_s else None
 
 
-def lora_add_(
-    base_out: Tensor,
-    x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
+def add_(base_out: Tensor, x: Tensor, branch: Branch) -> None:
     """Adds the low-rank branch to base_out [M,N] in place."""
-    _add_branch(base_out, x, lora_a, lora_b, scaling, dropout_p, seed)
+    _add_branch(base_out, x, branch)
 
 
-def lora_add(
-    base_out: Tensor,
-    x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    save_s: bool,
-    save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, s, mask) as `lora_linear`, on top of a base output [M,N] computed elsewhere."""
-    y = base_out.clone(memory_format=torch.contiguous_format)
-    s = _add_branch(y, x, lora_a, lora_b, scaling, dropout_p, seed)
-    return y, s if save_s else x.new_empty(0), x.new_empty(0)
+def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need) -> Gradients:
+    """(dx, dweight, dA, dB), None where not needed; without a weight dx is the branch's alone."""
+    if not branch.dropout_p and not blocked.is_wide(dy):
+        return _whole_backward(base, dy, x, s, branch, need)
+    dx, d_a, d_b = blocked.backward(base, dy, x, s, branch, need)
+    dweight = blocked.weight_gradient(dy, x, base.weight) if need.weight else None
+    return dx, dweight, d_a, d_b
 
 
-def _add_branch(y, x, lora_a, lora_b, scaling, dropout_p, seed) -> Tensor:
+def _add_branch(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
     """y += s B^T; returns s."""
-    if dropout_p or blocked.is_wide(x):
-        return blocked.add_branch(y, x, lora_a, lora_b, scaling, dropout_p, seed)
-    low, high = split(scaling, x.dtype)
-    s = _scaled_product(x, _as(lora_a, x).t(), low)
-    y.addmm_(s, _as(lora_b, x).t(), alpha=high)
+    if branch.dropout_p or blocked.is_wide(x):
+        return blocked.add_branch(y, x, branch)
+    low, high = split(branch.scaling, x.dtype)
+    s = _scaled_product(x, _as(branch.lora_a, x).t(), low)
+    y.addmm_(s, _as(branch.lora_b, x).t(), alpha=high)
     return s
 
 
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    mask: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight, dA, dB), each of size 0 where not needed; x is read for dweight and dA only."""
-    return _backward(
-        dy,
-        x,
-        weight,
-        lora_a,
-        lora_b,
-        s,
-        scaling,
-        dropout_p,
-        seed,
-        need_x,
-        need_weight,
-        need_a,
-        need_b,
-    )
-
-
-def lora_add_backward(
-    dy: Tensor,
-    x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    s: Tensor,
-    mask: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB) of the branch alone, each of size 0 where not needed; x is read for dA only."""
-    dx, _, d_a, d_b = _backward(
-        dy, x, None, lora_a, lora_b, s, scaling, dropout_p, seed, need_x, False, need_a, need_b
-    )
-    return dx, d_a, d_b
-
-
-def _backward(
-    dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, need_x, need_weight, need_a, need_b
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = dweight = d_a = d_b = None
-    if dropout_p or blocked.is_wide(dy):
-        dx, d_a, d_b = blocked.backward(
-            dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, need_x, need_a, need_b
-        )
-        if need_weight:
-            dweight = blocked.weight_gradient(dy, x, weight)
-    else:
-        dx, dweight, d_a, d_b = _whole_backward(
-            dy, x, weight, lora_a, lora_b, s, scaling, need_x, need_weight, need_a, need_b
-        )
-    return (
-        dy.new_empty(0) if dx is None else dx,
-        (dy if weight is None else weight).new_empty(0) if dweight is None else dweight,
-        lora_a.new_empty(0) if d_a is None else d_a,
-        lora_b.new_empty(0) if d_b is None else d_b,
-    )
-
-
 def _whole_backward(
-    dy, x, weight, lora_a, lora_b, s, scaling, need_x, need_weight, need_a, need_b
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need
+) -> Gradients:
     dx = dweight = d_a = d_b = None
     # CPU BLAS is several times faster with many rows if r comes first in these; both copies are
     # rank-sized.
     rank_first = dy.device.type == "cpu" and dy.shape[0] >= _RANK_FIRST_ROWS
-    if need_x or need_a:
-        b = _as(lora_b, dy)
-        ds = _scaled_product(dy, b.t().contiguous().t() if rank_first else b, scaling)
-    if need_x:
-        a = _as(lora_a, dy)
-        dx = torch.mm(ds, a) if weight is None else torch.mm(dy, _as(weight, dy)).addmm_(ds, a)
-    if need_weight:
-        dweight = _as(torch.mm(dy.t(), x), weight)
-    if need_a:
-        d_a = _as(torch.mm(ds.t(), x), lora_a)
-    if need_b:
-        _, high = split(scaling, dy.dtype)
+    if need.x or need.a:
+        b = _as(branch.lora_b, dy)
+        ds = _scaled_product(dy, b.t().contiguous().t() if rank_first else b, branch.scaling)
+    if need.x:
+        a = _as(branch.lora_a, dy)
+        if isinstance(base, Dense):
+            dx = torch.mm(dy, _as(base.weight, dy)).addmm_(ds, a)
+        else:
+            dx = torch.mm(ds, a)
+    if need.weight:
+        dweight = _as(torch.mm(dy.t(), x), base.weight)
+    if need.a:
+        d_a = _as(torch.mm(ds.t(), x), branch.lora_a)
+    if need.b:
+        _, high = split(branch.scaling, dy.dtype)
         product = functools.partial(_scaled_product, scaling=high) if high != 1 else torch.mm
         d_b = product(s.t(), dy).t().contiguous() if rank_first else product(dy.t(), s)
-        d_b = _as(d_b, lora_b)
+        d_b = _as(d_b, branch.lora_b)
     return dx, dweight, d_a, d_b
 
 

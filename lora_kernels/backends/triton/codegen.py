@@ -25,6 +25,7 @@ from lora_kernels.backends import plans
 from lora_kernels.backends import triton as backend
 from lora_kernels.backends.triton.cases import SHORT, Case, cases
 from lora_kernels.backends.triton.launch import INTERPRETED, Target, assume, intercept
+from lora_kernels.branch import Branch, Dense, Need
 
 TARGETS = {80: Target(80, 108), 90: Target(90, 132), 100: Target(100, 148)}
 _SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -176,16 +177,15 @@ def compile_case(case: Case, arch: int, seen: set[str]) -> list[Kernel]:
     bias = tensor(1, N)[0] if case.bias else None
     words = 3 if case.part else 1
     seed = torch.empty(words, dtype=torch.int64, device="meta") if case.dropout else None
-    branch = (case.scaling, case.dropout, seed)
     # Not put back: where there is no GPU, Triton has no driver to return to.
     triton.runtime.driver.set_active(_OfflineDriver(arch))
     with assume(TARGETS[arch]), intercept(build), plans.using(case.plan, case.tiles):
-        a, b, s = tensor(r, K), tensor(N, r), tensor(M, r)
+        base, s = Dense(weight, bias), tensor(M, r)
+        branch = Branch(tensor(r, K), tensor(N, r), case.scaling, case.dropout, seed)
         if "forward" in case.ops:
-            backend.lora_linear(x, weight, a, b, bias, *branch, True, False)
+            backend.forward(base, x, branch, True)
         if "backward" in case.ops:
-            needed = (True, False, True, True)
-            backend.lora_linear_backward(dy, x, weight, a, b, s, s[:0], *branch, *needed)
+            backend.backward(base, dy, x, s, branch, Need(True, False, True, True))
     return kernels
 
 

@@ -9,39 +9,33 @@ randomness="same" (one seed), others for "different" (a batch of seeds).
 import torch
 from torch import Tensor
 
-# The arguments of [M, ...] and the place of dropout_p; the flags of gradients stand last.
-_ROWS = {
-    "lora_linear": ((0,), 6),
-    "lora_add": ((0, 1), 5),
-    "lora_linear_backward": ((0, 1, 5, 6), 8),
-    "lora_add_backward": ((0, 1, 4, 5), 7),
-}
-_PARAMETER_GRADIENTS = {"lora_linear_backward": 3, "lora_add_backward": 2}
+from lora_kernels._contract import OPS, Op
+
+_PARAMETER_GRADIENTS = ("need_weight", "need_a", "need_b")
 
 
 def register(library: torch.library.Library) -> None:
-    for name in (*_ROWS, "lora_add_"):
-        torch.library.register_vmap(f"lora_kernels::{name}", _rule(name), lib=library)
+    for name, op in OPS.items():
+        torch.library.register_vmap(f"lora_kernels::{name}", _rule(op), lib=library)
 
 
-def _rule(name: str):
-    op = getattr(torch.ops.lora_kernels, name).default
+def _rule(op: Op):
+    overload = getattr(torch.ops.lora_kernels, op.name).default
 
     def rule(info, in_dims, *args):
-        if _only_rows(name, in_dims, args):
-            return _as_rows(op, _ROWS[name][0], info.batch_size, in_dims, args)
-        return _one_by_one(op, info.batch_size, in_dims, args)
+        if _only_rows(op, in_dims, args):
+            return _as_rows(overload, op.rows, info.batch_size, in_dims, args)
+        return _one_by_one(overload, info.batch_size, in_dims, args)
 
     return rule
 
 
-def _only_rows(name: str, in_dims: tuple, args: tuple) -> bool:
-    if name not in _ROWS:
+def _only_rows(op: Op, in_dims: tuple, args: tuple) -> bool:
+    if op.writes:
         return False
-    rows, dropout_p = _ROWS[name]
     batched = {i for i, dim in enumerate(in_dims) if dim is not None}
-    flags = _PARAMETER_GRADIENTS.get(name, 0)
-    return args[dropout_p] == 0 and batched.issubset(rows) and not any(args[len(args) - flags :])
+    asked = any(args[op.index[name]] for name in _PARAMETER_GRADIENTS if name in op.index)
+    return args[op.index["dropout_p"]] == 0 and batched.issubset(op.rows) and not asked
 
 
 def _as_rows(op, rows: tuple[int, ...], batch: int, in_dims: tuple, args: tuple):

@@ -17,26 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
 
-from lora_kernels._checks import DIMENSIONS as _DIMENSIONS
-from lora_kernels._checks import NOT_GIVEN as _NOT_GIVEN
-
-# What is a sum over a split dimension that it does not have itself.
-_SUMS = {
-    "M": {"dweight", "da", "db"},
-    "N": {"dx", "da"},
-    "K": {"y", "base_out", "bias", "s", "db"},
-}
-_LEADING = {
-    "lora_linear": ("weight", "x"),
-    "lora_linear_backward": ("weight", "dy", "x"),
-    "lora_add": ("x", "base_out", "lora_b", "lora_a"),
-    "lora_add_": ("base_out",),
-    "lora_add_backward": ("dy", "x", "lora_b", "lora_a"),
-}
+from lora_kernels._contract import DIMENSIONS, NOT_GIVEN, OPS, SUMS
 
 
 def register(library: torch.library.Library) -> None:
-    for name in _LEADING:
+    for name in OPS:
         torch.library.register_torch_dispatch(f"lora_kernels::{name}", DTensor, _run, lib=library)
 
 
@@ -47,13 +32,13 @@ def _run(cls, func, types, args, kwargs=None):
     tensors = {
         key: value
         for key, value in given.items()
-        if key in _DIMENSIONS and value is not None and value.shape != _NOT_GIVEN
+        if key in DIMENSIONS and value is not None and value.shape != NOT_GIVEN
     }
     mesh = _require_one_mesh(tensors)
     sizes = {
         letter: size
         for key, tensor in tensors.items()
-        for letter, size in zip(_DIMENSIONS[key], tensor.shape, strict=True)
+        for letter, size in zip(DIMENSIONS[key], tensor.shape, strict=True)
     }
     split = [_split(name, tensors, i) for i in range(mesh.ndim)]
     for letter in "NK":
@@ -98,11 +83,11 @@ def _is_shard(placement: Placement) -> bool:
 
 def _split(name: str, tensors: dict[str, DTensor], mesh_dim: int) -> str | None:
     """The dimension that is split over a mesh dimension."""
-    for key in (key for key in _LEADING[name] if key in tensors):
+    for key in (key for key in OPS[name].leading if key in tensors):
         placement = tensors[key].placements[mesh_dim]
         # Not subclasses of Shard, which order the elements otherwise; the rank is never split.
-        if type(placement) is Shard and _DIMENSIONS[key][placement.dim] != "r":
-            return _DIMENSIONS[key][placement.dim]
+        if type(placement) is Shard and DIMENSIONS[key][placement.dim] != "r":
+            return DIMENSIONS[key][placement.dim]
         if name == "lora_add_" and placement == Partial():
             return "K"
     return None
@@ -118,9 +103,9 @@ def _can_split(size: int, parts: list[int], masked: bool) -> bool:
 
 
 def _placement(key: str, letter: str | None) -> Placement:
-    if letter is not None and letter in _DIMENSIONS[key]:
-        return Shard(_DIMENSIONS[key].index(letter))
-    return Partial() if letter is not None and key in _SUMS[letter] else Replicate()
+    if letter is not None and letter in DIMENSIONS[key]:
+        return Shard(DIMENSIONS[key].index(letter))
+    return Partial() if letter is not None and key in SUMS[letter] else Replicate()
 
 
 def _require_in_place(base_out: DTensor, split: list[str | None]) -> None:
@@ -170,9 +155,9 @@ def _place_seed(
 def _wrap(
     key: str, result: Tensor, mesh: DeviceMesh, split: list[str | None], sizes: dict[str, int]
 ) -> DTensor:
-    if result.shape == _NOT_GIVEN:
+    if result.shape == NOT_GIVEN:
         return DTensor.from_local(result, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    shape = torch.Size(sizes[letter] for letter in _DIMENSIONS[key])
+    shape = torch.Size(sizes[letter] for letter in DIMENSIONS[key])
     return DTensor.from_local(
         result,
         mesh,

@@ -1,0 +1,235 @@
+"""How a call comes to its kernel: the one room with private parts of torch.
+
+With them a call costs one trip through the dispatcher and little Python. Where torch lacks one of
+them, or with LORA_KERNELS_PUBLIC_DISPATCH=1, torch.library's own registration of autograd serves,
+which walks the schema in Python at every call (about 50 us more) and computes the same; torch.func's
+transforms of a gradient (grad, vjp, jacrev) are refused there by torch itself.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lora_kernels import _env
+from lora_kernels._contract import OPS, Op
+
+try:
+    from torch._C import (
+        _after_autograd_keyset,
+        _any_requires_grad,
+        _are_functorch_transforms_active,
+        _AutoDispatchBelowAutograd,
+    )
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
+    from torch.autograd.function import _SingleLevelFunction
+except ImportError:  # a later torch
+    PRIVATE = False
+else:
+    PRIVATE = not _env.PUBLIC_DISPATCH
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+LIBRARY = torch.library.Library("lora_kernels", "DEF")
+for _op in OPS.values():
+    LIBRARY.define(_op.schema, tags=_TAGS)
+_OVERLOADS = {name: getattr(torch.ops.lora_kernels, name).default for name in OPS}
+
+# What an autograd formula is: save(ctx, args, output), and gradients(ctx, needs, *d_outputs), which
+# gives one for every argument; needs says for which one is asked.
+Save = Callable[..., None]
+Gradients = Callable[..., tuple[Tensor | None, ...]]
+_functions: dict[str, type[torch.autograd.Function]] = {}
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+class _Vouched(threading.local):
+    """The arguments of the call on its way down, which its caller has checked."""
+
+    args: tuple | None = None
+
+
+_vouched = _Vouched()
+
+
+def is_vouched(op: Op, args: Sequence) -> bool:
+    """Whether these are the arguments that the caller of the op has checked: the same tensors, and
+    not those of an op that something on the way called (a dispatch mode)."""
+    checked = _vouched.args
+    if checked is None or len(checked) != len(args) or checked[0] is not args[0]:
+        return False
+    tensors = op.tensors
+    return all(
+        one is other if i in tensors else one == other
+        for i, (one, other) in enumerate(zip(checked, args, strict=True))
+    )
+
+
+def register_kernel(op: Op, kernel: Callable) -> None:
+    """A kernel for every device, below autograd."""
+
+    def run(*args):
+        refuse_forward_mode(args)
+        return kernel(args, is_vouched(op, args))
+
+    LIBRARY.impl(op.name, run, "CompositeExplicitAutograd")
+
+
+def register_fake(op: Op, fake: Callable) -> None:
+    """Results without values, from arguments that are checked as a kernel's are."""
+
+    def run(*args):
+        refuse_forward_mode(args)
+        return fake(args)
+
+    torch.library.register_fake(f"lora_kernels::{op.name}", run, lib=LIBRARY)
+
+
+def refuse_forward_mode(args: Iterable) -> None:
+    """Below autograd a tangent would be dropped without a word; torch.func.jvp drops its own before
+    the kernel, so autograd's part of the op asks too."""
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError("lora_kernels: forward-mode AD (jvp) is not supported")
+
+
+# ----------------------------------------------------------------------------------------- autograd
+
+
+def register_autograd(op: Op, save: Save, gradients: Gradients) -> None:
+    """The formula of an op, whose first result is the only one that has a gradient."""
+    (_register_private if PRIVATE else _register_public)(op, save, gradients)
+
+
+def _register_public(op: Op, save: Save, gradients: Gradients) -> None:
+    def setup_context(ctx, inputs, output):
+        save(ctx, inputs, output)
+        if not op.is_backward:
+            ctx.mark_non_differentiable(*output[1:])
+
+    def backward(ctx, *d_outputs):
+        return gradients(ctx, ctx.needs_input_grad, *d_outputs)
+
+    torch.library.register_autograd(
+        f"lora_kernels::{op.name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def _register_private(op: Op, save: Save, gradients: Gradients) -> None:
+    overload = _OVERLOADS[op.name]
+
+    class Function(torch.autograd.Function):
+        """keyset is None where `call` applies it, which takes y alone."""
+
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            output = _below_autograd(overload, keyset, args)
+            save(ctx, args, output)
+            if keyset is None:
+                return output[0]
+            if not op.is_backward:
+                ctx.mark_non_differentiable(*output[1:])
+            return output
+
+        @staticmethod
+        def backward(ctx, *d_outputs):
+            return (None, *gradients(ctx, ctx.needs_input_grad[1:], *d_outputs))
+
+    single_level = _single_level(Function)
+
+    def dispatch(keyset, *args):
+        refuse_forward_mode(args)
+        if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
+            return _below_autograd(overload, keyset, args)
+        if _are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return single_level.apply(keyset, *args)
+        return Function.apply(keyset, *args)
+
+    LIBRARY.impl(op.name, dispatch, "Autograd", with_keyset=True)
+    _functions[op.name] = Function
+
+
+def _single_level(function: type[torch.autograd.Function]) -> type:
+    """The function as one level of torch.func.grad sees it: within the op's autograd kernel the
+    transforms have come down to that level, so nothing is left for Function.apply to arrange."""
+
+    def forward(ctx, *args):
+        # For the levels below, which have graphs and tangents of their own.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return function.forward(ctx, *args)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (_SingleLevelFunction,), members)
+
+
+@cache
+def _serve_dtensors() -> None:
+    import_module("lora_kernels.rules.dtensor").register(LIBRARY)
+
+
+def _below_autograd(overload: Callable, keyset, args: tuple):
+    """The op past its autograd kernel; keyset is None where no autograd kernel made the call, but
+    one who has checked the arguments."""
+    if "torch.distributed.tensor" in sys.modules:
+        _serve_dtensors()
+    with _AutoDispatchBelowAutograd():
+        if keyset is not None:
+            return overload.redispatch(keyset & _after_autograd_keyset, *args)
+        return _vouch(overload, args)
+
+
+def _vouch(overload: Callable, args: tuple):
+    _vouched.args = args
+    try:
+        return overload(*args)
+    finally:
+        _vouched.args = None
+
+
+# --------------------------------------------------------------------------------------- calls down
+
+
+def call(name: str, *args) -> Tensor:
+    """The op's y, as `functional` calls it, with arguments that it has checked; save_s is the last.
+    Where nothing above autograd listens (torch.compile, torch.func, __torch_function__), the op's
+    autograd kernel is passed over: one trip through the dispatcher and Python less."""
+    overload = _OVERLOADS[name]
+    if not PRIVATE:
+        if "torch.distributed.tensor" in sys.modules and not torch.compiler.is_compiling():
+            _serve_dtensors()
+        return overload(*args)[0]
+    if _are_functorch_transforms_active():
+        # Whether a gradient will be asked for is known only at the level that asks.
+        return overload(*args[:-1], True)[0]
+    if torch.compiler.is_compiling() or torch.overrides.has_torch_function(args[:4]):
+        return overload(*args)[0]
+    if torch.is_grad_enabled() and _any_requires_grad(*args):
+        refuse_forward_mode(args)
+        return _functions[name].apply(None, *args)
+    return _below_autograd(overload, None, args)[0]
+
+
+def call_in_place(name: str, *args) -> None:
+    """An op that writes its first argument, with arguments that have been checked."""
+    if torch.compiler.is_compiling():
+        _OVERLOADS[name](*args)
+    else:
+        _vouch(_OVERLOADS[name], args)
+
+
+def call_backward(name: str, *args) -> tuple[Tensor, ...]:
+    """A backward op, from arguments that a forward has seen. Without create_graph it goes past its
+    own autograd kernel: one Python hop."""
+    if torch.is_grad_enabled() or not PRIVATE:
+        return _OVERLOADS[name](*args)
+    return _below_autograd(_OVERLOADS[name], None, args)

@@ -1,0 +1,54 @@
+"""What travels together: the low-rank branch of a call, the base it stands on, the gradients asked
+for.
+
+An op is a base times a branch. A backend is three functions of these:
+
+    forward(base, x, branch, save_s) -> (y, s)
+    add_(base_out, x, branch) -> None
+    backward(base, dy, x, s, branch, need) -> (dx, dweight, dA, dB)
+
+of matrices x [M,K], dy and y [M,N], s [M,r]. s is None where it is not saved, a gradient where it
+is not needed; x is read for dweight and dA alone, s for dB alone, and either may be of size 0 else.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Branch(NamedTuple):
+    """scaling * (drop(x) A^T) B^T: lora_a [r,K] and lora_b [N,r] in x's dtype or fp32. seed is an
+    int64 tensor of one element, or of three with the row and the column of x's first element in a
+    larger matrix; None without dropout."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout_p: float
+    seed: Tensor | None
+
+
+class Dense(NamedTuple):
+    """x W^T + bias: weight [N,K] and bias [N], rounded to x's dtype at use where they have another
+    (autocast)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Given(NamedTuple):
+    """A base output [M,N] that something else computed; backward needs nothing of it."""
+
+    out: Tensor | None = None
+
+
+Base = Dense | Given
+
+
+class Need(NamedTuple):
+    """Which gradients a backward computes."""
+
+    x: bool
+    weight: bool
+    a: bool
+    b: bool
