@@ -1,4 +1,4 @@
-"""LoRA linear layers at the price of the frozen layer: fused kernels behind a drop-in nn.Linear."""
+"""LoRA linear layers as one op: fused kernels behind a drop-in nn.Linear."""
 
 from lora_kernels.adapters import lora_parameters, lora_state_dict
 from lora_kernels.ahead import warmup

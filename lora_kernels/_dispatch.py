@@ -2,8 +2,8 @@
 
 With them a call costs one trip through the dispatcher and little Python. Where torch lacks one of
 them, or with LORA_KERNELS_PUBLIC_DISPATCH=1, torch.library's own registration of autograd serves,
-which walks the schema in Python at every call (about 50 us more) and computes the same; torch.func's
-transforms of a gradient (grad, vjp, jacrev) are refused there by torch itself.
+which walks the schema in Python at every call (about 50 us more) and computes the same;
+torch.func's transforms of a gradient (grad, vjp, jacrev) are refused there by torch itself.
 """
 
 import sys

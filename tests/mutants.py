@@ -160,7 +160,6 @@ MUTANTS = {
     "good case blind to devices": (FUNCTIONAL, "_are_sound", "or tensor.device != device:\n            return False", "or False:\n            return False", "functional"),
     "good case blind to autocast": (FUNCTIONAL, "_are_sound", "and (x.is_meta or not torch.is_autocast_enabled(device.type))", "", "functional"),
     "fused PEFT: global hooks unseen": (INTEGRATION, "_Fused.forward", "or _has_any_global_hook()", "", "integrations_peft"),
-    "fused PEFT: traced": (INTEGRATION, "_Fused.forward", "or torch.jit.is_tracing()", "", "integrations_peft"),
     "fused PEFT: backward hooks unseen": (INTEGRATION, "_module_objection", "or module._backward_hooks", "", "integrations_peft"),
     "fused PEFT: backward pre-hooks unseen": (INTEGRATION, "_module_objection", "or module._backward_pre_hooks", "", "integrations_peft"),
     "fused PEFT: replaced forward unseen": (INTEGRATION, "_module_objection", 'or "forward" in module.__dict__', "", "integrations_peft"),

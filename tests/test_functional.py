@@ -329,6 +329,19 @@ def test_tensors_of_one_element_and_scalars_of_numpy_are_numbers(op, kind):
         assert torch.equal(y, expected)
 
 
+def test_a_tensor_s_scaling_rounds_db_once():
+    """In x's dtype the sum would be rounded before it is scaled, and again after."""
+    x, weight, a, b, dy = (
+        torch.randn(n).bfloat16() for n in ((9, 8), (64, 8), (4, 8), (64, 4), (9, 64))
+    )
+    b.requires_grad_()
+    lora_linear(x, weight, a, b, scaling=torch.tensor(1.1)).backward(dy)
+    s = (x @ a.t()).double()
+    exact = float(torch.tensor(1.1)) * dy.double().t() @ s
+    once = (exact.bfloat16().double() - exact).norm()
+    assert (b.grad.double() - exact).norm() <= 1.02 * once
+
+
 def test_a_tensor_s_scaling_in_place_under_autocast_and_on_meta():
     t, scaling = inputs(), torch.tensor(1.5)
     out = t["base_out"].clone()

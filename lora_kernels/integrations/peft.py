@@ -191,7 +191,6 @@ class _Fused:
             or x.layout is not torch.strided
             or x.is_nested
             or _has_any_global_hook()
-            or torch.jit.is_tracing()
             or not (adapters := _active(self))
             or self._structure(adapters) is not None
         ):
