@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from lora_kernels import names
 from lora_kernels.bypass import update_fast_paths
-from lora_kernels.layer import OFFLOADED, LoRALayer, is_offloaded, is_sharded, present
+from lora_kernels.nn import LoRALayer
+from lora_kernels.nn.tensors import FACTORS, PISSA
+from lora_kernels.offloading import OFFLOADED, is_offloaded, present
+from lora_kernels.sharding import is_sharded
 
 _BASE = "_lora_base_"
 _SWAPPED = "_lora_swapped"
@@ -109,7 +112,7 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """
     require_loaded(model)
     for _, layer in lora_layers(model):
-        yield from layer.factor_parameters("lora_A", "lora_B")
+        yield from layer.factor_parameters()
     yield from saved_parameters(model)
 
 
@@ -132,8 +135,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for _, name, module in names.keyed_modules(model):
         if isinstance(module, LoRALayer):
             with present(module):
-                tensors = {key: module.factor(key) for key in ("lora_A", "lora_B")}
-            tensors |= {"pissa_A": module.pissa_A, "pissa_B": module.pissa_B}
+                tensors = {key: module.factor(key) for key in FACTORS}
+            tensors |= {key: getattr(module, key) for key in PISSA}
             found = {names.join(name, k): t.detach() for k, t in tensors.items() if t is not None}
             state |= found
         saved |= {one.name: one.trained for one in saved_of(name, module)}

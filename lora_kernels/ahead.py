@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_kernels import backends
 from lora_kernels.functional import lora_linear
-from lora_kernels.layer import LoRALayer
+from lora_kernels.nn import LoRALayer
 
 
 def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True) -> int:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_kernels.layer import LoRALayer
 from lora_kernels.names import named_modules
+from lora_kernels.nn import LoRALayer
 
 # What a weight is asked for without its values being used.
 _METADATA = {

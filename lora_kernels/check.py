@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lora_kernels import names, targets
 from lora_kernels.adapters import Before
 from lora_kernels.bypass import bypassed, fast_paths
-from lora_kernels.layer import LoRALayer, is_sharded
+from lora_kernels.nn import LoRALayer
+from lora_kernels.sharding import is_sharded
 
 # How many layers are merged for one comparison, and how much weight, of which a copy is kept.
 _GROUP, _GROUP_BYTES = 32, 1 << 30

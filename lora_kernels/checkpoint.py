@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from lora_kernels import adapters, formats, names, peft_targets, targets
 from lora_kernels.adapter_files import DIGEST, digest, naming, shown
 from lora_kernels.adapters import lora_layers
+from lora_kernels.bases import features
 from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
 from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
-from lora_kernels.layer import LoRALayer, copy_whole, features, is_sharded, whole
-from lora_kernels.nn import layer_class
+from lora_kernels.nn import LoRALayer, layer_class
+from lora_kernels.nn.tensors import FACTORS
 from lora_kernels.peft_config import PREFIX, Config
+from lora_kernels.sharding import copy_whole, is_sharded, whole
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -62,7 +64,7 @@ def _warn_of_unsaved(model: nn.Module) -> None:
     """Names the parameters that train and are no part of the adapter."""
     saved = set(adapters.saved_parameters(model))
     for _, layer in lora_layers(model):
-        saved.update(layer.factor_parameters("lora_A", "lora_B"))
+        saved.update(layer.factor_parameters())
     left_out = [
         names.join(name, attribute)
         for name, module in names.named_modules(model)
@@ -483,7 +485,7 @@ def _save_pretrained(model: nn.Module, *args, **kwargs) -> object:
     result = save(*call.args, **call.kwargs)
     layers = dict(lora_layers(model))
     parts = {
-        name: [given.get(f"{name}.{key}", layer.factor(key)) for key in ("lora_A", "lora_B")]
+        name: [given.get(f"{name}.{key}", layer.factor(key)) for key in FACTORS]
         for name, layer in layers.items()
         if layer._merged != "final"
     }

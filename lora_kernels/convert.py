@@ -14,8 +14,9 @@ from lora_kernels import adapters, names, options, targets
 from lora_kernels.adapters import lora_parameters
 from lora_kernels.bypass import unregistered_linears
 from lora_kernels.checkpoint import guard_save_pretrained, release_save_pretrained
-from lora_kernels.layer import Init, is_sharded
 from lora_kernels.nn import layer_class
+from lora_kernels.nn.pissa import Init
+from lora_kernels.sharding import is_sharded
 from lora_kernels.targets import Names
 
 if TYPE_CHECKING:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from lora_kernels import adapters, names, targets
 from lora_kernels.convert import refuse, require_untied
-from lora_kernels.layer import LoRALayer, present, whole
-from lora_kernels.state import is_beside_the_base
+from lora_kernels.nn import LoRALayer
+from lora_kernels.nn.state import is_beside_the_base
+from lora_kernels.offloading import present
+from lora_kernels.sharding import whole
 
 
 class _MergedStateDict(Mapping[str, Tensor]):

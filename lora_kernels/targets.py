@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
+from lora_kernels import bases
 from lora_kernels.bypass import bypassed, idle, poolers, unread
-from lora_kernels.layer import LoRALayer, is_conv1d, refusal
 from lora_kernels.names import join, named_modules, unwrapped
+from lora_kernels.nn import LoRALayer
+from lora_kernels.nn.layer import reserved
 
 Names = str | Iterable[str] | None
 # What PEFT calls the default of `target_modules`.
@@ -97,22 +98,14 @@ def listed(argument: str, names: Names) -> str | list[str] | None:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer, with an adapter or without."""
-    return isinstance(module, (nn.Linear, LoRALayer)) or is_conv1d(module)
+    return isinstance(module, (nn.Linear, LoRALayer)) or bases.is_conv1d(module)
 
 
 def objection(module: nn.Module) -> str | None:
     """Why a module cannot carry an adapter; None if it can."""
     if isinstance(module, LoRALayer):
         return "already carries an adapter"
-    if not is_linear(module):
-        return f"{type(module).__name__} is not a torch.nn.Linear"
-    known = type(module) is nn.Linear or is_conv1d(module)
-    if not known and not is_parametrized(module):
-        return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
-    if (reason := refusal(module)) is not None:
-        return reason
-    shape = list(module.weight.shape)
-    return f"its weight is empty, {shape}" if 0 in shape else None
+    return bases.objection(module, reserved())
 
 
 def require_no_peft(model: nn.Module) -> None:

@@ -14,7 +14,6 @@ from lora_kernels import (
     adjust_rank,
     apply_lora,
     disable_adapters,
-    layer,
     load_adapter,
     lora_parameters,
     lora_state_dict,
@@ -24,7 +23,7 @@ from lora_kernels import (
     train_model,
     unmerge_lora,
 )
-from lora_kernels.layer import LoRALayer
+from lora_kernels.nn import LoRALayer, merging
 from lora_kernels.targets import owners
 
 KEEP = (True, "cpu", False)
@@ -485,7 +484,7 @@ def test_a_lazy_module_leaves_the_model_as_it_was(tmp_path):
 def test_an_interrupted_merge(keep, monkeypatch):
     model = adapted(mlp().append(nn.Linear(8, 8)).append(nn.Linear(8, 8)))
     expected, before = model(batch()), state(model)
-    add, calls = layer._add_product, []
+    add, calls = merging.add_product, []
 
     def interrupted(*args):
         calls.append(args)
@@ -494,7 +493,7 @@ def test_an_interrupted_merge(keep, monkeypatch):
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(layer, "_add_product", interrupted)
+    monkeypatch.setattr(merging, "add_product", interrupted)
     warns = contextlib.nullcontext()
     if not keep:
         warns = pytest.warns(UserWarning, match="stopped at 3; merged for good are 0, 2")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters import require_layers
-from lora_kernels.layer import LoRALayer
+from lora_kernels.nn import LoRALayer
 from lora_kernels.rank import allocate_ranks, refactor, spectrum, widen
 from lora_kernels.recipes.batches import Criterion
 from lora_kernels.recipes.evaluation import evaluate_model

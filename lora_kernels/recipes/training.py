@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import lora_layers, require_loaded
 from lora_kernels.check import first_step_problems, folded
-from lora_kernels.layer import is_sharded, whole
 from lora_kernels.recipes import batches, resume
 from lora_kernels.recipes.batches import Count, Criterion
 from lora_kernels.recipes.callbacks import Callback, Goal
@@ -27,6 +26,7 @@ from lora_kernels.recipes.stepping import (
     is_plateau,
     needs_closure,
 )
+from lora_kernels.sharding import is_sharded, whole
 
 
 @dataclass

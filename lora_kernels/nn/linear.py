@@ -1,11 +1,10 @@
-"""The layers with an adapter: `FusedLoRALinear` for nn.Linear, `FusedLoRAConv1D` for Transformers'
-Conv1D."""
+"""`FusedLoRALinear`, an nn.Linear with an adapter."""
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lora_kernels.layer import LoRALayer, is_conv1d
+from lora_kernels.nn.layer import LoRALayer
 
 
 class FusedLoRALinear(LoRALayer, nn.Linear):
@@ -56,46 +55,3 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
 
     def _reset_base(self) -> None:
         nn.Linear.reset_parameters(self)
-
-
-class FusedLoRAConv1D(LoRALayer):
-    """`FusedLoRALinear` on a Transformers Conv1D (GPT-2), made by `from_linear` or `apply_lora`.
-
-    It shares the Conv1D's `weight` [in_features, out_features] as it lies, and is no `nn.Linear`,
-    whose weight others would read the other way round.
-    """
-
-    fan_in_fan_out = True
-
-    def __init__(self, *args, **kwargs) -> None:
-        raise TypeError("FusedLoRAConv1D: is made from a Conv1D, by from_linear or apply_lora")
-
-    @staticmethod
-    def _require_base(linear: nn.Module) -> None:
-        if not is_conv1d(linear):
-            raise TypeError(
-                f"linear: expected Transformers' Conv1D itself, got {type(linear).__name__}"
-            )
-
-    def _reset_base(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
-
-    @property
-    def base_class(self) -> type[nn.Module]:
-        from transformers.pytorch_utils import Conv1D
-
-        return Conv1D
-
-    @property
-    def in_features(self) -> int:
-        return self.nx
-
-    @property
-    def out_features(self) -> int:
-        return self.nf
-
-
-def layer_class(base: nn.Module) -> type[LoRALayer]:
-    """The layer with an adapter for a base that `targets.objection` has nothing against."""
-    return FusedLoRAConv1D if is_conv1d(base) else FusedLoRALinear

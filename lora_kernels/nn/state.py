@@ -6,12 +6,15 @@ that was kept, or an empty tensor where none was.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-_MERGED = "merged_base"
-_ADAPTER = ("lora_A", "lora_B", "pissa_A", "pissa_B")
+from lora_kernels.nn.merging import Merging
+from lora_kernels.nn.pissa import Initialising
+from lora_kernels.nn.tensors import ADAPTER, FACTORS, MERGED, PISSA, shape_of
+from lora_kernels.sharding import is_sharded
+
 # What a plain model has no place for; everything else of a layer is its base's.
-_BESIDE_THE_BASE = frozenset((*_ADAPTER, _MERGED))
+_BESIDE_THE_BASE = frozenset((*ADAPTER, MERGED))
 
 
 def is_beside_the_base(key: str) -> bool:
@@ -20,11 +23,11 @@ def is_beside_the_base(key: str) -> bool:
     first, *rest = key.split(".")
     if first == "parametrizations" and rest:
         return rest[0] in _BESIDE_THE_BASE
-    return first in _BESIDE_THE_BASE or first.startswith(("lora_A_", "lora_B_"))
+    return first in _BESIDE_THE_BASE or first.startswith(tuple(f"{name}_" for name in FACTORS))
 
 
-class LayerState(nn.Module):
-    """Saving and loading of `LoRALayer`, whose attributes it reads and sets.
+class LayerState(Initialising, Merging):
+    """Saving and loading of `LoRALayer`.
 
     A state dict with `merged_base` restores the merged layer that it was taken of, bit for bit. One
     without holds a base: a merged layer takes it as its new base and is merged again, a layer that
@@ -34,7 +37,7 @@ class LayerState(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base_weight_cpu is not None:  # no buffer, which would move with the layer
-            destination[prefix + _MERGED] = self._base_weight_cpu.to(self.weight.dtype)
+            destination[prefix + MERGED] = self._base_weight_cpu.to(self.weight.dtype)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -48,8 +51,8 @@ class LayerState(nn.Module):
         if errors:
             error_msgs += errors
             return
-        base = given.pop(_MERGED, None)
-        adapter = any(name in given for name in _ADAPTER)
+        base = given.pop(MERGED, None)
+        adapter = any(name in given for name in ADAPTER)
         assigns = local_metadata.get("assign_to_params_buffers", False)
         kept = self._merged == "kept"
         again = base is None and kept and (adapter or "weight" in given)
@@ -59,7 +62,7 @@ class LayerState(nn.Module):
         elif base is not None or "weight" in given:
             self.merged_base = self._base_weight_cpu = None
             self._merged = False
-        state = {key: value for key, value in state_dict.items() if key != prefix + _MERGED}
+        state = {key: value for key, value in state_dict.items() if key != prefix + MERGED}
         takes = self.pissa_A is not None and "weight" in given and not adapter
         if assigns and "weight" in given and (again or takes):  # it is changed below
             state[prefix + "weight"] = given["weight"].clone()
@@ -72,7 +75,7 @@ class LayerState(nn.Module):
             state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if not adapter:
-            beside = {prefix + name for name in _ADAPTER}
+            beside = {prefix + name for name in ADAPTER}
             missing_keys[:] = [key for key in missing_keys if key not in beside]
         if takes:
             self._take_pissa()
@@ -85,35 +88,34 @@ class LayerState(nn.Module):
 
     def _misfits(self, given: dict[str, Tensor], prefix: str):
         """Why the tensors cannot be loaded, as torch says it."""
-        factors = [name for name in ("lora_A", "lora_B") if name in given]
+        factors = [name for name in FACTORS if name in given]
         lost = self.why_fixed(*factors) if factors else None
         if lost is not None:
             yield f"{prefix.rstrip('.')}: cannot take {', '.join(factors)}: {lost}"
         shapes = {n: tuple(t.shape) for n, t in self.named_parameters(recurse=False)}
-        merged = given.get(_MERGED)
+        merged = given.get(MERGED)
         if merged is not None:
-            shapes[_MERGED] = (0,) if merged.numel() == 0 else self.weight.shape
+            shapes[MERGED] = (0,) if merged.numel() == 0 else self.weight.shape
         if self.pissa_A is not None:
-            shapes["pissa_A"], shapes["pissa_B"] = self.pissa_A.shape, self.pissa_B.shape
+            shapes |= {name: getattr(self, name).shape for name in PISSA}
         elif "pissa_B" in given:  # of any rank, which may differ from the adapter's
             rank = (given["pissa_B"].shape or (0,))[-1]
-            shapes["pissa_A"] = (rank, self.in_features)
-            shapes["pissa_B"] = (self.out_features, rank)
+            shapes |= {name: shape_of(self, name, rank) for name in PISSA}
         for name, tensor in given.items():
             if name in shapes and tuple(tensor.shape) != tuple(shapes[name]):
                 yield (
                     f"size mismatch for {prefix}{name}: copying a param with shape {tensor.shape}"
                     f" from checkpoint, the shape in current model is {shapes[name]}."
                 )
-        sharded = [hasattr(tensor, "placements") for tensor in (merged, self.weight)]
-        if merged is not None and merged.numel() and sharded[0] != sharded[1]:
+        alike = is_sharded(merged) == is_sharded(self.weight)
+        if merged is not None and merged.numel() and not alike:
             yield (
-                f"{prefix}{_MERGED}: and the layer's weight are not sharded alike; merge the model"
+                f"{prefix}{MERGED}: and the layer's weight are not sharded alike; merge the model"
                 " as the other was before loading"
             )
         if merged is not None and "weight" not in given:
-            yield f"{prefix}{_MERGED}: is of a merged layer, whose {prefix}weight is missing"
-        adapter = next((name for name in _ADAPTER if name in given), None)
+            yield f"{prefix}{MERGED}: is of a merged layer, whose {prefix}weight is missing"
+        adapter = next((name for name in ADAPTER if name in given), None)
         if self._merged == "final" and adapter and "weight" not in given:
             yield (
                 f"{prefix}{adapter}: the layer is merged with keep_base=False and has no"
@@ -126,4 +128,4 @@ class LayerState(nn.Module):
         on_host = on_host and self._merged == "kept"
         device = "cpu" if on_host else self.weight.device
         base = base.detach().to(device=device, dtype=self.weight.dtype, copy=copy)
-        setattr(self, "_base_weight_cpu" if on_host else _MERGED, base)
+        setattr(self, "_base_weight_cpu" if on_host else MERGED, base)

@@ -1,0 +1,19 @@
+"""The layers with an adapter: `FusedLoRALinear` for nn.Linear, `FusedLoRAConv1D` for Transformers'
+Conv1D."""
+
+from torch import nn
+
+from lora_kernels.bases import is_conv1d
+from lora_kernels.nn.conv1d import FusedLoRAConv1D
+from lora_kernels.nn.layer import LoRALayer
+from lora_kernels.nn.linear import FusedLoRALinear
+
+__all__ = ["FusedLoRAConv1D", "FusedLoRALinear", "LoRALayer", "layer_class"]
+
+# What pickles name, and users import them from.
+FusedLoRALinear.__module__ = FusedLoRAConv1D.__module__ = __name__
+
+
+def layer_class(base: nn.Module) -> type[LoRALayer]:
+    """The layer with an adapter for a base that `targets.objection` has nothing against."""
+    return FusedLoRAConv1D if is_conv1d(base) else FusedLoRALinear

@@ -1,0 +1,241 @@
+"""What every layer with an adapter is: its parameters and its forward."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import options
+from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_type, refusal, stores
+from lora_kernels.functional import lora_linear
+from lora_kernels.nn.pissa import INITS, Init
+from lora_kernels.nn.state import LayerState
+from lora_kernels.nn.tensors import ADAPTER, FACTORS, MERGED, PISSA, shape_of
+
+# What an adapter adds to a layer: parameters, buffers, attributes.
+_ADDED = (
+    *ADAPTER, MERGED, "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged", "_disabled",
+)  # fmt: skip
+
+
+class LoRALayer(LayerState):
+    """A frozen base of `weight` and `bias`, and the adapter `lora_A` [rank, in_features], `lora_B`
+    [out_features, rank]."""
+
+    # The plain layer's class.
+    base_class: type[nn.Module]
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        init: Init = "kaiming",
+    ) -> "LoRALayer":
+        """A layer that shares `linear`'s weight and bias objects (now frozen), its buffers,
+        submodules, attributes and train mode.
+
+        `init` is "kaiming" (A uniform, B zero: the output is unchanged), "pissa" (Meng et al.,
+        2024, arXiv:2404.02948: the adapter starts as the principal part of the weight, which is
+        taken out of it) or "random" (B uniform too: the output changes at once, for tests).
+
+        Raises:
+            TypeError: not exactly a layer of this kind. ValueError: hooks, parametrizations, or a
+                weight that is pruned, sharded, quantised or of another dtype.
+        """
+        cls._require_base(linear)
+        reason = refusal(linear, reserved()) or hooked(linear)
+        if reason is not None:
+            raise ValueError(f"linear: {reason}")
+        layer = cls._prepare(linear, rank, alpha, dropout, use_rslora, adapter_dtype, init)
+        layer._take_pissa()
+        return layer
+
+    @classmethod
+    def _prepare(
+        cls,
+        linear: nn.Module,
+        rank: int,
+        alpha: float | None,
+        dropout: float,
+        use_rslora: bool,
+        adapter_dtype: torch.dtype | None,
+        init: Init,
+    ) -> "LoRALayer":
+        """`from_linear`, of a layer that `refusal` has nothing against, without the step that
+        changes the weight, `_take_pissa`."""
+        if init not in INITS:
+            raise ValueError(f"init: got {init!r}, legal values are {', '.join(INITS)}")
+        layer = _twin(linear, cls)
+        layer._add_adapter(rank, alpha, dropout, use_rslora, adapter_dtype)
+        layer.reset_lora_parameters()
+        if init == "pissa":
+            layer._init_pissa()
+        elif init == "random":
+            nn.init.kaiming_uniform_(layer.lora_B, a=math.sqrt(5))
+        return layer
+
+    def move_into(self, linear: nn.Module) -> None:
+        """Makes `linear`, from which this layer was prepared, the layer with this adapter.
+
+        It stays the same object: whoever holds it, its hooks and whatever else it has, go on.
+        """
+        linear.__class__ = type(self)
+        for key in _ADDED:
+            for mine, theirs in zip(stores(self), stores(linear), strict=True):
+                if key in mine:
+                    theirs[key] = mine[key]
+        linear._non_persistent_buffers_set |= self._non_persistent_buffers_set
+
+    @torch.no_grad()
+    def move_out(self) -> None:
+        """Undoes `move_into`: this object is a plain layer again, the base, or the sum after a
+        final merge. ValueError: the layer is not what it was made into, `why_stuck`."""
+        self._refuse("remove", self.why_stuck())
+        self._settle()
+        self.__class__ = self.base_class
+        for key in _ADDED:
+            for store in stores(self):
+                store.pop(key, None)
+            self._non_persistent_buffers_set.discard(key)
+
+    @torch.inference_mode(False)  # in which parameters would be made that cannot be trained
+    def _add_adapter(
+        self,
+        rank: int,
+        alpha: float | None,
+        dropout: float,
+        use_rslora: bool,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        rank, alpha = options.check_rank(rank), options.check_alpha(alpha)
+        dropout = options.check_dropout(dropout)
+        use_rslora = options.check_flag(use_rslora, "use_rslora")
+        if (odd := odd_type(self.weight)) is not None:
+            raise TypeError(f"weight: is {odd}")
+        half = self.weight.dtype in HALVES
+        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
+        if dtype != self.weight.dtype and not (half and dtype == torch.float32):
+            legal = " or torch.float32" if half else ""
+            raise TypeError(
+                f"adapter_dtype: expected {self.weight.dtype} (the weight's){legal}, got {dtype!r}"
+            )
+        factory = {"device": self.weight.device, "dtype": dtype}
+        self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
+        for name in FACTORS:
+            setattr(self, name, nn.Parameter(torch.empty(shape_of(self, name, rank), **factory)))
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        for name in (MERGED, *PISSA):
+            self.register_buffer(name, None)
+        self._base_weight_cpu = None
+        self._merged = False
+        self._disabled = False
+
+    def reset_parameters(self) -> None:
+        """Initialises base and adapter as a new layer does."""
+        if "_merged" not in vars(self):  # nn.Linear's constructor calls this
+            return self._reset_base()
+        self._require_unmerged("reset_parameters")
+        self._refuse("reset_parameters", self.why_fixed("weight", "bias", *FACTORS))
+        self.pissa_A = self.pissa_B = None
+        self._reset_base()
+        self.reset_lora_parameters()
+
+    @staticmethod
+    def _require_base(linear: nn.Module) -> None:
+        """TypeError for a layer of another kind."""
+        raise NotImplementedError
+
+    def _reset_base(self) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        if self._disabled:
+            return self._base_forward(x)
+        if self._merged:
+            return nn.functional.linear(x, self.matrix, self.bias)
+        return lora_linear(
+            x,
+            self.matrix,
+            self.lora_A,
+            self.lora_B,
+            self.bias,
+            scaling=self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        """The layer without its adapter, whatever state it is in."""
+        if self._merged == "final":
+            raise RuntimeError("merged with keep_base=False: the base of this layer is gone")
+        if self._merged:
+            return nn.functional.linear(x, self._oriented(self._kept_base()), self.bias)
+        if self.pissa_A is None:
+            return nn.functional.linear(x, self.matrix, self.bias)
+        return lora_linear(
+            x, self.matrix, self.pissa_A, self.pissa_B, self.bias, scaling=self.scaling
+        )
+
+    def why_stuck(self) -> str | None:
+        """Why the adapter cannot be taken out of the layer; None if it can."""
+        reason = foreign_forward(self) or computed(self, ("weight", "bias", *FACTORS))
+        if reason is None and (self._merged == "kept" or self.pissa_A is not None):
+            reason = self.why_valueless("weight")
+        return reason
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Module:
+        """A plain layer that shares weight and bias: the base, or the sum after a final merge.
+
+        ValueError: `why_stuck`.
+        """
+        self._refuse("to_linear", self.why_stuck())
+        self._settle()
+        linear = _twin(self, type(self))
+        linear.move_out()
+        return linear
+
+    def _settle(self) -> None:
+        """Leaves in the weight what the plain layer has."""
+        if self._merged == "kept":
+            self.unmerge()
+        self._return_pissa()
+
+    def extra_repr(self) -> str:
+        base = f"in_features={self.in_features}, out_features={self.out_features}"
+        parts = [f"{base}, bias={self.bias is not None}"]
+        parts += [f"rank={self.rank}", f"scaling={self.scaling:g}"]
+        if self.dropout:
+            parts.append(f"dropout={self.dropout:g}")
+        if self.lora_A.dtype != self.weight.dtype:
+            parts.append(f"adapter_dtype={self.lora_A.dtype}")
+        if self.merged:
+            parts.append("merged=True")
+        return ", ".join(parts)
+
+
+@functools.cache
+def reserved() -> frozenset[str]:
+    """The names that a plain layer must not use otherwise, to be given an adapter."""
+    return frozenset(_ADDED).union(dir(LoRALayer)).difference(dir(nn.Module))
+
+
+def _twin(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A module of this kind that shares everything `module` holds, but for its hooks."""
+    twin = kind.__new__(kind)
+    nn.Module.__init__(twin)
+    held = vars(module).items()
+    twin.__dict__.update({key: value for key, value in held if key not in vars(nn.Module())})
+    for mine, theirs in zip(stores(twin)[:3], stores(module)[:3], strict=True):
+        mine.update(theirs)
+    twin._non_persistent_buffers_set |= module._non_persistent_buffers_set
+    return twin.train(module.training)

@@ -1,0 +1,104 @@
+"""An adapter added to its weight, and taken out again."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_kernels.bases import computed
+from lora_kernels.nn.tensors import LayerTensors
+from lora_kernels.offloading import OFFLOADED
+
+
+class Merging(LayerTensors):
+    """`LoRALayer`, merged and not.
+
+    `merged_base` and `_base_weight_cpu` hold what `unmerge` restores, on the device or the host.
+    """
+
+    @torch.no_grad()
+    def merge(self, keep_base: bool | Literal["cpu"] = True) -> None:
+        """Adds scaling B A to the weight, in place; the layer then costs a plain linear.
+
+        keep_base True or "cpu" keeps the base weight there or in host memory, so `unmerge` is
+        bit-exact.
+        False keeps nothing: the adapter is absorbed for good, `lora_B` becomes zero and `unmerge`
+        raises.
+        A weight tied to another module changes there too: `merge_lora` checks a whole model for
+        that. An error midway leaves the layer as it was.
+
+        Raises:
+            ValueError: keep_base, or `why_unmergeable`. RuntimeError: the layer is merged.
+        """
+        if keep_base not in (True, False, "cpu"):
+            raise ValueError(
+                f"keep_base: got {keep_base!r}, legal values are True, False and 'cpu'"
+            )
+        self._require_unmerged("merge")
+        self._refuse("merge", self.why_unmergeable(keep_base))
+        try:
+            if keep_base == "cpu":
+                self._base_weight_cpu = self.weight.detach().to("cpu", copy=True)
+            elif keep_base:
+                self.merged_base = self.weight.detach().clone()
+            else:
+                self.merged_base = self.weight.new_empty(0)
+            add_product(self.matrix, self.factor("lora_B"), self.factor("lora_A"), self.scaling)
+        except BaseException:
+            if keep_base and (self.merged_base is not None or self._base_weight_cpu is not None):
+                self.weight.copy_(self._kept_base())
+            self.merged_base = self._base_weight_cpu = None
+            raise
+        if not keep_base:
+            self.lora_B.zero_()
+            self.pissa_A = self.pissa_B = None
+        self._merged = "kept" if keep_base else "final"
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight as a merge leaves it, in its shape and dtype; the parameter's own if the layer
+        is merged."""
+        if self._merged:
+            return self.weight.detach()
+        total = _sum(self.matrix, self.factor("lora_B"), self.factor("lora_A"), self.scaling)
+        return self._oriented(total).to(self.weight.dtype).contiguous()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the base weight that `merge` kept, bit for bit.
+
+        RuntimeError: nothing is kept. ValueError: the weight holds no values (offloaded, meta).
+        """
+        if self._merged == "final":
+            raise RuntimeError("unmerge: merged with keep_base=False, the base weight was not kept")
+        if not self._merged:
+            raise RuntimeError("unmerge: the layer is not merged")
+        self._refuse("unmerge", self.why_valueless("weight"))
+        self.weight.copy_(self._kept_base())
+        self.merged_base = self._base_weight_cpu = None
+        self._merged = False
+
+    def _kept_base(self) -> Tensor:
+        base = self.merged_base if self.merged_base is not None else self._base_weight_cpu
+        return base.to(device=self.weight.device, dtype=self.weight.dtype)
+
+    def why_unmergeable(self, keep_base: bool | Literal["cpu"] = True) -> str | None:
+        """Why the adapter cannot go into the weight; None if it can."""
+        reason = self.why_valueless("weight")
+        if reason is None and self.lora_A.is_meta:
+            reason = f"its lora_A is on the meta device, without values, or {OFFLOADED}"
+        if reason is None and not keep_base:  # which zeroes lora_B
+            reason = computed(self, ("lora_B",))
+        return reason
+
+
+@torch.no_grad()
+def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """weight += scale * left @ right, formed in fp32 and rounded once."""
+    weight.copy_(_sum(weight, left, right, scale))
+
+
+def _sum(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """weight + scale * left @ right, in fp32 (fp64 if the weight is)."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.addmm(weight.to(dtype), left.to(dtype), right.to(dtype), alpha=scale)

@@ -1,0 +1,114 @@
+"""How an adapter starts; and what PiSSA, which starts it as the principal part of the weight, took
+out of that."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.nn.merging import add_product
+from lora_kernels.nn.tensors import FACTORS, LayerTensors
+from lora_kernels.offloading import present
+from lora_kernels.sharding import copy_whole, is_sharded, whole
+
+Init = Literal["kaiming", "pissa", "random"]
+INITS = get_args(Init)
+# Above this size PiSSA takes the leading singular triplets from a randomised SVD.
+_EXACT_SVD_ELEMENTS = 1 << 20
+
+
+class Initialising(LayerTensors):
+    """The starts of `LoRALayer`."""
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """A Kaiming-uniform, B zero, as in PEFT; the layer's output is then the base's.
+
+        All ranks of a sharded layer make the call; they get the A of one process.
+        What PiSSA took out of the base is added back.
+        """
+        self._require_unmerged("reset_lora_parameters")
+        self._refuse("reset_lora_parameters", self.why_fixed())
+        self._return_pissa()
+        _draw(self.lora_A)
+        nn.init.zeros_(self.lora_B)
+
+    @torch.no_grad()
+    def _init_pissa(self) -> None:
+        weight = self.matrix if self.weight.dtype == torch.float64 else self.matrix.float()
+        if weight.is_meta:
+            raise ValueError(
+                "init: 'pissa' needs the values of the weight, which is on the meta device"
+            )
+        if not weight.isfinite().all():
+            raise ValueError("init: 'pissa' needs a weight of finite values")
+        if self.rank > min(weight.shape):
+            raise ValueError(
+                f"rank: 'pissa' takes at most min(N, K) = {min(weight.shape)}, got {self.rank}"
+            )
+        if self.scaling <= 0:
+            raise ValueError(f"alpha: 'pissa' needs a positive scaling, got {self.scaling}")
+        if weight.numel() <= _EXACT_SVD_ELEMENTS:
+            U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        else:
+            U, S, V = torch.svd_lowrank(weight, q=min(self.rank + 16, *weight.shape), niter=4)
+            Vh = V.t()
+        root = (S[: self.rank] / self.scaling).sqrt()
+        self.lora_A.copy_(root[:, None] * Vh[: self.rank])
+        self.lora_B.copy_(U[:, : self.rank] * root)
+        self.pissa_A, self.pissa_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def _take_pissa(self) -> None:
+        """Takes the principal part out of the weight, if the adapter starts as that."""
+        if self.pissa_A is not None:
+            add_product(self.matrix, self.pissa_B, self.pissa_A, -self.scaling)
+
+    def _return_pissa(self) -> None:
+        """Adds back what PiSSA took out of the weight."""
+        if self.pissa_A is not None:
+            add_product(self.matrix, self.pissa_B, self.pissa_A, self.scaling)
+            self.pissa_A = self.pissa_B = None
+
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the adapter relative to the original base: rank r, with PiSSA rank 2r.
+
+        PiSSA took scaling B0 A0 out of the weight, so on the original base the adapter is
+        scaling (B A - B0 A0).
+        """
+        with present(self):
+            lora_A, lora_B = map(self.factor, FACTORS)
+            if self.pissa_A is None:
+                return lora_A, lora_B
+            A, B = (lora_A, self.pissa_A), (lora_B, -self.pissa_B)
+            return torch.cat(list(map(whole, A))), torch.cat(list(map(whole, B)), dim=1)
+
+    @torch.no_grad()
+    def to_original_base(self) -> None:
+        """Makes a layer started with PiSSA a plain one of rank 2r that computes the same.
+
+        The weight gets back what PiSSA took out of it (equal up to one rounding), the adapter
+        becomes `delta_factors`. Other layers stay as they are. RuntimeError: the layer is merged.
+        """
+        self._require_unmerged("to_original_base")
+        if self.pissa_A is None:
+            return
+        self._refuse("to_original_base", self.why_fixed() or self.why_valueless("weight"))
+        factors = self.delta_factors()
+        add_product(self.matrix, self.pissa_B, self.pissa_A, self.scaling)
+        self.pissa_A = self.pissa_B = None
+        self.set_adapter(*factors)
+
+
+def _draw(A: Tensor) -> None:
+    """Kaiming-uniform. Each rank drawing its own part would draw the same rows from equal seeds,
+    and other copies from different ones, so the first rank's draw goes to all."""
+    if not is_sharded(A) or A.is_meta:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        return
+    mesh = A.device_mesh
+    value = torch.empty(A.shape, dtype=A.dtype, device=mesh.device_type)
+    nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+    for i in range(mesh.ndim):
+        torch.distributed.broadcast(value, group=mesh.get_group(i), group_src=0)
+    copy_whole(A, value)

@@ -1,0 +1,27 @@
+"""Tensors that are split over ranks (DTensors), asked and read without importing what defines
+them."""
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "placements")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered on every rank, which all of them call for; another tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, value: Tensor) -> None:
+    """target.copy_(value) for a value that every rank has whole."""
+    if is_sharded(target):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = target.device_mesh
+        value = value.to(target.device)
+        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    target.copy_(value)
