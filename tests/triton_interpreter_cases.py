@@ -235,11 +235,11 @@ def test_mask_is_the_references(seed):
     ones, eye = torch.ones, torch.eye
     _, s = ops.lora_add(ones(M, 1), ones(M, K), eye(K), ones(1, K), 1.0, p, seed, True)
     dx, _, _ = ops.lora_add_backward(
-        ones(M, 1), ones(0), ones(1, K), ones(1, 1), ones(0), ones(0), 1.0, p, seed,
+        ones(M, 1), ones(0), ones(1, K), ones(1, 1), ones(0), 1.0, p, seed,
         True, False, False,
     )  # fmt: skip
     _, da, _ = ops.lora_add_backward(
-        eye(M), ones(M, K), ones(M, K), eye(M), ones(0), ones(0), 1.0, p, seed, False, True, False
+        eye(M), ones(M, K), ones(M, K), eye(M), ones(0), 1.0, p, seed, False, True, False
     )
     for found in (s, dx, da):
         assert torch.equal(found, kept.float())
@@ -255,7 +255,7 @@ def test_mask_of_the_fused_gradient(monkeypatch, target, seed):
     with assume(target):
         dx, *_ = ops.lora_linear_backward(
             torch.ones(M, 8).half(), none, one * 0, one[:1], one[:, :1] / 8,
-            none, none, 1.0, p, seed, True, False, False, False,
+            none, 1.0, p, seed, True, False, False, False,
         )  # fmt: skip
     assert torch.equal(dx, kept)
 
