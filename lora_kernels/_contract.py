@@ -67,6 +67,8 @@ class Op:
         tensors = [name for name in arguments if TYPES[name].startswith("Tensor")]
         self.tensors = tuple(self.index[name] for name in tensors)
         """The places of tensors, those that may be None too."""
+        self.numbers = itemgetter(*(i for i in range(len(arguments)) if i not in self.tensors))
+        """The other arguments."""
         self.rows = tuple(self.index[n] for n in arguments if DIMENSIONS.get(n, "")[:1] == "M")
         """The places of what has the rows of x."""
 

@@ -52,7 +52,8 @@ def serving(base: Base, rows: Tensor, branch: Branch) -> ModuleType:
         if reason is not None and choice.demand is not None:
             raise RuntimeError(f"{choice.demand}: {reason}")
         reason = reason or module.leaves(base, rows, branch)
-    _say(choice.name, choice.reason, rows.device.type, rows.dtype, reason)
+    if _logger.isEnabledFor(logging.INFO):
+        _say(choice.name, choice.reason, rows.device.type, rows.dtype, reason)
     return module if reason is None else reference
 
 
@@ -64,7 +65,7 @@ def _say(name: str, why: str, device: str, dtype: torch.dtype, reason: str | Non
 
 def choose(device: torch.device | str) -> Choice:
     """The backend of the calls on a device. Raises RuntimeError if the forced one is not there."""
-    device = torch.device(device)
+    device = torch.device(device) if isinstance(device, str) else device
     kind = device.type
     demand = plans.forced()
     if _env.BACKEND is None and demand is None:
