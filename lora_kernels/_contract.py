@@ -1,7 +1,7 @@
 """The ops as data: their arguments, results, dimensions and dtypes, and when each is read.
 
-Schemas, fakes, checks, autograd, the rules for vmap, flops and DTensors and the table in
-docs/ops.md follow from here.
+Schemas, fakes, checks, autograd and the rules for vmap, flops and DTensors follow from here; the
+schemas in docs/ops.md are compared with them by a test.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,6 +69,8 @@ class Op:
         """The places of tensors, those that may be None too."""
         self.numbers = itemgetter(*(i for i in range(len(arguments)) if i not in self.tensors))
         """The other arguments."""
+        self.likes = tuple(self.index[ASKED.get(n, (None, arguments[0]))[1]] for n in returns)
+        """The places of the arguments whose dtypes the results have."""
         self.rows = tuple(self.index[n] for n in arguments if DIMENSIONS.get(n, "")[:1] == "M")
         """The places of what has the rows of x."""
 
@@ -112,11 +114,11 @@ class Op:
         if self.writes:
             return None
         sizes, results = self.sizes(args), []
-        for name in self.returns:
-            asked, like = ASKED.get(name, (None, self.arguments[0]))
+        for name, like in zip(self.returns, self.likes, strict=True):
+            asked, _ = ASKED.get(name, (None, None))
             wanted = asked is None or args[self.index[asked]]
             shape = tuple(sizes[letter] for letter in DIMENSIONS[name]) if wanted else NOT_GIVEN
-            results.append(args[self.index[like]].new_empty(shape))
+            results.append(args[like].new_empty(shape))
         return tuple(results)
 
 

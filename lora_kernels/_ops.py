@@ -41,10 +41,9 @@ def _backward(op: Op, args: tuple) -> tuple:
     gradients = backend.backward(base, dy, x, args[op.index["s"]], branch, op.need(args))
     if not op.has_weight:
         gradients = (gradients[0], *gradients[2:])
-    none = (dy, *args[2 : 2 + len(gradients) - 1])  # a gradient has its argument's dtype
     return tuple(
-        like.new_empty(0) if value is None else value
-        for value, like in zip(gradients, none, strict=True)
+        args[like].new_empty(0) if value is None else value
+        for value, like in zip(gradients, op.likes, strict=True)
     )
 
 
