@@ -6,18 +6,20 @@ commands run one after the other, all of them every time.
 LORA_KERNELS_BUILD_CPU, LORA_KERNELS_BUILD_CUDA: auto (default) builds the part where it can be
 built and used, 0 leaves it out, 1 demands it and fails without. CUDA can be used where torch has
 CUDA; 1 needs nvcc alone, no GPU. TORCH_CUDA_ARCH_LIST: architectures; CUDA_HOME: where nvcc is;
-CXX, CXXFLAGS, LDFLAGS: the host compiler and its options; NINJA: ninja, if it is not on the PATH;
+CXX, CXXFLAGS, LDFLAGS: the host compiler and its options; NINJA: another ninja;
 MAX_JOBS: how many files or architectures are compiled at a time.
 """
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +66,13 @@ def say(what: str) -> None:
     print(f"lora_kernels: {what}", file=sys.stderr, flush=True)
 
 
+def torch() -> Path | None:
+    """Its folder, if it is there. Each step of an install runs this file, and the import of torch
+    would take longer than the compilation of one."""
+    spec = find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
 def words(variable: str, default: str = "") -> list[str]:
     return shlex.split(os.environ.get(variable) or default)
 
@@ -74,8 +83,8 @@ def compiler() -> str | None:
 
 
 def ninja() -> str | None:
-    """On the PATH, or beside the Python of an environment that is not activated."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    """Beside this Python, whose environment need not be activated, or on the PATH."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     return shutil.which(os.environ.get("NINJA") or "ninja", path=path)
 
 
@@ -115,9 +124,7 @@ def gencode(arch: str) -> list[str]:
 def without_paths() -> list[str]:
     """Options of the host compiler that keep this machine's folders out of binaries and messages;
     of two that match, the last counts."""
-    import torch
-
-    folders = {ROOT: ".", Path(torch.__file__).parent: "torch"}
+    folders = {ROOT: ".", torch(): "torch"}
     return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
 
 
@@ -125,10 +132,8 @@ def missing(demanded: bool) -> str | None:
     """Why nothing can be built here."""
     if sys.platform != "linux":
         return f"built on Linux only, this is {sys.platform}"
-    try:
-        import torch.utils.cpp_extension  # noqa: F401
-    except ImportError as error:
-        return f"torch does not import: {error} (install with --no-build-isolation)"
+    if torch() is None:
+        return "no torch found (install it first, then this with --no-build-isolation)"
     return None
 
 
@@ -145,25 +150,14 @@ def missing_for_cuda(demanded: bool) -> str | None:
         return "no nvcc found (CUDA_HOME, the PATH, /usr/local/cuda)"
     if not archs():
         return "no architecture from 8.0 on in TORCH_CUDA_ARCH_LIST"
-    import torch
-
-    if torch.version.cuda is None and not demanded:
+    if runpy.run_path(str(torch() / "version.py"))["cuda"] is None and not demanded:
         return "torch has no CUDA (LORA_KERNELS_BUILD_CUDA=1 builds them all the same)"
     return None
 
 
-def torch_headers() -> list[str]:
-    from torch.utils.cpp_extension import include_paths
-
-    return [f"-I{path}" for path in include_paths()]
-
-
 def torch_libraries() -> list[str]:
     """What the libraries find the stable ABI in at load; its CUDA half comes through libtorch."""
-    from torch.utils.cpp_extension import library_paths
-
-    folders = [f"-L{path}" for path in library_paths()]
-    return [*folders, "-lc10", "-ltorch", "-ltorch_cpu"]
+    return [f"-L{torch() / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
 
 
 def cpu_part(wanted: str) -> Part:
@@ -173,7 +167,7 @@ def cpu_part(wanted: str) -> Part:
         "CPU",
         wanted,
         Extension(CPU, CPU_SOURCES, py_limited_api=True),
-        compile=[*host, *flags, *torch_headers()],
+        compile=[*host, *flags, f"-I{torch() / 'include'}"],
         link=[*host, "-shared", "-Wl,--no-as-needed", *torch_libraries(), *words("LDFLAGS")],
         built=f"built with {compiler()}",
     )
@@ -193,7 +187,7 @@ def cuda_part(wanted: str) -> Part:
         "CUDA",
         wanted,
         Extension(CUDA, CUDA_SOURCES, py_limited_api=True),
-        compile=[*common, *flags, *torch_headers()],
+        compile=[*common, *flags, f"-I{torch() / 'include'}"],
         link=[*common, "-shared", "-cudart=static", f"-Xlinker={libraries}"],
         built=f"built with {nvcc()} for {', '.join(archs())}",
     )
@@ -256,7 +250,7 @@ PARTS: dict[str, tuple[Callable[[bool], str | None], Callable[[str], Part]]] = {
 def parts() -> list[Part]:
     """What is to be built; fails for what is demanded and cannot be."""
     found = []
-    for name, (reason_against, make) in PARTS.items():
+    for name, (reason_against, part) in PARTS.items():
         wanted = demand(name)
         if wanted == "0":
             say(f"{name} kernels: skipped, LORA_KERNELS_BUILD_{name}=0")
@@ -265,7 +259,7 @@ def parts() -> list[Part]:
                 raise SystemExit(f"LORA_KERNELS_BUILD_{name}=1, but: {reason}")
             say(f"{name} kernels: skipped, {reason}")
         else:
-            found.append(make(wanted))
+            found.append(part(wanted))
     return found
 
 

@@ -30,7 +30,7 @@ def _package(name: str) -> str:
 
 def _ninja() -> str:
     """Where setup.py finds it."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     found = shutil.which(os.environ.get("NINJA") or "ninja", path=path)
     return found or "not found: csrc is built without, slowly (pip install ninja)"
 

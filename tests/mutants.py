@@ -368,6 +368,8 @@ MUTANTS = {
     "check: magnified rounding is a bypass": ("check.py", "_merges", "if bound < moved < _SMALL:", "if False:", "check"),
     "check: every small move is rounding": ("check.py", "_merges", "bound = 4 * _distance(apart, rounded)", "bound = _SMALL", "check"),
     "check: reversible layers": ("check.py", "_count", "not torch.is_grad_enabled() and _in_function()", "False", "check"),
+    "ninja beside Python unseen": ("doctor.py", "_ninja", 'sysconfig.get_path("scripts")', '""', "build::test_doctor_shows_ninja"),
+    "another ninja unseen": ("doctor.py", "_ninja", 'os.environ.get("NINJA") or "ninja"', '"ninja"', "build::test_doctor_shows_ninja"),
 }  # fmt: skip
 
 

@@ -104,10 +104,11 @@ def test_a_compiler_that_fails_skips_the_part(tmp_path):
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
 def test_built_and_loaded_by_one_name(tmp_path):
     options = {"CXXFLAGS": "-g", "LDFLAGS": "-Wl,-soname,named_here", "MAX_JOBS": "2"}
-    result, lines = build(tmp_path, LORA_KERNELS_BUILD_CPU="1", **options, **NO_CUDA)
+    folder = tmp_path / "$a: b"
+    result, lines = build(folder, LORA_KERNELS_BUILD_CPU="1", **options, **NO_CUDA)
     assert result.returncode == 0, result.stderr[-2000:]
     assert lines == [WITHOUT_CUDA, f"lora_kernels: CPU kernels: built with {shutil.which('c++')}"]
-    (library,) = tmp_path.glob("lib/lora_kernels/*.so")
+    (library,) = folder.glob("lib/lora_kernels/*.so")
     assert library.name == "_native_cpu.abi3.so"
     assert_stable(library)
     binary = library.read_bytes()
@@ -207,7 +208,7 @@ def test_doctor_shows_ninja(tmp_path, monkeypatch):
         return found.removeprefix("ninja").strip()
 
     ninja = program(tmp_path / "ninja", "")
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.delenv("NINJA", raising=False)
     assert line() == str(ninja)
     monkeypatch.setenv("NINJA", "no-such-ninja")
