@@ -2,15 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.ready
 
 .PHONY: setup demo test codegen mutants sanitize sweep bench lint clean
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml setup.py $(wildcard csrc/*/*)
+# Two stamps: a changed kernel asks for no look at the packages.
+$(PACKAGES): requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --progress-bar off -r requirements.txt
+	touch $@
+
+$(STAMP): $(PACKAGES) pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(PY) -m lora_kernels doctor
 	touch $@

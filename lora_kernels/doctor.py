@@ -1,7 +1,10 @@
 """What this machine has, which backend every op will use and why, and a self-check against fp64."""
 
 import importlib.util
+import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -25,6 +28,13 @@ def _package(name: str) -> str:
         return "installed, version unknown"
 
 
+def _ninja() -> str:
+    """Where setup.py finds it."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    found = shutil.which(os.environ.get("NINJA") or "ninja", path=path)
+    return found or "not found: csrc is built without, slowly (pip install ninja)"
+
+
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none"
@@ -39,6 +49,7 @@ def describe() -> Iterator[str]:
     yield f"python        {platform.python_version()} on {platform.machine()}"
     yield f"torch         {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
     yield f"triton        {_package('triton')}"
+    yield f"ninja         {_ninja()}"
     for part, status in backends.extension_status().items():
         yield f"csrc, {part:7} {status}"
     yield f"gpu           {_gpu()}"

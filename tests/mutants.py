@@ -371,6 +371,8 @@ MUTANTS = {
     "vouched for the thread's next op": (DISPATCH, "is_vouched", "checked is None or len(checked) != len(args) or checked[0] is not args[0]", "checked is None", "ops_checks"),
     "plans: cublas where nothing is proven": (PLANS, "choose", 'if _env.BACKEND == "triton" else "aten"', 'if True else "aten"', "triton_backend"),
     "a refusal of a forced backend falls back": ("backends/__init__.py", "serving", "if reason is not None and choice.demand is not None:", "if False:", "native"),
+    "ninja beside Python unseen": ("doctor.py", "_ninja", 'sysconfig.get_path("scripts")', '""', "build::test_doctor_shows_ninja"),
+    "another ninja unseen": ("doctor.py", "_ninja", 'os.environ.get("NINJA") or "ninja"', '"ninja"', "build::test_doctor_shows_ninja"),
 }  # fmt: skip
 
 

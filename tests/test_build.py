@@ -5,11 +5,12 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
 
-from lora_kernels import backends
+from lora_kernels import backends, doctor
 from lora_kernels.backends.native import extension
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -17,7 +18,28 @@ NO_CUDA = {"LORA_KERNELS_BUILD_CUDA": "0"}
 NO_CPU = {"LORA_KERNELS_BUILD_CPU": "0"}
 WITHOUT_CUDA = "lora_kernels: CUDA kernels: skipped, LORA_KERNELS_BUILD_CUDA=0"
 WITHOUT_CPU = "lora_kernels: CPU kernels: skipped, LORA_KERNELS_BUILD_CPU=0"
-SETTINGS = ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
+WITHOUT_NINJA = (
+    "lora_kernels: no ninja found (NINJA, the PATH): all is compiled, one file at a time"
+)
+NO_NINJA = {"NINJA": "no-such-ninja"}
+NINJA = shutil.which("ninja") or pathlib.Path(sysconfig.get_path("scripts"), "ninja").exists()
+SETTINGS = (
+    "CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "NVCC_PREPEND_FLAGS",
+    "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "NINJA",
+)  # fmt: skip
+
+
+def run(command, cwd=ROOT, **variables):
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SETTINGS and not name.startswith("LORA_KERNELS")
+    }
+    result = subprocess.run(
+        command, cwd=cwd, env=env | variables, capture_output=True, text=True, timeout=600
+    )
+    lines = [line for line in result.stderr.splitlines() if line.startswith("lora_kernels: ")]
+    return result, lines
 
 
 def build(folder, **variables):
@@ -25,16 +47,14 @@ def build(folder, **variables):
         sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"),
         "--build-temp", str(folder / "temp"),
     ]  # fmt: skip
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in SETTINGS and not name.startswith("LORA_KERNELS")
-    }
-    result = subprocess.run(
-        command, cwd=ROOT, env=env | variables, capture_output=True, text=True, timeout=600
-    )
-    lines = [line for line in result.stderr.splitlines() if line.startswith("lora_kernels: ")]
-    return result, lines
+    return run(command, **variables)
+
+
+def program(path: pathlib.Path, script: str) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
 
 
 def test_without_a_compiler_the_part_is_skipped(tmp_path):
@@ -63,6 +83,7 @@ def test_left_out_on_demand(tmp_path):
             "LORA_KERNELS_BUILD_CUDA=1, but: no nvcc found",
         ),
         (NO_CPU | {"LORA_KERNELS_BUILD_CUDA": "2"}, "got '2', legal values are auto, 0, 1"),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS: got '0', expected a number from 1 on"),
     ],
 )
 def test_what_was_demanded_and_cannot_be_built_fails(tmp_path, variables, words):
@@ -72,26 +93,126 @@ def test_what_was_demanded_and_cannot_be_built_fails(tmp_path, variables, words)
 
 
 def test_a_compiler_that_fails_skips_the_part(tmp_path):
-    broken = tmp_path / "broken-c++"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
+    broken = program(tmp_path / "broken-c++", "exit 1")
     result, lines = build(tmp_path, CXX=str(broken), **NO_CUDA)
     assert result.returncode == 0, result.stderr
-    assert len(lines) == 2
-    assert lines[1].startswith("lora_kernels: CPU kernels: skipped, the build failed")
+    assert lines[-1].startswith("lora_kernels: CPU kernels: skipped, the build failed")
     result, _ = build(tmp_path, CXX=str(broken), LORA_KERNELS_BUILD_CPU="1", **NO_CUDA)
     assert result.returncode != 0
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here")
 def test_built_and_loaded_by_one_name(tmp_path):
-    result, lines = build(tmp_path, LORA_KERNELS_BUILD_CPU="1", MAX_JOBS="2", **NO_CUDA)
+    options = {"CXXFLAGS": "-g", "LDFLAGS": "-Wl,-soname,named_here", "MAX_JOBS": "2"}
+    folder = tmp_path / "$a: b"
+    result, lines = build(folder, LORA_KERNELS_BUILD_CPU="1", **options, **NO_CUDA)
     assert result.returncode == 0, result.stderr[-2000:]
     assert lines == [WITHOUT_CUDA, f"lora_kernels: CPU kernels: built with {shutil.which('c++')}"]
-    (library,) = tmp_path.glob("lib/lora_kernels/*.so")
+    (library,) = folder.glob("lib/lora_kernels/*.so")
     assert library.name == "_native_cpu.abi3.so"
     assert_stable(library)
-    assert str(ROOT).encode() not in library.read_bytes()  # __FILE__ in messages, and for debuggers
+    binary = library.read_bytes()
+    assert b".debug_info" in binary
+    assert b"named_here" in binary
+    assert str(ROOT).encode() not in binary  # __FILE__ in messages, and for debuggers
+
+
+# ------------------------------------------------------------------------------------------- ninja
+
+PREPROCESS = """case " $* " in *" -c "*) exec c++ "$@" -E -P;; esac
+while [ "$1" != -o ]; do shift; done
+echo library > "$2"
+"""
+NVCC = """while [ $# -gt 0 ]; do
+case "$1" in -MF) dependencies=$2;; -o) output=$2;; esac
+shift
+done
+echo library > "$output"
+[ -z "$dependencies" ] || echo "$output: csrc/cuda/decode.cu csrc/cuda/device.cuh" > "$dependencies"
+"""
+EDITABLE = "import sys; from setuptools.build_meta import build_editable as b; b(sys.argv[1])"
+
+
+def made(folder: pathlib.Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.o")}
+
+
+@pytest.mark.skipif(not shutil.which("c++") or not NINJA, reason="no C++ compiler or no ninja here")
+def test_an_editable_install_compiles_what_a_change_concerns(tmp_path):
+    """The C++ compiler only preprocesses here, which is quick and finds the headers."""
+    tree = tmp_path / "with a space"
+    for name in ("lora_kernels", "csrc"):
+        left = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, tree / name, ignore=left)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    program(tmp_path / "home" / "bin" / "nvcc", NVCC)
+    settings = {
+        "CXX": str(program(tmp_path / "quick-c++", PREPROCESS)),
+        "CUDA_HOME": str(tmp_path / "home"),
+        "LORA_KERNELS_BUILD_CPU": "1",
+        "LORA_KERNELS_BUILD_CUDA": "1",
+    }
+
+    def rebuilt(*touched: str, jobs: str) -> set[str]:
+        for file in touched:
+            (tree / file).touch()
+        before = made(tree / "build")
+        command = [sys.executable, "-c", EDITABLE, str(tmp_path)]
+        result, _ = run(command, cwd=tree, MAX_JOBS=jobs, **settings)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return {name for name, time in made(tree / "build").items() if before.get(name) != time}
+
+    assert rebuilt(jobs="2") == {
+        "ops.cpp.o", "base.cpp.o", "avx2.cpp.o", "avx512.cpp.o", "decode.cu.o",
+    }  # fmt: skip
+    assert rebuilt("csrc/cpu/low_rank.inl", jobs="1") == {
+        "base.cpp.o", "avx2.cpp.o", "avx512.cpp.o",
+    }  # fmt: skip
+    library = tree / "lora_kernels" / "_native_cpu.abi3.so"
+    library.write_text("of another build")
+    changed = rebuilt("csrc/cpu/avx2.cpp", "csrc/cuda/device.cuh", jobs="1")
+    assert changed == {"avx2.cpp.o", "decode.cu.o"}
+    assert library.read_text() == "library\n"
+
+
+def test_without_ninja_all_is_compiled(tmp_path):
+    """Every time, by the same commands."""
+    compiler = program(tmp_path / "c++", 'echo "$@" >> "$0.calls"' + "\n" + NVCC)
+    for _ in range(2):
+        result, lines = build(tmp_path, CXX=str(compiler), **NO_CUDA, **NO_NINJA)
+        assert result.returncode == 0, result.stderr
+        built = f"lora_kernels: CPU kernels: built with {compiler}"
+        assert lines == [WITHOUT_CUDA, WITHOUT_NINJA, built]
+    calls = (tmp_path / "c++.calls").read_text().splitlines()
+    sources = [word for call in calls for word in call.split() if word.endswith(".cpp")]
+    expected = [f"csrc/cpu/{stem}.cpp" for stem in ("ops", "base", "avx2", "avx512")]
+    assert sources == expected * 2
+    assert len(calls) == 10
+    assert [path.name for path in tmp_path.glob("lib/lora_kernels/*")] == ["_native_cpu.abi3.so"]
+
+
+def test_what_ninja_is_asked_for(tmp_path):
+    ninja = program(tmp_path / "ninja", 'echo "$@" > "$0.arguments"; exit 3')
+    variables = {"CXX": sys.executable, "NINJA": str(ninja), "MAX_JOBS": "7"}
+    result, lines = build(tmp_path, **variables, **NO_CUDA)
+    assert result.returncode == 0, result.stderr
+    skipped = "CPU kernels: skipped, the build failed: ninja: exit status 3"
+    assert lines == [WITHOUT_CUDA, f"lora_kernels: {skipped}"]
+    assert (tmp_path / "ninja.arguments").read_text().split()[-2:] == ["-j", "7"]
+
+
+def test_doctor_shows_ninja(tmp_path, monkeypatch):
+    def line() -> str:
+        (found,) = [line for line in doctor.describe() if line.startswith("ninja")]
+        return found.removeprefix("ninja").strip()
+
+    ninja = program(tmp_path / "ninja", "")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.delenv("NINJA", raising=False)
+    assert line() == str(ninja)
+    monkeypatch.setenv("NINJA", "no-such-ninja")
+    assert line().startswith("not found: ")
 
 
 # --------------------------------------------------------------------------------------------- ABI
@@ -122,15 +243,11 @@ def test_the_installed_library_uses_the_stable_abi_alone():
 
 
 def fake_nvcc(folder: pathlib.Path, script: str) -> pathlib.Path:
-    """A CUDA_HOME whose compiler is a shell script."""
-    program = folder / "home" / "bin" / "nvcc"
-    program.parent.mkdir(parents=True)
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    return program
+    """The compiler of a CUDA_HOME, a shell script."""
+    return program(folder / "home" / "bin" / "nvcc", script)
 
 
-RECORD = """echo "$@" > "$(dirname "$0")/arguments"
+RECORD = """echo "$NVCC_PREPEND_FLAGS" "$@" >> "$0.calls"
 while [ "$1" != -o ]; do shift; done
 echo library > "$2"
 """
@@ -177,13 +294,14 @@ def test_what_nvcc_is_asked_for(tmp_path, variables, said, flags):
     result, lines = build(tmp_path, **NO_CPU, **demanded, **variables)
     assert result.returncode == 0, result.stderr
     assert lines == [WITHOUT_CPU, f"lora_kernels: CUDA kernels: built with {nvcc} for {said}"]
-    arguments = (nvcc.parent / "arguments").read_text()
-    assert " ".join(word for word in arguments.split() if "gencode" in word) == flags
-    assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in arguments
-    assert f"--threads {variables.get('MAX_JOBS', min(3, os.cpu_count()))} " in arguments
+    compiled, linked = (nvcc.parent / "nvcc.calls").read_text().splitlines()
+    for call in (compiled, linked):
+        assert " ".join(word for word in call.split() if "gencode" in word) == flags
+        assert call.startswith(f"--threads {variables.get('MAX_JOBS', os.cpu_count())} ")
+    assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in compiled
+    assert f"-ffile-prefix-map={ROOT}=." in compiled
     (library,) = tmp_path.glob("lib/lora_kernels/*.so")
     assert library.name == "_native_cuda.abi3.so"
-    assert f"-ffile-prefix-map={ROOT}=." in arguments
 
 
 @pytest.mark.parametrize(
@@ -198,12 +316,18 @@ def test_architectures_that_cannot_be(tmp_path, archs, words):
     assert words in result.stderr
 
 
-def test_an_nvcc_that_fails_fails_what_was_demanded(tmp_path):
-    fake_nvcc(tmp_path, "exit 5")
+@pytest.mark.parametrize(
+    ("ninja", "words"), [({}, "ninja: exit status "), (NO_NINJA, "nvcc: exit status 5")]
+)
+def test_an_nvcc_that_fails_fails_what_was_demanded(tmp_path, ninja, words):
+    if not ninja and not NINJA:
+        pytest.skip("no ninja here")
+    fake_nvcc(tmp_path, "echo it broke >&2; exit 5")
     home = str(tmp_path / "home")
-    result, _ = build(tmp_path, **NO_CPU, LORA_KERNELS_BUILD_CUDA="1", CUDA_HOME=home)
+    result, _ = build(tmp_path, **NO_CPU, LORA_KERNELS_BUILD_CUDA="1", CUDA_HOME=home, **ninja)
     assert result.returncode != 0
-    assert "nvcc: exit status 5" in result.stderr
+    assert words in result.stderr
+    assert "it broke" in result.stdout + result.stderr
 
 
 LOAD = """
@@ -224,8 +348,9 @@ def test_cross_built_without_a_gpu(tmp_path):
     variables = {"LORA_KERNELS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     result, lines = build(tmp_path, **NO_CPU, **variables)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert lines[1].startswith("lora_kernels: CUDA kernels: built with ")
+    assert lines[-1].startswith("lora_kernels: CUDA kernels: built with ")
     (library,) = tmp_path.glob("lib/lora_kernels/*.so")
+    assert str(ROOT).encode() not in library.read_bytes()
     taken = assert_stable(library)
     assert [name for name in taken if "cuda" in name and "device_type" not in name] == [
         "aoti_torch_get_current_cuda_stream"
