@@ -1,5 +1,6 @@
 """LoRA linear layers as one op: fused kernels behind a drop-in nn.Linear."""
 
+from lora_kernels import adapters
 from lora_kernels.adapters import lora_parameters, lora_state_dict
 from lora_kernels.ahead import warmup
 from lora_kernels.check import AdapterReport, check_adapters
@@ -13,6 +14,7 @@ from lora_kernels.convert import (
     unmerge_lora,
 )
 from lora_kernels.functional import lora_add, lora_add_, lora_linear
+from lora_kernels.integrations import transformers as _transformers
 from lora_kernels.merged import merged_state_dict
 from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
 from lora_kernels.rank import low_rank_approximation
@@ -49,6 +51,8 @@ __all__ = [
     "unmerge_lora",
     "warmup",
 ]
+
+adapters.guards.append(adapters.Guard(_transformers.guard, _transformers.release))
 
 _NEEDS_PEFT = ("fuse_peft", "register_fused_lora", "unfuse_peft")
 

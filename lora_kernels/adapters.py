@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,18 @@ _SWAPPED = "_lora_swapped"
 _FROZEN = "_lora_frozen"
 # Transformers' methods that put other modules in the place of a model's embeddings and head.
 _REPLACING = ("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings")
+
+
+class Guard(NamedTuple):
+    """What models of another library get with their first adapter, and what takes it away with the
+    last."""
+
+    put: Callable[[nn.Module], None]
+    take: Callable[[nn.Module], None]
+
+
+# Those of `integrations`, which lies above; the library's `__init__` fills it.
+guards: list[Guard] = []
 
 
 class Saved(NamedTuple):
@@ -178,6 +190,18 @@ def attach(
     model.requires_grad_(False)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
+
+
+def guard(model: nn.Module) -> None:
+    """Has the model, and those within it, heed their adapters in what other libraries do."""
+    for one in guards:
+        one.put(model)
+
+
+def unguard(model: nn.Module) -> None:
+    """Undoes `guard`."""
+    for one in guards:
+        one.take(model)
 
 
 class Before:

@@ -1,7 +1,5 @@
 """Adapters as PEFT's two files: adapter_model.safetensors and adapter_config.json."""
 
-import functools
-import inspect
 import json
 import os
 import re
@@ -21,7 +19,6 @@ from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
 from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
 from lora_kernels.nn import LoRALayer, layer_class
-from lora_kernels.nn.tensors import FACTORS
 from lora_kernels.peft_config import PREFIX, Config
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 
@@ -57,7 +54,8 @@ def save_adapter(
         if layer._merged == "final":
             raise RuntimeError(f"{name}: merged with keep_base=False, there is no adapter to save")
     _warn_of_unsaved(model)
-    _write(model, Path(directory), {n: layer.delta_factors() for n, layer in layers}, base_model)
+    factors = {name: layer.delta_factors() for name, layer in layers}
+    write_files(model, Path(directory), factors, base_model)
 
 
 def _warn_of_unsaved(model: nn.Module) -> None:
@@ -82,15 +80,15 @@ def _warn_of_unsaved(model: nn.Module) -> None:
         )
 
 
-def _write(
+def write_files(
     model: nn.Module,
     directory: Path,
     factors: dict[str, Sequence[Tensor]],
     base_model: str | None,
     given: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """The layers of `factors`, by name. Of what is `given`, by its name in the model, those
-    tensors; the model's own otherwise."""
+    """Writes both files, with the layers of `factors`, by name. Of what is `given`, by its name in
+    the model, those tensors; the model's own otherwise."""
     from safetensors.torch import save
 
     tensors = {}
@@ -259,7 +257,7 @@ def _load(
 
     if layers or saved_modules:
         adapters.attach(model, layers, saved_modules, before.trainable)
-    guard_save_pretrained(model)
+    adapters.guard(model)
     for layer, A, B, alpha, use_rslora in values.values():
         copy_whole(layer.lora_A, A)
         copy_whole(layer.lora_B, B)
@@ -448,75 +446,3 @@ def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
         )
     if A.shape[0] != layer.rank:
         raise ValueError(f"{key}: has rank {A.shape[0]}, the model's layer has rank {layer.rank}")
-
-
-# -------------------------------------------------------------------- Transformers' save_pretrained
-
-
-def guard_save_pretrained(model: nn.Module) -> None:
-    """Makes `save_pretrained(d)` of the model, and of models within it, write the adapter too.
-
-    Without the adapter's files in d `from_pretrained(d)` would drop it as unexpected keys; with
-    them Transformers loads base and adapter (through PEFT).
-    """
-    for module in model.modules():
-        save = getattr(type(module), "save_pretrained", None)
-        if callable(save) and "save_directory" in inspect.signature(save).parameters:
-            # A partial is copied and pickled with the model, and then holds the copy.
-            module.save_pretrained = functools.partial(_save_pretrained, module)
-
-
-def release_save_pretrained(model: nn.Module) -> None:
-    for module in model.modules():
-        guard = module.__dict__.get("save_pretrained")
-        if getattr(guard, "func", None) is _save_pretrained:
-            del module.save_pretrained
-
-
-def _save_pretrained(model: nn.Module, *args, **kwargs) -> object:
-    """Given the state of a sharded model, as Trainer gives it, one rank may call; otherwise all."""
-    save = type(model).save_pretrained
-    call = inspect.signature(save).bind(model, *args, **kwargs)
-    call.apply_defaults()
-    directory = Path(call.arguments["save_directory"])
-    given = _base_state(model, call.arguments.get("state_dict"))
-    if given:
-        call.arguments["state_dict"] = dict(given)  # Transformers takes out what it writes
-    result = save(*call.args, **call.kwargs)
-    layers = dict(lora_layers(model))
-    parts = {
-        name: [given.get(f"{name}.{key}", layer.factor(key)) for key in FACTORS]
-        for name, layer in layers.items()
-        if layer._merged != "final"
-    }
-    gathers = any(is_sharded(tensor) for pair in parts.values() for tensor in pair)
-    if not layers or not (call.arguments.get("is_main_process", True) or gathers):
-        return result
-    if parts:
-        # Relative to the base beside it, which for PiSSA is what is left of the weight.
-        _write(model, directory, parts, None, given)
-    else:
-        # The weights hold the adapter; files of an earlier save would add it a second time.
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            (directory / name).unlink(missing_ok=True)
-    return result
-
-
-def _base_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The state to write beside the adapter's files: the plain model's names, and the bases of
-    merged layers. Empty where the model's own state is that already."""
-    modules = list(names.keyed_modules(model, remove_duplicate=False))
-    layers = {name: module for name, _, module in modules if isinstance(module, LoRALayer)}
-    wrapped = any(name != key for name, key, _ in modules)
-    if given is None and not wrapped and not any(layer.merged for layer in layers.values()):
-        return {}
-    plain = {key: name for name, key, _ in modules}
-    state = {}
-    for key, tensor in (model.state_dict() if given is None else given).items():
-        owner, _, attribute = key.rpartition(".")
-        state[names.join(plain.get(owner, owner), attribute)] = tensor
-    for name in layers:
-        base = state.pop(names.join(name, "merged_base"), None)
-        if base is not None and base.numel():
-            state[names.join(name, "weight")] = base
-    return state

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lora_kernels import adapters, names, options, targets
 from lora_kernels.adapters import lora_parameters
 from lora_kernels.bypass import unregistered_linears
-from lora_kernels.checkpoint import guard_save_pretrained, release_save_pretrained
 from lora_kernels.nn import layer_class
 from lora_kernels.nn.pissa import Init
 from lora_kernels.sharding import is_sharded
@@ -216,7 +215,7 @@ def _apply(
         left_out = targets.others(model, in_full)
         base = sum(p.numel() for p in model.parameters())
         adapters.attach(model, layers, saved, before.trainable)
-        guard_save_pretrained(model)
+        adapters.guard(model)
         trained = list(lora_parameters(model))
         return LoraReport(
             replaced=list(found),
@@ -353,7 +352,7 @@ def remove_lora(model: nn.Module) -> None:
     refuse("remove_lora", {name: layer.why_stuck() for name, layer in layers})
     adapters.require_loaded(model, layers=False)
     adapters.detach(model)
-    release_save_pretrained(model)
+    adapters.unguard(model)
 
 
 @contextlib.contextmanager

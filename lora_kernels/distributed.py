@@ -17,8 +17,17 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
 from lora_kernels.nn import FusedLoRALinear
+from lora_kernels.nn.tensors import DIMENSIONS
 
 __all__ = ["ColwiseParallelLoRA", "RowwiseParallelLoRA"]
+
+
+def _split(letter: str) -> dict[str, Placement]:
+    """The placement of every tensor of a layer whose dimension of this letter is split."""
+    return {
+        name: Shard(dimensions.index(letter)) if letter in dimensions else Replicate()
+        for name, dimensions in DIMENSIONS.items()
+    }
 
 
 class _ParallelLoRA:
@@ -70,10 +79,7 @@ class ColwiseParallelLoRA(_ParallelLoRA, ColwiseParallel):
             already. The module is unchanged then.
     """
 
-    _layouts: ClassVar = {
-        "weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0),
-        "pissa_A": Replicate(), "pissa_B": Shard(0),
-    }  # fmt: skip
+    _layouts = _split("N")
 
 
 class RowwiseParallelLoRA(_ParallelLoRA, RowwiseParallel):
@@ -87,7 +93,4 @@ class RowwiseParallelLoRA(_ParallelLoRA, RowwiseParallel):
             already. The module is unchanged then.
     """
 
-    _layouts: ClassVar = {
-        "weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate(),
-        "pissa_A": Shard(1), "pissa_B": Replicate(),
-    }  # fmt: skip
+    _layouts = _split("K")

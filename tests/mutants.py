@@ -37,7 +37,7 @@ CASES = "triton_interpreter_cases"
 MANY_ROWS = "test_sums_over_as_many_rows_as_a_batch_has"
 MANY_BLOCKS = "test_sums_over_many_blocks"
 LARGE = "test_large_values_in_fp16"
-INTEGRATION = "integrations/peft.py"
+INTEGRATION, TRANSFORMERS = "integrations/peft.py", "integrations/transformers.py"
 RECIPES = "recipes/"
 KERNELS = "triton_interpreter_cases triton_passes_cases"
 
@@ -118,13 +118,13 @@ MUTANTS = {
     "dropout beside target_parameters": ("checkpoint.py", "_config", "0.0 if as_parameters else layers[first].dropout", "layers[first].dropout", "peft_targets"),
     "PEFT's renaming not said": ("peft_targets.py", "warn_of_differences", "    if reason:\n", "    if False:\n", "peft_targets"),
     "a module in two places not said": ("peft_targets.py", "_shared", "if len(found) > 1]", "if len(found) > 2]", "peft_targets"),
-    "inner models without a guard": ("checkpoint.py", "guard_save_pretrained", "    for module in model.modules():\n        save =", "    for module in (model,):\n        save =", "save_pretrained"),
-    "a copy saves the original": ("checkpoint.py", "guard_save_pretrained", "functools.partial(_save_pretrained, module)", "lambda *a, **k: _save_pretrained(module, *a, **k)", "save_pretrained"),
-    "guards of inner models left behind": ("checkpoint.py", "release_save_pretrained", "    for module in model.modules():\n        guard =", "    for module in (model,):\n        guard =", "save_pretrained"),
-    "every save_pretrained guarded": ("checkpoint.py", "guard_save_pretrained", 'if callable(save) and "save_directory" in inspect.signature(save).parameters:', "if callable(save):", "save_pretrained"),
-    "the sum saved as the base": ("checkpoint.py", "_base_state", "        if base is not None and base.numel():\n", "        if False:\n", "save_pretrained"),
-    "compiled names in a saved base": ("checkpoint.py", "_base_state", "state[names.join(plain.get(owner, owner), attribute)] = tensor", "state[key] = tensor", "save_pretrained"),
-    "unmerged layers lost beside a final one": ("checkpoint.py", "_save_pretrained", "    if parts:\n", "    if len(parts) == len(layers):\n", "save_pretrained"),
+    "inner models without a guard": (TRANSFORMERS, "guard", "    for module in model.modules():\n        save =", "    for module in (model,):\n        save =", "save_pretrained"),
+    "a copy saves the original": (TRANSFORMERS, "guard", "functools.partial(_save_pretrained, module)", "lambda *a, **k: _save_pretrained(module, *a, **k)", "save_pretrained"),
+    "guards of inner models left behind": (TRANSFORMERS, "release", "    for module in model.modules():\n        saving =", "    for module in (model,):\n        saving =", "save_pretrained"),
+    "every save_pretrained guarded": (TRANSFORMERS, "guard", 'if callable(save) and "save_directory" in inspect.signature(save).parameters:', "if callable(save):", "save_pretrained"),
+    "the sum saved as the base": (TRANSFORMERS, "_base_state", "        if base is not None and base.numel():\n", "        if False:\n", "save_pretrained"),
+    "compiled names in a saved base": (TRANSFORMERS, "_base_state", "state[names.join(plain.get(owner, owner), attribute)] = tensor", "state[key] = tensor", "save_pretrained"),
+    "unmerged layers lost beside a final one": (TRANSFORMERS, "_save_pretrained", "    if parts:\n", "    if len(parts) == len(layers):\n", "save_pretrained"),
     "a failed rename not undone": ("files.py", "replace_together", "for path in renamed:", "for path in ():", "checkpoint"),
     "fixed seed": (FUNCTIONAL, "_check_values", "torch.randint(2**63 - 1, (), dtype", "torch.randint(1, (), dtype", "dropout"),
     "autocast inside the op": (OPS, "_kernel.run", "if torch.is_autocast_enabled(device):", "if False:", "functional"),
@@ -137,6 +137,11 @@ MUTANTS = {
     "unread s refused": ("_checks.py", "checker.check", "not _is_read(key, names, args)", "False", "ops_checks"),
     "sharded masks start at column 0": ("rules/dtensor.py", "_place_seed", "return torch.cat([seed.reshape(1), *offsets])", "return seed", "distributed"),
     "sharded part of a sum counted twice": ("rules/dtensor.py", "_local", "return local if first else torch.zeros_like(local)", "return local", "distributed"),
+    "styles: the first dimension of every tensor split": ("distributed.py", "_split", "Shard(dimensions.index(letter))", "Shard(0)", "distributed::test_placements_of_the_styles"),
+    "pickles name a room of the layer": ("nn/__init__.py", None, "FusedLoRALinear.__module__ = FusedLoRAConv1D.__module__ = __name__\n", "", "nn"),
+    "list of dimensions wrong": ("nn/tensors.py", None, '"lora_B": "Nr"', '"lora_B": "rN"', "nn"),
+    "integrations not told of adapters": ("__init__.py", None, "adapters.guards.append(adapters.Guard(_transformers.guard, _transformers.release))\n", "", "save_pretrained"),
+    "integrations not told of their removal": ("convert.py", "remove_lora", "    adapters.unguard(model)\n", "", "save_pretrained"),
     "whole dropped copy": (BLOCKED, "_step", "return max(1, budget // (4 * width))", "return 1 << 40", "ops"),
     "triton: scale dropped in s": (TRITON + "low_rank.py", "shrink_kernel", "store_tile(out, acc * scale, rank, rows, 1, r, r, M)", "store_tile(out, acc, rank, rows, 1, r, r, M)", KERNELS),
     "triton: scaling dropped in ds": (TRITON + "gradients.py", "ds_db", "(part_ds, ds, scaling)", "(part_ds, ds, 1.0)", KERNELS),
@@ -317,7 +322,7 @@ MUTANTS = {
     "resume: a step tried after the last": (RECIPES + "resume.py", "Run.load", "if comparable and not self.done:", "if comparable:", "resume"),
     "resume: parameters of the step tried unseen": (RECIPES + "trial.py", "step_problem", "if not all(p.isfinite().all() for", "if False and not all(p.isfinite().all() for", "resume"),
     "resume: generators changed by a refusal": (RECIPES + "resume.py", "Run.load", "            _set_random(before, self.loader)\n", "", "resume"),
-    "undo: alpha of the step undone": (RECIPES + "undo.py", "Undo.__call__", "layer.lora_A, layer.lora_B, layer.alpha = A, B, alpha", "layer.lora_A, layer.lora_B = A, B", "adjust_rank"),
+    "undo: alpha of the step undone": (RECIPES + "undo.py", "Undo.__init__", '(*ADAPTER, "alpha")', "ADAPTER", "adjust_rank"),
     "undo: gradients lost": (RECIPES + "undo.py", "Undo.__call__", "            parameter.grad = grad\n", "            pass\n", "resume adjust_rank"),
     "undo: the optimizer's state lost": (RECIPES + "undo.py", "Undo.__call__", "        self.optimizer.state.update(self.state)\n", "", "adjust_rank"),
     "undo: the scheduler as it was undone": (RECIPES + "undo.py", "Undo.__call__", "        if self.scheduler is not None:\n", "        if False:\n", "adjust_rank"),

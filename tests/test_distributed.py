@@ -2,6 +2,9 @@
 
 import pytest
 import worlds
+from torch.distributed.tensor import Replicate, Shard
+
+from lora_kernels.distributed import ColwiseParallelLoRA, RowwiseParallelLoRA
 
 WORLDS = [
     ("checks_tensor_parallel", 2),
@@ -17,3 +20,15 @@ WORLDS = [
 def test_several_processes(module, size, check):
     wrong = worlds.run(module, size)[check]
     assert not wrong, "\n".join(wrong)
+
+
+def test_placements_of_the_styles():
+    rows, columns, whole = Shard(0), Shard(1), Replicate()
+    assert ColwiseParallelLoRA._layouts == {
+        "weight": rows, "bias": rows,
+        "lora_A": whole, "lora_B": rows, "pissa_A": whole, "pissa_B": rows,
+    }  # fmt: skip
+    assert RowwiseParallelLoRA._layouts == {
+        "weight": columns, "bias": whole,
+        "lora_A": columns, "lora_B": whole, "pissa_A": columns, "pissa_B": whole,
+    }  # fmt: skip

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from lora_kernels import FusedLoRALinear
+from lora_kernels import FusedLoRAConv1D, FusedLoRALinear
+from lora_kernels.nn.tensors import DIMENSIONS, MERGED
 
 N, K, R = 24, 40, 4
 KEEP = [True, "cpu"]
@@ -458,6 +459,21 @@ def test_copies_are_whole_and_separate(clone, merged):
         assert torch.equal(twin.weight, make().weight)
     nn.init.zeros_(twin.lora_B)
     assert not torch.equal(layer(inputs()), twin(inputs()))
+
+
+def test_pickles_name_the_class_that_users_import():
+    assert FusedLoRALinear.__module__ == FusedLoRAConv1D.__module__ == "lora_kernels.nn"
+    assert b"lora_kernels.nn\nFusedLoRALinear\n" in pickle.dumps(make(), protocol=0)
+
+
+def test_tensors_have_the_dimensions_that_are_listed():
+    layer = FusedLoRALinear.from_linear(nn.Linear(7, 5), 3, init="pissa")
+    sizes = {"N": 5, "K": 7, "r": 3}
+    tensors = {**layer._parameters, **layer._buffers}
+    assert tensors.pop(MERGED) is None
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
+        name: [sizes[letter] for letter in letters] for name, letters in DIMENSIONS.items()
+    }
 
 
 @pytest.mark.parametrize("keep", [None, *KEEP])

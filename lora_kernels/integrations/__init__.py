@@ -1,1 +1,1 @@
-"""Meeting other libraries: each module here imports the library it is named after."""
+"""Meeting other libraries: each module here is named after the one it meets."""

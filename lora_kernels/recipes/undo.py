@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters import lora_layers
+from lora_kernels.nn.tensors import ADAPTER
 
 
 def moving_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ class Undo:
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.adapters = [
-            (layer, layer.lora_A, layer.lora_B, layer.pissa_A, layer.pissa_B, layer.alpha)
+            (layer, {name: getattr(layer, name) for name in (*ADAPTER, "alpha")})
             for _, layer in lora_layers(model)
         ]
         self.grads = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -56,9 +57,9 @@ class Undo:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for layer, A, B, pissa_A, pissa_B, alpha in self.adapters:
-            layer.lora_A, layer.lora_B, layer.alpha = A, B, alpha
-            layer.pissa_A, layer.pissa_B = pissa_A, pissa_B
+        for layer, held in self.adapters:
+            for name, value in held.items():
+                setattr(layer, name, value)
         for tensor, value in self.values:
             tensor.copy_(value)
         for module, training in self.modes:
