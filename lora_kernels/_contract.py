@@ -109,6 +109,26 @@ class Op:
                     found.update(zip(DIMENSIONS[name], shape, strict=True))
         return found
 
+    def given(self, args: Sequence) -> Sequence:
+        """Arguments with tensors of size 0 for those that nothing reads and that may be None in
+        calls within the library."""
+        unread = [self.index[name] for name in READERS if name in self.index]
+        if not self.is_backward or all(args[i] is not None for i in unread):
+            return args
+        return [
+            args[0].new_empty(NOT_GIVEN) if i in unread and a is None else a
+            for i, a in enumerate(args)
+        ]
+
+    def filled(self, args: Sequence, results: Sequence | None) -> tuple[Tensor, ...] | None:
+        """Results with tensors of size 0 for what is not asked for."""
+        if self.writes:
+            return None
+        return tuple(
+            args[like].new_empty(NOT_GIVEN) if value is None else value
+            for value, like in zip(results, self.likes, strict=True)
+        )
+
     def fake(self, args: Sequence) -> tuple[Tensor, ...] | None:
         """Results without values."""
         if self.writes:

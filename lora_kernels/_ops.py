@@ -11,7 +11,7 @@ asked for: save_s is decided above autograd, where that is known.
     ds = scaling * dy B            dx = dy W + drop'(ds A)       dA = ds^T drop(x)    dB = dy^T s
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,38 +22,29 @@ from lora_kernels.rules import flops, vmap
 # ------------------------------------------------------------------------------------------ kernels
 
 
-def _forward(op: Op, args: tuple) -> tuple:
+def _forward(op: Op, args: Sequence) -> tuple:
     base, x, branch = op.base(args), args[op.index["x"]], op.branch(args)
-    y, s = backends.serving(base, x, branch).forward(base, x, branch, args[-1])
-    return y, x.new_empty(0) if s is None else s
+    return backends.serving(base, x, branch).forward(base, x, branch, args[-1])
 
 
-def _add_(op: Op, args: tuple) -> None:
+def _add_(op: Op, args: Sequence) -> None:
     base_out, x = args[:2]
     _checks.check_written(base_out, x)
     branch = op.branch(args)
     backends.serving(op.base(args), x, branch).add_(base_out, x, branch)
 
 
-def _backward(op: Op, args: tuple) -> tuple:
+def _backward(op: Op, args: Sequence) -> tuple:
     base, (dy, x), branch = op.base(args), args[:2], op.branch(args)
     backend = backends.serving(base, dy, branch)
     gradients = backend.backward(base, dy, x, args[op.index["s"]], branch, op.need(args))
-    if not op.has_weight:
-        gradients = (gradients[0], *gradients[2:])
-    return tuple(
-        args[like].new_empty(0) if value is None else value
-        for value, like in zip(gradients, op.likes, strict=True)
-    )
+    return gradients if op.has_weight else (gradients[0], *gradients[2:])
 
 
-def _kernel(op: Op) -> Callable:
-    check = _checks.checker(op)
+def _compute(op: Op) -> _dispatch.Compute:
     compute = _add_ if op.writes else _backward if op.is_backward else _forward
 
-    def run(args: tuple, checked: bool):
-        if not checked:
-            check(args)
+    def run(args: Sequence):
         device = args[0].device.type
         if torch.is_autocast_enabled(device):
             # Dtypes are settled above the op; ATen calls inside it must not be cast again.
@@ -104,8 +95,7 @@ def _formula(op: Op) -> tuple[_dispatch.Save, _dispatch.Gradients]:
         if any(need):
             x, weight, a, b, s, seed = ctx.saved_tensors
             results = _dispatch.call_backward(
-                backward.name, dy, dy.new_empty(0) if x is None else x,
-                *(() if weight is None else (weight,)), a, b, s,
+                backward.name, dy, x, *(() if weight is None else (weight,)), a, b, s,
                 ctx.scaling, ctx.dropout_p, seed, *need,
             )  # fmt: skip
             for i, needed, result in zip(wanted, need, results, strict=True):
@@ -125,7 +115,7 @@ def _refuse_double_backward(ctx, needs, *d_outputs):
 
 
 for _op in OPS.values():
-    _dispatch.register_kernel(_op, _kernel(_op))
+    _dispatch.register_kernel(_op, _checks.checker(_op), _compute(_op))
     _dispatch.register_fake(_op, _fake(_op))
     if _op.is_backward:
         _dispatch.register_autograd(_op, lambda *args: None, _refuse_double_backward)

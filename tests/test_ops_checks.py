@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,9 +118,8 @@ def test_what_a_gradient_does_not_read_may_be_left_out():
         ops.lora_linear_backward(*args.values())
 
 
-def test_a_checked_call_vouches_for_itself_alone(monkeypatch):
-    """lora_linear checks once, above the op; the next raw call is checked again, whatever became
-    of it."""
+def test_a_call_is_checked_once(monkeypatch):
+    """lora_linear checks above the op, whose kernel does not again; a raw call is checked."""
     checks = []
     monkeypatch.setattr(_checks, "_check_values", lambda *args: checks.append(args))
     args = good("lora_linear")
@@ -131,15 +131,95 @@ def test_a_checked_call_vouches_for_itself_alone(monkeypatch):
             y.sum().backward()
     lora_add_(y.detach(), x, a.detach(), b)
     assert not checks
-    lora_linear(*(torch.empty_like(v, device="meta") for v in (x, weight, a, b)))
-    checks.clear()
-    with monkeypatch.context() as broken:
-        broken.setattr(_ops.backends, "choose", lambda device: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            lora_linear(x, weight, a, b)
-    assert not checks
     ops.lora_linear(*args.values())
     assert len(checks) == 1
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def _step(weight):
+    """Forward with a gradient and without, a backward that reads neither x nor s, one in place."""
+    values = good("lora_linear")
+    x, a, b = values["x"].requires_grad_(), values["lora_a"], values["lora_b"]
+    lora_linear(x, weight, a, b).sum().backward()
+    with torch.no_grad():
+        y = lora_linear(x, weight, a, b)
+        lora_add_(y, x, a, b)
+    return y
+
+
+OF_A_STEP = ["lora_linear", "lora_linear_backward", "lora_linear", "lora_add_"]
+
+
+def test_modes_and_profilers_see_the_ops():
+    weight = torch.randn(N, K)
+    with _Seen() as seen:
+        _step(weight)
+    ours = [name.split("::")[1] for name in seen.names if name.startswith("lora_kernels::")]
+    assert ours == OF_A_STEP
+    with torch.profiler.profile() as profile:
+        _step(weight)
+    names = [event.name.removeprefix("lora_kernels::") for event in profile.events()]
+    assert [name for name in names if name in OF_A_STEP] == OF_A_STEP
+
+
+def test_subclasses_see_the_op():
+    class Logged(torch.Tensor):
+        names = []  # noqa: RUF012
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            cls.names.append(func._schema.name)
+            args = [a.inner if isinstance(a, cls) else a for a in args]
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.randn(N, K)
+    x, _, a, b, *_ = good("lora_linear").values()
+    with torch.no_grad():
+        y = lora_linear(x, Logged(weight), a, b)
+        assert torch.equal(y, lora_linear(x, weight, a, b))
+    assert Logged.names[-1:] == ["lora_kernels::lora_linear"]
+
+
+def test_tensors_without_values_have_results_without():
+    x, weight, a, b, *_ = (v.to("meta") for v in list(good("lora_linear").values())[:4])
+    with torch.no_grad(), _Seen() as seen:
+        assert lora_linear(x, weight, a, b).is_meta
+    assert seen.names == ["lora_kernels::lora_linear"]
+    with torch.no_grad():
+        assert lora_linear(x, weight, a, b).shape == (M, N)
+
+
+def test_in_place_is_a_new_version(monkeypatch):
+    """Autograd finds out that what it saved was written over, by a kernel too that is no op."""
+    x, _, a, b, *_ = good("lora_linear").values()
+    base_out = torch.randn(M, N)
+    product = torch.ones(M, N, requires_grad=True) * base_out
+    backend = SimpleNamespace(add_=lambda base_out, *rest: base_out.numpy().fill(3))
+    monkeypatch.setattr(_ops.backends, "serving", lambda *args: backend)
+    with torch.no_grad():
+        lora_add_(base_out, x, a, b)
+    assert base_out.unique() == 3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with torch.inference_mode():
+        lora_add_(torch.randn(M, N), x, a, b)
 
 
 def test_the_last_place_of_the_mask_is_legal():
