@@ -24,7 +24,9 @@ from lora_kernels.branch import Base, Branch, Dense, Given, Need
 
 _logger = logging.getLogger("lora_kernels")
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_Result, _Rest, _First = TypeVar("_Result"), ParamSpec("_Rest"), TypeVar("_First")
+_First = TypeVar("_First")
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
 _OnRows = Callable[Concatenate[_First, Tensor, _Rest], _Result]
 
 
@@ -44,7 +46,7 @@ def _on_device(function: _OnRows[_First, _Rest, _Result]) -> _OnRows[_First, _Re
     """Makes the device of the second argument, x or dy, current: Triton launches on that one."""
 
     @functools.wraps(function)
-    def run(first: _First, rows: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
+    def run(first: _First, rows: Tensor, /, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
         if rows.is_cuda and rows.device.index != torch.cuda.current_device():
             with torch.cuda.device(rows.device):
                 return function(first, rows, *args, **kwargs)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -118,13 +118,10 @@ class Plan:
     def bases(self) -> tuple[str, ...]:
         return ("dense",) if self.add is None else ("dense", "given")
 
-    def serving(self, op: str) -> Pass[ForwardRun] | Pass[BackwardRun] | Pass[AddRun] | None:
-        return {
-            "forward": self.forward,
-            "backward": self.backward,
-            "add": self.add,
-            "add_backward": self.add_backward,
-        }[op]
+    def serving(self, op: str) -> Pass[Any] | None:
+        """What serves one of OPS."""
+        found: Pass[Any] | None = getattr(self, op)
+        return found
 
     def refusal(self, call: Call) -> str | None:
         """Why the plan cannot serve a call, None if it can."""
@@ -135,7 +132,7 @@ class Plan:
 
     def launches(self, ops: tuple[str, ...] = OPS) -> dict[str, Launch]:
         """By name, of these ops."""
-        passes = filter(None, map(self.serving, ops))
+        passes = [found for op in ops if (found := self.serving(op)) is not None]
         return {launch.name: launch for found in passes for launch in found.launches}
 
     def check(self, tiles: Tiles, where: str, ops: tuple[str, ...] = OPS) -> None:

@@ -43,7 +43,7 @@ def _tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]
         return ()
     if target.arch < 90:
         return (GemmTile(128, 128, 64, 3, 8),)
-    tiles = (GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
+    tiles: tuple[GemmTile, ...] = (GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
     if not masked:
         tiles += (GemmTile(256, 128, 64, 3, 8, 2),)
         tiles += (GemmTile(128, 256, 64, 3, 8, 2),) if r <= 64 else ()

@@ -60,6 +60,8 @@ def _tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]
     if M <= 64:
         tiles = tuple(GemmTile(row_block(M, 64), bn, 64, 4, 4) for bn in (64, 128))
         return tiles[:1] if masked else tiles
+    few: tuple[GemmTile, ...]
+    wide: tuple[GemmTile, ...]
     if target.arch < 90:
         few = (GemmTile(64, 128, 64, 4, 4), GemmTile(128, 64, 32, 4, 8))
         return (
