@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.dropout import keep_mask, keep_scale
+from lora_kernels.backends.dropout import keep_scale
+from lora_kernels.backends.masks import Mask, mask
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Need
 
@@ -108,11 +109,11 @@ def backward(
             continue
         # ds is rounded to the compute dtype, as any other backend stores it.
         ds = _scaled(rows, b, branch.scaling).to(dy.dtype).to(a.dtype)
-        keep = keep_mask(branch.seed, block.start, len(rows), K, p) if p else None
+        keep = mask(branch.seed, block.start, len(rows), K, p) if p else None
         if need.x:
             _multiply(rows, weight, None, _Product(ds, a, scale, keep), dx[block])
         if need.a:
-            dropped = x[block] if keep is None else x[block].masked_fill(~keep, 0)
+            dropped = x[block] if keep is None else keep.drop(x[block])
             d_a.addmm_(ds.to(total).t(), dropped.to(total), alpha=scale)
     return (
         dx,
@@ -150,8 +151,8 @@ def _shrink(rows: Tensor, block: slice, lora_a: Tensor, branch: Branch, s: Tenso
     """s = scaling * drop(rows) A^T for one block, as far as `split` scales before rounding."""
     scaling, _ = split(branch.scaling, s.dtype)
     if branch.dropout_p:
-        keep = keep_mask(branch.seed, block.start, *rows.shape, branch.dropout_p)
-        rows, scaling = rows.masked_fill(~keep, 0), scaling * keep_scale(branch.dropout_p)
+        keep = mask(branch.seed, block.start, *rows.shape, branch.dropout_p)
+        rows, scaling = keep.drop(rows), scaling * keep_scale(branch.dropout_p)
     s.copy_(_scaled(rows, lora_a.t(), scaling))
 
 
@@ -161,7 +162,7 @@ class _Product(NamedTuple):
     low: Tensor
     lora: Tensor
     scale: float
-    keep: Tensor | None = None
+    keep: Mask | None = None
 
 
 def _multiply(
@@ -189,5 +190,5 @@ def _multiply(
         else:
             precise = _sum_dtype(out.dtype)
             term = _scaled(low.to(precise), lora[:, columns].to(precise), scale)
-            total += term.masked_fill_(~keep[:, columns], 0)
+            keep.add_kept(total, term, columns)
         out[:, columns] = total
