@@ -32,11 +32,11 @@ def test_kernel_applies_the_mask_of_the_definition(dtype, words, shape):
         assert torch.equal(mask.drop(x), x.masked_fill(~keep, 0))
         strided = x.t().contiguous().t()
         assert torch.equal(mask.drop(strided), x.masked_fill(~keep, 0))
-        expected = x + term.float().masked_fill(~keep, 0) if dtype != torch.float64 else None
-        if expected is not None:
-            total = x.clone()
-            mask.add_kept(total, term.float(), slice(None))
-            assert torch.equal(total, expected.to(dtype))
+        wide = term.to(torch.promote_types(dtype, torch.float32))
+        expected = (x + (2 * wide).masked_fill(~keep, 0)).to(dtype)
+        total = x.clone()
+        mask.add_kept(total, wide, 2.0, slice(None))
+        assert torch.equal(total, expected)
     assert set(launched) == {"mask_kernel"}
 
 

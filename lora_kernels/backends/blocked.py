@@ -104,7 +104,7 @@ def backward(
     for block in _blocks(M, _step(dy, max(K, N))):
         rows = dy[block].to(a.dtype)
         if need.b:
-            d_b.addmm_(s[block].to(total).t(), rows.to(total), alpha=high)
+            _accumulate(d_b, s[block].t(), rows, high)
         if not need.x and not need.a:
             continue
         # ds is rounded to the compute dtype, as any other backend stores it.
@@ -114,7 +114,7 @@ def backward(
             _multiply(rows, weight, None, _Product(ds, a, scale, keep), dx[block])
         if need.a:
             dropped = x[block] if keep is None else keep.drop(x[block])
-            d_a.addmm_(ds.to(total).t(), dropped.to(total), alpha=scale)
+            _accumulate(d_a, ds.t(), dropped, scale)
     return (
         dx,
         d_a.to(branch.lora_a.dtype) if need.a else None,
@@ -131,7 +131,7 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     for columns in _blocks(N, step):
         strip = dy.new_zeros(columns.stop - columns.start, K, dtype=total)
         for block in _blocks(M, step):
-            strip.addmm_(dy[block, columns].to(total).t(), x[block].to(total))
+            _accumulate(strip, dy[block, columns].t(), x[block], 1.0)
         dweight[columns] = strip
     return dweight
 
@@ -145,6 +145,21 @@ def _adapters(x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
 def _scaled(rows: Tensor, matrix: Tensor, scale: float) -> Tensor:
     """scale * rows @ matrix, scaled before it is rounded."""
     return torch.addmm(rows.new_zeros(()), rows, matrix, beta=0, alpha=scale)
+
+
+def _mixes(rows: Tensor) -> bool:
+    """Whether the device multiplies such rows into fp32 sums without copies of them in fp32."""
+    if not rows.is_cuda or torch.version.hip is not None:
+        return False
+    return rows.dtype in (torch.bfloat16, torch.float16)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total += scale * left @ right, formed in the dtype of total."""
+    if left.dtype == right.dtype and _mixes(left):
+        total.add_(torch.mm(left, right, out_dtype=total.dtype), alpha=scale)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=scale)
 
 
 def _shrink(rows: Tensor, block: slice, lora_a: Tensor, branch: Branch, s: Tensor) -> None:
@@ -171,24 +186,30 @@ def _multiply(
     """out = rows @ matrix + bias + the product.
 
     Column strips keep the widened part of the matrix small; where nothing is widened one strip is
-    all.
+    all, and formed in place.
     """
     low, lora, scale, keep = product
     wide = rows.dtype != out.dtype
     width = lora.shape[1]
     for columns in _blocks(width, _step(rows, rows.shape[1]) if wide else width):
+        total = rows.new_empty(len(rows), columns.stop - columns.start) if wide else out
         if matrix is None:
-            total = rows.new_zeros(len(rows), columns.stop - columns.start)
+            total.zero_()
         else:
             strip = matrix[:, columns].to(out.dtype).to(rows.dtype)
             if bias is None:
-                total = torch.mm(rows, strip)
+                torch.mm(rows, strip, out=total)
             else:
-                total = torch.addmm(bias[columns].to(out.dtype).to(rows.dtype), rows, strip)
+                some = bias[columns].to(out.dtype).to(rows.dtype)
+                torch.addmm(some, rows, strip, out=total)
         if keep is None:
             total.addmm_(low, lora[:, columns], alpha=scale)
         else:
             precise = _sum_dtype(out.dtype)
-            term = _scaled(low.to(precise), lora[:, columns].to(precise), scale)
-            keep.add_kept(total, term, columns)
-        out[:, columns] = total
+            if _mixes(low):
+                term = torch.mm(low, lora[:, columns], out_dtype=precise)
+            else:
+                term = torch.mm(low.to(precise), lora[:, columns].to(precise))
+            keep.add_kept(total, term, scale, columns)
+        if wide:
+            out[:, columns] = total

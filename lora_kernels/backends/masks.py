@@ -27,9 +27,9 @@ class Mask:
         """x with 0 where it is dropped."""
         return x.masked_fill(~self._keep, 0)
 
-    def add_kept(self, total: Tensor, term: Tensor, columns: slice) -> None:
-        """total += term where x is kept, in these columns of the mask; term is used up."""
-        total += term.masked_fill_(~self._keep[:, columns], 0)
+    def add_kept(self, total: Tensor, term: Tensor, scale: float, columns: slice) -> None:
+        """total += scale * term where x is kept, in these columns of the mask; term is used up."""
+        total.add_(term.masked_fill_(~self._keep[:, columns], 0), alpha=scale)
 
 
 class _KernelMask(Mask):
@@ -41,14 +41,16 @@ class _KernelMask(Mask):
         with torch.cuda.device_of(x):
             return masking.drop(x, self.seed, self.first_row, self.p)
 
-    def add_kept(self, total: Tensor, term: Tensor, columns: slice) -> None:
+    def add_kept(self, total: Tensor, term: Tensor, scale: float, columns: slice) -> None:
         from lora_kernels.backends.triton import masking
 
         if columns.indices(self._shape[1]) != (0, self._shape[1], 1):
-            super().add_kept(total, term, columns)
+            super().add_kept(total, term, scale, columns)
             return
+        if term.dtype == torch.float64:  # kernels take scales in fp32
+            term, scale = term.mul_(scale), 1.0
         with torch.cuda.device_of(total):
-            masking.add_kept(total, term, self.seed, self.first_row, self.p)
+            masking.add_kept(total, term, scale, self.seed, self.first_row, self.p)
 
 
 def mask(seed: Tensor, first_row: int, rows: int, columns: int, p: float) -> Mask:
