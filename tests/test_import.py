@@ -93,6 +93,7 @@ FLOORS["backends.triton"] = {
     "branch": 3,
     "flag": 3,
     "grouped": 3,
+    "specialised": 3,
 }
 FLOORS["backends.cuda"] = {
     "plan": 0,
@@ -109,6 +110,7 @@ FLOORS["backends.cuda.plans"] = {
     "decode_cuda": 1,
     "shrink_gemm": 1,
     "dual": 2,
+    "gluon": 2,
     "grouped": 2,
     "decode": 3,
     "flag": 3,

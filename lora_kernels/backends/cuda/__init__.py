@@ -49,8 +49,11 @@ def default(device: torch.device) -> tuple[bool, str]:
     """Where a table lists the plans that ran on this GPU."""
     if device.type != "cuda":
         return False, ""  # Triton's interpreter is for who forces it
-    if not tables.has_tables() or tables.tuned(tables.index_of(device)) is None:
-        return False, "no tuned table for this GPU"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device here"
+    absent = tables.why_none(tables.index_of(device))
+    if absent is not None:
+        return False, absent
     absent = needs.why_no_triton()
     return True, "tuned table of this GPU" + (f"; {absent}" if absent else "")
 
