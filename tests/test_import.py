@@ -63,6 +63,7 @@ FLOORS["nn"] = {
     "conv1d": 5,
     "__init__": 6,
 }
+FLOORS["check"] = {"report": 0, "found": 1, "runs": 2, "training": 3, "merging": 4, "__init__": 5}
 FLOORS["backends"] = {
     "device": 0,
     "dropout": 0,

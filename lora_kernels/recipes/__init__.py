@@ -4,8 +4,9 @@ from torch import nn
 
 from lora_kernels.convert import apply_lora
 from lora_kernels.recipes.evaluation import evaluate_model
+from lora_kernels.recipes.history import History
 from lora_kernels.recipes.ranks import RankReport, RankStep, adjust_rank
-from lora_kernels.recipes.training import History, train_model
+from lora_kernels.recipes.training import train_model
 
 __all__ = [
     "History",

@@ -14,8 +14,9 @@ from lora_kernels.nn import LoRALayer
 from lora_kernels.rank import allocate_ranks, refactor, spectrum, widen
 from lora_kernels.recipes.batches import Criterion
 from lora_kernels.recipes.evaluation import evaluate_model
+from lora_kernels.recipes.history import History
 from lora_kernels.recipes.stepping import needs_closure
-from lora_kernels.recipes.training import History, train_model
+from lora_kernels.recipes.training import train_model
 from lora_kernels.recipes.undo import Undo
 
 _SHARED = ("count", "autocast_dtype", "progress")
