@@ -11,7 +11,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -237,7 +237,7 @@ class Before:
             parameter.requires_grad_(flag)
 
 
-def _contents(module: nn.Module) -> dict[str, dict | set | list]:
+def _contents(module: nn.Module) -> dict[str, dict[str, Any] | set[Any] | list[Any]]:
     """Copies of a module's registries, parameters, buffers, submodules, hooks, and of its own."""
     held = vars(module).items()
     return {k: copy.copy(v) for k, v in held if type(v) in (dict, set, list, OrderedDict)}

@@ -8,7 +8,7 @@ import ast
 import inspect
 import itertools
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -119,7 +119,7 @@ def unread(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-def _without_gradient(function: FunctionType) -> bool:
+def _without_gradient(function: Callable[..., Any]) -> bool:
     """Whether torch.no_grad or inference_mode decorate it."""
     held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     contexts = (torch.no_grad, torch.inference_mode)
@@ -151,7 +151,7 @@ def idle(model: nn.Module) -> dict[nn.Module, str]:
         if kind.endswith("Indexer"):
             reason = f"{kind} chooses tokens: no gradient passes a choice"
             found |= dict.fromkeys(module.modules(), reason)
-        path, reason = _IDLE.get(kind, (None, None))
+        path, reason = _IDLE.get(kind, ("", ""))
         for part in _resolve(module, tuple(path.split("."))) if path else ():
             found |= dict.fromkeys(part.modules(), f"in {kind} no output needs it: {reason}")
     return found
@@ -218,6 +218,7 @@ nn.modules.module.register_module_module_registration_hook(_leave_on_assignment)
 def _reads_of(module: nn.Module) -> Iterator[tuple[Path, FunctionType]]:
     """(path of a module whose weight is read, function that does)."""
     forward = _member(module, "forward")
+    todo: list[tuple[FunctionType, type | None, int | str]]
     todo, seen = [] if forward is None else [(*forward, 0)], set()
     while todo:
         function, owner, argument = todo.pop()
@@ -328,7 +329,7 @@ def _evaluate(module: nn.Module, node: ast.expr) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else _UNKNOWN
 
 
-_COMPARISONS = {
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: lambda a, b: a == b,
     ast.NotEq: lambda a, b: a != b,
     ast.Lt: lambda a, b: a < b,
@@ -381,7 +382,8 @@ class _Visitor(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         path = self.path(node) if isinstance(getattr(node, "ctx", None), ast.Load) else None
         if path is None:
-            return super().visit(node)
+            super().visit(node)
+            return
         if path[-1:] == ("weight",):
             self.reads.append(_Read(path[:-1], self.guards))
         elif len(path) == 1:
@@ -409,7 +411,7 @@ class _Visitor(ast.NodeVisitor):
         for place, value in arguments:
             path = self.path(value)
             if path == () and isinstance(node.func, ast.Name) and place is not None:
-                self.steps.append(_Step("function", name, place, self.guards))
+                self.steps.append(_Step("function", node.func.id, place, self.guards))
             if path is not None and path[-1:] == ("weight",) and name in _ASKING | _LIKE:
                 continue
             self.visit(value)
@@ -431,8 +433,11 @@ class _Visitor(ast.NodeVisitor):
 
     def bind(self, target: ast.expr, value: ast.expr) -> None:
         """An assignment: a name for a path reads nothing."""
-        tuples = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-        if tuples and len(target.elts) == len(value.elts):
+        if (
+            isinstance(target, ast.Tuple)
+            and isinstance(value, ast.Tuple)
+            and len(target.elts) == len(value.elts)
+        ):
             for one, other in zip(target.elts, value.elts, strict=True):
                 self.bind(one, other)
             return
@@ -463,12 +468,12 @@ class _Visitor(ast.NodeVisitor):
             return
         if not isinstance(source, ast.Call):
             return
-        name = getattr(source.func, "id", None) or getattr(source.func, "attr", None)
-        if name not in _ITERATORS:
+        called = getattr(source.func, "id", None) or getattr(source.func, "attr", None)
+        if called not in _ITERATORS:
             return
         inner = [*source.args] or [getattr(source.func, "value", source)]
         parts = target.elts if isinstance(target, ast.Tuple) else [target]
-        if name in ("enumerate", "items"):
+        if called in ("enumerate", "items"):
             parts = parts[1:]
         for part, one in zip(parts, inner, strict=False):
             self.iterate(part, one)

@@ -8,12 +8,13 @@ lora_A (colwise) in every call. Dropout masks go by global rows and columns: whe
 mesh draw the same seeds (`torch.manual_seed`), the result is that of one process.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
 from lora_kernels.nn import FusedLoRALinear
@@ -30,7 +31,7 @@ def _split(letter: str) -> dict[str, Placement]:
     }
 
 
-class _ParallelLoRA:
+class _ParallelLoRA(ParallelStyle):
     _layouts: ClassVar[dict[str, Placement]]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -50,9 +51,9 @@ class _ParallelLoRA:
                     f" {tensor.device_mesh}; expected a plain tensor or {expected} on"
                     f" {device_mesh}: redistribute it, or parallelize before fully_shard"
                 )
-        return super()._apply(module, device_mesh)
+        return super()._apply(module, device_mesh)  # type: ignore[safe-super]  # of another base
 
-    def _tensors(self, module: FusedLoRALinear):
+    def _tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name in self._layouts:
             tensor = getattr(module, name)
             if tensor is not None:
@@ -60,7 +61,7 @@ class _ParallelLoRA:
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         for key, tensor in self._tensors(module):
-            value = distribute_tensor(
+            value: Tensor = distribute_tensor(
                 tensor, device_mesh, [self._layouts[key]], src_data_rank=self.src_data_rank
             )
             if isinstance(tensor, nn.Parameter):

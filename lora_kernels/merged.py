@@ -16,14 +16,15 @@ from lora_kernels.sharding import whole
 class _MergedStateDict(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module) -> None:
         self._owners: dict[str, tuple[nn.Module, str]] = {}
-        layer = None  # the name of the last one, followed by its parametrizations
+        layer: str | None = None  # the name of the last one, followed by its parametrizations
         for name, module in names.named_modules(model, remove_duplicate=False):
             if isinstance(module, LoRALayer):
                 layer = names.join(name, "")
             for attribute in adapters.state_of(module):
                 key = names.join(name, attribute)
-                own = layer is not None and key.startswith(layer)
-                if not (own and is_beside_the_base(key.removeprefix(layer))):
+                within = layer is not None and key.startswith(layer)
+                beside = within and is_beside_the_base(key.removeprefix(layer or ""))
+                if not beside:
                     self._owners[key] = module, attribute
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 # PEFT's names for apply_lora's options.
 PEFT_NAMES = {
@@ -81,7 +82,7 @@ def _number(value: object, argument: str, expected: str) -> numbers.Real:
     return number
 
 
-def of_layer(patterns: Mapping | None, name: str, default: object) -> object:
+def of_layer(patterns: Mapping[str, Any] | None, name: str, default: object) -> object:
     """What holds for the layer of this name, by PEFT's rule: each pattern is an expression for the
     last parts of a name, the first that matches wins."""
     for pattern, value in (patterns or {}).items():
@@ -92,7 +93,7 @@ def of_layer(patterns: Mapping | None, name: str, default: object) -> object:
 
 def of_layers(
     argument: str,
-    patterns: Mapping | None,
+    patterns: Mapping[str, Any] | None,
     names: Iterable[str],
     default: object,
     check: Callable[[object, str], object],
@@ -131,7 +132,7 @@ def refuse_unknown(given: Iterable[str]) -> None:
         raise TypeError(f"apply_lora: got an unexpected keyword argument {name!r}")
 
 
-def from_peft(config: object, modules: Iterable[str], model_type: str | None) -> dict:
+def from_peft(config: object, modules: Iterable[str], model_type: str | None) -> dict[str, Any]:
     """The options of apply_lora that mean what a `peft.LoraConfig` does, for a model with modules
     of these names.
 

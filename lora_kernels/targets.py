@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,9 @@ class _Patterns:
         )
 
     def require_matches(
-        self, names: Iterable[str], explain: Callable[[Callable], str | None] = lambda _: None
+        self,
+        names: Iterable[str],
+        explain: Callable[[Callable[..., Any]], str | None] = lambda _: None,
     ) -> None:
         """ValueError for a pattern that matches none, with what `explain` knows of it."""
         names = [name for name in names if name]
@@ -364,7 +367,7 @@ def _overlaps(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
             length = 1 + sum((size - 1) * stride for size, stride in steps)
             start = tensor.data_ptr()
             spans.append((start, start + length * tensor.element_size(), len(spans), tensor))
-    reaching: list[tuple] = []
+    reaching: list[tuple[Any, ...]] = []
     for start, end, index, tensor in sorted(spans):
         reaching = [span for span in reaching if span[1] > start]
         for span in reaching:

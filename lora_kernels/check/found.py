@@ -29,6 +29,13 @@ class Adapter:
     off: str | None  # "merged" or "disabled"
     calls: list["Call"] = field(default_factory=list)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's, of an adapter that is merged."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
 
 @dataclass
 class Call:

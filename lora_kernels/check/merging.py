@@ -1,6 +1,8 @@
 """Whether merging leaves the output as it is, which it does unless code reads past a layer."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,11 @@ _SMALL = 0.05  # a relative distance of outputs that rounding might explain
 
 @torch.no_grad()
 def check_merging(
-    model: nn.Module, adapters: list[Adapter], run: Callable, past: dict[nn.Module, str]
+    model: nn.Module, adapters: list[Adapter], run: Callable[..., Any], past: dict[nn.Module, str]
 ) -> None:
     """Merging must not move the output; where some code reads the weight past the layer it does."""
-    owners, layers = targets.owners(model), {}
+    owners = targets.owners(model)
+    layers: dict[nn.Module, list[Adapter]] = {}
     for adapter in adapters:
         weight = getattr(adapter.base, "weight", None)
         tied = isinstance(weight, Tensor) and len(owners.get(weight, ())) > 1
@@ -28,8 +31,8 @@ def check_merging(
             layers.setdefault(adapter.layer, []).append(adapter)
     group: list[list[Adapter]] = []
     for layer in layers.values():
-        weight = layer[0].base.weight
-        held = sum(one[0].base.weight.numel() for one in group) + weight.numel()
+        weight = layer[0].weight
+        held = sum(one[0].weight.numel() for one in group) + weight.numel()
         if group and (len(group) == _GROUP or held * weight.element_size() > _GROUP_BYTES):
             _find_moved(adapters, group, run, past)
             group = []
@@ -41,7 +44,7 @@ def check_merging(
 def _find_moved(
     adapters: list[Adapter],
     layers: list[list[Adapter]],
-    run: Callable,
+    run: Callable[..., Any],
     past: dict[nn.Module, str],
 ) -> None:
     """Halves the layers down to those whose merging moves the output."""
@@ -63,7 +66,9 @@ def _find_moved(
             )
 
 
-def _merges(adapters: list[Adapter], layers: list[list[Adapter]], run: Callable) -> bool | None:
+def _merges(
+    adapters: list[Adapter], layers: list[list[Adapter]], run: Callable[..., Any]
+) -> bool | None:
     """Whether merging these layers leaves the output as it is; None where two outputs of the same
     computation cannot be compared."""
     chosen = [adapter for layer in layers for adapter in layer]
@@ -72,20 +77,22 @@ def _merges(adapters: list[Adapter], layers: list[list[Adapter]], run: Callable)
 
     def merge() -> None:
         for layer in layers:
-            layer[0].merge()
+            merge_all = layer[0].merge
+            assert merge_all is not None  # of layers that are compared
+            merge_all()
 
-    eps = max(torch.finfo(a.base.weight.dtype).eps for a in chosen)
-    kind = chosen[0].base.weight.device.type
+    eps = max(torch.finfo(a.weight.dtype).eps for a in chosen)
+    kind = chosen[0].weight.device.type
     if torch.is_autocast_enabled(kind):
         eps = max(eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
 
     def round_weights() -> None:
         generator = torch.Generator().manual_seed(0)
-        for weight in dict.fromkeys(a.base.weight for a in chosen):
+        for weight in dict.fromkeys(a.weight for a in chosen):
             noise = torch.randn(weight.shape, generator=generator).to(weight)
             weight.mul_(noise.mul_(eps).add_(1))
 
-    def outputs(change: Callable | None) -> list[Tensor]:
+    def outputs(change: Callable[..., Any] | None) -> list[Tensor]:
         output = run(adapters, evaluate=True, change=change)
         return [t.detach().to(torch.float64, copy=True) for t in floating(output)]
 
@@ -108,7 +115,7 @@ def _merges(adapters: list[Adapter], layers: list[list[Adapter]], run: Callable)
             return None
         # Each merged weight is rounded once, independently of the others; the products around it
         # too.
-        bound, moved = 8 * eps * len(layers) ** 0.5, _distance(apart, merged)
+        bound, moved = 8 * eps * math.sqrt(len(layers)), _distance(apart, merged)
         if bound < moved < _SMALL:  # a bypass, or a model that magnifies rounding
             restore()
             enlarge()
@@ -122,7 +129,7 @@ def _merges(adapters: list[Adapter], layers: list[list[Adapter]], run: Callable)
 
 def _enlarge(adapter: Adapter) -> None:
     """An adapter as large as the weight: a zero one, or a small one, would merge unseen."""
-    weight, (A,), (B,) = adapter.base.weight, adapter.A, adapter.B
+    weight, (A,), (B,) = adapter.weight, adapter.A, adapter.B
     size = abs(adapter.scaling) * float(A.float().norm()) * B.shape[0] ** 0.5
     std = float(weight.float().norm()) / size if size else 0.0
     if 0 < std < float("inf"):

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,17 +16,17 @@ from torch import Tensor, nn
 from lora_kernels.adapters import Before
 from lora_kernels.check.found import Adapter, Call
 
-_FUNCTION = torch.autograd.Function.apply.__func__.__code__.co_filename
+_FUNCTION = torch.autograd.function.__file__
 
 
 def run(
     model: nn.Module,
-    inputs: tuple,
-    kwargs: dict,
-    rewind: Callable,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rewind: Callable[..., Any],
     adapters: list[Adapter],
     evaluate: bool = False,
-    change: Callable | None = None,
+    change: Callable[..., Any] | None = None,
 ) -> Any:
     rewind()
     if evaluate:
@@ -89,8 +90,8 @@ def unchanged(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], None]]:
         rewind()
         for leaf, gradient in gradients:
             leaf.grad = gradient
-        for now, before in stepping:
-            now.update(before)
+        for now, held in stepping:
+            now.update(held)
 
 
 def _count_calls(adapters: list[Adapter]) -> None:
@@ -103,7 +104,7 @@ def _count_calls(adapters: list[Adapter]) -> None:
         vars(layer)["forward"] = partial(_count, layer.forward, mine)
 
 
-def _count(forward: Callable, adapters: list[Adapter], *args: Any, **kwargs: Any) -> Any:
+def _count(forward: Callable[..., Any], adapters: list[Adapter], *args: Any, **kwargs: Any) -> Any:
     rows = sum(t.numel() for t in _tensors((args, kwargs)))
     call = Call(rows, torch.is_grad_enabled(), not torch.is_grad_enabled() and _in_function())
     for adapter in adapters:
@@ -112,7 +113,7 @@ def _count(forward: Callable, adapters: list[Adapter], *args: Any, **kwargs: Any
 
 
 def _in_function() -> bool:
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_filename == _FUNCTION:
             return True

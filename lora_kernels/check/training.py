@@ -11,7 +11,7 @@ from lora_kernels.check.found import Adapter, Call, nonzero
 from lora_kernels.check.runs import floating
 
 
-def check_training(adapters: list[Adapter], run: Callable) -> None:
+def check_training(adapters: list[Adapter], run: Callable[..., Any]) -> None:
     with torch.enable_grad():
         loss = _loss(run(adapters))
         if loss.requires_grad:
@@ -20,8 +20,7 @@ def check_training(adapters: list[Adapter], run: Callable) -> None:
     for adapter in adapters:
         state, calls = adapter.state, adapter.calls
         state.calls = len(calls)
-        norms = [_gradient_norm(adapter.A), _gradient_norm(adapter.B)]
-        state.grad_norm = tuple(norms)
+        of_A, of_B = state.grad_norm = _gradient_norm(adapter.A), _gradient_norm(adapter.B)
         if adapter.off is not None:
             state.problem = _OFF[adapter.off]
         elif not calls:
@@ -32,13 +31,13 @@ def check_training(adapters: list[Adapter], run: Callable) -> None:
             state.problem = "is frozen: set requires_grad of lora_A and lora_B"
         elif adapter.scaling == 0:
             state.problem = "its scaling is 0; give it another alpha"
-        elif None in norms:
+        elif of_A is None or of_B is None:
             state.problem = _no_gradient(calls)
-        elif not all(map(math.isfinite, norms)):
+        elif not (math.isfinite(of_A) and math.isfinite(of_B)):
             what = "" if finite else ", as the loss is"
             state.problem = f"its gradient is not finite{what}; look at the batch and the dtype"
         else:
-            state.problem = _zero(adapter, *norms)
+            state.problem = _zero(adapter, of_A, of_B)
 
 
 def _gradient_norm(parameters: list[nn.Parameter]) -> float | None:

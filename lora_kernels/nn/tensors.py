@@ -2,7 +2,7 @@
 exchanged."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class LayerTensors(nn.Module):
     fan_in_fan_out = False
     in_features: int
     out_features: int
+    weight: Tensor
+    bias: Tensor | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     pissa_A: Tensor | None
@@ -76,13 +78,16 @@ class LayerTensors(nn.Module):
     def factor(self, name: Factor) -> Tensor:
         """lora_A or lora_B as the next forward has it: where pruning or weight norm compute it in a
         hook, the attribute is that of the last one."""
+        hook: Any
         for hook in self._forward_pre_hooks.values():
             if getattr(hook, "_tensor_name", None) == name:
-                return hook.apply_mask(self)
+                tensor: Tensor = hook.apply_mask(self)
+                return tensor
             if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
                 without_update = (False,) if hasattr(hook, "n_power_iterations") else ()
-                return hook.compute_weight(self, *without_update)
-        return getattr(self, name)
+                tensor = hook.compute_weight(self, *without_update)
+                return tensor
+        return self.lora_A if name == "lora_A" else self.lora_B
 
     def factor_parameters(self, *names: Factor) -> list[nn.Parameter]:
         """These (lora_A, lora_B), or the parameters that they are computed from."""

@@ -1,5 +1,7 @@
 """The fine-tuning recipe: add adapters, train, evaluate, adjust their rank."""
 
+from typing import Any
+
 from torch import nn
 
 from lora_kernels.convert import apply_lora
@@ -19,7 +21,7 @@ __all__ = [
 ]
 
 
-def add_adaptor_layer(model: nn.Module, k: int, **options) -> nn.Module:
+def add_adaptor_layer(model: nn.Module, k: int, **options: Any) -> nn.Module:
     """Gives a model rank-k adapters in place, by `apply_lora(model, k, **options)`; returns it.
 
     The options, default targets (every nn.Linear but the output head) and errors are those of

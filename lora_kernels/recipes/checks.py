@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,12 @@ from lora_kernels.sharding import is_sharded, whole
 
 
 def check_numbers(
-    epochs, max_steps, accumulation_steps, max_grad_norm, checkpoint_every, eval_every
+    epochs: int,
+    max_steps: int | None,
+    accumulation_steps: int,
+    max_grad_norm: float | None,
+    checkpoint_every: int | None,
+    eval_every: int | None,
 ) -> None:
     for name, value, low in (
         ("epochs", epochs, 0),
@@ -32,7 +38,7 @@ def check_numbers(
 
 
 def measured_names(
-    eval_loader: Iterable | None, eval_every: int | None, metrics: Mapping[str, Metric] | None
+    eval_loader: Iterable[Any] | None, eval_every: int | None, metrics: Mapping[str, Metric] | None
 ) -> tuple[str, ...]:
     """The names of what evaluations give."""
     if eval_loader is None:
@@ -61,7 +67,7 @@ def check_callbacks(callbacks: Sequence[Callback], run: resume.Run) -> None:
         callback.check(run)
 
 
-def require_whole_for_files(model: nn.Module, **paths: str | os.PathLike | None) -> None:
+def require_whole_for_files(model: nn.Module, **paths: str | os.PathLike[str] | None) -> None:
     for name, path in paths.items():
         if path is not None and any(map(is_sharded, model.parameters())):
             raise ValueError(

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -34,7 +35,7 @@ class History:
     def __len__(self) -> int:
         return len(self.loss)
 
-    def columns(self) -> dict[str, list]:
+    def columns(self) -> dict[str, list[Any]]:
         """The lists that have an entry per step."""
         fields = (f.name for f in dataclasses.fields(self))
         return {n: getattr(self, n) for n in fields if n not in ("evaluations", "stopped")}
@@ -53,8 +54,8 @@ class History:
     def epoch_loss(self) -> list[float]:
         """Mean loss over the samples of each epoch."""
         steps = zip(self.epoch, self.loss, self.samples, strict=True)
-        means = []
-        for _, group in itertools.groupby(steps, key=lambda step: step[0]):
-            group = list(group)
+        means: list[float] = []
+        for _, steps_of_epoch in itertools.groupby(steps, key=lambda step: step[0]):
+            group = list(steps_of_epoch)
             means.append(math.fsum(l * n for _, l, n in group) / sum(n for *_, n in group))
         return means

@@ -30,7 +30,7 @@ from lora_kernels.sharding import is_sharded, whole
 
 def train_model(
     model: nn.Module,
-    train_loader: Iterable,
+    train_loader: Iterable[Any],
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
     *,
@@ -43,10 +43,10 @@ def train_model(
     autocast_dtype: torch.dtype | None = None,
     count: Count = None,
     progress: bool | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
-    resume_from: str | os.PathLike | None = None,
-    eval_loader: Iterable | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    eval_loader: Iterable[Any] | None = None,
     eval_every: int | None = None,
     metrics: Mapping[str, Metric] | None = None,
     keep_best: str | None = None,
@@ -157,7 +157,7 @@ def train_model(
         history.evaluations.append({"step": len(history), **found})
         if is_plateau(scheduler):
             scheduler.step(found["loss"])
-        if goal and goal.better(found[goal.name], run.best and run.best["value"]):
+        if goal and goal.better(found[goal.name], run.best["value"] if run.best else None):
             run.keep_best(found[goal.name])
         tell("on_evaluate")
 
@@ -220,7 +220,17 @@ def _status(history: History) -> str:
     return f"loss {history.loss[-1]:.4f}, {rate:.0f} {unit}/s"
 
 
-def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good, first) -> None:
+def _step(
+    run: resume.Run,
+    group: list[Any],
+    criterion: Criterion,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    count: Count,
+    max_grad_norm: float | None,
+    good: "_LastGood",
+    first: bool,
+) -> None:
     """One optimizer step over a group of batches."""
     model, optimizer, scaler, history = run.model, run.optimizer, run.scaler, run.history
     step = len(history) + 1
@@ -274,7 +284,8 @@ def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, g
     history.tokens.append(sum(map(batches.token_count, group)))
     scale = scaler.get_scale()
     if needs_closure(optimizer):
-        optimizer.step(_closure(model, optimizer, backward, math.fsum(losses)))
+        closure = _closure(model, optimizer, backward, math.fsum(losses))
+        optimizer.step(closure)  # type: ignore[arg-type]  # torch's give tensors
     else:
         scaler.step(optimizer)
         scaler.update()
@@ -345,7 +356,7 @@ class _LastGood:
             self.stop(f"parameters are not finite after step {step}")
 
 
-def _groups(loader: Iterable, size: int) -> Iterator[list]:
+def _groups(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(loader)
     while group := list(itertools.islice(iterator, size)):
         yield group
@@ -368,7 +379,7 @@ def _freeze_batch_norms(model: nn.Module) -> None:
 
 
 def _total_steps(
-    loader: Iterable, epochs: int, max_steps: int | None, accumulation_steps: int
+    loader: Iterable[Any], epochs: int, max_steps: int | None, accumulation_steps: int
 ) -> int | None:
     length = batches.length(loader)
     if length is None:
