@@ -91,7 +91,8 @@ def saved_of(name: str, module: nn.Module) -> Iterator[Saved]:
 def saved_modules(model: nn.Module) -> list[str]:
     """The names of the outermost modules that are trained in full, as PEFT takes them: it wraps
     no lists and dictionaries of modules."""
-    found, inside = [], set()
+    found: list[str] = []
+    inside: set[nn.Module] = set()
     for name, module in names.named_modules(model):
         if module in inside or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
@@ -143,7 +144,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Pruned or parametrized factors are given as they act, for layers that are not.
     """
-    state, saved = {}, {}
+    state: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
     for _, name, module in names.keyed_modules(model):
         if isinstance(module, LoRALayer):
             with present(module):
@@ -314,7 +316,7 @@ def _guard_embeddings(model: nn.Module) -> None:
                 setattr(module, method, functools.partial(_replace, module, method))
 
 
-def _replace(module: nn.Module, method: str, *args, **kwargs) -> object:
+def _replace(module: nn.Module, method: str, *args: object, **kwargs: object) -> object:
     resizes = method == "resize_token_embeddings"
     for kind in ("input", "output"):
         if not resizes and kind not in method:

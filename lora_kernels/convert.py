@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def apply_lora(
     """
     options.refuse_unknown(unknown)
     names.require_module(model)
-    chosen = {
+    chosen: dict[str, Any] = {
         "alpha": alpha,
         "dropout": dropout,
         "target_modules": target_modules,

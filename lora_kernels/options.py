@@ -6,7 +6,10 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # PEFT's names for apply_lora's options.
 PEFT_NAMES = {
@@ -53,10 +56,10 @@ def check_alpha(value: object, argument: str = "alpha") -> float | None:
 
 def check_dropout(value: object) -> float:
     """It as a float in [0, 1)."""
-    value = _number(value, "dropout", "a probability in [0, 1)")
-    if not 0 <= value < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
-    return float(value)
+    number = float(_number(value, "dropout", "a probability in [0, 1)"))
+    if not 0 <= number < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {number}")
+    return number
 
 
 def check_flag(value: object, argument: str) -> bool:
@@ -67,7 +70,7 @@ def check_flag(value: object, argument: str) -> bool:
     return flag
 
 
-def _scalar(value: object) -> object:
+def _scalar(value: Any) -> object:
     """The Python value of a NumPy scalar or a 0-dim tensor that has one."""
     has_value = getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False)
     return value.item() if has_value else value
@@ -132,7 +135,9 @@ def refuse_unknown(given: Iterable[str]) -> None:
         raise TypeError(f"apply_lora: got an unexpected keyword argument {name!r}")
 
 
-def from_peft(config: object, modules: Iterable[str], model_type: str | None) -> dict[str, Any]:
+def from_peft(
+    config: "LoraConfig", modules: Iterable[str], model_type: str | None
+) -> dict[str, Any]:
     """The options of apply_lora that mean what a `peft.LoraConfig` does, for a model with modules
     of these names.
 
@@ -161,7 +166,7 @@ def from_peft(config: object, modules: Iterable[str], model_type: str | None) ->
     return options
 
 
-def _require_supported(config: object, kind: str) -> None:
+def _require_supported(config: "LoraConfig", kind: str) -> None:
     cure = "make the model with PEFT and call fuse_peft(peft_model)"
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -193,7 +198,7 @@ def _default_targets(model_type: str | None, kind: str) -> Iterable[str]:
     return known[model_type]
 
 
-def _of_layers(config: object, targets: Iterable[str], modules: list[str]) -> str:
+def _of_layers(config: "LoraConfig", targets: Iterable[str], modules: list[str]) -> str:
     """An expression for those targets that lie in the layers of `layers_to_transform`: by PEFT's
     rule the first number after one of `layers_pattern`, or after any name."""
     indices = config.layers_to_transform

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from lora_kernels.nn import LoRALayer
 from lora_kernels.nn.layer import reserved
 
 Names = str | Iterable[str] | None
+_Predicate = Callable[[str], bool]
 # What PEFT calls the default of `target_modules`.
 ALL_LINEAR = "all-linear"
 # Kinds of weights that carry no adapter.
@@ -27,6 +27,10 @@ _TABLES, _ELEMENTWISE = re.compile("embed|token|position|_table"), re.compile("b
 _HEAD_NAMES = ("classifier", "score", "qa_outputs")
 
 
+def _ends_in(part: str) -> _Predicate:
+    return lambda name: f".{name}".endswith(f".{part}")
+
+
 class _Patterns:
     """The names a user gave: one regular expression for whole names, or a list of names or their
     last parts ("q_proj" matches "layers.0.q_proj")."""
@@ -34,7 +38,7 @@ class _Patterns:
     def __init__(self, argument: str, names: Names) -> None:
         self.argument = argument
         self.is_expression = isinstance(names, str)
-        self.predicates: dict[str, Callable[[str], bool]] = {}
+        self.predicates: dict[str, _Predicate] = {}
         if isinstance(names, str):
             try:
                 expression = re.compile(names)
@@ -47,7 +51,7 @@ class _Patterns:
             for part in names:
                 if not isinstance(part, str) or not part:
                     raise TypeError(f"{argument}: expected names as strings, got {part!r}")
-                self.predicates[part] = lambda name, part=part: f".{name}".endswith(f".{part}")
+                self.predicates[part] = _ends_in(part)
 
     def __bool__(self) -> bool:
         return bool(self.predicates)
@@ -65,7 +69,7 @@ class _Patterns:
     def require_matches(
         self,
         names: Iterable[str],
-        explain: Callable[[Callable[..., Any]], str | None] = lambda _: None,
+        explain: Callable[[_Predicate], str | None] = lambda _: None,
     ) -> None:
         """ValueError for a pattern that matches none, with what `explain` knows of it."""
         names = [name for name in names if name]
@@ -211,7 +215,7 @@ def _left_out(model: nn.Module, linear: dict[str, nn.Module]) -> dict[nn.Module,
     return reasons
 
 
-def _what_else(model: nn.Module, predicate: Callable[[str], bool]) -> str | None:
+def _what_else(model: nn.Module, predicate: _Predicate) -> str | None:
     """What a pattern that matches no linear layer names instead."""
     for name, module in named_modules(model):
         if is_linear(module):
@@ -261,7 +265,8 @@ def new_heads(
 
 def _all_new_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The new parts of every Transformers model that is this one or lies in it, but in no other."""
-    parts, inside = {}, set()
+    parts: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
     for name, module in named_modules(model):
         if module not in inside and isinstance(getattr(module, "base_model_prefix", None), str):
             inside.update(module.modules())
@@ -360,14 +365,14 @@ def owners(model: nn.Module, beside: bool = False) -> dict[Tensor, list[str]]:
 
 def _overlaps(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """The pairs of tensors that have memory in common."""
-    spans = []
+    spans: list[tuple[int, int, int, Tensor]] = []
     for tensor in tensors:
         if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and _has_memory(tensor):
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             length = 1 + sum((size - 1) * stride for size, stride in steps)
             start = tensor.data_ptr()
             spans.append((start, start + length * tensor.element_size(), len(spans), tensor))
-    reaching: list[tuple[Any, ...]] = []
+    reaching: list[tuple[int, int, int, Tensor]] = []
     for start, end, index, tensor in sorted(spans):
         reaching = [span for span in reaching if span[1] > start]
         for span in reaching:

@@ -151,7 +151,7 @@ def _build(
     plain = copy.copy(config)
     custom = config._custom_modules or {}
     plain._custom_modules = {k: v for k, v in custom.items() if k is not nn.Module}
-    layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
+    layer: _Layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
     config.fan_in_fan_out = plain.fan_in_fan_out  # which PEFT sets by the target's type
     _fuse(layer, exact)
     return layer
@@ -171,6 +171,7 @@ def _fuse(layer: LoraLayer, exact: bool) -> str | None:
     if "forward" in vars(layer):
         return "has its forward overridden on the instance"
     layer.__class__ = _fused_class(cls, exact)
+    assert isinstance(layer, _Fused)
     return layer.objection()
 
 
@@ -182,7 +183,7 @@ class _Fused(_Layer):
     exact: bool
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _empty, (self.peft_class, self.exact), self.__getstate__()
+        return _empty, (self.peft_class, self.exact), self.__getstate__()  # type: ignore[no-untyped-call]  # of whatever PEFT has
 
     def _get_name(self) -> str:
         return self.peft_class.__name__
@@ -222,10 +223,11 @@ class _Fused(_Layer):
 
     def _small_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
         """PEFT's own calls of torch, bit for bit, without those of nn.Module."""
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         base = modules["base_layer"]
         if type(base) is nn.Linear and self.dense:
-            y = F.linear(x, base._parameters["weight"], base._parameters["bias"])
+            own: dict[str, Any] = base._parameters
+            y = F.linear(x, own["weight"], own["bias"])
         else:
             y = base(x)
         dtype = y.dtype
@@ -244,8 +246,9 @@ class _Fused(_Layer):
 
     def _fused_forward(self, x: Tensor, adapters: list[str]) -> Tensor | None:
         """None where the dtypes at hand, or the scaling, are not the op's."""
+        modules: dict[str, Any] = self._modules
         base, lora_A, lora_B, dropouts = (
-            self._modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
+            modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
         )
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -294,8 +297,9 @@ class _Fused(_Layer):
 
     def _structure(self, adapters: list[str]) -> str | None:
         """What stands against the op in the modules and parameters that are active."""
+        modules: dict[str, Any] = self._modules
         base, lora_A, lora_B, dropouts = (
-            self._modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
+            modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
         )
         if reason := _module_objection(base, _BASES if self.dense else None, "base_layer"):
             return reason
@@ -324,7 +328,7 @@ class _Fused(_Layer):
 
 
 @cache
-def _fused_class(cls: type[LoraLayer], exact: bool) -> type[LoraLayer]:
+def _fused_class(cls: type[LoraLayer], exact: bool) -> type[_Layer]:
     members = {
         "peft_class": cls, "dense": cls.__name__ == _DENSE, "exact": exact,
         "__doc__": _Fused.__doc__, "__module__": __name__,
@@ -339,7 +343,8 @@ def _empty(cls: type[_Layer], exact: bool) -> _Layer:
 
 
 def _active(layer: _Layer) -> list[str]:
-    active, there = layer._active_adapter, layer._modules["lora_A"]._modules
+    modules: dict[str, Any] = layer._modules
+    active, there = layer._active_adapter, modules["lora_A"]._modules
     return [name for name in ((active,) if isinstance(active, str) else active) if name in there]
 
 
@@ -400,9 +405,10 @@ def _lost_gradient(layer: _Fused) -> str | None:
     if _module_objection(base, None, "base_layer") or any(t.is_meta for t in tensors):
         return None
     own = [t.dtype for t in tensors if t.is_floating_point()]
-    for dtype in dict.fromkeys((*own, layer.lora_A[next(iter(layer.lora_A))].weight.dtype, *_HALF)):
+    for dtype in dict.fromkeys((*own, next(layer.lora_A.parameters()).dtype, *_HALF)):
         try:
-            return _try_gradient(base, layer.in_features, tensors[0].device, dtype, quantised)
+            width: Any = layer.in_features  # which PEFT sets
+            return _try_gradient(base, width, tensors[0].device, dtype, quantised)
         except Exception:  # whatever a foreign layer raises where it does not take this dtype
             continue
     return None
