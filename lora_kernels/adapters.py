@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_kernels import names
 from lora_kernels.bypass import update_fast_paths
 from lora_kernels.nn import LoRALayer
-from lora_kernels.nn.tensors import FACTORS, PISSA
+from lora_kernels.nn.tensors import PISSA
 from lora_kernels.offloading import OFFLOADED, is_offloaded, present
 from lora_kernels.sharding import is_sharded
 
@@ -149,7 +149,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for _, name, module in names.keyed_modules(model):
         if isinstance(module, LoRALayer):
             with present(module):
-                tensors = {key: module.factor(key) for key in FACTORS}
+                tensors = {key: module.factor(key) for key in module.adapter_parameters}
             tensors |= {key: getattr(module, key) for key in PISSA}
             found = {names.join(name, k): t.detach() for k, t in tensors.items() if t is not None}
             state |= found

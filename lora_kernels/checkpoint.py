@@ -444,8 +444,8 @@ def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
     key = f"{PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")
-    if (reason := layer.why_fixed()) is not None:
-        raise ValueError(f"{key}: cannot go to {name}: {reason}")
+    if (reason := layer.why_fixed() or layer.why_not_two()) is not None:
+        raise ValueError(f"{key}: cannot go to {name}: {reason}; remove_lora(model) first")
     if layer.pissa_A is not None:
         raise ValueError(
             f"{key}: {name} was started with PiSSA and no longer holds its original base;"

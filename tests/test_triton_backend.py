@@ -61,7 +61,7 @@ def test_without_triton():
         ({"LORA_KERNELS_PLAN": "fast"}, "ValueError: LORA_KERNELS_PLAN: got 'fast'"),
         (
             {"LORA_KERNELS_PLAN": "cublas", "LORA_KERNELS_BACKEND": "reference"},
-            "ValueError: LORA_KERNELS_PLAN=cublas forces a plan of the triton backend",
+            "ValueError: LORA_KERNELS_PLAN=cublas forces a plan of the cuda backend",
         ),
     ],
 )
@@ -99,7 +99,7 @@ def tuned(monkeypatch, tmp_path):
     (tmp_path / "nvidia_test_9.json").write_text(json.dumps(TABLE))
     monkeypatch.setattr(tables, "TUNED", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: TABLE["gpu"])
-    caches = (tables.has_tables, tables.tuned, choice._choose)
+    caches = (tables.has_tables, tables.tuned, choice._choose, backends._default)
     for cached in caches:
         cached.cache_clear()
     yield

@@ -25,6 +25,25 @@ _FEW_ROWS = 64
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+def lacks(device: torch.device) -> str | None:
+    """None: it serves every call."""
+    return None
+
+
+def default(device: torch.device) -> tuple[bool, str]:
+    return True, "ATen composite, the default of every device"
+
+
+def refusal(rows: Tensor) -> str | None:
+    """None."""
+    return None
+
+
+def leaves(base: Base, rows: Tensor, branch: Branch) -> str | None:
+    """None."""
+    return None
+
+
 def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor, Tensor | None]:
     """(y, s)."""
     if not isinstance(base, Dense):

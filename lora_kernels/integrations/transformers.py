@@ -13,7 +13,7 @@ from lora_kernels.adapters import lora_layers
 from lora_kernels.checkpoint import write_files
 from lora_kernels.formats import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.nn import LoRALayer
-from lora_kernels.nn.tensors import FACTORS, MERGED
+from lora_kernels.nn.tensors import MERGED
 from lora_kernels.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -54,7 +54,12 @@ def _save_pretrained(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> obj
     result = save(*call.args, **call.kwargs)
     layers = dict(lora_layers(model))
     parts = {
-        name: [given.get(f"{name}.{key}", layer.factor(key)) for key in FACTORS]
+        name: layer.low_rank(
+            **{
+                key: given.get(f"{name}.{key}", layer.factor(key))
+                for key in layer.adapter_parameters
+            }
+        )
         for name, layer in layers.items()
         if layer._merged != "final"
     }

@@ -12,7 +12,7 @@ from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_ty
 from lora_kernels.functional import lora_linear
 from lora_kernels.nn.pissa import INITS, Init
 from lora_kernels.nn.state import LayerState
-from lora_kernels.nn.tensors import ADAPTER, FACTORS, MERGED, PISSA, shape_of
+from lora_kernels.nn.tensors import MERGED, PISSA, shape_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from lora_kernels.bases import Linear
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
-# What an adapter adds to a layer: parameters, buffers, attributes.
+# What a layer is given beside the adapter's tensors: a buffer, attributes.
 _ADDED = (
-    *ADAPTER, MERGED, "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged", "_disabled",
+    MERGED, "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged", "_disabled",
 )  # fmt: skip
 
 
@@ -56,7 +56,8 @@ class LoRALayer(LayerState):
             TypeError: not exactly a layer of this kind. ValueError: hooks, parametrizations, or a
                 weight that is pruned, sharded, quantised or of another dtype.
         """
-        reason = refusal(cls._require_base(linear), reserved()) or hooked(linear)
+        names = reserved(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
+        reason = refusal(cls._require_base(linear), names) or hooked(linear)
         if reason is not None:
             raise ValueError(f"linear: {reason}")
         layer = cls._prepare(linear, rank, alpha, dropout, use_rslora, adapter_dtype, init)
@@ -93,7 +94,7 @@ class LoRALayer(LayerState):
         It stays the same object: whoever holds it, its hooks and whatever else it has, go on.
         """
         linear.__class__ = type(self)
-        for key in _ADDED:
+        for key in (*self.adapter_names(), *_ADDED):
             for mine, theirs in zip(stores(self), stores(linear), strict=True):
                 if key in mine:
                     theirs[key] = mine[key]
@@ -105,8 +106,9 @@ class LoRALayer(LayerState):
         final merge. ValueError: the layer is not what it was made into, `why_stuck`."""
         self._refuse("remove", self.why_stuck())
         self._settle()
+        added = (*self.adapter_names(), *_ADDED)
         self.__class__ = self.base_class  # type: ignore[assignment]  # no layer of ours any more
-        for key in _ADDED:
+        for key in added:
             for store in stores(self):
                 store.pop(key, None)
             self._non_persistent_buffers_set.discard(key)
@@ -134,7 +136,7 @@ class LoRALayer(LayerState):
             )
         empty = functools.partial(torch.empty, device=self.weight.device, dtype=dtype)
         self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
-        for name in FACTORS:
+        for name in self.adapter_parameters:
             setattr(self, name, nn.Parameter(empty(shape_of(self, name, rank))))
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -150,7 +152,7 @@ class LoRALayer(LayerState):
         if "_merged" not in vars(self):  # nn.Linear's constructor calls this
             return self._reset_base()
         self._require_unmerged("reset_parameters")
-        self._refuse("reset_parameters", self.why_fixed("weight", "bias", *FACTORS))
+        self._refuse("reset_parameters", self.why_fixed("weight", "bias", *self.adapter_parameters))
         self.pissa_A = self.pissa_B = None
         self._reset_base()
         self.reset_lora_parameters()
@@ -172,8 +174,7 @@ class LoRALayer(LayerState):
         return lora_linear(
             x,
             self.matrix,
-            self.lora_A,
-            self.lora_B,
+            *self.low_rank(self.lora_A, self.lora_B),
             self.bias,
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
@@ -193,7 +194,9 @@ class LoRALayer(LayerState):
 
     def why_stuck(self) -> str | None:
         """Why the adapter cannot be taken out of the layer; None if it can."""
-        reason = foreign_forward(self) or computed(self, ("weight", "bias", *FACTORS))
+        reason = foreign_forward(self) or computed(
+            self, ("weight", "bias", *self.adapter_parameters)
+        )
         if reason is None and (self._merged == "kept" or self.pissa_A is not None):
             reason = self.why_valueless("weight")
         return reason
@@ -230,9 +233,9 @@ class LoRALayer(LayerState):
 
 
 @functools.cache
-def reserved() -> frozenset[str]:
+def reserved(kind: type[LoRALayer] = LoRALayer) -> frozenset[str]:
     """The names that a plain layer must not use otherwise, to be given an adapter."""
-    return frozenset(_ADDED).union(dir(LoRALayer)).difference(dir(nn.Module))
+    return frozenset((*kind.adapter_names(), *_ADDED, *dir(kind))).difference(dir(nn.Module))
 
 
 def _twin(module: nn.Module, kind: type[_Kind]) -> _Kind:

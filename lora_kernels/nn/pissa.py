@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.merging import add_product
-from lora_kernels.nn.tensors import FACTORS, LayerTensors
+from lora_kernels.nn.tensors import LayerTensors
 from lora_kernels.offloading import present
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 
@@ -77,7 +77,7 @@ class Initialising(LayerTensors):
         scaling (B A - B0 A0).
         """
         with present(self):
-            lora_A, lora_B = map(self.factor, FACTORS)
+            lora_A, lora_B = self.factors()
             if self.pissa_A is None or self.pissa_B is None:
                 return lora_A, lora_B
             A, B = (lora_A, self.pissa_A), (lora_B, -self.pissa_B)
@@ -93,7 +93,8 @@ class Initialising(LayerTensors):
         self._require_unmerged("to_original_base")
         if self.pissa_A is None or self.pissa_B is None:
             return
-        self._refuse("to_original_base", self.why_fixed() or self.why_valueless("weight"))
+        reason = self.why_fixed() or self.why_not_two() or self.why_valueless("weight")
+        self._refuse("to_original_base", reason)
         factors = self.delta_factors()
         add_product(self.matrix, self.pissa_B, self.pissa_A, self.scaling)
         self.pissa_A = self.pissa_B = None

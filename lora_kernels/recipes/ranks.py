@@ -279,7 +279,7 @@ def _check(
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"epochs: expected an integer of at least 0, got {epochs!r}")
     for name, layer in layers.items():
-        if (reason := layer.why_fixed()) is not None:
+        if (reason := layer.why_fixed() or layer.why_not_two()) is not None:
             raise ValueError(f"model: {name}: {reason}")
     present = _ranks(layers)
     if per_layer:

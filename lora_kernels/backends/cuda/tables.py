@@ -101,6 +101,11 @@ def has_tables() -> bool:
     return any(TUNED.glob("*.json"))
 
 
+def index_of(device: torch.device) -> int:
+    """Of a CUDA device; without one it is the current."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 @cache
 def tuned(index: int) -> dict[str, Any] | None:
     """The table of a CUDA device, None if there is none."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends import blocked, forced
 from lora_kernels.backends.dropout import keep_scale, threshold
+from lora_kernels.backends.native import extension
 from lora_kernels.backends.native.extension import best_isa
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
@@ -24,6 +25,20 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_ROWS = 128
 
 _ops = torch.ops.lora_kernels
+
+
+def lacks(device: torch.device) -> str | None:
+    """Why the kernels can serve no call on a device."""
+    if device.type != "cpu":
+        return f"it has no kernels for {device.type} tensors"
+    if not extension.available():
+        return f"the compiled extension is not there: {extension.status()}"
+    return None
+
+
+def default(device: torch.device) -> tuple[bool, str]:
+    """Wherever they are there."""
+    return True, extension.status()
 
 
 def refusal(rows: Tensor) -> str | None:
