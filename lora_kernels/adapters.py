@@ -56,13 +56,15 @@ class Saved(NamedTuple):
 
     @property
     def base(self) -> Tensor:
-        buffer = self.module._buffers[_BASE + self.attribute]
-        return self.tensor.detach() if self.swapped else buffer
+        return self.tensor.detach() if self.swapped else self._other
 
     @property
     def trained(self) -> Tensor:
-        buffer = self.module._buffers[_BASE + self.attribute]
-        return buffer if self.swapped else self.tensor.detach()
+        return self._other if self.swapped else self.tensor.detach()
+
+    @property
+    def _other(self) -> Tensor:
+        return self.module.get_buffer(_BASE + self.attribute)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
@@ -300,7 +302,7 @@ def swap_saved(tensors: list[Saved]) -> None:
             continue
         if saved.tensor not in replaced:
             replaced[saved.tensor] = saved.tensor.data
-            saved.tensor.data = buffers[name]
+            saved.tensor.data = saved.module.get_buffer(name)
         buffers[name] = replaced[saved.tensor]
         saved.module.__dict__.setdefault(_SWAPPED, set()).symmetric_difference_update(
             {saved.attribute}
@@ -316,7 +318,7 @@ def _guard_embeddings(model: nn.Module) -> None:
                 setattr(module, method, functools.partial(_replace, module, method))
 
 
-def _replace(module: nn.Module, method: str, *args: object, **kwargs: object) -> object:
+def _replace(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> object:
     resizes = method == "resize_token_embeddings"
     for kind in ("input", "output"):
         if not resizes and kind not in method:
@@ -336,7 +338,7 @@ def _replace(module: nn.Module, method: str, *args: object, **kwargs: object) ->
 
 
 def _keeps_size(
-    old: nn.Module,
+    old: nn.Embedding | nn.Linear,
     new_num_tokens: int | None = None,
     pad_to_multiple_of: int | None = None,
     mean_resizing: bool = True,

@@ -76,5 +76,5 @@ def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
     targets.require_no_peft(model)
     layers = {name: layer for name, layer in adapters.require_layers(model) if not layer.merged}
     refuse("merged_state_dict", {name: layer.why_unmergeable() for name, layer in layers.items()})
-    require_untied(model, list(layers.values()), "merged_state_dict")
+    require_untied(model, layers.values(), "merged_state_dict")
     return _MergedStateDict(model)

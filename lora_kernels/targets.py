@@ -1,7 +1,8 @@
 """Which modules of a model an adapter goes to."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from lora_kernels.bypass import bypassed, idle, poolers, unread
 from lora_kernels.names import join, named_modules, unwrapped
 from lora_kernels.nn import LoRALayer
 from lora_kernels.nn.layer import reserved
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    Linear = bases.Linear | LoRALayer
 
 Names = str | Iterable[str] | None
 _Predicate = Callable[[str], bool]
@@ -103,7 +109,7 @@ def listed(argument: str, names: Names) -> str | list[str] | None:
     return list(names)
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> "TypeIs[Linear]":
     """Whether it is a linear layer, with an adapter or without."""
     return isinstance(module, (nn.Linear, LoRALayer)) or bases.is_conv1d(module)
 
@@ -139,7 +145,7 @@ def require_shapes(model: nn.Module) -> None:
 
 def find_targets(
     model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
+) -> tuple[dict[str, "Linear"], dict[str, str]]:
     """(name -> linear layers to replace, name -> why others were not).
 
     The default is every nn.Linear and Conv1D but output heads, which are `get_output_embeddings()`
@@ -166,7 +172,9 @@ def find_targets(
     wanted.require_matches(linear, lambda predicate: _what_else(model, predicate))
     excluded.require_matches(name for name, _ in named_modules(model))
     left_out = {} if wanted else _left_out(model, linear)
-    targets, skipped, past, behind = {}, {}, bypassed(model), unread(model)
+    targets: dict[str, Linear] = {}
+    skipped: dict[str, str] = {}
+    past, behind = bypassed(model), unread(model)
     for name, module in linear.items():
         if wanted and not wanted.match(name):
             continue
@@ -196,7 +204,7 @@ def find_targets(
     return targets, skipped
 
 
-def _left_out(model: nn.Module, linear: dict[str, nn.Module]) -> dict[nn.Module, str]:
+def _left_out(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
     """Linear layers that are no targets by default, with the reason."""
     reasons = idle(model)
     for _, module in named_modules(model):
@@ -207,8 +215,9 @@ def _left_out(model: nn.Module, linear: dict[str, nn.Module]) -> dict[nn.Module,
             reasons |= poolers(module)
     owning = owners(model, beside=True)
     for name, module in linear.items():
-        own = f"{name}.weight"
-        beside = [n for n in owning.get(module._parameters.get("weight"), ()) if n != own]
+        weight = module._parameters.get("weight")
+        holders = [] if weight is None else owning.get(weight, [])
+        beside = [n for n in holders if n != f"{name}.weight"]
         if beside:
             reason = f"its weight is tied to {', '.join(beside)}, which merging would change too"
             reasons.setdefault(module, reason)
@@ -253,7 +262,8 @@ def new_heads(
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
     names = {name for name, module in named_modules(model) if is_linear(module)}
-    heads, skipped = {}, {}
+    heads: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
     for name, module in _all_new_parts(model).items():
         inside = {other for other in names if f"{other}.".startswith(f"{name}.")}
         if excluded.match(name) or (inside and all(map(excluded.match, inside))):
@@ -268,15 +278,17 @@ def _all_new_parts(model: nn.Module) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     for name, module in named_modules(model):
-        if module not in inside and isinstance(getattr(module, "base_model_prefix", None), str):
+        prefix = getattr(module, "base_model_prefix", None)
+        if module not in inside and isinstance(prefix, str):
             inside.update(module.modules())
-            parts |= {join(name, part): new for part, new in _new_parts(module).items()}
+            parts |= {join(name, part): new for part, new in _new_parts(module, prefix).items()}
     return parts
 
 
-def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The new ones among the children of a Transformers model and of its body."""
-    prefix, find_output = model.base_model_prefix, getattr(model, "get_output_embeddings", None)
+def _new_parts(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The new ones among the children of a Transformers model and of its body, the child that
+    `prefix` names."""
+    find_output = getattr(model, "get_output_embeddings", None)
     if not callable(find_output):
         return {}
     children, output = _children(model), find_output()
