@@ -35,6 +35,7 @@ FLOORS[""] = {
     "formats": 3.15,
     "options": -2,
     "names": -2,
+    "forwards": -2,
     "bypass": 3,
     "adapters": 3.1,
     "targets": 3.1,
