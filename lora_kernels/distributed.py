@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
 from lora_kernels.nn import FusedLoRALinear
@@ -22,7 +22,7 @@ from lora_kernels.nn import FusedLoRALinear
 __all__ = ["ColwiseParallelLoRA", "RowwiseParallelLoRA"]
 
 
-class _ParallelLoRA:
+class _ParallelLoRA(ParallelStyle):
     # Of `LayerTensors.dimensions`: what is split.
     _letter: ClassVar[str]
 
@@ -43,7 +43,7 @@ class _ParallelLoRA:
                     f" {tensor.device_mesh}; expected a plain tensor or {expected} on"
                     f" {device_mesh}: redistribute it, or parallelize before fully_shard"
                 )
-        return super()._apply(module, device_mesh)
+        return super()._apply(module, device_mesh)  # type: ignore[safe-super]  # of another base
 
     def _tensors(self, module: FusedLoRALinear) -> Iterator[tuple[str, Tensor, Placement]]:
         """(name, tensor, placement)."""
@@ -61,8 +61,9 @@ class _ParallelLoRA:
         }
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        assert isinstance(module, FusedLoRALinear)  # `_apply` refuses others
         for key, tensor, placement in self._tensors(module):
-            value = distribute_tensor(
+            value: Tensor = distribute_tensor(
                 tensor, device_mesh, [placement], src_data_rank=self.src_data_rank
             )
             if isinstance(tensor, nn.Parameter):

@@ -15,14 +15,20 @@ from lora_kernels.sharding import whole
 class _MergedStateDict(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module) -> None:
         self._owners: dict[str, tuple[nn.Module, str]] = {}
-        layer, prefix = None, ""  # of the last one, followed by its parametrizations
+        # The last one, whose parametrizations follow it.
+        layer: LoRALayer | None = None
+        prefix = ""
         for name, module in names.named_modules(model, remove_duplicate=False):
             if isinstance(module, LoRALayer):
                 layer, prefix = module, names.join(name, "")
             for attribute in adapters.state_of(module):
                 key = names.join(name, attribute)
-                own = layer is not None and key.startswith(prefix)
-                if not (own and layer.is_beside_the_base(key.removeprefix(prefix))):
+                beside = (
+                    layer is not None
+                    and key.startswith(prefix)
+                    and layer.is_beside_the_base(key.removeprefix(prefix))
+                )
+                if not beside:
                     self._owners[key] = module, attribute
 
     def __len__(self) -> int:
@@ -70,5 +76,5 @@ def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
     targets.require_no_peft(model)
     layers = {name: layer for name, layer in adapters.require_layers(model) if not layer.merged}
     refuse("merged_state_dict", {name: layer.why_unmergeable() for name, layer in layers.items()})
-    require_untied(model, list(layers.values()), "merged_state_dict")
+    require_untied(model, layers.values(), "merged_state_dict")
     return _MergedStateDict(model)

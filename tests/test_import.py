@@ -35,6 +35,7 @@ FLOORS[""] = {
     "formats": 3.15,
     "options": -2,
     "names": -2,
+    "forwards": -2,
     "bypass": 3,
     "adapters": 3.1,
     "targets": 3.1,
@@ -63,6 +64,7 @@ FLOORS["nn"] = {
     "conv1d": 5,
     "__init__": 6,
 }
+FLOORS["check"] = {"report": 0, "found": 1, "runs": 2, "training": 3, "merging": 4, "__init__": 5}
 FLOORS["backends"] = {
     "device": 0,
     "dropout": 0,

@@ -103,22 +103,22 @@ def backward(
     d_b = dy.new_zeros(r, N, dtype=total) if need.b else None
     for block in _blocks(M, _step(dy, max(K, N))):
         rows = dy[block].to(a.dtype)
-        if need.b:
+        if d_b is not None:
             _accumulate(d_b, s[block].t(), rows, high)
-        if not need.x and not need.a:
+        if dx is None and d_a is None:
             continue
         # ds is rounded to the compute dtype, as any other backend stores it.
         ds = _scaled(rows, b, branch.scaling).to(dy.dtype).to(a.dtype)
-        keep = mask(branch.seed, block.start, len(rows), K, p) if p else None
-        if need.x:
+        keep = _mask(branch, block.start, len(rows), K) if p else None
+        if dx is not None:
             _multiply(rows, weight, None, _Product(ds, a, scale, keep), dx[block])
-        if need.a:
+        if d_a is not None:
             dropped = x[block] if keep is None else keep.drop(x[block])
             _accumulate(d_a, ds.t(), dropped, scale)
     return (
         dx,
-        d_a.to(branch.lora_a.dtype) if need.a else None,
-        d_b.t().to(branch.lora_b.dtype).contiguous() if need.b else None,
+        None if d_a is None else d_a.to(branch.lora_a.dtype),
+        None if d_b is None else d_b.t().to(branch.lora_b.dtype).contiguous(),
     )
 
 
@@ -134,6 +134,11 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
             _accumulate(strip, dy[block, columns].t(), x[block], 1.0)
         dweight[columns] = strip
     return dweight
+
+
+def _mask(branch: Branch, first_row: int, rows: int, columns: int) -> Mask:
+    assert branch.seed is not None  # of a branch with dropout
+    return mask(branch.seed, first_row, rows, columns, branch.dropout_p)
 
 
 def _adapters(x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
@@ -166,7 +171,7 @@ def _shrink(rows: Tensor, block: slice, lora_a: Tensor, branch: Branch, s: Tenso
     """s = scaling * drop(rows) A^T for one block, as far as `split` scales before rounding."""
     scaling, _ = split(branch.scaling, s.dtype)
     if branch.dropout_p:
-        keep = mask(branch.seed, block.start, *rows.shape, branch.dropout_p)
+        keep = _mask(branch, block.start, *rows.shape)
         rows, scaling = keep.drop(rows), scaling * keep_scale(branch.dropout_p)
     s.copy_(_scaled(rows, lora_a.t(), scaling))
 

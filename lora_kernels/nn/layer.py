@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,12 @@ from lora_kernels.nn.pissa import INITS, Init
 from lora_kernels.nn.state import LayerState
 from lora_kernels.nn.tensors import MERGED, PISSA, shape_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from lora_kernels.bases import Linear
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
 # What a layer is given beside the adapter's tensors: a buffer, attributes.
 _ADDED = (
     MERGED, "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged", "_disabled",
@@ -37,7 +44,7 @@ class LoRALayer(LayerState):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         init: Init = "kaiming",
-    ) -> "LoRALayer":
+    ) -> "Self":
         """A layer that shares `linear`'s weight and bias objects (now frozen), its buffers,
         submodules, attributes and train mode.
 
@@ -49,8 +56,8 @@ class LoRALayer(LayerState):
             TypeError: not exactly a layer of this kind. ValueError: hooks, parametrizations, or a
                 weight that is pruned, sharded, quantised or of another dtype.
         """
-        cls._require_base(linear)
-        reason = refusal(linear, reserved(cls)) or hooked(linear)
+        names = reserved(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
+        reason = refusal(cls._require_base(linear), names) or hooked(linear)
         if reason is not None:
             raise ValueError(f"linear: {reason}")
         layer = cls._prepare(linear, rank, alpha, dropout, use_rslora, adapter_dtype, init)
@@ -67,7 +74,7 @@ class LoRALayer(LayerState):
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
         init: Init,
-    ) -> "LoRALayer":
+    ) -> "Self":
         """`from_linear`, of a layer that `refusal` has nothing against, without the step that
         changes the weight, `_take_pissa`."""
         if init not in INITS:
@@ -100,7 +107,7 @@ class LoRALayer(LayerState):
         self._refuse("remove", self.why_stuck())
         self._settle()
         added = (*self.adapter_names(), *_ADDED)
-        self.__class__ = self.base_class
+        self.__class__ = self.base_class  # type: ignore[assignment]  # no layer of ours any more
         for key in added:
             for store in stores(self):
                 store.pop(key, None)
@@ -127,15 +134,15 @@ class LoRALayer(LayerState):
             raise TypeError(
                 f"adapter_dtype: expected {self.weight.dtype} (the weight's){legal}, got {dtype!r}"
             )
-        factory = {"device": self.weight.device, "dtype": dtype}
+        empty = functools.partial(torch.empty, device=self.weight.device, dtype=dtype)
         self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
         for name in self.adapter_parameters:
-            setattr(self, name, nn.Parameter(torch.empty(shape_of(self, name, rank), **factory)))
+            setattr(self, name, nn.Parameter(empty(shape_of(self, name, rank))))
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        for name in (MERGED, *PISSA):
-            self.register_buffer(name, None)
+        for buffer in (MERGED, *PISSA):
+            self.register_buffer(buffer, None)
         self._base_weight_cpu = None
         self._merged = False
         self._disabled = False
@@ -151,8 +158,8 @@ class LoRALayer(LayerState):
         self.reset_lora_parameters()
 
     @staticmethod
-    def _require_base(linear: nn.Module) -> None:
-        """TypeError for a layer of another kind."""
+    def _require_base(linear: nn.Module) -> "Linear":
+        """The layer; TypeError for one of another kind."""
         raise NotImplementedError
 
     def _reset_base(self) -> None:
@@ -179,7 +186,7 @@ class LoRALayer(LayerState):
             raise RuntimeError("merged with keep_base=False: the base of this layer is gone")
         if self._merged:
             return nn.functional.linear(x, self._oriented(self._kept_base()), self.bias)
-        if self.pissa_A is None:
+        if self.pissa_A is None or self.pissa_B is None:
             return nn.functional.linear(x, self.matrix, self.bias)
         return lora_linear(
             x, self.matrix, self.pissa_A, self.pissa_B, self.bias, scaling=self.scaling
@@ -231,7 +238,7 @@ def reserved(kind: type[LoRALayer] = LoRALayer) -> frozenset[str]:
     return frozenset((*kind.adapter_names(), *_ADDED, *dir(kind))).difference(dir(nn.Module))
 
 
-def _twin(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def _twin(module: nn.Module, kind: type[_Kind]) -> _Kind:
     """A module of this kind that shares everything `module` holds, but for its hooks."""
     twin = kind.__new__(kind)
     nn.Module.__init__(twin)

@@ -82,6 +82,7 @@ class Merging(LayerTensors):
 
     def _kept_base(self) -> Tensor:
         base = self.merged_base if self.merged_base is not None else self._base_weight_cpu
+        assert base is not None  # of a layer that is merged and kept it
         return base.to(device=self.weight.device, dtype=self.weight.dtype)
 
     def why_unmergeable(self, keep_base: bool | Literal["cpu"] = True) -> str | None:

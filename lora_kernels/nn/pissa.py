@@ -61,12 +61,12 @@ class Initialising(LayerTensors):
 
     def _take_pissa(self) -> None:
         """Takes the principal part out of the weight, if the adapter starts as that."""
-        if self.pissa_A is not None:
+        if self.pissa_A is not None and self.pissa_B is not None:
             add_product(self.matrix, self.pissa_B, self.pissa_A, -self.scaling)
 
     def _return_pissa(self) -> None:
         """Adds back what PiSSA took out of the weight."""
-        if self.pissa_A is not None:
+        if self.pissa_A is not None and self.pissa_B is not None:
             add_product(self.matrix, self.pissa_B, self.pissa_A, self.scaling)
             self.pissa_A = self.pissa_B = None
 
@@ -78,7 +78,7 @@ class Initialising(LayerTensors):
         """
         with present(self):
             lora_A, lora_B = self.factors()
-            if self.pissa_A is None:
+            if self.pissa_A is None or self.pissa_B is None:
                 return lora_A, lora_B
             A, B = (lora_A, self.pissa_A), (lora_B, -self.pissa_B)
             return torch.cat(list(map(whole, A))), torch.cat(list(map(whole, B)), dim=1)
@@ -91,7 +91,7 @@ class Initialising(LayerTensors):
         becomes `delta_factors`. Other layers stay as they are. RuntimeError: the layer is merged.
         """
         self._require_unmerged("to_original_base")
-        if self.pissa_A is None:
+        if self.pissa_A is None or self.pissa_B is None:
             return
         reason = self.why_fixed() or self.why_not_two() or self.why_valueless("weight")
         self._refuse("to_original_base", reason)

@@ -5,6 +5,9 @@ merged, `weight` is what the parameter holds, the sum, and `merged_base` lies be
 that was kept, or an empty tensor where none was.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,13 +34,22 @@ class LayerState(Initialising, Merging):
             return rest[0] in beside
         return first in beside or first.startswith(tuple(f"{n}_" for n in self.adapter_parameters))
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base_weight_cpu is not None:  # no buffer, which would move with the layer
             destination[prefix + MERGED] = self._base_weight_cpu.to(self.weight.dtype)
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         given = {
             name: state_dict[prefix + name]
@@ -83,7 +95,7 @@ class LayerState(Initialising, Merging):
         elif again:
             self.merge("cpu" if on_host else True)
 
-    def _misfits(self, given: dict[str, Tensor], prefix: str):
+    def _misfits(self, given: dict[str, Tensor], prefix: str) -> Iterator[str]:
         """Why the tensors cannot be loaded, as torch says it."""
         factors = [name for name in self.adapter_parameters if name in given]
         lost = self.why_fixed(*factors) if factors else None

@@ -3,7 +3,7 @@ exchanged."""
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class LayerTensors(nn.Module):
     fan_in_fan_out = False
     in_features: int
     out_features: int
+    weight: Tensor
+    bias: Tensor | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     pissa_A: Tensor | None
@@ -93,13 +95,19 @@ class LayerTensors(nn.Module):
     def factor(self, name: str) -> Tensor:
         """lora_A, lora_B or another of the adapter's parameters as the next forward has it: where
         pruning or weight norm compute it in a hook, the attribute is that of the last one."""
+        hook: Any
+        tensor: Tensor
         for hook in self._forward_pre_hooks.values():
             if getattr(hook, "_tensor_name", None) == name:
-                return hook.apply_mask(self)
+                tensor = hook.apply_mask(self)
+                break
             if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
                 without_update = (False,) if hasattr(hook, "n_power_iterations") else ()
-                return hook.compute_weight(self, *without_update)
-        return getattr(self, name)
+                tensor = hook.compute_weight(self, *without_update)
+                break
+        else:
+            tensor = getattr(self, name)
+        return tensor
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """`low_rank` as the next forward has it."""

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
     case: str
     arch: int
     name: str
-    constants: dict
+    constants: dict[str, Any]
     registers: int
     spills: int
     shared: int
@@ -90,7 +90,7 @@ def _assemble(ptx: str, arch: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def _inspect(case: Case, arch: int, compiled, constants: dict) -> Kernel:
+def _inspect(case: Case, arch: int, compiled: Any, constants: dict[str, Any]) -> Kernel:
     ptx = compiled.asm["ptx"]
     log = _assemble(ptx, arch)
 
@@ -159,7 +159,9 @@ def compile_case(case: Case, arch: int, seen: set[str]) -> list[Kernel]:
     Triton driver for good."""
     kernels = []
 
-    def build(kernel, grid, args, meta, run) -> None:
+    def build(
+        kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], run: object
+    ) -> None:
         compiled = kernel.warmup(*args, grid=grid, **meta)
         if compiled.hash in seen:
             return

@@ -88,7 +88,14 @@ def _shrink(
     return shrunk
 
 
-def _read(rows, matrix, scale, drop, gradient, shrunk) -> None:
+def _read(
+    rows: Tensor,
+    matrix: Tensor | None,
+    scale: float,
+    drop: _Dropped,
+    gradient: tuple[Tensor, Tensor, float] | None,
+    shrunk: Tensor | None,
+) -> None:
     low, out, factor = gradient or (None, None, 1.0)
     _ops._shrink_cpu(
         rows, matrix, low, scale * drop.scale, factor * drop.scale, threshold(drop.p), drop.seed,
@@ -120,6 +127,7 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
         _expand(s, branch.lora_b.t(), y, high, bias)
         y.addmm_(x, base.weight.t().to(x.dtype))
     else:
+        assert base.out is not None  # of a forward
         y = base.out.clone(memory_format=torch.contiguous_format)
         s = _shrink(x, branch.lora_a, low, _dropped(branch))
         _expand(s, branch.lora_b.t(), y, high, accumulate=True)
@@ -143,7 +151,7 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
     dx = dweight = None
     d_a = branch.lora_a.new_empty(r, K) if need.a else None
     d_b = branch.lora_b.new_empty(N, r) if need.b else None
-    of_b = (s, d_b.t(), split(branch.scaling, dy.dtype)[1]) if need.b else None
+    of_b = None if d_b is None else (s, d_b.t(), split(branch.scaling, dy.dtype)[1])
     if need.x or need.a:
         ds = _shrink(dy, branch.lora_b.t(), branch.scaling, gradient=of_b)
     elif need.b:
@@ -153,8 +161,8 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
         _expand(ds, branch.lora_a, dx, drop=drop)
         if isinstance(base, Dense):
             dx.addmm_(dy, base.weight.to(dy.dtype))
-    if need.a:
+    if d_a is not None:
         _read(x, None, 1.0, drop, (ds, d_a, 1.0), None)
-    if need.weight:
+    if need.weight and isinstance(base, Dense):
         dweight = torch.mm(dy.t(), x).to(base.weight.dtype)
     return dx, dweight, d_a, d_b
