@@ -12,6 +12,7 @@ one wrong result strikes it out. Of candidates within 1 % of the fastest the sim
 import argparse
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -86,6 +87,11 @@ class Table:
 
     def has(self, key: dict) -> bool:
         return any(key.items() <= bucket.items() for bucket in self.content["buckets"])
+
+    def interrupted(self) -> None:
+        """Of a process that is told to end: the candidate is not to blame."""
+        if self.content.pop("trying", None) is not None:
+            self.write()
 
     def trying(self, candidate: Candidate, call: dict) -> None:
         """On disk before the first run, so that a process that dies in it is remembered."""
@@ -370,6 +376,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     deadline = Deadline(args.minutes)
     table = Table(args.out or tables.TUNED / tables.file_name(name), name, info)
     table.write()
+
+    def stop(signum: int, frame: object) -> None:
+        table.interrupted()
+        raise SystemExit(128 + signum)
+
+    # Does not come through where a kernel hangs: that one is remembered.
+    signal.signal(signal.SIGTERM, stop)
     print(machine_line(info), flush=True)
     if args.jobs > 1:
         given = sys.argv[1:] if arguments is None else arguments

@@ -30,7 +30,7 @@ OPS, DISPATCH, VMAP, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
     "backends/blocked.py",
     "backends/reference.py",
 )
-TRITON = "backends/triton/"
+MASKS, TRITON = "backends/masks.py", "backends/triton/"
 CPU, NATIVE = "csrc/cpu/", "backends/native/__init__.py"
 SCALING, PLAN = "backends/scaling.py", "backends/cuda/plan.py"
 TABLES, CHOICE = "backends/cuda/tables.py", "backends/cuda/choice.py"
@@ -66,6 +66,15 @@ MUTANTS = {
     "branch rounded on its own": (REFERENCE, "forward", "y.addmm_(s, _as(branch.lora_b, x).t(), alpha=high)", "y += high * (s @ _as(branch.lora_b, x).t())", "accuracy"),
     "bias dropped in wide path": (BLOCKED, "_multiply", "if bias is None:", "if True:", "accuracy"),
     "dA summed in 16 bits": (BLOCKED, "_sum_dtype", "return torch.float64 if dtype == torch.float64 else torch.float32", "return dtype", "accuracy"),
+    "a wrong mask kernel is trusted": (MASKS, "_is_right", "return fault is None", "return True", "masks"),
+    "a mask kernel that cannot be compiled raises": (MASKS, "_is_right", "except Exception as error:", "except KeyError as error:", "masks"),
+    "a mask kernel is tried in a capture": (MASKS, "_vouched", "if torch.cuda.is_current_stream_capturing():", "if False:", "masks"),
+    "a mask kernel is tried every time": (MASKS, "_vouched", "if device not in _right:", "if True:", "masks"),
+    "columns of the mask from the first on": (MASKS, "Mask.add_kept", "self._keep[:, columns]", "self._keep[:, : term.shape[1]]", "masks"),
+    "elementwise mask of row 0": (TRITON + "masking.py", "mask_kernel", "first_row + row, col, threshold", "row, col, threshold", f"{CASES}::test_the_elementwise_mask"),
+    "elementwise mask's scale dropped": (TRITON + "masking.py", "mask_kernel", "+ kept * scale", "+ kept", f"{CASES}::test_the_elementwise_mask"),
+    "elementwise mask writes past the last row": (TRITON + "masking.py", "mask_kernel", "(row[:, None] < rows) & (cols_here", "(row[:, None] <= rows) & (cols_here", f"{CASES}::test_the_elementwise_mask"),
+    "a table of another Triton holds": (TABLES, "why_none", "if proven != here:", "if False:", "triton_backend::test_a_table_of_another"),
     "philox rounds 6": (DROPOUT, None, "ROUNDS = 7", "ROUNDS = 6", "dropout"),
     "philox key halves swapped": (DROPOUT, "philox", "k0, k1 = seed & _LOW, (seed >> 32) & _LOW", "k1, k0 = seed & _LOW, (seed >> 32) & _LOW", "dropout"),
     "threshold off by one": (DROPOUT, "keep_mask", ">= threshold(p) - 32768", "> threshold(p) - 32768", "dropout"),

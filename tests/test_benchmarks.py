@@ -353,6 +353,36 @@ def test_a_wrong_plan_is_struck_out(tmp_path):
     assert not table.refuses(tune.Candidate("dual", {}), half)
 
 
+def test_a_tuner_that_is_told_to_end_blames_no_plan(tmp_path):
+    tune = pytest.importorskip("tune")
+    path, info = tmp_path / "t.json", {"versions": {}, "commit": "x"}
+    candidate, call = tune.Candidate("dual", {}), _bucket(1, "dual")
+    table = tune.Table(path, "G", info)
+    table.trying(candidate, call)
+    table.interrupted()
+    assert not tune.Table(path, "G", info).refuses(candidate, call)
+    table.trying(candidate, call)  # and one that hung, or took the process along, is to blame
+    assert tune.Table(path, "G", info).refuses(candidate, call)
+
+
+def test_reads_that_hide_the_host(monkeypatch):
+    """As long as the slowest turn takes to launch, and half as long again."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    seconds = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: seconds[0])
+
+    def turn_of(spent):
+        def turn(mark):
+            seconds[0] += spent
+
+        return turn
+
+    read = clock._READ_SECONDS
+    assert clock._reads_to_hide([turn_of(0.0)]) == 1
+    assert clock._reads_to_hide([turn_of(2 * read), turn_of(read)]) == 4
+    assert clock._reads_to_hide([turn_of(1.0)]) == clock._MOST_READS
+
+
 # ----------------------------------------------------------------------- the day, models, micro
 
 

@@ -18,6 +18,7 @@ from lora_kernels.backends.cuda.choice import candidates, use_plan
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.device import Target, assume
 from lora_kernels.backends.dropout import keep_mask, keep_scale
+from lora_kernels.backends.triton import masking
 from lora_kernels.backends.triton.launch import intercept
 
 AMPERE, HOPPER = Target(80, 2), Target(90, 3)  # pointers; TMA descriptors where operands allow
@@ -244,6 +245,24 @@ def test_mask_is_the_references(seed):
     )
     for found in (s, dx, da):
         assert torch.equal(found, kept.float())
+
+
+@pytest.mark.parametrize("seed", [[77], [-1, 70_001, 4096]], ids=("whole", "part"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_elementwise_mask(dtype, seed):
+    """Odd extents, strided operands, rows that begin in the middle of the mask."""
+    M, K, p, first, seed = 35, 301, 0.3, 6, torch.tensor(seed)
+    keep = keep_mask(seed, first, M, K, p)
+    x, total = (torch.randn(M, K).to(dtype) for _ in range(2))
+    x[0, 0] = float("nan")
+    for matrix in (x, x.t().contiguous().t(), torch.cat([x, x], 1)[:, :K]):
+        dropped = masking.drop(matrix, seed, first, p)
+        assert torch.equal(dropped.nan_to_num(9), x.masked_fill(~keep, 0).nan_to_num(9))
+    term = torch.randn(M, K).to(torch.promote_types(dtype, torch.float32))
+    expected = (total + (2 * term).masked_fill(~keep, 0)).to(dtype)
+    masking.add_kept(total, term, 2.0, seed, first, p)
+    assert torch.equal(total, expected)
+    assert masking.deviation(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("seed", [[77], [77, 150, 264]], ids=("whole", "part"))
