@@ -12,7 +12,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import _checks, _ops, lora_add_, lora_linear
+from lora_kernels import _checks, _dispatch, _ops, lora_add_, lora_linear
 
 ops = torch.ops.lora_kernels
 M, K, N, R = 6, 16, 5, 3
@@ -118,6 +118,7 @@ def test_what_a_gradient_does_not_read_may_be_left_out():
         ops.lora_linear_backward(*args.values())
 
 
+@pytest.mark.skipif(not _dispatch.PRIVATE, reason="the public way checks in the kernel too")
 def test_a_call_is_checked_once(monkeypatch):
     """lora_linear checks above the op, whose kernel does not again; a raw call is checked."""
     checks = []
