@@ -107,10 +107,10 @@ def test_linear_and_gradients(entering, plan, target):
 
 @pytest.mark.parametrize(
     ("plan", "r", "p"),
-    [("cublas", 8, 0.25), ("cublas", 64, 0.0), ("shrink_gemm", 8, 0.0), ("grouped", 8, 0.25)],
+    [("cublas", 8, 0.25), ("cublas", 64, 0.0), ("grouped", 8, 0.25)],
 )
 def test_sums_over_as_many_rows_as_a_batch_has(plan, r, p):
-    """On a device of 132 SMs: dA in 19 shares, dB in 40 or 19, masks past row 4096."""
+    """On a device of 132 SMs: dA in 17 shares, dB in 35 or 17, masks past row 4096."""
     partials = []
 
     def record(kernel, grid, args, meta, launch) -> None:
@@ -118,10 +118,20 @@ def test_sums_over_as_many_rows_as_a_batch_has(plan, r, p):
             partials.extend(args[i] for i in (2, 7) if args[i])
         launch()
 
-    problem = Problem(Case(5000, 16, 16, r, p=p))
+    problem = Problem(Case(4400, 16, 16, r, p=p))
     with assume(Target(80, 132)), use_plan(plan), intercept(record):
         ratios(problem, problem.linear())
     assert sum(count > 16 for count in partials) == 2, partials
+
+
+# What a launch of a backward writes or what shows it, so that the others need not run.
+READ_FROM = {
+    "ds_db": ("da", "db"),
+    "da": ("da",),
+    "dx": ("dx",),
+    "expand_dx": ("dx",),
+    "dx_da": ("dx", "da"),
+}
 
 
 @pytest.mark.parametrize(
@@ -139,31 +149,35 @@ def test_candidates_of_a_tuner(op, case):
     listed = candidates(call, HOPPER)
     saved = problem.linear()["s"]
 
-    def compute() -> dict[str, torch.Tensor]:
+    def compute(launch: str) -> dict[str, torch.Tensor]:
         tensors = (problem.x, problem.weight, problem.a, problem.b)
         if op == "forward":
             y, _ = ops.lora_linear(*tensors, problem.bias, *problem.branch, True)
             return {"y": y}
+        wanted = READ_FROM[launch]
         dx, _, da, db = ops.lora_linear_backward(
-            problem.dy, *tensors, saved, *problem.branch, True, False, True, True
-        )
-        return {"dx": dx, "da": da, "db": db}
+            problem.dy, *tensors, saved, *problem.branch,
+            "dx" in wanted, False, "da" in wanted, "db" in wanted,
+        )  # fmt: skip
+        return {n: out for n, out in {"dx": dx, "da": da, "db": db}.items() if n in wanted}
 
     with assume(HOPPER):
         for plan, fields in listed:
-            if fields:
+            for launch in fields:
                 with use_plan(plan, fields):
-                    ratios(problem, compute())
+                    ratios(problem, compute(launch))
     varied = {launch for _, fields in listed for launch in fields}
     assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx", "dx_da"})
 
 
 @pytest.mark.parametrize("plan", ["cublas", "shrink_gemm", "grouped", "dual", "decode", "flag"])
 def test_large_values_in_fp16(entering, plan):
+    """Each size with and without dropout, each at one of the scalings: what is made of a scaling
+    does not depend on the plan, and `test_accuracy.py` has them all."""
     entering(use_plan(plan))
-    for case in oracle.LARGE:
-        problem = Case(case.M, case.N, case.K, case.r, p=case.p)
-        if not case.add and serves(plan, problem):
+    linear = [case for case in oracle.LARGE if not case.add]
+    for case in linear[::8] + linear[5:14:4]:
+        if serves(plan, Case(case.M, case.N, case.K, case.r, p=case.p)):
             oracle.assert_fp16_range(case, lora_kernels.lora_linear)
 
 
@@ -231,7 +245,7 @@ def test_weight_gradient_and_autograd():
 )
 def test_mask_is_the_references(seed):
     """All kernels that drop: each computes ones times the mask."""
-    M, K, p = 70, 137, 0.3
+    M, K, p = 70, 73, 0.3
     seed = torch.tensor(seed)
     kept = keep_mask(seed, 0, M, K, p) * keep_scale(p)
     ones, eye = torch.ones, torch.eye
