@@ -360,6 +360,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model computes what its base does, `modules_to_save` included; merged or not.
 
     For reference log-probabilities (DPO, GRPO) without a second model. Contexts may be nested.
+    Copies and pickles made within it are of the model with its adapters: they act at once.
     ValueError for a sharded model with `modules_to_save`, whose originals are not sharded.
     """
     layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]

@@ -261,7 +261,6 @@ MUTANTS = {
     "PiSSA's weights not kept": ("convert.py", "_apply", "                before.keep(linear.weight)\n", "", "all_or_nothing"),
     "adapters not kept while loading": ("checkpoint.py", "_load", "            before.keep(layer.lora_B)\n", "", "all_or_nothing"),
     "saved modules not kept while loading": ("checkpoint.py", "_load", "        before.keep(target)\n", "", "all_or_nothing"),
-    "marks of an earlier call changed": ("adapters.py", "attach", "module.__dict__[_FROZEN] = module.__dict__.get(_FROZEN, set()) | frozen", "module.__dict__.setdefault(_FROZEN, set()).update(frozen)", "all_or_nothing convert"),
     "alpha kept as it was given": ("options.py", "check_alpha", "return int(value) if isinstance(value, numbers.Integral) else float(value)", "return value", "options"),
     "a bool taken for a number": ("options.py", "_number", "if isinstance(number, bool) or not", "if not", "options nn"),
     "the last pattern wins": ("options.py", "of_layer", "in (patterns or {}).items():\n        if _matches", "in reversed((patterns or {}).items()):\n        if _matches", "options"),
@@ -384,6 +383,14 @@ MUTANTS = {
     "a refusal of a forced backend falls back": ("backends/__init__.py", "serving", "if reason is not None and choice.demand is not None:", "if False:", "native"),
     "ninja beside Python unseen": ("doctor.py", "_ninja", 'sysconfig.get_path("scripts")', '""', "build::test_doctor_shows_ninja"),
     "another ninja unseen": ("doctor.py", "_ninja", 'os.environ.get("NINJA") or "ninja"', '"ninja"', "build::test_doctor_shows_ninja"),
+    "copies of disabled layers stay so": ("nn/layer.py", "LoRALayer.__getstate__", '"_disabled": False', '"_disabled": self._disabled', "convert::test_copies_made_while_disabled_act"),
+    "copies of disabled computed factors stay so": ("nn/layer.py", "LoRALayer.__deepcopy__", "LoRALayer.__getstate__(self)", "vars(self)", "convert::test_copies_of_a_tie_and_of_computed_factors_made_while_disabled"),
+    "copies of disabled heads hold the base": ("adapters.py", "_state_of_copy", "state[kind][name] = stand_in", "pass", "convert::test_copies_made_while_disabled_act"),
+    "copies of disabled heads lose their base": ("adapters.py", "_state_of_copy", 'state["_buffers"][_BASE + name] = original.detach()', "pass", "convert::test_copies_made_while_disabled_act"),
+    "copies of disabled ties are untied": ("adapters.py", "swap_saved", "[saved.attribute] = trained", "[saved.attribute] = copy.copy(trained)", "convert::test_copies_of_a_tie_and_of_computed_factors_made_while_disabled"),
+    "the state of copies outlives the context": ("adapters.py", "_end_swap", "if not held.get(_SWAPPED):", "if False:", "convert::test_copies_made_while_disabled_act"),
+    "from_linear freezes for good": ("nn/layer.py", "LoRALayer.from_linear", "note_frozen(layer, trainable)", "pass", "convert::test_what_an_adapter_froze_trains_again"),
+    "to_linear freezes for good": ("nn/layer.py", "LoRALayer.move_out", "thaw(self)", "pass", "convert::test_what_an_adapter_froze_trains_again"),
 }  # fmt: skip
 
 
