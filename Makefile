@@ -27,7 +27,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -p no:benchmark $(ARGS)
 
 codegen: setup
-	$(PY) -m lora_kernels.backends.triton.codegen $(ARGS)
+	$(PY) -m lora_kernels.backends.codegen $(ARGS)
 
 mutants: setup
 	OMP_NUM_THREADS=1 $(PY) tests/mutants.py $(ARGS)

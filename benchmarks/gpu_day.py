@@ -130,12 +130,12 @@ def install(out: Path) -> None:
     """The table where the package looks for it, so that what follows is measured with it."""
     import torch
 
-    from lora_kernels.backends import plans
+    from lora_kernels.backends.cuda import tables
 
     if (out / "tuned.json").exists():
-        plans.TUNED.mkdir(exist_ok=True)
-        name = plans.file_name(torch.cuda.get_device_name())
-        shutil.copyfile(out / "tuned.json", plans.TUNED / name)
+        tables.TUNED.mkdir(exist_ok=True)
+        name = tables.file_name(torch.cuda.get_device_name())
+        shutil.copyfile(out / "tuned.json", tables.TUNED / name)
 
 
 def has_gpu() -> bool:

@@ -45,8 +45,8 @@ from shapes import Case
 from store import Results
 from torch import Tensor
 
-from lora_kernels._env import PLANS
-from lora_kernels.backends import plans
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.cuda.plans import PLANS
 
 GRID = (FROZEN, ADDMM, OURS)
 
@@ -58,11 +58,11 @@ class Job(NamedTuple):
 
 
 def _legal_plans(case: Case) -> list[str]:
-    call = plans.Call(
+    call = Call(
         "forward", str(peers.DTYPES[case.dtype]).removeprefix("torch."),
         case.M, case.N, case.K, case.r, case.dropout > 0,
     )  # fmt: skip
-    return [peers.of_plan(plan) for plan in PLANS if plans.refusal(plan, call) is None]
+    return [peers.of_plan(name) for name, plan in PLANS.items() if plan.refusal(call) is None]
 
 
 def gpu_jobs() -> list[Job]:

@@ -9,7 +9,6 @@ where the library hands a call back to ATen, and `--isa` older instruction sets 
 import argparse
 import copy
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,9 +17,7 @@ from layer import is_right
 from machine import machine, machine_line
 from peers import DTYPES, FROZEN, OURS, PEFT, build, problem
 from shapes import Case
-from torch import Tensor, nn
 
-from lora_kernels import _env
 from lora_kernels.backends import native
 from lora_kernels.backends.native import extension
 
@@ -32,42 +29,6 @@ SHAPES = [
     (64, 2048, 2048, 16),
     (16, 2048, 2048, 16),
 ]
-
-
-@contextmanager
-def backend(name: str | None):
-    before, _env.BACKEND = _env.BACKEND, name
-    try:
-        yield
-    finally:
-        _env.BACKEND = before
-
-
-class _Enter(torch.autograd.Function):
-    """Passes x on; its backward, the last of a layer's, gives the backend back."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, restore: str | None) -> Tensor:
-        ctx.restore = restore
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dx: Tensor):
-        _env.BACKEND = ctx.restore
-        return dx, None
-
-
-class On(nn.Module):
-    """A layer whose forward and backward run on one backend."""
-
-    def __init__(self, layer: nn.Module, name: str | None) -> None:
-        super().__init__()
-        self.layer, self.name = layer, name
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = _Enter.apply(x, _env.BACKEND)
-        _env.BACKEND = self.name
-        return self.layer(x)
 
 
 def main() -> None:
@@ -86,7 +47,6 @@ def main() -> None:
     if args.isa:
         isa = min(extension.ISA_NAMES.index(args.isa), extension.best_isa())
         native.best_isa = lambda: isa
-    kernels = "native" if args.forced else None
     info = machine(gpu=False) | {"extension": extension.status()}
     print(machine_line(info), extension.status(), sep="; ", flush=True)
     rows = []
@@ -96,14 +56,12 @@ def main() -> None:
                 M, K, N = (max(1, size // args.scale) for size in (M, K, N))
                 p = problem(Case(M, K, N, r, dtype, dropout), torch.device("cpu"))
                 built = {name: build(name, p) for name in (FROZEN, PEFT, OURS)}
-                ours = built.pop(OURS)
-                aten = ours._replace(layer=copy.deepcopy(ours.layer))
+                ours = built.pop(OURS)._replace(backend="native" if args.forced else None)
+                aten = ours._replace(layer=copy.deepcopy(ours.layer), backend="reference")
                 aten = aten._replace(adapters=(aten.layer.lora_A, aten.layer.lora_B))
-                for name, peer in (("reference", aten), (kernels, ours)):
-                    with backend(name):
-                        is_right(OURS, peer, p)
-                built["ours, ATen"] = aten._replace(layer=On(aten.layer, "reference"))
-                built["ours"] = ours._replace(layer=On(ours.layer, kernels))
+                for name, peer in (("ours, ATen", aten), ("ours", ours)):
+                    is_right(OURS, peer, p)
+                    built[name] = peer
                 turns = {name: peer.turn(p) for name, peer in built.items()}
                 times = {
                     name: [sum(parts) for parts in of_peer]

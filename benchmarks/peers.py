@@ -11,7 +11,8 @@ from shapes import Case
 from torch import Tensor, nn
 
 from lora_kernels import FusedLoRALinear, fuse_peft
-from lora_kernels.backends import plans
+from lora_kernels.backends import use_backend
+from lora_kernels.backends.cuda.choice import use_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALING = 2.0
@@ -63,10 +64,13 @@ def problem(case: Case, device: torch.device) -> Problem:
 class Peer(NamedTuple):
     layer: nn.Module
     adapters: tuple[nn.Parameter, ...]  # A and B; none where the layer is frozen
-    plan: str | None = None
+    plan: str | None = None  # forced, or a backend, or neither
+    backend: str | None = None
 
     def context(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.plan is None else plans.using(self.plan)
+        if self.plan is not None:
+            return use_plan(self.plan)
+        return contextlib.nullcontext() if self.backend is None else use_backend(self.backend)
 
     def turn(self, p: Problem) -> Turn:
         """Forward, mark, backward, mark."""

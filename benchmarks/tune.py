@@ -1,12 +1,12 @@
 """Times every legal plan and tile set per shape and writes the table that picks among them.
 
-    python benchmarks/tune.py --minutes 5       # the package's backends/triton/tuned/<gpu>.json
+    python benchmarks/tune.py --minutes 5       # the package's backends/cuda/tuned/<gpu>.json
     python benchmarks/tune.py --merge A.json B.json --out C.json
 
 Every candidate is checked against fp64 before it is timed. The table is on disk after every bucket;
 the same command goes on where the last one ended, and passes over a candidate in which the process
-died. A plan is "proven" when it was right wherever it ran; one wrong result strikes it out. Of
-candidates within 1 % of the fastest the simplest is taken.
+died. A plan is "proven" for a dtype, with dropout or without, when it was right wherever it ran so;
+one wrong result strikes it out. Of candidates within 1 % of the fastest the simplest is taken.
 """
 
 import argparse
@@ -31,11 +31,15 @@ from store import replace_text, to_json
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_kernels._env import PLANS
-from lora_kernels.backends import plans
-from lora_kernels.backends.plans import Call
+from lora_kernels.backends.cuda import tables
+from lora_kernels.backends.cuda.choice import candidates, use_plan
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.backends.device import target
+from lora_kernels.backends.triton.tiles import vectorises
 
-OPS = ("forward", "backward")
+# By the base: a dense weight, or an output that is given (lora_add).
+OPS = {"dense": ("forward", "backward"), "given": ("add", "add_backward")}
 _KEY = ("op", "dtype", "M", "N", "K", "r", "dropout")
 _CLOSE = 1.01  # as fast as the fastest
 _ops = torch.ops.lora_kernels
@@ -50,7 +54,7 @@ class Candidate(NamedTuple):
 
 
 class Table:
-    """A tuned table on disk: what `plans.read_table` reads, and what tuning must remember."""
+    """A tuned table on disk: what `tables.read_table` reads, and what tuning must remember."""
 
     def __init__(self, path: Path, gpu: str, info: dict) -> None:
         self.path = path
@@ -64,7 +68,7 @@ class Table:
             "buckets": [],
         }
         if path.exists():
-            found = plans.read_table(path)
+            found = tables.read_table(path)
             for name in ("gpu", "versions"):
                 if found.get(name) != self.content[name]:
                     raise SystemExit(
@@ -87,11 +91,14 @@ class Table:
         self.content["trying"] = {**candidate._asdict(), "call": call}
         self.write()
 
-    def worked(self, candidate: Candidate) -> None:
+    def worked(self, candidate: Candidate, call: dict) -> None:
         self.content.pop("trying", None)
-        struck = any(entry["plan"] == candidate.plan for entry in self._struck())
-        if not struck and candidate.plan not in self.content["proven"]:
-            self.content["proven"].append(candidate.plan)
+        proof = _proof(candidate.plan, call)
+        if not self.proves(candidate, call) and proof not in _struck(self.content["failed"]):
+            self.content["proven"].append(proof)
+
+    def proves(self, candidate: Candidate, call: dict) -> bool:
+        return _proof(candidate.plan, call) in self.content["proven"]
 
     def failed(self, candidate: Candidate, call: dict, why: str, wrong: bool = True) -> None:
         """`wrong`: not just too large for the device, so the plan is not to be trusted."""
@@ -99,17 +106,14 @@ class Table:
         entry = {**candidate._asdict(), "call": call, "why": why, "wrong": wrong}
         self.content["failed"].append(entry)
         # Analytic tiles are what an unknown shape gets: they must fit everywhere.
-        if (wrong or not candidate.tiles) and candidate.plan in self.content["proven"]:
-            self.content["proven"].remove(candidate.plan)
+        if (wrong or not candidate.tiles) and self.proves(candidate, call):
+            self.content["proven"].remove(_proof(candidate.plan, call))
         self.write()
-
-    def _struck(self) -> list[dict]:
-        return [entry for entry in self.content["failed"] if entry["wrong"] or not entry["tiles"]]
 
     def refuses(self, candidate: Candidate, call: dict) -> bool:
         """Whether it is known to fail: its plan was wrong, or it did not fit this call."""
         return any(
-            entry["plan"] == candidate.plan
+            _proof(entry["plan"], entry["call"]) == _proof(candidate.plan, call)
             and (entry["wrong"] or (entry["tiles"] == candidate.tiles and entry["call"] == call))
             for entry in self.content["failed"]
         )
@@ -117,6 +121,16 @@ class Table:
     def add(self, bucket: dict) -> None:
         self.content["buckets"].append(bucket)
         self.write()
+
+
+def _proof(plan: str, call: dict) -> dict:
+    return tables.proof(plan, call["dtype"], call["dropout"])
+
+
+def _struck(failed: Sequence[dict]) -> list[dict]:
+    """What is not to be proven."""
+    strikes = (entry for entry in failed if entry["wrong"] or not entry["tiles"])
+    return [_proof(entry["plan"], entry["call"]) for entry in strikes]
 
 
 class Work(NamedTuple):
@@ -128,20 +142,17 @@ class Work(NamedTuple):
     names: tuple[str, ...]
 
 
-def works(p: Problem) -> list[Work]:
-    """Forward and backward as the op itself, below autograd."""
-    from lora_kernels.backends.triton import tiles
-
+def works(p: Problem, base: str) -> list[Work]:
+    """Forward and backward as the ops themselves, below autograd, of a dense weight or of a given
+    base output."""
     case, x = p.case, p.x.detach()
     seed = torch.tensor(1234, dtype=torch.int64, device=x.device) if case.dropout else None
     branch = (SCALING, case.dropout, seed)
-    right = expected(p, seed)
+    with use_plan("aten"):
+        _, s = _ops.lora_linear(x, p.weight, p.a, p.b, None, *branch, True)
 
     def forward() -> list[Tensor]:
-        return list(_ops.lora_linear(x, p.weight, p.a, p.b, None, *branch, True))
-
-    with plans.using("aten"):
-        _, s = forward()
+        return [_ops.lora_linear(x, p.weight, p.a, p.b, None, *branch, True)[0]]
 
     def backward() -> list[Tensor]:
         dx, _, d_a, d_b = _ops.lora_linear_backward(
@@ -149,16 +160,35 @@ def works(p: Problem) -> list[Work]:
         )
         return [dx, d_a, d_b]
 
-    dtype, weight_fits = str(x.dtype).removeprefix("torch."), tiles.vectorises(p.weight)
+    given = torch.randn_like(p.dy)
+
+    def add() -> list[Tensor]:
+        return [_ops.lora_add(given, x, p.a, p.b, *branch, True)[0]]
+
+    def add_backward() -> list[Tensor]:
+        return list(_ops.lora_add_backward(p.dy, x, p.a, p.b, s, *branch, True, True, True))
+
+    if base == "dense":
+        right, weights, runs = expected(p, seed), (p.weight,), (forward, backward)
+    else:
+        right = _on_top(given, expected(p._replace(weight=torch.zeros_like(p.weight)), seed))
+        weights, runs = (), (add, add_backward)
     found = []
-    for op, rows, run, names in (
-        ("forward", x, lambda: forward()[:1], ("y",)),
-        ("backward", p.dy, backward, ("dx", "dA", "dB")),
+    for op, rows, run, names in zip(
+        OPS[base], (x, p.dy), runs, (("y",), ("dx", "dA", "dB")), strict=True
     ):
-        aligned = weight_fits and tiles.vectorises(rows)
-        call = Call(op, dtype, case.M, case.N, case.K, case.r, case.dropout > 0, aligned)
+        aligned = all(map(vectorises, (rows, *weights)))
+        call = Call(aligned=aligned, **key_of(case, op))
         found.append(Work(call, run, right, names))
     return found
+
+
+def _on_top(given: Tensor, right: Expected) -> Expected:
+    """What is right of a branch, on a base output."""
+    base = given[right.rows]
+    exact, rival = right.exact[0] + base.double(), right.rival[0] + base
+    rival = rival.to(given.dtype).float()
+    return right._replace(exact=[exact, *right.exact[1:]], rival=[rival, *right.rival[1:]])
 
 
 def key_of(case: Case, op: str) -> dict:
@@ -174,7 +204,7 @@ def works_right(candidate: Candidate, work: Work, table: Table) -> bool:
         return False
     table.trying(candidate, call)
     try:
-        with plans.using(*candidate):
+        with use_plan(*candidate):
             outs = work.run()
         work.right.require(str(candidate), outs, work.names)
     except Exception as error:
@@ -183,7 +213,7 @@ def works_right(candidate: Candidate, work: Work, table: Table) -> bool:
             raise  # the mark "trying" stays: the next process knows
         table.failed(candidate, call, why, wrong=isinstance(error, WrongResult))
         return False
-    table.worked(candidate)
+    table.worked(candidate, call)
     return True
 
 
@@ -192,7 +222,7 @@ def timed(
 ) -> list[list[float]]:
     def turn_of(candidate: Candidate) -> Callable[[Callable[[], None]], None]:
         def turn(mark: Callable[[], None]) -> None:
-            with plans.using(*candidate):
+            with use_plan(*candidate):
                 work.run()
             mark()
 
@@ -223,18 +253,18 @@ def joined(candidates: Sequence[Candidate], medians: Sequence[float]) -> list[Ca
 def simplest(candidates: Sequence[Candidate], medians: Sequence[float]) -> int:
     """Index of the simplest one within 1 % of the fastest: first plans first, analytic tiles."""
     close = [i for i, median in enumerate(medians) if median <= _CLOSE * min(medians)]
-    return min(close, key=lambda i: (PLANS.index(candidates[i].plan), len(candidates[i].tiles)))
+    plans = list(PLANS)
+    return min(close, key=lambda i: (plans.index(candidates[i].plan), len(candidates[i].tiles)))
 
 
 def tune(work: Work, table: Table, seconds: float, rounds: tuple[int, int]) -> dict | None:
     """The bucket of one call; None where nothing works."""
-    from lora_kernels.backends.triton import launch, tiles
-
-    target = launch.target(work.right.rows.device)
-    listed = [Candidate(*found) for found in tiles.candidates(work.call, target)]
+    listed = candidates(work.call, target(work.right.rows.device))
+    listed = [Candidate(*found) for found in listed]
     right = [candidate for candidate in listed if works_right(candidate, work, table)]
     # One that ran right before its plan was found wrong is out too.
-    right = [candidate for candidate in right if candidate.plan in table.content["proven"]]
+    call = work.call._asdict()
+    right = [candidate for candidate in right if table.proves(candidate, call)]
     if not right:
         return None
     times = timed(right, work, seconds, rounds)
@@ -255,14 +285,15 @@ def tune(work: Work, table: Table, seconds: float, rounds: tuple[int, int]) -> d
 
 def merge(one: dict, other: dict) -> dict:
     """Both tables' buckets, the other's where both have one. A plan that was wrong in either is not
-    proven. ValueError where they are of two GPUs or two versions."""
+    proven for that dtype and dropout. ValueError where they are of two GPUs or two versions."""
     for name in ("gpu", "versions"):
         if one.get(name) != other.get(name):
             raise ValueError(f"{name}: cannot merge {one.get(name)} with {other.get(name)}")
     buckets = {tuple(b[n] for n in _KEY): b for b in (*one["buckets"], *other["buckets"])}
     failed = [*one.get("failed", ()), *other.get("failed", ())]
-    struck = {entry["plan"] for entry in failed if entry["wrong"] or not entry["tiles"]}
-    proven = [p for p in PLANS if p in (*one["proven"], *other["proven"]) and p not in struck]
+    struck = _struck(failed)
+    found = (*one["proven"], *(entry for entry in other["proven"] if entry not in one["proven"]))
+    proven = [entry for entry in found if entry not in struck]
     merged = {"proven": proven, "failed": failed, "buckets": list(buckets.values())}
     return {**one, **other, **merged}
 
@@ -289,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.merge:
         if args.out is None:
             parser.error("--merge needs --out")
-        replace_text(args.out, to_json(merge(*map(plans.read_table, args.merge))))
+        replace_text(args.out, to_json(merge(*map(tables.read_table, args.merge))))
         print(args.out)
         return
     gpu = torch.cuda.is_available()
@@ -302,24 +333,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     info = machine(gpu)
     name = info["gpu"] or "interpreter"
     deadline = Deadline(args.minutes)
-    table = Table(args.out or plans.TUNED / plans.file_name(name), name, info)
+    table = Table(args.out or tables.TUNED / tables.file_name(name), name, info)
     table.write()
     print(machine_line(info), flush=True)
     cases = _cases(args)
-    for case in tqdm(cases, desc="cases", file=sys.stdout, mininterval=1):
-        if all(table.has(key_of(case, op)) for op in OPS):
+    # All of a weight first: most calls are of that kind.
+    todo = [(base, case) for base in OPS for case in cases]
+    for base, case in tqdm(todo, desc="cases", file=sys.stdout, mininterval=1):
+        if all(table.has(key_of(case, op)) for op in OPS[base]):
             continue
         if deadline.left() <= 0:
-            print(f"\ntime is over with cases left, from {case} on; run again to go on")
+            print(f"\ntime is over with cases left, from {base} {case} on; run again to go on")
             break
-        for work in works(peers.problem(case, device)):
+        for work in works(peers.problem(case, device), base):
             if not table.has(key_of(case, work.call.op)):
                 bucket = tune(work, table, args.seconds, tuple(args.rounds))
                 if bucket:
                     table.add(bucket)
     table.write()
-    print(f"{table.path}: {len(table.content['buckets'])} buckets, proven:"
-          f" {', '.join(table.content['proven'])}")  # fmt: skip
+    proven = ", ".join(dict.fromkeys(entry["plan"] for entry in table.content["proven"]))
+    print(f"{table.path}: {len(table.content['buckets'])} buckets, proven: {proven}")
     for entry in table.content["failed"]:
         print(f"failed: {entry['plan']} {entry['tiles']} {entry['call']}: {entry['why']}")
 

@@ -2,22 +2,25 @@
 
 import os
 
-_BACKENDS = ("reference", "native", "triton")
-PLANS = ("aten", "cublas", "shrink_gemm", "grouped", "decode", "dual", "flag", "decode_cuda")
+BACKENDS = ("reference", "native", "triton")
+
+
+def _text(name: str) -> str | None:
+    return os.environ.get(name, "").strip().lower() or None
 
 
 def _choice(name: str, legal: tuple[str, ...]) -> str | None:
-    value = os.environ.get(name, "").strip().lower() or None
+    value = _text(name)
     if value is not None and value not in legal:
         raise ValueError(f"{name}: got {value!r}, legal values are {', '.join(legal)}")
     return value
 
 
 # Forces one backend for every op; a call it cannot serve raises.
-BACKEND = _choice("LORA_KERNELS_BACKEND", _BACKENDS)
+BACKEND = _choice("LORA_KERNELS_BACKEND", BACKENDS)
 
-# Forces one plan of the Triton backend (backends/plans.py), and with it that backend.
-PLAN = _choice("LORA_KERNELS_PLAN", PLANS)
+# Forces one plan of CUDA calls, and with it that backend; backends/cuda/choice.py checks the name.
+PLAN = _text("LORA_KERNELS_PLAN")
 if PLAN is not None and BACKEND not in (None, "triton"):
     raise ValueError(
         f"LORA_KERNELS_PLAN={PLAN} forces a plan of the triton backend,"

@@ -46,7 +46,7 @@ def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True
     distinct = {_signature(layer): layer for layer in layers if not layer.merged}
     calls = 0
     for layer in distinct.values():
-        if backends.choose(layer.weight.device).name == "triton":
+        if backends.choose(layer.weight.device).name == "cuda":
             for count in counts:
                 calls += _call(layer, count, backward)
     return calls

@@ -1,5 +1,6 @@
 """Fixed seeds everywhere: hypothesis is derandomized, each test starts from one torch seed."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -56,3 +57,10 @@ def kernel_calls(monkeypatch):
 
     monkeypatch.setattr(backends, "serving", counting)
     return calls
+
+
+@pytest.fixture
+def entering():
+    """Enters a context until the test ends, and returns what the context gives."""
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context

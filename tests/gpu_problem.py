@@ -5,32 +5,31 @@ import torch
 import torch.nn.functional as F
 
 import lora_kernels
-from lora_kernels import _env, backends
-from lora_kernels.backends import plans
+from lora_kernels.backends import use_backend
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.cuda.plans import PLANS as ALL
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 
 DEVICE = "cuda"
-PLANS = tuple(plan for plan in _env.PLANS if plan != "aten")
+PLANS = tuple(plan for plan in ALL if plan != "aten")
 SCALING = 1.5
 
 
 @pytest.fixture(autouse=True)
-def triton_backend(monkeypatch):
-    """Forced, and nothing left of an earlier choice."""
-    monkeypatch.setattr(_env, "BACKEND", "triton")
-    backends._forced_triton.cache_clear()
-    yield
-    backends._forced_triton.cache_clear()
+def triton_backend():
+    """Forced."""
+    with use_backend("triton"):
+        yield
 
 
 def most_rows(plan: str, rows: int) -> int:
     """As many of these rows as the plan serves."""
-    return min(rows, {"decode": 64, "decode_cuda": 16}.get(plan, rows))
+    return min(rows, ALL[plan].forward.most_rows or rows)
 
 
 def refused(plan: str, dtype: torch.dtype, shape: tuple[int, ...], p: float) -> str | None:
-    call = plans.Call("forward", str(dtype).removeprefix("torch."), *shape, p > 0)
-    return plans.refusal(plan, call)
+    call = Call("forward", str(dtype).removeprefix("torch."), *shape, p > 0)
+    return ALL[plan].refusal(call)
 
 
 class Problem:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lora_kernels.backends import plans
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branch, Dense
@@ -108,4 +109,4 @@ def error(out: torch.Tensor, exact: torch.Tensor) -> float:
 
 def serves(plan: str, case: Case) -> bool:
     dtype = str(case.dtype).removeprefix("torch.")
-    return plans.refusal(plan, plans.Call("forward", dtype, *case[:4], case.p > 0)) is None
+    return PLANS[plan].refusal(Call("forward", dtype, *case[:4], case.p > 0)) is None

@@ -32,7 +32,8 @@ OPS, DISPATCH, VMAP, FUNCTIONAL, DROPOUT, BLOCKED, REFERENCE = (
 )
 TRITON = "backends/triton/"
 CPU, NATIVE = "csrc/cpu/", "backends/native/__init__.py"
-SCALING, PLANS = "backends/scaling.py", "backends/plans.py"
+SCALING, PLAN = "backends/scaling.py", "backends/cuda/plan.py"
+TABLES, CHOICE = "backends/cuda/tables.py", "backends/cuda/choice.py"
 CASES = "triton_interpreter_cases"
 MANY_ROWS = "test_sums_over_as_many_rows_as_a_batch_has"
 MANY_BLOCKS = "test_sums_over_many_blocks"
@@ -47,7 +48,7 @@ KERNELS = "triton_interpreter_cases triton_passes_cases"
 MUTANTS = {
     "sign of ds": (REFERENCE, "_whole_backward", "if rank_first else b, branch.scaling)", "if rank_first else b, -branch.scaling)", "ops"),
     "scaling dropped in s": (REFERENCE, "forward", "x).t(), low)", "x).t(), 1)", "ops"),
-    "scaling dropped in s of lora_add": (REFERENCE, "_add_branch", "x).t(), low)", "x).t(), 1)", "ops"),
+    "scaling dropped in s of lora_add": (REFERENCE, "add_branch", "x).t(), low)", "x).t(), 1)", "ops"),
     "scaling dropped in ds": (REFERENCE, "_whole_backward", "if rank_first else b, branch.scaling)", "if rank_first else b, 1.0)", "ops"),
     "scaling dropped in blocked ds": (BLOCKED, "backward", "_scaled(rows, b, branch.scaling)", "_scaled(rows, b, 1.0)", "ops"),
     "1/(1-p) missing in s": (BLOCKED, "_shrink", "scaling * keep_scale(branch.dropout_p)", "scaling", "dropout"),
@@ -226,15 +227,15 @@ MUTANTS = {
     "triton: steps of a share past the 4th lost in dA": (TRITON + "gradients.py", "tall_tile", "for i in range(steps):", "for i in range(tl.minimum(steps, 4)):", f"{CASES}::{MANY_ROWS}"),
     "triton: shares past the 16th over others in grouped dA": (TRITON + "grouped.py", "dx_da_kernel", "item // ranks, M, K", "item // ranks % 16, M, K", f"{CASES}::{MANY_ROWS}"),
     "triton: power of two dropped in dB": (TRITON + "gradients.py", "ds_db", "(part_db, db, high)", "(part_db, db, 1.0)", f"{CASES}::{LARGE}"),
-    "triton: power of two dropped in dB alone": (TRITON + "__init__.py", "_backward", 'tile.get("db"), high)', 'tile.get("db"))', f"{CASES}::{MANY_ROWS}"),
-    "triton: power of two dropped in lora_add": (TRITON + "__init__.py", "_add_branch", "out, high=high", "out", f"{CASES}::{LARGE}_on_top_of_a_base"),
+    "triton: power of two dropped in dB alone": (TRITON + "branch.py", "gradients", 'tile.get("db"), high)', 'tile.get("db"))', f"{CASES}::{MANY_ROWS}"),
+    "triton: power of two dropped in lora_add": (TRITON + "branch.py", "add", 'tile.get("expand"), high)', 'tile.get("expand"))', f"{CASES}::{LARGE}_on_top_of_a_base"),
     "triton: rows not in the key": (TRITON + "launch.py", "_key", "arg.bit_length() > 31 if", "None if", "triton_launch"),
     "triton: launches of a profiler unseen": (TRITON + "launch.py", "_is_watched", "return bool(calls[0] or calls[1] or kernel.pre_run_hooks)", "return False", "triton_launch"),
     "tiles: fields of a table ignored": (TRITON + "tiles.py", "replaced", "tile._replace(**fields) if fields else tile", "tile", "triton_backend"),
-    "plans: tiles of a table at any rank": (PLANS, "nearest", 'call.aligned and call.r <= max(16, bucket["r"])', "call.aligned", "triton_backend"),
-    "plans: tiles of a table for any strides": (PLANS, "nearest", "call.aligned and call.r", "call.r", "triton_backend"),
-    "plans: unproven ones taken": (PLANS, "nearest", """kind and bucket["plan"] in table["proven"] and""", "kind and", "triton_backend"),
-    "plans: decode of any number of rows": (PLANS, "refusal", "call.M > DECODE_ROWS", "False", "triton_backend"),
+    "plans: tiles of a table at any rank": (TABLES, "nearest", 'call.aligned and call.r <= max(16, bucket["r"])', "call.aligned", "triton_backend"),
+    "plans: tiles of a table for any strides": (TABLES, "nearest", "call.aligned and call.r", "call.r", "triton_backend"),
+    "plans: unproven ones taken": (TABLES, "nearest", "kind and proven and", "kind and", "triton_backend"),
+    "plans: decode of any number of rows": (PLAN, "Pass.refusal", "self.most_rows < call.M", "False", "triton_backend"),
     "fused experts' adapters lost in silence": ("checkpoint.py", "_sort", "left_out.append(\n                f\"{layer}: {why} (fused", "str(\n                f\"{layer}: {why} (fused", "peft_targets"),
     "files of two saves taken for one": ("formats.py", "read", "for key, value in paired.items():", "for key, value in ():", "checkpoint"),
     "leftovers of dead savers stay": ("files.py", "replace_together", "    _sweep(writers)\n", "", "files"),
@@ -379,7 +380,12 @@ MUTANTS = {
     "tensors without values computed": (DISPATCH, "_is_unseen", "        and not args[0].is_meta\n", "", "ops_checks"),
     "lora_add_ changes base_out unnoticed": (DISPATCH, "call_in_place", "            increment_version(args[0])\n", "            pass\n", "ops_checks"),
     "unread arguments of a backward missing": ("_contract.py", "Op.given", "if not self.is_backward or all(", "if True or all(", "ops_checks"),
-    "plans: cublas where nothing is proven": (PLANS, "choose", 'if _env.BACKEND == "triton" else "aten"', 'if True else "aten"', "triton_backend"),
+    "plans: cublas where nothing is proven": (CHOICE, "_choose", "if demand is None:", "if False:", "triton_backend"),
+    "plans: proven whatever the dtype": (TABLES, "nearest", "proof(plan, call.dtype, call.dropout) in table[\"proven\"]", "plan in [entry[\"plan\"] for entry in table[\"proven\"]]", "plans"),
+    "plans: unknown fields of a tile": (PLAN, "Launch.check", "if name not in legal:", "if False:", "plans"),
+    "plans: tiles of another op's launches": (PLAN, "Plan.launches", "for op in ops if", "for op in OPS if", "plans"),
+    "plans: a shared pass timed twice": (CHOICE, "candidates", "serving in listed or", "False or", "plans"),
+    "plans: lora_add asks for forward": ("backends/cuda/__init__.py", "_add", '_planned("add",', '_planned("forward",', "plans"),
     "a refusal of a forced backend falls back": ("backends/__init__.py", "serving", "if reason is not None and choice.demand is not None:", "if False:", "native"),
     "ninja beside Python unseen": ("doctor.py", "_ninja", 'sysconfig.get_path("scripts")', '""', "build::test_doctor_shows_ninja"),
     "another ninja unseen": ("doctor.py", "_ninja", 'os.environ.get("NINJA") or "ninja"', '"ninja"', "build::test_doctor_shows_ninja"),

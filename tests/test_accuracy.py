@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import _env, lora_add, lora_linear
-from lora_kernels.backends import blocked
+from lora_kernels import lora_add, lora_linear
+from lora_kernels.backends import blocked, use_backend
 from lora_kernels.backends.scaling import split
 
 HALF = (torch.bfloat16, torch.float16)
@@ -18,9 +18,9 @@ SIZES = (1, 2, 3, 8, 17, 64, 127, 129)
 
 
 @pytest.fixture(autouse=True)
-def _reference(monkeypatch):
+def _reference(entering):
     """The other backends have such tests of their own."""
-    monkeypatch.setattr(_env, "BACKEND", "reference")
+    entering(use_backend("reference"))
 
 
 @contextmanager

@@ -23,8 +23,8 @@ import store
 from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
 from shapes import Case
 
-from lora_kernels import _env
-from lora_kernels.backends import plans
+from lora_kernels.backends.cuda import tables
+from lora_kernels.backends.cuda.plans import PLANS
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -254,7 +254,7 @@ def test_gpu_tables(tmp_path):
 # -------------------------------------------------------------------------------------------- tuner
 
 
-INTERPRETED = [plan for plan in _env.PLANS if plan != "decode_cuda"]
+INTERPRETED = [plan for plan in PLANS if plan != "decode_cuda"]
 
 
 def test_tuner_in_the_interpreter(tmp_path):
@@ -263,10 +263,13 @@ def test_tuner_in_the_interpreter(tmp_path):
     command = ("benchmarks/tune.py", "--dtype", "fp16", "--sizes", "16,32,32,8", "--rounds", "1",
                "2", "--seconds", "0", "--out", str(table))  # fmt: skip
     python(*command, TRITON_INTERPRET="1")
-    found = plans.read_table(table)
-    assert set(found["proven"]) == set(INTERPRETED)
+    found = tables.read_table(table)
+    # The flag kernel serves no dropout forward, but its backward is that of others.
+    proven = {(plan, p) for plan in INTERPRETED for p in (False, True)} - {("flag", True)}
+    assert _proven(found) == proven
     assert [(b["op"], b["dropout"]) for b in found["buckets"]] == [
         ("forward", False), ("backward", False), ("forward", True), ("backward", True),
+        ("add", False), ("add_backward", False), ("add", True), ("add_backward", True),
     ]  # fmt: skip
     assert "trying" not in found
     assert set(found) >= {"date", "versions", "commit"}
@@ -276,11 +279,19 @@ def test_tuner_in_the_interpreter(tmp_path):
     call = {name: last[name] for name in ("op", "dtype", "M", "N", "K", "r", "dropout")}
     table.write_text(json.dumps(found | {"trying": {"plan": "cublas", "tiles": {}, "call": call}}))
     python(*command, TRITON_INTERPRET="1")
-    again = plans.read_table(table)
-    assert again["buckets"][:3] == found["buckets"]
-    assert again["buckets"][3]["plan"] != "cublas"
-    assert set(again["proven"]) == set(INTERPRETED) - {"cublas"}
+    again = tables.read_table(table)
+    assert again["buckets"][:-1] == found["buckets"]
+    assert again["buckets"][-1]["plan"] != "cublas"
+    assert _proven(again) == proven - {("cublas", True)}
     assert again["failed"][0]["why"] == "the process died"
+
+
+def _proven(table):
+    return {(entry["plan"], entry["dropout"]) for entry in table["proven"]}
+
+
+def _proofs(*plans, dtype="bfloat16"):
+    return [tables.proof(plan, dtype, False) for plan in plans]
 
 
 def _bucket(M, plan, **more):
@@ -290,18 +301,23 @@ def _bucket(M, plan, **more):
 
 def test_merging_tables(tmp_path):
     tune = pytest.importorskip("tune")
-    one = {"gpu": "G", "versions": {"triton": "3"}, "proven": ["aten", "cublas", "dual"],
+    one = {"gpu": "G", "versions": {"triton": "3"}, "proven": _proofs("aten", "cublas", "dual"),
            "failed": [], "buckets": [_bucket(1, "dual"), _bucket(2, "aten")]}  # fmt: skip
-    wrong = {"plan": "dual", "tiles": {}, "call": {}, "why": "", "wrong": True}
-    other = one | {"proven": ["shrink_gemm"], "failed": [wrong], "buckets": [_bucket(2, "cublas")]}
+    wrong = {"plan": "dual", "tiles": {}, "call": _bucket(1, "dual"), "why": "", "wrong": True}
+    other = one | {
+        "proven": _proofs("shrink_gemm") + _proofs("dual", dtype="float16"),
+        "failed": [wrong],
+        "buckets": [_bucket(2, "cublas")],
+    }
     paths = []
     for name, table in (("a", one), ("b", other)):
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps(table))
     out = tmp_path / "c.json"
     tune.main(["--merge", *map(str, paths), "--out", str(out)])
-    merged = plans.read_table(out)
-    assert merged["proven"] == ["aten", "cublas", "shrink_gemm"]
+    merged = tables.read_table(out)
+    kept = _proofs("aten", "cublas", "shrink_gemm") + _proofs("dual", dtype="float16")
+    assert merged["proven"] == kept
     assert [(b["M"], b["plan"]) for b in merged["buckets"]] == [(1, "dual"), (2, "cublas")]
     with pytest.raises(ValueError, match="gpu: cannot merge G with H"):
         tune.merge(one, other | {"gpu": "H"})
@@ -322,15 +338,19 @@ def test_a_wrong_plan_is_struck_out(tmp_path):
     tune = pytest.importorskip("tune")
     table = tune.Table(tmp_path / "t.json", "G", {"versions": {}, "commit": "x"})
     tiled = tune.Candidate("dual", {"dual": {"bm": 64}})
-    table.worked(tiled)
-    table.failed(tiled, {"M": 1}, "too large", wrong=False)
-    assert table.content["proven"] == ["dual"]
-    assert table.refuses(tiled, {"M": 1})
-    assert not table.refuses(tiled, {"M": 2})
-    table.failed(tiled, {"M": 2}, "wrong")
-    table.worked(tiled)
-    assert table.content["proven"] == []
-    assert table.refuses(tune.Candidate("dual", {}), {"M": 3})
+    one, two, three = (_bucket(M, "dual") for M in (1, 2, 3))
+    half = three | {"dtype": "float16"}
+    table.worked(tiled, one)
+    table.worked(tiled, half)
+    table.failed(tiled, one, "too large", wrong=False)
+    assert table.content["proven"] == _proofs("dual") + _proofs("dual", dtype="float16")
+    assert table.refuses(tiled, one)
+    assert not table.refuses(tiled, two)
+    table.failed(tiled, two, "wrong")
+    table.worked(tiled, two)
+    assert table.content["proven"] == _proofs("dual", dtype="float16")
+    assert table.refuses(tune.Candidate("dual", {}), three)
+    assert not table.refuses(tune.Candidate("dual", {}), half)
 
 
 # ----------------------------------------------------------------------- the day, models, micro

@@ -1,5 +1,5 @@
 """The short form of the code generation check; the full one is
-`python -m lora_kernels.backends.triton.codegen`."""
+`python -m lora_kernels.backends.codegen`."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from lora_kernels.backends.triton import codegen
+from lora_kernels.backends import codegen
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +20,7 @@ def test_short_check_passes():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("TRITON_INTERPRET", "LORA_KERNELS_BACKEND", "LORA_KERNELS_PLAN"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", "lora_kernels.backends.triton.codegen", "--short"]
+    command = [sys.executable, "-m", "lora_kernels.backends.codegen", "--short"]
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert {"gemm_tma_kernel", "dx_da_kernel"} <= set(run.stdout.split())

@@ -11,8 +11,13 @@ import oracle
 import pytest
 import torch
 
-from lora_kernels import _env, lora_linear
-from lora_kernels.backends import plans
+from lora_kernels import backends, lora_add, lora_linear
+from lora_kernels.backends import cuda
+from lora_kernels.backends.cuda import choice, needs, tables
+from lora_kernels.backends.cuda.choice import candidates, use_plan
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.cuda.plans import PLANS, decode_cuda
+from lora_kernels.backends.device import Target
 from lora_kernels.backends.native import decode, extension
 from lora_kernels.backends.scaling import split
 
@@ -176,9 +181,9 @@ def test_machine_code(tmp_path):
 # ------------------------------------------------------------------------------------- the plan
 
 
-def call(**changes) -> plans.Call:
+def call(**changes) -> Call:
     values = {"op": "forward", "dtype": "bfloat16", "M": 16, "N": 4096, "K": 4096, "r": 300}
-    return plans.Call(**{**values, "dropout": False, **changes})
+    return Call(**{**values, "dropout": False, **changes})
 
 
 @pytest.fixture
@@ -201,7 +206,7 @@ def there(monkeypatch):
     ],
 )
 def test_what_the_plan_serves(there, changes, reason):
-    found = plans.refusal("decode_cuda", call(**changes))
+    found = PLANS["decode_cuda"].refusal(call(**changes))
     assert found is None if reason is None else re.search(reason, found)
 
 
@@ -212,38 +217,36 @@ def test_forced_without_the_kernel_says_what_is_missing(monkeypatch):
         lambda: (None, "not built (no nvcc, or torch without CUDA, at install?)"),
     )
     with (
-        plans.using("decode_cuda"),
+        use_plan("decode_cuda"),
         pytest.raises(RuntimeError, match=r"decode_cuda.*CUDA kernels are not there: not built"),
     ):
-        plans.choose(call(), torch.device("cpu"))
+        choice.choose(call(), torch.device("cpu"))
 
 
 def test_never_chosen_before_a_table_says_so(there):
-    assert plans.choose(call(), torch.device("cpu")).plan == "aten"
+    assert choice.choose(call(), torch.device("cpu")).plan == "aten"
     bucket = call()._asdict() | {"plan": "decode_cuda"}
-    table = {"proven": ["aten"], "buckets": [bucket]}
-    assert plans.nearest(table, call()) is None
-    table["proven"].append("decode_cuda")
-    assert plans.nearest(table, call()).plan == "decode_cuda"
-    assert plans.nearest(table, call(M=17)) is None
+    table = {"proven": [tables.proof("aten", "bfloat16", False)], "buckets": [bucket]}
+    assert tables.nearest(table, call()) is None
+    table["proven"].append(tables.proof("decode_cuda", "bfloat16", False))
+    assert tables.nearest(table, call()).plan == "decode_cuda"
+    assert tables.nearest(table, call(M=17)) is None
 
 
 def test_a_missing_kernel_is_passed_over(monkeypatch):
     monkeypatch.setattr(extension, "cuda_available", lambda: False)
     bucket = call()._asdict() | {"plan": "decode_cuda"}
-    assert plans.nearest({"proven": ["decode_cuda"], "buckets": [bucket]}, call()) is None
+    proven = [tables.proof("decode_cuda", "bfloat16", False)]
+    assert tables.nearest({"proven": proven, "buckets": [bucket]}, call()) is None
 
 
 def test_candidates_of_a_tuner(there):
-    tiles = pytest.importorskip("lora_kernels.backends.triton.tiles")
-    from lora_kernels.backends.triton.launch import Target
-
     for arch, clusters in ((80, {1}), (89, {1}), (90, {1, 2, 4, 8})):
-        listed = tiles.candidates(call(r=16), Target(arch, 132))
+        listed = candidates(call(r=16), Target(arch, 132))
         ours = [fields for plan, fields in listed if plan == "decode_cuda"]
         assert {} in ours
         found = [fields["decode_cuda"] for fields in ours if fields]
-        found.append(tiles.decode_cuda(Target(arch, 132), 16, 4096, 16)._asdict())
+        found.append(decode_cuda.analytic(Target(arch, 132), 4096, 16)._asdict())
         assert {tile["cluster"] for tile in found} == clusters
         assert {tile["rows"] for tile in found} == {16, 32}
         assert {tile["warps"] for tile in found} <= {4, 8}
@@ -273,11 +276,9 @@ def test_rows_that_the_kernel_reads(matrix, readable):
 
 
 def test_the_public_op_calls_it(there, monkeypatch):
-    """Through the plan, with the tile of its candidate, for y and the s that backward needs."""
-    pytest.importorskip("triton")
-    from lora_kernels import backends
-    from lora_kernels.backends import triton as backend
-
+    """Through the plan, with the tile of its candidate, for y and the s that backward needs; where
+    there is no Triton, and gradients by ATen then."""
+    monkeypatch.setattr(needs, "why_no_triton", lambda: "triton does not import")
     seen = []
 
     def run(x, weight, lora_a, lora_b, bias, scale, save_s, rows, warps, cluster):
@@ -287,15 +288,20 @@ def test_the_public_op_calls_it(there, monkeypatch):
         return y, s if save_s else x.new_empty(0)
 
     monkeypatch.setattr(decode, "decode", run)
-    monkeypatch.setattr(_env, "BACKEND", None)
-    choice = backends.Choice("triton", backend, "for this test")
-    monkeypatch.setattr(backends, "_forced_triton", lambda *args: choice)
+    choice = backends.Choice("cuda", cuda, "for this test")
+    monkeypatch.setattr(backends, "_forced", lambda *args: choice)
     tensors, _ = oracle.make(oracle.Case(3, 64, 24, 5, F16))
     t = {name: value.detach() for name, value in tensors.items()}
     expected = torch.nn.functional.linear(t["x"], t["weight"], t["bias"]).double()
     expected += 2.0 * (t["x"].double() @ t["lora_a"].double().T) @ t["lora_b"].double().T
-    with plans.using("decode_cuda", {"decode_cuda": {"rows": 32, "cluster": 2}}):
+    with use_plan("decode_cuda", {"decode_cuda": {"rows": 32, "cluster": 2}}):
         y = lora_linear(**t, scaling=2.0)
-        lora_linear(**{**t, "lora_b": tensors["lora_b"]}, scaling=2.0)
+        again = lora_linear(**{**t, "lora_b": tensors["lora_b"]}, scaling=2.0)
+        (d_b,) = torch.autograd.grad(again, tensors["lora_b"], torch.ones_like(again))
+        added = lora_add(t["x"].new_ones(3, 24), t["x"], t["lora_a"], t["lora_b"], scaling=2.0)
     assert (y - expected).norm() < 4e-3 * expected.norm()
+    s = (2.0 * t["x"].double() @ t["lora_a"].double().T).sum(0)
+    assert (d_b - s).norm() < 4e-3 * d_b.double().norm()
+    branch = 2.0 * (t["x"].double() @ t["lora_a"].double().T) @ t["lora_b"].double().T
+    assert (added - 1 - branch).norm() < 4e-3 * (1 + branch).norm()
     assert seen == [(32, 8, 2, False), (32, 8, 2, True)]

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from gpu_problem import PLANS, Problem, most_rows, refused, triton_backend
 
-from lora_kernels.backends import plans
+from lora_kernels.backends.cuda.choice import use_plan
 
 pytestmark = pytest.mark.gpu
 assert triton_backend  # a fixture, used by being here
@@ -28,7 +28,7 @@ def test_graph_replay_sees_new_inputs_and_seeds(plan):
     if refused(plan, torch.bfloat16, shape, 0.0):
         pytest.skip(refused(plan, torch.bfloat16, shape, 0.0))
     problem = Problem(*shape, p=0.0 if refused(plan, torch.bfloat16, shape, 0.5) else 0.5)
-    with plans.using(plan):
+    with use_plan(plan):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -50,7 +50,7 @@ def test_graph_replay_sees_new_inputs_and_seeds(plan):
 @pytest.mark.parametrize(("plan", "p"), [("shrink_gemm", 0.1), ("flag", 0.0)])
 def test_two_streams(plan, p):
     problems = [Problem(2048, 1024, 1024, r, p=p) for r in (16, 64)]
-    with plans.using(plan):
+    with use_plan(plan):
         expected = [problem.run() for problem in problems]
         streams = [torch.cuda.Stream() for _ in problems]
         torch.cuda.synchronize()
@@ -69,7 +69,7 @@ def test_autograd_from_another_thread(plan):
     """TMA descriptors take scratch from an allocator that a new thread does not inherit."""
     problem = Problem(1024, 1024, 1024, 16)
     found = []
-    with plans.using(plan):
+    with use_plan(plan):
         expected = problem.run()
         thread = threading.Thread(target=lambda: found.extend(problem.run()))
         thread.start()
@@ -85,9 +85,9 @@ def test_overlapped_launches(M, split):
     with other calls between that take and free memory."""
     problem, other = Problem(M, 1024, 2048, 16), Problem(512, 1024, 1024, 64)
     tiles = {"shrink": {"split": split}}
-    with plans.using("shrink_gemm", tiles):
+    with use_plan("shrink_gemm", tiles):
         right = problem.run()
-    with plans.using("shrink_gemm", tiles | {"gemm": {"pdl": 1}}):
+    with use_plan("shrink_gemm", tiles | {"gemm": {"pdl": 1}}):
         for _ in range(100):
             other.run()
             assert all(map(torch.equal, problem.run(), right))
@@ -117,7 +117,7 @@ def test_no_copy_of_a_full_size_array(plan):
         kept = sum(t.numel() * t.element_size() for t in kept)
         return torch.cuda.max_memory_allocated() - before - kept
 
-    with plans.using(plan):
+    with use_plan(plan):
         forward = extra(lambda: [problem.forward()])
         y = problem.forward()
         leaves = (problem.x, problem.a, problem.b)
@@ -141,10 +141,10 @@ def run_python(code: str, *before: str, timeout: int) -> subprocess.CompletedPro
 FLAGS = """
 import torch
 from gpu_problem import Problem
-from lora_kernels.backends import plans
+from lora_kernels.backends.cuda.choice import use_plan
 problems = [Problem(M, 512, 256, 16) for M in (4096, 4000)]
 streams = [torch.cuda.Stream() for _ in problems]
-with torch.no_grad(), plans.using("flag"):
+with torch.no_grad(), use_plan("flag"):
     expected = [problem.forward() for problem in problems]
     torch.cuda.synchronize()
     wrong = [torch.zeros((), dtype=torch.bool, device=y.device) for y in expected]
@@ -166,12 +166,12 @@ def test_10000_flag_launches():
 SANITIZED = """
 import torch
 from gpu_problem import PLANS, Problem, refused
-from lora_kernels.backends import plans
+from lora_kernels.backends.cuda.choice import use_plan
 for shape in ((33, 72, 136, 16), (130, 257, 129, 3), (9, 200, 136, 40)):
     for plan in PLANS:
         for p in (0.0, 0.25):
             if not refused(plan, torch.bfloat16, shape, p):
-                with plans.using(plan):
+                with use_plan(plan):
                     Problem(*shape, p=p).run()
 torch.cuda.synchronize()
 """

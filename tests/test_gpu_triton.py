@@ -20,10 +20,10 @@ from gpu_problem import (
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
-from lora_kernels.backends import plans
+from lora_kernels.backends.cuda.choice import candidates, use_plan
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.device import target
 from lora_kernels.backends.dropout import keep_mask, keep_scale
-from lora_kernels.backends.triton import tiles
-from lora_kernels.backends.triton.launch import target
 
 pytestmark = pytest.mark.gpu
 assert triton_backend  # a fixture, used by being here
@@ -65,7 +65,7 @@ def test_accuracy(plan, dtype, p, shapes):
     if not served:
         pytest.skip(f"the plan serves none of the shapes: {refused(plan, dtype, shapes[0], p)}")
     logs = []
-    with plans.using(plan):
+    with use_plan(plan):
         for shape in served:
             problem = Problem(*shape, dtype, p, FULL if shape[3] == 64 else None)
             logs += judge(problem, problem.run())
@@ -101,11 +101,11 @@ def test_branch_on_a_foreign_base(r):
 def test_every_candidate_of_a_tuner(op, p):
     """All tiles that a tuned table may come to hold, at one shape."""
     problem = Problem(1024, 1024, 1024, 16, p=p)
-    call = plans.Call(op, "bfloat16", 1024, 1024, 1024, 16, p > 0)
-    listed = tiles.candidates(call, target(problem.x.device))
+    call = Call(op, "bfloat16", 1024, 1024, 1024, 16, p > 0)
+    listed = candidates(call, target(problem.x.device))
     assert len(listed) > len(PLANS)
     for plan, fields in listed:
-        with plans.using(plan, fields):
+        with use_plan(plan, fields):
             judge(problem, problem.run())
 
 
@@ -129,7 +129,7 @@ def test_same_bits_over_50_runs(plan):
         pytest.skip(refused(plan, torch.bfloat16, shape, 0.0))
     p = 0.0 if refused(plan, torch.bfloat16, shape, 0.1) else 0.1
     problem = Problem(*shape, p=p)
-    with plans.using(plan):
+    with use_plan(plan):
         first = problem.run()
         for _ in range(50):
             assert all(map(torch.equal, first, problem.run()))
@@ -137,7 +137,7 @@ def test_same_bits_over_50_runs(plan):
 
 def test_checkpoint_recomputes_the_mask():
     problem = Problem(512, 512, 512, 16, p=0.5)
-    with plans.using("shrink_gemm"):
+    with use_plan("shrink_gemm"):
         plain = problem.run()
         y = checkpoint(lambda x: problem.forward(), problem.x, use_reentrant=False)
         assert all(map(torch.equal, plain, problem.outputs(y)))
@@ -146,7 +146,7 @@ def test_checkpoint_recomputes_the_mask():
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_compiled_in_full_graph(p):
     problem = Problem(256, 512, 512, 16, p=p)
-    with plans.using("shrink_gemm"):
+    with use_plan("shrink_gemm"):
         expected = problem.run()
         y = torch.compile(problem.forward, fullgraph=True)()
         assert all(map(torch.equal, problem.outputs(y), expected))

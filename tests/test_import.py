@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lora_kernels"
 OPTIONAL = ("triton", "transformers", "peft", "safetensors", "matplotlib")
 
 # A module imports only from lower floors; a package's name stands for all that lies in it, and
-# __init__ for what is taken from the library as its users do.
-FLOORS = {
+# __init__ for what is taken from a package as its users do. The insides of packages come after.
+FLOORS = {}
+FLOORS[""] = {
     "_env": -2,
     "branch": -3,
     "_contract": -2.5,
@@ -51,6 +52,67 @@ FLOORS = {
     "doctor": 5,
     "__main__": 5.1,
 }
+
+FLOORS["nn"] = {
+    "tensors": 0,
+    "merging": 1,
+    "pissa": 2,
+    "state": 3,
+    "layer": 4,
+    "linear": 5,
+    "conv1d": 5,
+    "__init__": 6,
+}
+FLOORS["backends"] = {
+    "device": 0,
+    "dropout": 0,
+    "forced": 0,
+    "scaling": 0,
+    "blocked": 1,
+    "reference": 2,
+    "native": 3,
+    "triton": 4,
+    "cuda": 5,
+    "codegen": 6,
+    "__init__": 7,
+}
+FLOORS["backends.native"] = {"extension": 0, "decode": 1, "__init__": 2}
+FLOORS["backends.triton"] = {
+    "__init__": 0,
+    "blocks": 0,
+    "dropout": 0,
+    "launch": 0,
+    "tiles": 0,
+    "reduce": 1,
+    "dual": 2,
+    "gradients": 2,
+    "low_rank": 2,
+    "gemm": 2,
+    "branch": 3,
+    "flag": 3,
+    "grouped": 3,
+}
+FLOORS["backends.cuda"] = {
+    "plan": 0,
+    "launches": 1,
+    "needs": 1,
+    "plans": 2,
+    "tables": 3,
+    "choice": 4,
+    "__init__": 5,
+}
+FLOORS["backends.cuda.plans"] = {
+    "aten": 0,
+    "cublas": 0,
+    "decode_cuda": 1,
+    "shrink_gemm": 1,
+    "dual": 2,
+    "grouped": 2,
+    "decode": 3,
+    "flag": 3,
+    "__init__": 4,
+}
+FLOORS["backends.codegen"] = {"cases": 0, "__init__": 1, "__main__": 2}
 
 
 def run(code):
@@ -122,43 +184,45 @@ print(torch.equal(model(x), before))
     assert out == ["2", "True", "True", "True", "True"]
 
 
-def imports(tree, package, modules):
-    """The parts of the library that a module imports, with line numbers; also within functions."""
+def is_module(*parts):
+    path = PACKAGE.joinpath(*parts)
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imports(tree, package):
+    """The places in the library that a module imports, with line numbers; also within functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "lora_kernels":
-                    yield [*alias.name.split("."), "__init__"][1], node.lineno
+                    yield alias.name.split(".")[1:], node.lineno
         elif isinstance(node, ast.ImportFrom):
             parts = (node.module or "").split(".")
             if node.level:
                 parts = [*package[: len(package) - node.level + 1], *filter(None, parts)]
-            if parts[0] != "lora_kernels":
-                continue
-            if len(parts) > 1:
-                yield parts[1], node.lineno
-            else:
+            if parts[0] == "lora_kernels":
                 for alias in node.names:
-                    name = alias.name if alias.name in modules else "__init__"
-                    yield name, node.lineno
+                    whole = [*parts[1:], alias.name]
+                    yield whole if is_module(*whole) else parts[1:], node.lineno
 
 
-def floor_of(part):
-    assert part in FLOORS, f"lora_kernels.{part} has no floor yet: give it one in FLOORS"
-    return FLOORS[part]
+def floor_of(package, part):
+    floors = FLOORS[".".join(package)]
+    assert part in floors, f"{'.'.join(package)}.{part} has no floor yet: give it one in FLOORS"
+    return floors[part]
 
 
-def violations(path, source, modules):
+def violations(path, source):
     inside = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    part = inside[1]
-    for imported, line in imports(ast.parse(source), list(inside[:-1]), modules):
-        if imported != part and floor_of(imported) >= floor_of(part):
-            yield f"{path.name}:{line}: {part} imports {imported}, which is not below it"
-
-
-MODULES = {p.stem for p in PACKAGE.glob("*.py")} | {
-    p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()
-}
+    for imported, line in imports(ast.parse(source), list(inside[:-1])):
+        imported, own, package = [*imported, "__init__"], [*inside[1:], ""], []
+        while imported[0] == own[0] != "__init__":
+            package.append(own.pop(0))
+            imported.pop(0)
+        if ".".join(package) not in FLOORS or imported[0] == own[0]:
+            continue
+        if floor_of(package, imported[0]) >= floor_of(package, own[0]):
+            yield f"{path.name}:{line}: {own[0]} imports {imported[0]}, which is not below it"
 
 
 @pytest.mark.parametrize(
@@ -167,8 +231,18 @@ MODULES = {p.stem for p in PACKAGE.glob("*.py")} | {
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_a_module_imports_only_from_lower_floors(path):
-    floor_of(path.relative_to(PACKAGE).with_suffix("").parts[0])
-    assert not list(violations(path, path.read_text(), MODULES))
+    package = []
+    for part in path.relative_to(PACKAGE).with_suffix("").parts:
+        if ".".join(package) in FLOORS:
+            floor_of(package, part)
+        package.append(part)
+    assert not list(violations(path, path.read_text()))
+
+
+def test_the_insides_of_some_packages_have_floors_throughout():
+    for top in ("backends", "nn"):
+        for path in PACKAGE.joinpath(top).rglob("__init__.py"):
+            assert ".".join(path.parent.relative_to(PACKAGE).parts) in FLOORS
 
 
 @pytest.mark.parametrize(
@@ -185,5 +259,23 @@ def test_a_module_imports_only_from_lower_floors(path):
     ],
 )
 def test_the_rule_on_floors_sees_every_form_of_import(line):
-    assert len(list(violations(PACKAGE / "functional.py", line, MODULES))) == 1
-    assert not list(violations(PACKAGE / "functional.py", "import torch.nn\nimport os", MODULES))
+    assert len(list(violations(PACKAGE / "functional.py", line))) == 1
+    assert not list(violations(PACKAGE / "functional.py", "import torch.nn\nimport os"))
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("backends/reference.py", "from lora_kernels.backends import native"),
+        ("backends/native/decode.py", "from lora_kernels.backends.cuda.plan import Call"),
+        ("backends/cuda/plan.py", "from lora_kernels.backends import use_backend"),
+        ("backends/cuda/plans/aten.py", "from lora_kernels.backends.cuda import tables"),
+        ("backends/cuda/plans/aten.py", "from . import PLANS"),
+        ("backends/cuda/plans/dual.py", "from lora_kernels.backends.cuda.plans import flag"),
+        ("backends/triton/gemm.py", "import lora_kernels.backends.codegen.cases"),
+        ("nn/tensors.py", "from .layer import LoRALayer"),
+    ],
+)
+def test_the_rule_on_floors_holds_inside_packages(file, line):
+    assert len(list(violations(PACKAGE / file, line))) == 1
+    assert not list(violations(PACKAGE / file, "from lora_kernels.branch import Branch"))

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import _env, backends, lora_add, lora_add_, lora_linear
-from lora_kernels.backends import blocked, dropout, native, reference
+from lora_kernels import backends, lora_add, lora_add_, lora_linear
+from lora_kernels.backends import blocked, dropout, native, reference, use_backend
 from lora_kernels.backends.native import extension
 from lora_kernels.branch import Branch, Dense
 
@@ -19,10 +19,10 @@ OPS = torch.ops.lora_kernels
 
 
 @pytest.fixture(params=ISAS, ids=lambda isa: extension.ISA_NAMES[isa])
-def isa(request, monkeypatch):
+def isa(request, monkeypatch, entering):
     """The kernels of one instruction set serve every call, on the path of a CPU that has 16-bit
     products."""
-    monkeypatch.setattr(_env, "BACKEND", "native")
+    entering(use_backend("native"))
     monkeypatch.setattr(native, "best_isa", lambda: request.param)
     monkeypatch.setattr(blocked, "_multiplies", lambda dtype: True)
     return request.param
@@ -267,15 +267,15 @@ def test_wrong_arguments_are_refused_before_memory_is_touched(op, change, words)
     assert words in str(caught.value)
 
 
-def test_other_dtypes_fall_back_or_raise_when_forced(monkeypatch):
+def test_other_dtypes_fall_back_or_raise_when_forced(entering):
     case = oracle.Case(70, 20, 24, 3, torch.float64)
     tensors, _ = oracle.make(case)
     t = {name: value.detach() for name, value in tensors.items()}
     y = lora_linear(**t, scaling=2.0)
     base, low = Dense(t["weight"], t["bias"]), Branch(t["lora_a"], t["lora_b"], 2.0, 0.0, None)
     assert torch.equal(y, reference.forward(base, t["x"], low, False)[0])
-    monkeypatch.setattr(_env, "BACKEND", "native")
-    with pytest.raises(RuntimeError, match=r"LORA_KERNELS_BACKEND=native.*torch\.float64"):
+    entering(use_backend("native"))
+    with pytest.raises(RuntimeError, match=r"use_backend.'native'.*torch\.float64"):
         lora_linear(**t, scaling=2.0)
     with pytest.raises(RuntimeError, match="no kernels for cuda tensors"):
         backends.choose("cuda")

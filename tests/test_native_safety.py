@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import _env, lora_add, lora_add_, lora_linear
-from lora_kernels.backends import blocked, dropout, native
+from lora_kernels import lora_add, lora_add_, lora_linear
+from lora_kernels.backends import blocked, dropout, native, use_backend
 from lora_kernels.backends.native import extension
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.status())
@@ -173,9 +173,9 @@ def test_masters_are_rounded_at_use(dtype, isa):
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["linear", "add"])
-def test_public_op_with_mixed_layouts(add, monkeypatch):
+def test_public_op_with_mixed_layouts(add, monkeypatch, entering):
     """y and all gradients by the accuracy rule, every argument in a layout of its own."""
-    monkeypatch.setattr(_env, "BACKEND", "native")
+    entering(use_backend("native"))
     monkeypatch.setattr(blocked, "_multiplies", lambda dtype: True)
 
     @settings(max_examples=40)
@@ -233,9 +233,9 @@ def misaligned(like: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_what_is_read_may_start_anywhere(dtype, isa, p, monkeypatch):
+def test_what_is_read_may_start_anywhere(dtype, isa, p, monkeypatch, entering):
     """Forward, in place and backward: bit for bit as from tensors that start where they should."""
-    monkeypatch.setattr(_env, "BACKEND", "native")
+    entering(use_backend("native"))
     monkeypatch.setattr(blocked, "_multiplies", lambda dtype: True)
     monkeypatch.setattr(native, "best_isa", lambda: isa)
     generator = torch.Generator().manual_seed(3)

@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import _env, backends
-from lora_kernels.backends import plans
+from lora_kernels import backends
+from lora_kernels.backends import cuda, forced, use_backend
+from lora_kernels.backends.cuda import choice, tables
+from lora_kernels.backends.cuda.choice import candidates, use_plan
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.backends.device import Target, assume
 from lora_kernels.branch import Branch, Dense
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +36,7 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def test_kernels_are_imported_when_chosen():
-    code = "import sys; assert 'lora_kernels.backends.triton' not in sys.modules"
+    code = "import sys; assert 'lora_kernels.backends.triton.launch' not in sys.modules"
     assert run(CALL + code).returncode == 0
 
 
@@ -69,14 +74,15 @@ def test_forced_choices_that_cannot_serve(variables, message):
 
 def test_the_default_of_every_accelerator_is_the_reference():
     """No plan has a table yet, so no GPU gets anything else; the check starts no CUDA context."""
-    assert not plans.has_tables()
+    assert not tables.has_tables()
     for device in ("cuda", "mps"):
         assert backends.choose(device).name == "reference"
 
 
 TABLE = {
     "gpu": "NVIDIA Test 9",
-    "proven": ["aten", "cublas", "shrink_gemm"],
+    "proven": [tables.proof(plan, "bfloat16", dropout)
+               for plan in ("aten", "cublas", "shrink_gemm") for dropout in (False, True)],
     "buckets": [
         {"op": "forward", "dtype": "bfloat16", "M": M, "N": 4096, "K": 4096, "r": 16,
          "dropout": dropout, "plan": plan}
@@ -91,9 +97,9 @@ TABLE = {
 @pytest.fixture
 def tuned(monkeypatch, tmp_path):
     (tmp_path / "nvidia_test_9.json").write_text(json.dumps(TABLE))
-    monkeypatch.setattr(plans, "TUNED", tmp_path)
+    monkeypatch.setattr(tables, "TUNED", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: TABLE["gpu"])
-    caches = (plans.has_tables, plans.tuned, plans._choose)
+    caches = (tables.has_tables, tables.tuned, choice._choose)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -101,40 +107,40 @@ def tuned(monkeypatch, tmp_path):
         cached.cache_clear()
 
 
-def call(**changes) -> plans.Call:
+def call(**changes) -> Call:
     values = {"op": "forward", "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "r": 16}
-    return plans.Call(**{**values, "dropout": False, **changes})
+    return Call(**{**values, "dropout": False, **changes})
 
 
 def test_nearest_proven_bucket(tuned):
     device = torch.device("cuda", 0)
-    assert plans.has_tables()
-    assert plans.choose(call(), device).plan == "shrink_gemm"
-    assert plans.choose(call(dropout=True), device).plan == "aten"
+    assert tables.has_tables()
+    assert choice.choose(call(), device).plan == "shrink_gemm"
+    assert choice.choose(call(dropout=True), device).plan == "aten"
     # decode is nearer, but not proven.
-    assert plans.choose(call(M=8), device).plan == "cublas"
+    assert choice.choose(call(M=8), device).plan == "cublas"
     # No bucket of this kind: nothing that was not proven for it becomes a default.
-    assert plans.choose(call(dtype="float16"), device).plan == "aten"
-    assert plans.choose(call(op="backward"), device).plan == "aten"
-    assert plans.choose(call(), torch.device("cuda", 1)).plan == "shrink_gemm"
+    assert choice.choose(call(dtype="float16"), device).plan == "aten"
+    assert choice.choose(call(op="backward"), device).plan == "aten"
+    assert choice.choose(call(), torch.device("cuda", 1)).plan == "shrink_gemm"
 
 
 def test_a_struck_out_plan_is_no_default(tuned, monkeypatch):
-    table = TABLE | {"proven": ["aten"]}
-    monkeypatch.setattr(plans, "tuned", lambda index: table)
-    assert plans.choose(call(), torch.device("cuda", 0)).plan == "aten"
+    table = TABLE | {"proven": [tables.proof("aten", "bfloat16", False)]}
+    monkeypatch.setattr(choice, "tuned", lambda index: table)
+    assert choice.choose(call(), torch.device("cuda", 0)).plan == "aten"
 
 
-def test_a_forced_backend_without_a_table_runs_its_kernels(monkeypatch):
-    monkeypatch.setattr(_env, "BACKEND", "triton")
-    assert plans.choose(call(), torch.device("cpu")).plan == "cublas"
+def test_a_forced_backend_without_a_table_runs_its_kernels(entering):
+    entering(use_backend("triton"))
+    assert choice.choose(call(), torch.device("cpu")).plan == "cublas"
 
 
-def test_forced_plan_overrides_the_table(tuned, monkeypatch):
-    monkeypatch.setattr(_env, "PLAN", "decode")
-    assert plans.choose(call(M=8), torch.device("cuda", 0)).plan == "decode"
-    with pytest.raises(RuntimeError, match="LORA_KERNELS_PLAN=decode: the plan serves M <= 64"):
-        plans.choose(call(M=65), torch.device("cuda", 0))
+def test_forced_plan_overrides_the_table(tuned, entering):
+    entering(use_plan("decode"))
+    assert choice.choose(call(M=8), torch.device("cuda", 0)).plan == "decode"
+    with pytest.raises(RuntimeError, match=r"use_plan\('decode'\): the plan serves M <= 64"):
+        choice.choose(call(M=65), torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("change", [{"proven": ["quick"]}, {"buckets": [{"op": "forward"}]}])
@@ -142,30 +148,28 @@ def test_broken_tables_name_their_fault(tmp_path, change):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(TABLE | change))
     with pytest.raises(ValueError, match=r"gpu\.json: (proven|a bucket lacks)"):
-        plans.read_table(path)
+        tables.read_table(path)
 
 
-def test_candidates_are_legal_and_forced_inside_using():
-    tiles = pytest.importorskip("lora_kernels.backends.triton.tiles")
-    from lora_kernels.backends.triton.launch import Target
+def test_candidates_are_legal_and_forced_inside_use_plan():
+    pytest.importorskip("triton")
 
     for op in ("forward", "backward"):
         wanted = call(op=op, M=64, dropout=True)
-        listed = tiles.candidates(wanted, Target(90, 132))
+        listed = candidates(wanted, Target(90, 132))
         assert {plan for plan, _ in listed} >= {"aten", "cublas", "shrink_gemm"}
         for plan, fields in listed:
-            assert set(fields) <= set(plans.LAUNCHES[op])
-            with plans.using(plan, fields):
-                assert plans.choose(wanted, torch.device("cpu")) == (plan, fields)
-    assert plans.forced() is None
+            assert fields.keys() <= PLANS[plan].launches((op,)).keys()
+            with use_plan(plan, fields):
+                assert choice.choose(wanted, torch.device("cpu")) == (plan, fields)
+    assert forced.now is None
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_candidates_of_a_rank_serve_every_smaller_one(arch):
     """A bucket's tiles serve the calls of smaller rank, and all of them have been compiled."""
-    tiles = pytest.importorskip("lora_kernels.backends.triton.tiles")
-    from lora_kernels.backends.triton.cases import cases
-    from lora_kernels.backends.triton.launch import Target
+    pytest.importorskip("triton")
+    from lora_kernels.backends.codegen.cases import cases
 
     compiled = {(case.plan, repr(dict(case.tiles)), case.r) for case in cases(Target(arch, 132))}
     for M in (1, 16, 64, 500, 5000):
@@ -174,7 +178,7 @@ def test_candidates_of_a_rank_serve_every_smaller_one(arch):
                 smaller = None
                 for r in (1, 8, 16, 32, 64, 128, 200):
                     wanted = call(op=op, M=M, r=r, dropout=dropout)
-                    listed = tiles.candidates(wanted, Target(arch, 132))
+                    listed = candidates(wanted, Target(arch, 132))
                     assert r > 128 or all(
                         (plan, repr(fields), r) in compiled
                         for plan, fields in listed
@@ -189,7 +193,6 @@ def test_candidates_of_a_rank_serve_every_smaller_one(arch):
 def test_an_overlapped_launch_keeps_what_is_still_read(split):
     """The GEMM may begin before s is made: partial sums must not become its scratch."""
     pytest.importorskip("triton")
-    from lora_kernels.backends import triton as backend
     from lora_kernels.backends.triton import launch
 
     launched, partials = [], []
@@ -205,11 +208,11 @@ def test_an_overlapped_launch_keeps_what_is_still_read(split):
     weight, a, b = x.new_empty(256, 4096), x.new_empty(16, 4096), x.new_empty(256, 16)
     tiles = {"shrink": {"split": split}, "gemm": {"pdl": 1}}
     with (
-        launch.assume(launch.Target(90, 132)),
+        assume(Target(90, 132)),
         launch.intercept(record),
-        plans.using("shrink_gemm", tiles),
+        use_plan("shrink_gemm", tiles),
     ):
-        backend.forward(Dense(weight), x, Branch(a, b, 1.0, 0.0, None), True)
+        cuda.forward(Dense(weight), x, Branch(a, b, 1.0, 0.0, None), True)
     *others, before, last = launched
     assert (before[0], len(partials)) == (
         ("reduce_kernel", 1) if split > 1 else ("shrink_kernel", 0)
@@ -220,22 +223,22 @@ def test_an_overlapped_launch_keeps_what_is_still_read(split):
     assert last[1]["launch_pdl"]
 
 
-def test_using_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="plan: got 'fast'"), plans.using("fast"):
+def test_use_plan_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="plan: got 'fast'"), use_plan("fast"):
         pass
     with (
-        pytest.raises(ValueError, match="tiles: got 'matmul'"),
-        plans.using("dual", {"matmul": {}}),
+        pytest.raises(ValueError, match="tiles: got 'matmul', launches of the plan dual are dual"),
+        use_plan("dual", {"matmul": {}}),
     ):
         pass
-    with plans.using("decode"), pytest.raises(RuntimeError, match="M <= 64, got M = 65"):
-        plans.choose(call(M=65), torch.device("cpu"))
+    with use_plan("decode"), pytest.raises(RuntimeError, match="M <= 64, got M = 65"):
+        choice.choose(call(M=65), torch.device("cpu"))
 
 
 def test_tiles_of_a_bucket_serve_aligned_calls_of_its_rank(tuned):
     table = json.loads(json.dumps(TABLE))
     fields = {"gemm": {"bm": 64}}
     table["buckets"][2]["tiles"] = fields
-    assert plans.nearest(table, call()) == ("shrink_gemm", fields)
-    assert plans.nearest(table, call(r=17)) == ("shrink_gemm", {})
-    assert plans.nearest(table, call(aligned=False)) == ("shrink_gemm", {})
+    assert tables.nearest(table, call()) == ("shrink_gemm", fields)
+    assert tables.nearest(table, call(r=17)) == ("shrink_gemm", {})
+    assert tables.nearest(table, call(aligned=False)) == ("shrink_gemm", {})

@@ -12,12 +12,13 @@ import torch
 from interpreted import NAMES, SCALING, Case, Problem, error, laid_out, ops, serves
 
 import lora_kernels
-from lora_kernels import _env
-from lora_kernels.backends import choose, plans, reference
-from lora_kernels.backends import triton as backend
+from lora_kernels.backends import choose, reference
+from lora_kernels.backends import cuda as backend
+from lora_kernels.backends.cuda.choice import candidates, use_plan
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.device import Target, assume
 from lora_kernels.backends.dropout import keep_mask, keep_scale
-from lora_kernels.backends.triton import tiles
-from lora_kernels.backends.triton.launch import Target, assume, intercept
+from lora_kernels.backends.triton.launch import intercept
 
 AMPERE, HOPPER = Target(80, 2), Target(90, 3)  # pointers; TMA descriptors where operands allow
 F32 = torch.float32
@@ -84,8 +85,8 @@ def geometric_means(found: list[dict[str, float]]) -> dict[str, float]:
         ("flag", HOPPER),
     ],
 )
-def test_linear_and_gradients(monkeypatch, plan, target):
-    monkeypatch.setattr(_env, "PLAN", plan)
+def test_linear_and_gradients(entering, plan, target):
+    entering(use_plan(plan))
     assert choose("cpu").module is backend
     found = []
     with assume(target):
@@ -117,7 +118,7 @@ def test_sums_over_as_many_rows_as_a_batch_has(plan, r, p):
         launch()
 
     problem = Problem(Case(5000, 16, 16, r, p=p))
-    with assume(Target(80, 132)), plans.using(plan), intercept(record):
+    with assume(Target(80, 132)), use_plan(plan), intercept(record):
         ratios(problem, problem.linear())
     assert sum(count > 16 for count in partials) == 2, partials
 
@@ -133,8 +134,8 @@ def test_sums_over_as_many_rows_as_a_batch_has(plan, r, p):
 def test_candidates_of_a_tuner(op, case):
     """Whatever tiles a tuned table may name compute the same."""
     problem = Problem(case)
-    call = plans.Call(op, "float16", *case[:4], case.p > 0)
-    listed = tiles.candidates(call, HOPPER)
+    call = Call(op, "float16", *case[:4], case.p > 0)
+    listed = candidates(call, HOPPER)
     saved = problem.linear()["s"]
 
     def compute() -> dict[str, torch.Tensor]:
@@ -150,15 +151,15 @@ def test_candidates_of_a_tuner(op, case):
     with assume(HOPPER):
         for plan, fields in listed:
             if fields:
-                with plans.using(plan, fields):
+                with use_plan(plan, fields):
                     ratios(problem, compute())
     varied = {launch for _, fields in listed for launch in fields}
     assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx", "dx_da"})
 
 
 @pytest.mark.parametrize("plan", ["cublas", "shrink_gemm", "grouped", "dual", "decode", "flag"])
-def test_large_values_in_fp16(monkeypatch, plan):
-    monkeypatch.setattr(_env, "PLAN", plan)
+def test_large_values_in_fp16(entering, plan):
+    entering(use_plan(plan))
     for case in oracle.LARGE:
         problem = Case(case.M, case.N, case.K, case.r, p=case.p)
         if not case.add and serves(plan, problem):
@@ -247,8 +248,8 @@ def test_mask_is_the_references(seed):
 
 @pytest.mark.parametrize("seed", [[77], [77, 150, 264]], ids=("whole", "part"))
 @pytest.mark.parametrize("target", [AMPERE, HOPPER], ids=("sm_80", "sm_90"))
-def test_mask_of_the_fused_gradient(monkeypatch, target, seed):
-    monkeypatch.setattr(_env, "PLAN", "shrink_gemm")
+def test_mask_of_the_fused_gradient(entering, target, seed):
+    entering(use_plan("shrink_gemm"))
     M, K, p, seed = 150, 264, 0.3, torch.tensor(seed)
     kept = (keep_mask(seed, 0, M, K, p) * keep_scale(p)).half()
     one, none = torch.ones(8, K).half(), torch.ones(0).half()
@@ -326,8 +327,8 @@ def test_forced_backend_refuses_what_it_cannot_serve():
             Problem(Case(2, 3, 4, 1, dtype)).linear()
 
 
-def test_aten_plan_is_the_reference(monkeypatch):
-    monkeypatch.setattr(_env, "PLAN", "aten")
+def test_aten_plan_is_the_reference(entering):
+    entering(use_plan("aten"))
     problem = Problem(CASES[4])
     y, s = reference.forward(problem.base, problem.x, problem.low_rank, True)
     outputs = problem.linear()

@@ -9,10 +9,11 @@ import torch
 from interpreted import Case, Problem, serves
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lora_kernels import _env
-from lora_kernels.backends import plans
-from lora_kernels.backends import triton as backend
-from lora_kernels.backends.triton.launch import Target, assume, intercept
+from lora_kernels.backends import cuda as backend
+from lora_kernels.backends.cuda.choice import use_plan
+from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.backends.device import Target, assume
+from lora_kernels.backends.triton.launch import intercept
 from lora_kernels.branch import Given, Need
 
 F16, F32 = torch.float16, torch.float32
@@ -90,8 +91,8 @@ def backward(problem: Problem) -> dict[str, torch.Tensor]:
         ("flag", 64, F16, 3),
     ],
 )
-def test_fused_plans(monkeypatch, plan, r, dtype, p, arch, reads_of_dy):
-    monkeypatch.setattr(_env, "PLAN", plan)
+def test_fused_plans(entering, plan, r, dtype, p, arch, reads_of_dy):
+    entering(use_plan(plan))
     case = Case(48, 136, 72, r, dtype, p=p, bias=True)
     if not serves(plan, case):
         pytest.skip("the plan does not serve this call")
@@ -109,8 +110,8 @@ def test_fused_plans(monkeypatch, plan, r, dtype, p, arch, reads_of_dy):
 
 def test_every_fused_plan_is_counted():
     mark = next(m for m in test_fused_plans.pytestmark if "plan" in m.args[0])
-    assert {case[0] for case in mark.args[1]} == set(_env.PLANS) - {"aten", "cublas", "decode_cuda"}
-    assert set(_env.PLANS) >= set(ONE_LAUNCH)
+    assert {case[0] for case in mark.args[1]} == PLANS.keys() - {"aten", "cublas", "decode_cuda"}
+    assert PLANS.keys() >= set(ONE_LAUNCH)
 
 
 @pytest.mark.parametrize("r", [16, 64])
@@ -137,7 +138,7 @@ def test_the_branch_alone(r):
 
 def test_nothing_is_read_for_a_gradient_nobody_needs():
     problem = Problem(Case(48, 136, 72, 16))
-    with plans.using("shrink_gemm"):
+    with use_plan("shrink_gemm"):
         forward(problem)
 
         def only_dx() -> dict[str, torch.Tensor]:
@@ -151,9 +152,9 @@ def test_nothing_is_read_for_a_gradient_nobody_needs():
     assert counts == {"x": 0, "dy": 2, "dx": 1, "s": 0}
 
 
-def test_the_count_sees_aten_too(monkeypatch):
+def test_the_count_sees_aten_too(entering):
     """The plan that adds the branch to torch's product touches y twice."""
-    monkeypatch.setattr(_env, "PLAN", "cublas")
+    entering(use_plan("cublas"))
     problem = Problem(Case(48, 136, 72, 16))
     touched = kernels_touching(lambda: forward(problem))
     assert touched["y"] == ["aten.mm.default", "expand_kernel"]

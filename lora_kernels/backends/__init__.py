@@ -6,8 +6,8 @@ words of its own: `refusal`, why it cannot serve a call, and `leaves`, why ATen'
 """
 
 import logging
+from contextlib import AbstractContextManager
 from functools import cache
-from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _env
-from lora_kernels.backends import native, plans, reference
+from lora_kernels.backends import cuda, forced, native, reference
+from lora_kernels.backends.cuda import needs, tables
 from lora_kernels.backends.native import extension
 from lora_kernels.branch import Base, Branch
 
@@ -32,9 +33,6 @@ class Choice(NamedTuple):
 
 
 _REFERENCE = Choice("reference", reference, "ATen composite, the default of every device")
-_FORCED_REFERENCE = Choice(
-    "reference", reference, "forced by LORA_KERNELS_BACKEND", "LORA_KERNELS_BACKEND=reference"
-)
 
 
 def extension_status() -> dict[str, str]:
@@ -63,22 +61,30 @@ def _say(name: str, why: str, device: str, dtype: torch.dtype, reason: str | Non
     _logger.info("%s calls in %s: %s (%s)", device, dtype, served, why)
 
 
+def use_backend(name: str | None) -> AbstractContextManager[None]:
+    """A context that forces one backend for every op, as LORA_KERNELS_BACKEND names them; None
+    forces nothing. A call that it cannot serve raises RuntimeError, another name ValueError.
+
+    Stronger than the environment and a context around it. Holds for the whole process, because
+    backward runs in threads of its own; not for use from several threads at a time.
+    """
+    if name is None:
+        return forced.held(None)
+    if name not in _env.BACKENDS:
+        raise ValueError(f"name: got {name!r}, legal values are {', '.join(_env.BACKENDS)}")
+    return forced.held(forced.Force(f"use_backend({name!r})", name))
+
+
 def choose(device: torch.device | str) -> Choice:
     """The backend of the calls on a device. Raises RuntimeError if the forced one is not there."""
     device = torch.device(device) if isinstance(device, str) else device
     kind = device.type
-    demand = plans.forced()
-    if _env.BACKEND is None and demand is None:
-        if kind == "cuda" and plans.has_tables():
-            return _tuned(torch.cuda.current_device() if device.index is None else device.index)
-        return _cpu() if kind == "cpu" else _REFERENCE
-    if demand is not None:
-        return _forced_triton(kind, demand[0])
-    if _env.BACKEND == "reference":
-        return _FORCED_REFERENCE
-    if _env.BACKEND == "triton":
-        return _forced_triton(kind, "LORA_KERNELS_BACKEND=triton")
-    return _forced_native(kind)
+    force = forced.now
+    if force is not None:
+        return _forced(kind, force.backend, force.demand)
+    if kind == "cuda" and tables.has_tables():
+        return _tuned(torch.cuda.current_device() if device.index is None else device.index)
+    return _cpu() if kind == "cpu" else _REFERENCE
 
 
 @cache
@@ -90,40 +96,46 @@ def _cpu() -> Choice:
 
 
 @cache
-def _forced_native(device_type: str) -> Choice:
-    if device_type != "cpu":
-        why = f"it has no kernels for {device_type} tensors"
-    elif not extension.available():
-        why = f"the compiled extension is not there: {extension.status()}"
-    else:
-        demand = "LORA_KERNELS_BACKEND=native"
-        return Choice("native", native, "forced by LORA_KERNELS_BACKEND", demand)
-    raise RuntimeError(
-        f"LORA_KERNELS_BACKEND=native: {why}; unset the variable or set it to reference"
-    )
-
-
-@cache
 def _tuned(index: int) -> Choice:
-    """Triton where a table lists plans that ran on this GPU, the reference everywhere else."""
-    if plans.tuned(index) is None:
+    """Plans where a table lists those that ran on this GPU, the reference everywhere else."""
+    if tables.tuned(index) is None:
         return Choice("reference", reference, "no tuned table for this GPU")
-    try:
-        module = import_module("lora_kernels.backends.triton")
-    except ImportError as error:
-        return Choice("reference", reference, f"a tuned table, but triton does not import: {error}")
-    return Choice("triton", module, "tuned table of this GPU")
+    absent = needs.why_no_triton()
+    return Choice("cuda", cuda, "tuned table of this GPU" + (f"; {absent}" if absent else ""))
 
 
 @cache
-def _forced_triton(device_type: str, demand: str) -> Choice:
-    try:
-        module = import_module("lora_kernels.backends.triton")
-    except ImportError as error:
-        raise RuntimeError(f"{demand}: triton does not import: {error}") from error
-    if device_type != "cuda" and not (device_type == "cpu" and module.INTERPRETED):
-        raise RuntimeError(
-            f"{demand}: Triton kernels run on CUDA tensors, or on CPU tensors with"
-            f" TRITON_INTERPRET=1 set before triton is imported; got {device_type} tensors"
+def _forced(kind: str, backend: str, demand: str) -> Choice:
+    reason = f"forced by {demand}"
+    if backend == "reference":
+        return Choice("reference", reference, reason, demand)
+    if backend == "native":
+        why = _why_not_native(kind)
+        if why is not None:
+            raise RuntimeError(f"{demand}: {why}; force none or the reference")
+        return Choice("native", native, reason, demand)
+    why = _why_not_planned(kind)
+    if why is not None:
+        raise RuntimeError(f"{demand}: {why}")
+    return Choice("cuda", cuda, reason, demand)
+
+
+def _why_not_native(kind: str) -> str | None:
+    if kind != "cpu":
+        return f"it has no kernels for {kind} tensors"
+    if not extension.available():
+        return f"the compiled extension is not there: {extension.status()}"
+    return None
+
+
+def _why_not_planned(kind: str) -> str | None:
+    """On CUDA tensors every plan says for itself what it lacks."""
+    if kind == "cuda":
+        return None
+    absent = needs.why_no_triton()
+    if absent is None and (kind != "cpu" or not needs.interpreted()):
+        return (
+            "Triton kernels run on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1 set"
+            f" before triton is imported; got {kind} tensors"
         )
-    return Choice("triton", module, f"forced by {demand}", demand)
+    return absent

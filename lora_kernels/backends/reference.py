@@ -29,7 +29,7 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
     """(y, s)."""
     if not isinstance(base, Dense):
         y = base.out.clone(memory_format=torch.contiguous_format)
-        s = _add_branch(y, x, branch)
+        s = add_branch(y, x, branch)
     elif branch.dropout_p or blocked.is_wide(x, forward=True):
         y, s = blocked.forward(base, x, branch)
     else:
@@ -42,7 +42,7 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
 
 def add_(base_out: Tensor, x: Tensor, branch: Branch) -> None:
     """Adds the low-rank branch to base_out [M,N] in place."""
-    _add_branch(base_out, x, branch)
+    add_branch(base_out, x, branch)
 
 
 def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need) -> Gradients:
@@ -54,7 +54,7 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
     return dx, dweight, d_a, d_b
 
 
-def _add_branch(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
+def add_branch(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
     """y += s B^T; returns s."""
     if branch.dropout_p or blocked.is_wide(x):
         return blocked.add_branch(y, x, branch)

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels import _env
-from lora_kernels.backends import blocked
+from lora_kernels.backends import blocked, forced
 from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.native.extension import best_isa
 from lora_kernels.backends.reference import Gradients
@@ -40,7 +39,7 @@ def leaves(base: Base, rows: Tensor, branch: Branch) -> str | None:
         return "no rows"
     if isinstance(base, Dense) and blocked.is_wide(rows):
         return "16-bit products are formed in fp32 here, and rounded once"
-    if _env.BACKEND == "native" or branch.dropout_p:
+    if branch.dropout_p or (forced.now is not None and forced.now.backend == "native"):
         return None
     if rows.dtype != torch.float32:
         return "16 bits without dropout"

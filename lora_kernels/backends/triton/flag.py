@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.backends.device import target
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import load_tile, loop_steps, store_tile, tile_order
 from lora_kernels.backends.triton.gemm import finish_tile, has_tma_rows
-from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+from lora_kernels.backends.triton.launch import fp32_precision, launch
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.backends.device import Target, target
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import (
     add_low_rank,
@@ -20,13 +21,7 @@ from lora_kernels.backends.triton.blocks import (
     tile_order,
 )
 from lora_kernels.backends.triton.dropout import Dropout, words
-from lora_kernels.backends.triton.launch import (
-    Target,
-    fp32_precision,
-    launch,
-    overlaps,
-    target,
-)
+from lora_kernels.backends.triton.launch import fp32_precision, launch, overlaps
 
 
 @triton.jit

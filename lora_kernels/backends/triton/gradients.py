@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.backends.device import target
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import (
     keep_tile,
@@ -16,7 +17,7 @@ from lora_kernels.backends.triton.blocks import (
     store_tile,
 )
 from lora_kernels.backends.triton.dropout import Dropout, words
-from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+from lora_kernels.backends.triton.launch import fp32_precision, launch
 from lora_kernels.backends.triton.reduce import reduce_partials
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.backends.device import target
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import tile_order
 from lora_kernels.backends.triton.dropout import Dropout, words
@@ -23,7 +24,7 @@ from lora_kernels.backends.triton.gemm import (
     tma_loop,
 )
 from lora_kernels.backends.triton.gradients import tall_tile
-from lora_kernels.backends.triton.launch import fp32_precision, launch, target
+from lora_kernels.backends.triton.launch import fp32_precision, launch
 from lora_kernels.backends.triton.reduce import reduce_partials
 
 

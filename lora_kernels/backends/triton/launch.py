@@ -1,4 +1,4 @@
-"""Where kernels meet a device: what is known about it, and the one place that launches.
+"""The one place that launches.
 
 Every launch goes through `launch`, so that the code-generation check can compile exactly what a
 call would launch, and a test can count which kernels touch which array.
@@ -10,24 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from lora_kernels.backends.device import Target
 
-class Target(NamedTuple):
-    """What tile and plan choices depend on."""
-
-    arch: int  # 10 * major + minor of the compute capability
-    sms: int
-
-
-# An interpreted call pretends to be a small Hopper, so that persistent loops make several rounds.
-_INTERPRETED = Target(arch=90, sms=3)
-
-_assumed: Target | None = None
 _intercept: Callable | None = None
 
 
@@ -37,31 +26,6 @@ def _probe():
 
 
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
-
-
-@cache
-def _properties(index: int) -> Target:
-    device = torch.cuda.get_device_properties(index)
-    return Target(10 * device.major + device.minor, device.multi_processor_count)
-
-
-def target(device: torch.device) -> Target:
-    if _assumed is not None:
-        return _assumed
-    if device.type != "cuda":
-        return _INTERPRETED
-    return _properties(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@contextmanager
-def assume(device: Target) -> Iterator[None]:
-    """Choose tiles and kernels for another device than the tensors' own."""
-    global _assumed
-    before, _assumed = _assumed, device
-    try:
-        yield
-    finally:
-        _assumed = before
 
 
 @contextmanager

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from lora_kernels._env import PLANS
-from lora_kernels.backends.plans import Call, refusal
-from lora_kernels.backends.triton.launch import Target
+from lora_kernels.backends.device import Target
 
 _remembered = lru_cache(maxsize=4096)
 ACCUMULATOR = torch.float32
@@ -57,15 +55,7 @@ class DualTile(NamedTuple):
     split: int = 1
 
 
-class DecodeCudaTile(NamedTuple):
-    """Rows of the weight and warps of a block, blocks that share out s."""
-
-    rows: int
-    warps: int
-    cluster: int
-
-
-Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile, DualTile, DecodeCudaTile)
+Tile = TypeVar("Tile", LowRankTile, ExpandTile, GemmTile, DualTile)
 
 
 # Triton's own of these two take microseconds from Python, and every launch needs several.
@@ -80,7 +70,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def replaced(tile: Tile, fields: Fields) -> Tile:
-    """The tile with some fields changed; ValueError names a field that it does not have."""
+    """The tile with some fields changed."""
     return tile._replace(**fields) if fields else tile
 
 
@@ -106,7 +96,7 @@ def vectorises(matrix: Tensor) -> bool:
     return strides[0] == 1 and wide
 
 
-def _row_block(M: int, most: int) -> int:
+def row_block(M: int, most: int) -> int:
     return min(most, max(16, next_power_of_2(M)))
 
 
@@ -123,7 +113,7 @@ def _is_wide(dtype: torch.dtype) -> bool:
 def shrink(
     target: Target, dtype: torch.dtype, M: int, K: int, r: int, aligned: bool
 ) -> LowRankTile:
-    R, bm = rank_block(dtype, r), _row_block(M, 64)
+    R, bm = rank_block(dtype, r), row_block(M, 64)
     bk = 32 if _is_wide(dtype) else 128 if R <= 64 and aligned else 64
     split = _split(cdiv(M, bm) * cdiv(r, R), target.sms, cdiv(K, bk))
     return LowRankTile(bm, bk, R, split, 8 if R == 128 else 4, 4)
@@ -132,7 +122,7 @@ def shrink(
 @_remembered
 def expand(target: Target, dtype: torch.dtype, M: int, r: int) -> ExpandTile:
     bn = 64 if _is_wide(dtype) else 128
-    return ExpandTile(_row_block(M, 64), bn, rank_block(dtype, r, 64), 4, 1)
+    return ExpandTile(row_block(M, 64), bn, rank_block(dtype, r, 64), 4, 1)
 
 
 def fuses_ds_db(dtype: torch.dtype, r: int) -> bool:
@@ -143,7 +133,7 @@ def fuses_ds_db(dtype: torch.dtype, r: int) -> bool:
 
 @_remembered
 def ds_db(target: Target, dtype: torch.dtype, M: int, N: int, r: int) -> LowRankTile:
-    bm = _row_block(M, 32 if _is_wide(dtype) else 128)
+    bm = row_block(M, 32 if _is_wide(dtype) else 128)
     bn = 32 if _is_wide(dtype) else 64
     split = _split(cdiv(M, bm), target.sms, cdiv(N, bn))
     return LowRankTile(bm, bn, rank_block(dtype, r), split, 4, 4)
@@ -178,11 +168,11 @@ def gemm(
 ) -> GemmTile:
     """The first configuration for the device; smaller where tiles would be padding or too few."""
     if _is_wide(dtype):
-        tile = GemmTile(_row_block(M, 64), 64, 16, 3, 8)
+        tile = GemmTile(row_block(M, 64), 64, 16, 3, 8)
     elif not aligned:
-        tile = GemmTile(_row_block(M, 64), 64, 32, 3, 4)
+        tile = GemmTile(row_block(M, 64), 64, 32, 3, 4)
     elif M <= 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
-        tile = GemmTile(_row_block(M, 64), 64 if drop and target.arch >= 100 else 128, 64, 4, 4)
+        tile = GemmTile(row_block(M, 64), 64 if drop and target.arch >= 100 else 128, 64, 4, 4)
     elif tma:
         tile = GemmTile(128, 256, 64, 3, 8, strips=2)
     elif target.arch >= 90:
@@ -219,12 +209,12 @@ def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bo
     """For few rows, column tiles that give every SM one; else square tiles."""
     R = dual_rank(r)
     if _is_wide(dtype):
-        return DualTile(_row_block(M, 32), 32, 16, 3, 4)
+        return DualTile(row_block(M, 32), 32, 16, 3, 4)
     if not aligned:
-        return DualTile(_row_block(M, 64), 32, 64 if R <= 64 else 32, 2, 4)
+        return DualTile(row_block(M, 64), 32, 64 if R <= 64 else 32, 2, 4)
     if M <= 64:
         bn = 64 if cdiv(N, 64) >= target.sms else 32
-        return DualTile(_row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
+        return DualTile(row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
     if target.arch >= 90 and R <= 64:
         return DualTile(128, 128, 64, 3, 8)
     return DualTile(64, 64, 64 if R <= 64 else 32, 3, 4)
@@ -234,155 +224,16 @@ def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bo
 def flag(target: Target, dtype: torch.dtype, M: int, N: int, r: int, tma: bool) -> GemmTile:
     """Room for the second accumulator, which the tiles of column 0 need."""
     if _is_wide(dtype):
-        return GemmTile(_row_block(M, 32), 32, 16, 3, 4)
+        return GemmTile(row_block(M, 32), 32, 16, 3, 4)
     if not tma:
-        return GemmTile(_row_block(M, 64), 64, 32, 3, 8)
+        return GemmTile(row_block(M, 64), 64, 32, 3, 8)
     if M <= 64:
-        return GemmTile(_row_block(M, 64), 64, 64, 3, 4)
+        return GemmTile(row_block(M, 64), 64, 64, 3, 4)
     if r > 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
         return GemmTile(128, 128, 64, 4, 8, strips=2)
     return GemmTile(128, 256, 64, 3, 8, strips=2)
 
 
-def decode_cuda(target: Target, M: int, N: int, r: int) -> DecodeCudaTile:
-    """Blocks of 32 rows read x and A half as often as those of 16; there must be enough of them.
-    Before sm_90 there are no clusters and, on some devices, half the shared memory."""
-    if target.arch < 90:
-        return DecodeCudaTile(16, 4, 1)
-    rows = 32 if cdiv(N, 32) >= 2 * target.sms else 16
-    return DecodeCudaTile(rows, 8, 8 if r > 16 else 4)
-
-
-def _decode_cuda_tiles(target: Target) -> Iterator[DecodeCudaTile]:
-    for rows in (16, 32):
-        if target.arch < 90:
-            yield DecodeCudaTile(rows, 4, 1)
-        else:
-            yield from (DecodeCudaTile(rows, 8, cluster) for cluster in (1, 2, 4, 8))
-            yield DecodeCudaTile(rows, 4, 4)
-
-
-def _splits(extent: int) -> Iterator[dict[str, int]]:
-    return ({"split": split} for split in (1, 2, 4, 8) if extent >= 512 * split)
-
-
-def _gemm_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]:
-    """Configurations of an aligned 16-bit GEMM, widest first. A masked term needs registers of its
-    own and leaves room for fewer of them."""
-    if M <= 64:
-        tiles = tuple(GemmTile(_row_block(M, 64), bn, 64, 4, 4) for bn in (64, 128))
-        return tiles[:1] if masked else tiles
-    if target.arch < 90:
-        few = (GemmTile(64, 128, 64, 4, 4), GemmTile(128, 64, 32, 4, 8))
-        return (
-            few if M <= 512 else (GemmTile(128, 128, 32, 4, 8), GemmTile(128, 128, 64, 3, 8), *few)
-        )
-    few = (GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
-    wide = (GemmTile(128, 256, 64, 3, 8, 2), GemmTile(128, 256, 64, 4, 8, 4))
-    if not masked:
-        few += (GemmTile(64, 128, 64, 4, 4), GemmTile(64, 128, 64, 5, 4))
-        few += (GemmTile(64, 256, 64, 4, 4, 4),) if r <= 64 else ()
-        wide += (GemmTile(256, 128, 64, 3, 8, 2), GemmTile(128, 128, 64, 5, 4, 2))
-    return few if M <= 512 else wide + few
-
-
-def _grouped_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]:
-    if M <= 512:
-        return ()
-    if target.arch < 90:
-        return (GemmTile(128, 128, 64, 3, 8),)
-    tiles = (GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
-    if not masked:
-        tiles += (GemmTile(256, 128, 64, 3, 8, 2),)
-        tiles += (GemmTile(128, 256, 64, 3, 8, 2),) if r <= 64 else ()
-    return tiles
-
-
-def _dual_tiles(target: Target, M: int, r: int, masked: bool) -> tuple[DualTile, ...]:
-    if M <= 16:
-        deep = (DualTile(16, 32, 256, 4, 4),) if r <= 32 else ()
-        return (*deep, DualTile(16, 64, 128, 5, 4)) if r <= 64 else ()
-    if M <= 64:
-        return () if masked or r > 64 else (DualTile(64, 64, 128, 4, 4),)
-    if target.arch < 90:
-        return ()
-    return (DualTile(128, 128, 64, 4, 8), DualTile(128, 256, 64, 3, 8))
-
-
-def _flag_tiles(target: Target, M: int, r: int) -> tuple[GemmTile, ...]:
-    if target.arch < 90 or M <= 64:
-        return ()
-    wide = () if r > 64 else (GemmTile(128, 256, 64, 3, 8, 2),)
-    return (*wide, GemmTile(128, 128, 64, 4, 8, 2), GemmTile(64, 128, 64, 3, 4, 2))
-
-
-def _fields(tile: Tile) -> dict[str, int]:
+def fields_of(tile: GemmTile | DualTile) -> dict[str, int]:
+    """As a table names them."""
     return {name: value for name, value in tile._asdict().items() if value}
-
-
-def _variants(launch: str, call: Call, target: Target) -> Iterator[dict[str, int]]:
-    """Fields worth timing for one launch of an aligned 16-bit call, beside the analytic tile."""
-    if launch in ("gemm", "dx", "dx_da"):
-        masked = call.dropout and launch != "gemm"
-        listed = _grouped_tiles if launch == "dx_da" else _gemm_tiles
-        for tile in listed(target, call.M, call.r, masked):
-            yield _fields(tile._replace(strips=tile.bn // 64) if masked else tile)
-        if launch == "gemm" and target.arch >= 90:
-            yield {"pdl": 1}
-    elif launch == "dual":
-        listed = _dual_tiles(target, call.M, call.r, call.dropout)
-        yield from map(_fields, listed)
-        if call.M <= 16 or (call.M <= 64 and not call.dropout):
-            yield from ({"split": split} for split in (2, 4) if 512 * split <= call.K)
-    elif launch == "flag":
-        yield from map(_fields, _flag_tiles(target, call.M, call.r))
-    elif launch == "decode_cuda":
-        yield from map(_fields, _decode_cuda_tiles(target))
-    elif launch in ("expand", "expand_dx"):
-        yield from ({"bn": 64}, {"bm": 32}, {"bm": 128, "warps": 8})
-    elif launch == "ds_db":
-        yield from _splits(call.N)
-        yield {"bm": 64}
-    elif launch in ("da", "db"):
-        yield from _splits(call.M)
-        yield {"bm": 128, "bk": 64}
-    else:
-        yield from _splits(call.N if launch == "ds" else call.K)
-        yield from ({"bm": 32}, {"bk": 64})
-
-
-def _launches(plan: str, call: Call) -> tuple[str, ...]:
-    """The launches of a plan that serve a call."""
-    if call.op == "forward":
-        return {
-            "cublas": ("shrink", "expand"),
-            "shrink_gemm": ("shrink", "gemm"),
-            "decode": ("dual",),
-            "dual": ("dual",),
-            "flag": ("flag",),
-            "decode_cuda": ("decode_cuda",),
-        }[plan]
-    shared = ("ds_db",) if fuses_ds_db(getattr(torch, call.dtype), call.r) else ("ds", "db")
-    last = {"cublas": "expand_dx", "shrink_gemm": "dx", "grouped": "dx_da"}
-    return (*shared, "da", last[plan])
-
-
-def candidates(call: Call, target: Target) -> list[tuple[str, dict[str, dict[str, int]]]]:
-    """(plan, tiles) of everything that may serve a call, to be timed `with plans.using(...)`.
-
-    The first of a plan has the analytic tiles; every other one changes one launch, so that a tuner
-    may join the best of each. What is listed for a rank is listed for every smaller one, except
-    the launches of a backward that fuses ds and dB at one rank and not at the other.
-    """
-    # The one-launch plans share the backward of shrink_gemm, and that plan the forward of grouped.
-    skipped = ("decode", "dual", "flag", "decode_cuda") if call.op == "backward" else ("grouped",)
-    legal = [plan for plan in PLANS if plan not in skipped]
-    found = []
-    for plan in (plan for plan in legal if refusal(plan, call) is None):
-        found.append((plan, {}))
-        # Larger ranks leave the kernels few registers: their analytic tiles alone are checked.
-        if plan == "aten" or call.dtype == "float32" or not call.aligned or call.r > 128:
-            continue
-        for launch in _launches(plan, call):
-            found += [(plan, {launch: fields}) for fields in _variants(launch, call, target)]
-    return found

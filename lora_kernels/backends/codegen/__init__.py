@@ -1,6 +1,6 @@
 """Compiles what the backend would launch, for GPUs that are not there, and checks the machine code.
 
-    python -m lora_kernels.backends.triton.codegen [--arch 90] [--short]
+    python -m lora_kernels.backends.codegen [--arch 90] [--short]
 
 Every case is one call of the backend on tensors without memory, under a pretended device; each
 launch is compiled in place of being run. Prints a table and exits with 1 if a kernel breaks a rule
@@ -9,10 +9,8 @@ of `faults`.
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +19,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lora_kernels.backends import plans
-from lora_kernels.backends import triton as backend
-from lora_kernels.backends.triton.cases import SHORT, Case, cases
-from lora_kernels.backends.triton.launch import INTERPRETED, Target, assume, intercept
+from lora_kernels.backends import cuda
+from lora_kernels.backends.codegen.cases import Case
+from lora_kernels.backends.cuda.choice import use_plan
+from lora_kernels.backends.device import Target, assume
+from lora_kernels.backends.triton.launch import intercept
 from lora_kernels.branch import Branch, Dense, Need
 
 TARGETS = {80: Target(80, 108), 90: Target(90, 132), 100: Target(100, 148)}
@@ -179,57 +178,11 @@ def compile_case(case: Case, arch: int, seen: set[str]) -> list[Kernel]:
     seed = torch.empty(words, dtype=torch.int64, device="meta") if case.dropout else None
     # Not put back: where there is no GPU, Triton has no driver to return to.
     triton.runtime.driver.set_active(_OfflineDriver(arch))
-    with assume(TARGETS[arch]), intercept(build), plans.using(case.plan, case.tiles):
+    with assume(TARGETS[arch]), intercept(build), use_plan(case.plan, case.tiles):
         base, s = Dense(weight, bias), tensor(M, r)
         branch = Branch(tensor(r, K), tensor(N, r), case.scaling, case.dropout, seed)
         if "forward" in case.ops:
-            backend.forward(base, x, branch, True)
+            cuda.forward(base, x, branch, True)
         if "backward" in case.ops:
-            backend.backward(base, dy, x, s, branch, Need(True, False, True, True))
+            cuda.backward(base, dy, x, s, branch, Need(True, False, True, True))
     return kernels
-
-
-def row(kernel: Kernel) -> str:
-    k, c = kernel, kernel.constants
-    tile = "x".join(str(c[n]) for n in ("R", "BM", "BN", "BC", "BK") if n in c)
-    units = f"{k.mma_sync:4d} {k.wgmma:5d} {k.register_form:3d} {k.pending:5d} {k.tcgen05:4d}"
-    return (
-        f"{k.arch:4d} {k.name:16s} {tile:14s} {c['num_warps']:5d} {k.registers:4d} {k.spills:6d}"
-        f" {k.shared / 1024:6.1f}K {units} {k.tma:4d} {k.cp_async:5d} {k.fma:5d}  {k.case}"
-    )
-
-
-HEADER = (
-    "arch kernel           tile           warps regs spills shared  mma wgmma  RS async tc05"
-    "  tma cp.as   fma  case"
-)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, choices=TARGETS, action="append")
-    parser.add_argument("--short", action="store_true", help="the cases of the test suite only")
-    parser.add_argument("--only", default="", help="a regular expression that the case must match")
-    options = parser.parse_args()
-    if INTERPRETED:
-        sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
-    print(HEADER)
-    broken = total = 0
-    for arch in options.arch or TARGETS:
-        seen = set()
-        chosen = SHORT if options.short else cases(TARGETS[arch])
-        for case in (case for case in chosen if re.search(options.only, str(case))):
-            for kernel in compile_case(case, arch, seen):
-                reasons = faults(kernel)
-                print(
-                    row(kernel),
-                    *(f"  FAULT: {', '.join(reasons)}" for _ in reasons[:1]),
-                    flush=True,
-                )
-                total, broken = total + 1, broken + bool(reasons)
-    print(f"{total} kernels, {broken} break a rule")
-    return 1 if broken or not total else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

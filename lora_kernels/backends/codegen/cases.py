@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kernels.backends.plans import Call, Tiles
-from lora_kernels.backends.triton import tiles
-from lora_kernels.backends.triton.launch import Target
+from lora_kernels.backends.cuda.choice import candidates
+from lora_kernels.backends.cuda.plan import Call, Tiles
+from lora_kernels.backends.device import Target
 
 
 class Case(NamedTuple):
@@ -128,7 +128,7 @@ def _tuned(target: Target) -> Iterator[Case]:
                 for op in ("forward", "backward"):
                     case = Case(M=M, r=r, dropout=dropout, ops=(op,), bias=True)
                     call = Call(op, "bfloat16", M, case.N, case.K, r, dropout > 0)
-                    for plan, fields in tiles.candidates(call, target):
+                    for plan, fields in candidates(call, target):
                         if fields and plan != "decode_cuda":  # that one nvcc compiles
                             yield case._replace(plan=plan, tiles=fields)
                             if r == 16 and M == 8192:

@@ -1,0 +1,37 @@
+"""What plans need beside the limits that they declare."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from lora_kernels.backends.cuda.plan import Call
+
+
+def triton(call: Call) -> str | None:
+    """Why Triton cannot compile, or interpret, kernels for a call."""
+    absent = why_no_triton()
+    if absent is not None:
+        return absent
+    if call.dtype == "bfloat16" and interpreted():
+        return (
+            "Triton's interpreter computes bf16 products wrongly; use fp32 or fp16 with"
+            " TRITON_INTERPRET=1"
+        )
+    return None
+
+
+@cache
+def why_no_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return None
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton, which is there, runs kernels on CPU tensors."""
+    from lora_kernels.backends.triton.launch import INTERPRETED
+
+    return INTERPRETED

@@ -1,0 +1,147 @@
+"""What a plan is: one declaration. The choice, tables, tuner, code generation check, documentation
+and tests read it from the registry (`cuda.plans.PLANS`) and know of plans nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from lora_kernels.backends.device import Target
+from lora_kernels.backends.reference import Gradients
+from lora_kernels.branch import Base, Branch, Dense, Need
+
+# The last two are of a base output that is given: lora_add and its kin.
+OPS = ("forward", "backward", "add", "add_backward")
+DTYPES = ("float32", "float16", "bfloat16")
+
+Fields = Mapping[str, int]
+Tiles = Mapping[str, Fields]
+ForwardRun = Callable[[Dense, Tensor, Branch, bool, Tiles], tuple[Tensor, Tensor | None]]
+BackwardRun = Callable[[Base, Tensor, Tensor, Tensor, Branch, Need, Tiles], Gradients]
+# out = base_out + the branch, both may be one tensor; returns s, whose last columns may be padding.
+AddRun = Callable[[Tensor, Tensor, Branch, Tensor, Tiles], Tensor]
+Run = TypeVar("Run", ForwardRun, BackwardRun, AddRun)
+
+
+class Call(NamedTuple):
+    """What a plan depends on; op is one of OPS."""
+
+    op: str
+    dtype: str
+    M: int
+    N: int
+    K: int
+    r: int
+    dropout: bool
+    aligned: bool = True  # rows and bases of x, the weight and dy allow loads in wide words
+    readable: bool = True  # x, the weight and lora_a have the rows that decode_cuda reads
+
+
+class Launch(NamedTuple):
+    """One launch of a pass, whose tile has an analytic value beside its kernel, which knows how the
+    operands lie. `variants` gives the fields worth timing for an aligned 16-bit call beside that
+    tile; where `serves` is false of a call, the pass goes without this launch."""
+
+    name: str
+    tile: type[NamedTuple]
+    variants: Callable[[Call, Target], Iterator[Fields]]
+    serves: Callable[[Call], bool] = lambda call: True
+
+    def check(self, fields: Fields, where: str) -> None:
+        """ValueError where these cannot be fields of the tile."""
+        legal = self.tile._fields
+        for name, value in fields.items():
+            if name not in legal:
+                raise ValueError(
+                    f"{where}: {self.name}: got the field {name!r}, legal ones are"
+                    f" {', '.join(legal)}"
+                )
+            if type(value) is not int or value <= 0:
+                raise ValueError(
+                    f"{where}: {self.name}: {name}: expected a positive integer, got {value!r}"
+                )
+            if name not in _ANY_NUMBER and value & (value - 1):
+                raise ValueError(
+                    f"{where}: {self.name}: {name}: expected a power of two, got {value}"
+                )
+
+
+_ANY_NUMBER = ("group", "split", "stages")
+
+
+@dataclass(frozen=True)
+class Pass(Generic[Run]):
+    """One op of a plan: what runs it, and which calls it serves. `run` imports its kernels when it
+    is called, so that a plan can be declared where they cannot run; `needs` says why a call lacks
+    something beside the limits, None if nothing."""
+
+    run: Run
+    launches: tuple[Launch, ...] = ()
+    dtypes: tuple[str, ...] = DTYPES
+    most_rows: int | None = None
+    most_rank: Callable[[Call], int] | None = None
+    dropout: bool = True
+    needs: Callable[[Call], str | None] = lambda call: None
+
+    def refusal(self, call: Call) -> str | None:
+        """Why it cannot serve a call, None if it can."""
+        if self.most_rows is not None and self.most_rows < call.M:
+            return f"the plan serves M <= {self.most_rows}, got M = {call.M}"
+        if call.dropout and not self.dropout:
+            return "the plan serves no dropout"
+        if call.dtype not in self.dtypes:
+            return f"the plan serves {' and '.join(self.dtypes)}, got {call.dtype}"
+        most = None if self.most_rank is None else self.most_rank(call)
+        if most is not None and call.r > most:
+            kind = call.dtype + " with dropout" * call.dropout
+            return f"the plan serves r <= {most} in {kind}, got r = {call.r}"
+        return self.needs(call)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to compute the op. Passes that two plans share are one object: a tuner times them for
+    the first of both."""
+
+    name: str
+    summary: str  # one line of what it is
+    forward: Pass[ForwardRun]
+    backward: Pass[BackwardRun]
+    add: Pass[AddRun] | None = None
+    add_backward: Pass[BackwardRun] | None = None
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        return ("dense",) if self.add is None else ("dense", "given")
+
+    def serving(self, op: str) -> Pass[Any] | None:
+        """What serves one of OPS."""
+        found: Pass[Any] | None = getattr(self, op)
+        return found
+
+    def refusal(self, call: Call) -> str | None:
+        """Why the plan cannot serve a call, None if it can."""
+        found = self.serving(call.op)
+        if found is None:
+            return "the plan serves no base output that is given (lora_add)"
+        return found.refusal(call)
+
+    def launches(self, ops: tuple[str, ...] = OPS) -> dict[str, Launch]:
+        """By name, of these ops."""
+        passes = [found for op in ops if (found := self.serving(op)) is not None]
+        return {launch.name: launch for found in passes for launch in found.launches}
+
+    def check(self, tiles: Tiles, where: str, ops: tuple[str, ...] = OPS) -> None:
+        """ValueError where these cannot be tiles of the plan's launches for these ops."""
+        legal = self.launches(ops)
+        for name, fields in tiles.items():
+            if name not in legal:
+                raise ValueError(
+                    f"{where}: got {name!r}, launches of the plan {self.name} are"
+                    f" {', '.join(legal) or 'none'}"
+                )
+            legal[name].check(fields, where)
