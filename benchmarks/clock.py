@@ -1,18 +1,23 @@
 """Timing: peers take turns, so drifting clocks and noisy neighbours hit all alike, and a ratio is
 the median over the rounds of a peer's time over the frozen layer's in the same round.
 
-On a GPU every turn begins with a cold L2 cache, and times are between events. The pass over memory
-that empties the cache also hides the first ~0.1 ms of host work, so what a call costs on the host
-is not in these numbers; `test_micro.py` measures that.
+On a GPU every turn begins with a cold L2 cache, and times are between events. The cache is emptied
+by reading memory, as often as it takes to keep the device busy until the host has launched the
+turn: what a call costs on the host is not in these numbers, unless `hide_host` is False;
+`test_micro.py` measures that.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
+
+_READ_SECONDS = 70e-6  # of one emptying of the cache, at least
+_MOST_READS = 100
 
 # One turn: calls mark() after each part that is to be timed.
 Turn = Callable[[Callable[[], None]], None]
@@ -60,14 +65,26 @@ def _turn_on_cpu(turn: Turn) -> list[float]:
     return marks
 
 
-def _turn_on_gpu(turn: Turn) -> list[torch.cuda.Event]:
+def _reads_to_hide(turns: Iterable[Turn]) -> int:
+    """How often to read, so that the device is not done before the host has launched a turn."""
+    slowest = 0.0
+    for turn in turns:
+        begin = time.perf_counter()
+        turn(lambda: torch.cuda.Event(enable_timing=True).record())
+        slowest = max(slowest, time.perf_counter() - begin)
+        torch.cuda.synchronize()
+    return min(math.ceil(1.5 * slowest / _READ_SECONDS) + 1, _MOST_READS)
+
+
+def _turn_on_gpu(turn: Turn, reads: int = 1) -> list[torch.cuda.Event]:
     marks: list[torch.cuda.Event] = []
 
     def mark() -> None:
         marks.append(torch.cuda.Event(enable_timing=True))
         marks[-1].record()
 
-    cold()
+    for _ in range(reads):
+        cold()
     mark()
     turn(mark)
     return marks
@@ -86,6 +103,7 @@ def interleaved(
     seconds: float,
     rounds: tuple[int, int],
     warm: bool = True,
+    hide_host: bool = True,
 ) -> dict[str, list[list[float]]]:
     """name -> one entry a round: the seconds of each part. At least `rounds[0]`, at most
     `rounds[1]` rounds; between the two it ends when `seconds` are over."""
@@ -96,6 +114,7 @@ def interleaved(
             once(turn)
     if gpu:
         torch.cuda.synchronize()
+        once = partial(_turn_on_gpu, reads=_reads_to_hide(turns.values()) if hide_host else 1)
     times: dict[str, list[list[float]]] = {name: [] for name in turns}
     begin, done = time.monotonic(), 0
     while done < rounds[0] or (done < rounds[1] and time.monotonic() - begin < seconds):

@@ -1,6 +1,8 @@
 """The line that every result file carries: machine, versions, commit."""
 
+import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +29,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
+    """LORA_KERNELS_COMMIT where the sources travelled without their repository, or without git."""
+    given = os.environ.get("LORA_KERNELS_COMMIT")
+    if given or shutil.which("git") is None:
+        return given or "unknown"
     root = Path(__file__).parent
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     done = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=False)

@@ -138,7 +138,7 @@ def measure(
             mark()
 
         turns[name] = turn
-    found = interleaved(turns, device, args.seconds, tuple(args.rounds))
+    found = interleaved(turns, device, args.seconds, tuple(args.rounds), hide_host=False)
     times = {name: [part[0] for part in parts] for name, parts in found.items()}
     return [
         {"table": table, "what": what, "peer": name,

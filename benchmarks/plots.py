@@ -55,8 +55,8 @@ def ratio_by_rows(rows: list[dict], line: str, path: Path) -> Path | None:
     for case, row in _rows(rows, "cpu", "headline", "grid", "slow"):
         if not case.dropout:
             ratios[row["peer"]][case.M].append(row["both"]["ratio"])
-    if not ratios:
-        return None
+    if len({m for of_peer in ratios.values() for m in of_peer}) < 2:
+        return None  # not a line
     axes = _axes("Forward and backward, no dropout", "rows M", "ratio to the frozen layer")
     _lines(axes, ratios)
     return _save(axes, line, path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
+import peers
 import plots
 import shapes
 from machine import machine_line
@@ -203,7 +204,8 @@ def decode_table(document: Document) -> list[str]:
     rows = document.of("decode")
     if not rows:
         return []
-    names = _peers_in(rows)
+    # What each plan takes is in the file and its plot.
+    names = [name for name in _peers_in(rows) if not name.startswith(peers.of_plan(""))]
     lines = [
         [f"({case.M}, {case.K}, {case.N}, {case.r})",
          f"{weight_gb_s(case, found[FROZEN]['forward']['ms']):.0f}",
@@ -217,12 +219,16 @@ def decode_table(document: Document) -> list[str]:
     ]
 
 
+def _speed(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def model_table(document: Document) -> list[str]:
     rows = document.of("train", "generate")
     if not rows:
         return []
     lines = [
-        [row["what"], row["peer"], f"{row['tokens_s']:.4g}", f"{row['ratio']:.2f}×",
+        [row["what"], row["peer"], _speed(row["tokens_s"]), f"{row['ratio']:.2f}×",
          f"{row['peak_mib']:.0f}"]
         for row in rows
     ]  # fmt: skip

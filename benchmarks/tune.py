@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -298,6 +299,33 @@ def merge(one: dict, other: dict) -> dict:
     return {**one, **other, **merged}
 
 
+def run_part(part: str, todo: Sequence[tuple[str, Case]], device: torch.device) -> None:
+    """Runs every n-th candidate from the i-th on once, for part i/n, so that Triton's cache has
+    what they need. Whether they are right is not asked here."""
+    first, step = map(int, part.split("/"))
+    for base, case in todo:
+        for work in works(peers.problem(case, device), base):
+            for found in candidates(work.call, target(device))[first::step]:
+                try:
+                    with use_plan(*found):
+                        work.run()
+                except Exception as error:
+                    if is_fatal(error):
+                        raise
+
+
+def compile_ahead(arguments: Sequence[str], jobs: int, minutes: float) -> None:
+    """`run_part` in as many processes; what is not done in time is compiled when it is timed."""
+    command = [sys.executable, __file__, *arguments, "--part"]
+    children = [subprocess.Popen([*command, f"{i}/{jobs}"]) for i in range(jobs)]
+    deadline = Deadline(minutes)
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline.left()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+
+
 def _cases(args: argparse.Namespace) -> list[Case]:
     if args.sizes:
         found = [Case(*map(int, size.split(",")), args.dtype, p) for size in args.sizes
@@ -315,6 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, nargs=2, default=(5, 100), metavar=("MIN", "MAX"))
     parser.add_argument("--dtype", choices=peers.DTYPES, default="bf16")
     parser.add_argument("--sizes", nargs="+", metavar="M,K,N,r", help="in place of the named ones")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
+    parser.add_argument("--part", metavar="I/N", help="compile a part of the candidates, no tuning")
     parser.add_argument("--merge", type=Path, nargs=2, metavar=("A", "B"), help="no tuning")
     args = parser.parse_args(arguments)
     if args.merge:
@@ -330,15 +360,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not INTERPRETED or args.out is None:
             parser.error("no GPU here: a trial needs TRITON_INTERPRET=1 and --out")
     device = torch.device("cuda" if gpu else "cpu")
+    # All of a weight first: most calls are of that kind.
+    todo = [(base, case) for base in OPS for case in _cases(args)]
+    if args.part:
+        run_part(args.part, todo, device)
+        return
     info = machine(gpu)
     name = info["gpu"] or "interpreter"
     deadline = Deadline(args.minutes)
     table = Table(args.out or tables.TUNED / tables.file_name(name), name, info)
     table.write()
     print(machine_line(info), flush=True)
-    cases = _cases(args)
-    # All of a weight first: most calls are of that kind.
-    todo = [(base, case) for base in OPS for case in cases]
+    if args.jobs > 1:
+        given = sys.argv[1:] if arguments is None else arguments
+        compile_ahead(given, args.jobs, args.minutes / 2)
     for base, case in tqdm(todo, desc="cases", file=sys.stdout, mininterval=1):
         if all(table.has(key_of(case, op)) for op in OPS[base]):
             continue

@@ -57,7 +57,7 @@ adapters.guards.append(adapters.Guard(_transformers.guard, _transformers.release
 _NEEDS_PEFT = ("fuse_peft", "register_fused_lora", "unfuse_peft")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _NEEDS_PEFT:
         from lora_kernels.integrations import peft
 

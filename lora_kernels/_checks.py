@@ -10,20 +10,22 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from lora_kernels._contract import ALSO, DIMENSIONS, DTYPES, NOT_GIVEN, READERS, Op
+from lora_kernels._contract import ALSO, DIMENSIONS, DTYPES, NOT_GIVEN, READERS, Args, Op
 
 ROWS, COLUMNS = 1 << 32, 1 << 35  # of the dropout mask
 
 
-def checker(op: Op) -> Callable[[Sequence], None]:
+def checker(op: Op) -> Callable[[Args], None]:
     """The check of an op's arguments: it raises ValueError (shape, device, value) or TypeError
     (dtype), naming the argument; all must fit the first."""
     names = op.arguments
     tensors = [(i, DIMENSIONS[key], key) for key, i in op.index.items() if key in DIMENSIONS]
-    values = itemgetter(*map(names.index, ("scaling", "dropout_p", "seed")))
+    values: Callable[[Args], tuple[float, float, Tensor | None]] = itemgetter(
+        *map(names.index, ("scaling", "dropout_p", "seed"))
+    )
     backward = op.is_backward
 
-    def check(args: Sequence) -> None:
+    def check(args: Args) -> None:
         sizes: dict[str, int] = {}
         leading = args[0]
         dtype, device = leading.dtype, leading.device
@@ -117,7 +119,7 @@ def _extent(matrix: Tensor) -> int:
     return ((rows - 1) * down + (columns - 1) * along + 1) * matrix.element_size()
 
 
-def _is_read(key: str, names: Sequence[str], args: Sequence) -> bool:
+def _is_read(key: str, names: Sequence[str], args: Args) -> bool:
     return key not in READERS or any(
         args[names.index(reader)] for reader in READERS[key] if reader in names
     )
@@ -164,7 +166,13 @@ def _check_values(
 def _check_place(dropout_p: float, seed: Tensor | None, rows: int, columns: int) -> None:
     """Rows and blocks of eight columns are counted in 32 bits. What other devices hold is not read,
     it would be waited for; nor are the values that stand for others while a graph is traced."""
-    if not dropout_p or seed.numel() != 3 or type(seed) is not Tensor or not seed.is_cpu:
+    if (
+        not dropout_p
+        or seed is None
+        or seed.numel() != 3
+        or type(seed) is not Tensor
+        or not seed.is_cpu
+    ):
         return
     _, row, column = seed.tolist()
     if not 0 <= row <= ROWS - rows:

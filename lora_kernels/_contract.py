@@ -6,6 +6,7 @@ schemas in docs/ops.md are compared with them by a test.
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ ASKED = {
     "s": ("save_s", "x"), "dx": ("need_x", "dy"), "dweight": ("need_weight", "weight"),
     "da": ("need_a", "lora_a"), "db": ("need_b", "lora_b"),
 }  # fmt: skip
+Args = Sequence[Any]  # of an op, in its order
 NOT_GIVEN = (0,)  # the shape of what is not given, not asked for
 # A dimension -> what is a sum over it: partial where the dimension is split.
 SUMS = {
@@ -58,12 +60,13 @@ class Op:
         self.name, self.arguments, self.returns = name, tuple(arguments), tuple(returns)
         self.leading = tuple(leading)
         self.index = {argument: i for i, argument in enumerate(arguments)}
-        self.branch: Callable[[Sequence], Branch] = _taker(Branch._make, self.index, Branch._fields)
+        self.branch = _branch(self.index)
         """The branch among the arguments."""
         self.has_weight = "weight" in self.index
         self.is_backward = arguments[0] == "dy"
         needs = [name for name in _NEED.values() if name in self.index]
-        self._flags = itemgetter(*(self.index[name] for name in needs)) if needs else None
+        if needs:
+            self._flags = itemgetter(*(self.index[name] for name in needs))
         tensors = [name for name in arguments if TYPES[name].startswith("Tensor")]
         self.tensors = tuple(self.index[name] for name in tensors)
         """The places of tensors, those that may be None too."""
@@ -87,29 +90,30 @@ class Op:
         results = ", ".join(f"{TYPES[name]} {name}" for name in self.returns)
         return f"{self.name}({given}) -> ({results})"
 
-    def base(self, args: Sequence) -> Base:
+    def base(self, args: Args) -> Base:
         """What the branch stands on."""
         if self.has_weight:
             bias = None if self.is_backward else args[self.index["bias"]]
             return Dense(args[self.index["weight"]], bias)
         return Given(None if self.is_backward else args[0])
 
-    def need(self, args: Sequence) -> Need:
+    def need(self, args: Args) -> Need:
         """The gradients that a backward op is asked for."""
         flags = self._flags(args)
         return Need(*flags) if self.has_weight else Need(flags[0], False, *flags[1:])
 
-    def sizes(self, args: Sequence) -> dict[str, int]:
+    def sizes(self, args: Args) -> dict[str, int]:
         """M, N, K and r, of arguments (or of their shapes) that fit together."""
         found: dict[str, int] = {}
         for name, i in self.index.items():
-            if name in DIMENSIONS and args[i] is not None:
-                shape = getattr(args[i], "shape", args[i])
+            arg = args[i]
+            if name in DIMENSIONS and arg is not None:
+                shape: Any = getattr(arg, "shape", arg)
                 if len(shape) == len(DIMENSIONS[name]):
                     found.update(zip(DIMENSIONS[name], shape, strict=True))
         return found
 
-    def given(self, args: Sequence) -> Sequence:
+    def given(self, args: Args) -> Args:
         """Arguments with tensors of size 0 for those that nothing reads and that may be None in
         calls within the library."""
         unread = [self.index[name] for name in READERS if name in self.index]
@@ -120,16 +124,18 @@ class Op:
             for i, a in enumerate(args)
         ]
 
-    def filled(self, args: Sequence, results: Sequence | None) -> tuple[Tensor, ...] | None:
+    def filled(
+        self, args: Args, results: Sequence[Tensor | None] | None
+    ) -> tuple[Tensor, ...] | None:
         """Results with tensors of size 0 for what is not asked for."""
-        if self.writes:
+        if results is None:
             return None
         return tuple(
             args[like].new_empty(NOT_GIVEN) if value is None else value
             for value, like in zip(results, self.likes, strict=True)
         )
 
-    def fake(self, args: Sequence) -> tuple[Tensor, ...] | None:
+    def fake(self, args: Args) -> tuple[Tensor, ...] | None:
         """Results without values."""
         if self.writes:
             return None
@@ -142,9 +148,9 @@ class Op:
         return tuple(results)
 
 
-def _taker(make: Callable, index: dict[str, int], names: Sequence[str]) -> Callable:
-    take = itemgetter(*(index[name] for name in names))
-    return lambda args: make(take(args))
+def _branch(index: dict[str, int]) -> Callable[[Args], Branch]:
+    take = itemgetter(*(index[name] for name in Branch._fields))
+    return lambda args: Branch._make(take(args))
 
 
 _ADAPTER = Branch._fields[:2]
@@ -167,7 +173,7 @@ OPS = {
         Op(
             "lora_linear_backward",
             ("dy", "x", "weight", *_ADAPTER, "s", *_BRANCH, *_NEED.values()),
-            _GRADIENTS.values(),
+            tuple(_GRADIENTS.values()),
             leading=("weight", "dy", "x"),
         ),
         Op(

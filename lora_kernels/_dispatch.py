@@ -7,9 +7,10 @@ torch.func's transforms of a gradient (grad, vjp, jacrev) are refused there by t
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ from torch.autograd import forward_ad, profiler
 from torch.autograd.graph import increment_version
 
 from lora_kernels import _env
-from lora_kernels._contract import OPS, Op
+from lora_kernels._contract import OPS, Args, Op
+
+if TYPE_CHECKING:
+    from torch._C import DispatchKeySet
+    from torch._ops import OpOverload
 
 try:
     from torch._C import (
@@ -39,11 +44,15 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 LIBRARY = torch.library.Library("lora_kernels", "DEF")
 for _op in OPS.values():
     LIBRARY.define(_op.schema, tags=_TAGS)
-_OVERLOADS = {name: getattr(torch.ops.lora_kernels, name).default for name in OPS}
+_OVERLOADS: "dict[str, OpOverload]" = {
+    name: getattr(torch.ops.lora_kernels, name).default for name in OPS
+}
 
 # Of arguments that fit together: an op's results, None where one is not asked for.
-Check = Callable[[Sequence], None]
-Compute = Callable[[Sequence], Sequence[Tensor | None] | None]
+Results = Sequence[Tensor | None]
+Check = Callable[[Args], None]
+Compute = Callable[[Args], Results | None]
+Fake = Callable[[Args], tuple[Tensor, ...] | None]
 # What an autograd formula is: save(ctx, args, output), and gradients(ctx, needs, *d_outputs), which
 # gives one for every argument; needs says for which one is asked.
 Save = Callable[..., None]
@@ -60,7 +69,7 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, float, int, bool, type(Non
 def register_kernel(op: Op, check: Check, compute: Compute) -> None:
     """What the op computes below autograd, on every device."""
 
-    def run(*args):
+    def run(*args: Any) -> tuple[Tensor, ...] | None:
         refuse_forward_mode(args)
         check(args)
         return op.filled(args, compute(args))
@@ -69,17 +78,17 @@ def register_kernel(op: Op, check: Check, compute: Compute) -> None:
     _computes[op.name] = compute
 
 
-def register_fake(op: Op, fake: Callable) -> None:
+def register_fake(op: Op, fake: Fake) -> None:
     """Results without values, from arguments that are checked as a kernel's are."""
 
-    def run(*args):
+    def run(*args: Any) -> tuple[Tensor, ...] | None:
         refuse_forward_mode(args)
         return fake(args)
 
     torch.library.register_fake(f"lora_kernels::{op.name}", run, lib=LIBRARY)
 
 
-def refuse_forward_mode(args: Iterable) -> None:
+def refuse_forward_mode(args: Args) -> None:
     """Below autograd a tangent would be dropped without a word; torch.func.jvp drops its own before
     the kernel, so autograd's part of the op asks too."""
     if getattr(forward_ad, "_current_level", 0) < 0:
@@ -99,12 +108,12 @@ def register_autograd(op: Op, save: Save, gradients: Gradients) -> None:
 
 
 def _register_public(op: Op, save: Save, gradients: Gradients) -> None:
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Args, output: Sequence[Tensor]) -> None:
         save(ctx, inputs, output)
         if not op.is_backward:
             ctx.mark_non_differentiable(*output[1:])
 
-    def backward(ctx, *d_outputs):
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradients(ctx, ctx.needs_input_grad, *d_outputs)
 
     torch.library.register_autograd(
@@ -119,7 +128,7 @@ def _register_private(op: Op, save: Save, gradients: Gradients) -> None:
         """keyset is None where `call` applies it, which takes y alone."""
 
         @staticmethod
-        def forward(ctx, keyset, *args):
+        def forward(ctx: Any, keyset: "DispatchKeySet | None", *args: Any) -> Any:
             output = _below(op, args) if keyset is None else _redispatch(overload, keyset, args)
             save(ctx, args, output)
             if keyset is None:
@@ -129,29 +138,29 @@ def _register_private(op: Op, save: Save, gradients: Gradients) -> None:
             return output
 
         @staticmethod
-        def backward(ctx, *d_outputs):
+        def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
             return (None, *gradients(ctx, ctx.needs_input_grad[1:], *d_outputs))
 
     single_level = _single_level(Function)
 
-    def dispatch(keyset, *args):
+    def dispatch(keyset: "DispatchKeySet", *args: Any) -> Any:
         refuse_forward_mode(args)
         if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
             return _redispatch(overload, keyset, args)
         if _are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return single_level.apply(keyset, *args)
-        return Function.apply(keyset, *args)
+        return Function.apply(keyset, *args)  # type: ignore[no-untyped-call]  # torch's own
 
     LIBRARY.impl(op.name, dispatch, "Autograd", with_keyset=True)
     _functions[op.name] = Function
 
 
-def _single_level(function: type[torch.autograd.Function]) -> type:
+def _single_level(function: type[torch.autograd.Function]) -> Any:
     """The function as one level of torch.func.grad sees it: within the op's autograd kernel the
     transforms have come down to that level, so nothing is left for Function.apply to arrange."""
 
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args: Any) -> Any:
         # For the levels below, which have graphs and tangents of their own.
         with torch.enable_grad(), _set_fwd_grad_enabled(True):
             return function.forward(ctx, *args)
@@ -165,7 +174,7 @@ def _serve_dtensors() -> None:
     import_module("lora_kernels.rules.dtensor").register(LIBRARY)
 
 
-def _redispatch(overload: Callable, keyset, args: tuple):
+def _redispatch(overload: "OpOverload", keyset: "DispatchKeySet", args: Args) -> Any:
     """The op past its autograd kernel, which the dispatcher has called."""
     if "torch.distributed.tensor" in sys.modules:
         _serve_dtensors()
@@ -176,25 +185,28 @@ def _redispatch(overload: Callable, keyset, args: tuple):
 # --------------------------------------------------------------------------------------- calls down
 
 
-def call(name: str, *args) -> Tensor:
+def call(name: str, *args: Any) -> Tensor:
     """The op's y, as `functional` calls it, with arguments that it has checked; save_s is the last.
     Where nothing above autograd listens (torch.compile, torch.func, __torch_function__), the op's
     autograd kernel is passed over."""
     op = OPS[name]
     if not PRIVATE:
-        return _overload(op, args)[0]
+        return _overload(op, args)[0]  # type: ignore[return-value]  # y is always there
     if _are_functorch_transforms_active():
         # Whether a gradient will be asked for is known only at the level that asks.
-        return _OVERLOADS[name](*args[:-1], True)[0]
+        y: Tensor = _OVERLOADS[name](*args[:-1], True)[0]
+        return y
     if torch.compiler.is_compiling() or torch.overrides.has_torch_function(args[:4]):
-        return _OVERLOADS[name](*args)[0]
+        y = _OVERLOADS[name](*args)[0]
+        return y
     refuse_forward_mode(args)
     if torch.is_grad_enabled() and _any_requires_grad(*args):
-        return _functions[name].apply(None, *args)
-    return _below(op, args)[0]
+        y = _functions[name].apply(None, *args)
+        return y
+    return _below(op, args)[0]  # type: ignore[return-value]  # y is always there
 
 
-def call_in_place(name: str, *args) -> None:
+def call_in_place(name: str, *args: Any) -> None:
     """An op that writes its first argument, with arguments that have been checked."""
     if PRIVATE and not torch.compiler.is_compiling() and _is_unseen(args):
         with _AutoDispatchBelowAutograd():
@@ -205,7 +217,7 @@ def call_in_place(name: str, *args) -> None:
         _overload(OPS[name], args)
 
 
-def call_backward(name: str, *args) -> Sequence[Tensor | None]:
+def call_backward(name: str, *args: Any) -> Results:
     """A backward op, from arguments that a forward has seen: x and s may be None where they are not
     read. Without create_graph it goes past its own autograd kernel."""
     op = OPS[name]
@@ -214,14 +226,16 @@ def call_backward(name: str, *args) -> Sequence[Tensor | None]:
     return _below(op, args)
 
 
-def _below(op: Op, args: tuple) -> Sequence[Tensor | None]:
+def _below(op: Op, args: Args) -> Results:
     """The op below autograd, called by this library: where nobody there would see it, without the
     dispatcher, a third of a small call's time, and without a second check."""
     with _AutoDispatchBelowAutograd():
-        return _computes[op.name](args) if _is_unseen(args) else _overload(op, args)
+        if not _is_unseen(args):
+            return _overload(op, args)
+        return _computes[op.name](args)  # type: ignore[return-value]  # None where it writes
 
 
-def _is_unseen(args: tuple) -> bool:
+def _is_unseen(args: Args) -> bool:
     """Whether no mode, transform, profiler or tensor subclass is there to see the op, and the
     arguments have values."""
     return (
@@ -233,8 +247,9 @@ def _is_unseen(args: tuple) -> bool:
     )
 
 
-def _overload(op: Op, args: tuple) -> Sequence[Tensor | None]:
+def _overload(op: Op, args: Args) -> Results:
     """The op through the dispatcher."""
     if "torch.distributed.tensor" in sys.modules and not torch.compiler.is_compiling():
         _serve_dtensors()
-    return _OVERLOADS[op.name](*op.given(args))
+    results: Results = _OVERLOADS[op.name](*op.given(args))
+    return results

@@ -2,8 +2,6 @@
 
 import os
 
-BACKENDS = ("reference", "native", "triton")
-
 
 def _text(name: str) -> str | None:
     return os.environ.get(name, "").strip().lower() or None
@@ -16,14 +14,14 @@ def _choice(name: str, legal: tuple[str, ...]) -> str | None:
     return value
 
 
-# Forces one backend for every op; a call it cannot serve raises.
-BACKEND = _choice("LORA_KERNELS_BACKEND", BACKENDS)
+# Forces one backend for every op; a call it cannot serve raises. backends checks the name.
+BACKEND = _text("LORA_KERNELS_BACKEND")
 
 # Forces one plan of CUDA calls, and with it that backend; backends/cuda/choice.py checks the name.
 PLAN = _text("LORA_KERNELS_PLAN")
-if PLAN is not None and BACKEND not in (None, "triton"):
+if PLAN is not None and BACKEND not in (None, "cuda", "triton"):
     raise ValueError(
-        f"LORA_KERNELS_PLAN={PLAN} forces a plan of the triton backend,"
+        f"LORA_KERNELS_PLAN={PLAN} forces a plan of the cuda backend,"
         f" but LORA_KERNELS_BACKEND={BACKEND}"
     )
 

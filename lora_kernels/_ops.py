@@ -11,30 +11,35 @@ asked for: save_s is decided above autograd, where that is known.
     ds = scaling * dy B            dx = dy W + drop'(ds A)       dA = ds^T drop(x)    dB = dy^T s
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from lora_kernels import _checks, _dispatch, backends
-from lora_kernels._contract import OPS, Op
+from lora_kernels._contract import OPS, Args, Op
 from lora_kernels.rules import flops, vmap
 
 # ------------------------------------------------------------------------------------------ kernels
 
 
-def _forward(op: Op, args: Sequence) -> tuple:
+def _forward(op: Op, args: Args) -> _dispatch.Results:
     base, x, branch = op.base(args), args[op.index["x"]], op.branch(args)
-    return backends.serving(base, x, branch).forward(base, x, branch, args[-1])
+    results: _dispatch.Results = backends.serving(base, x, branch).forward(
+        base, x, branch, args[-1]
+    )
+    return results
 
 
-def _add_(op: Op, args: Sequence) -> None:
+def _add_(op: Op, args: Args) -> None:
     base_out, x = args[:2]
     _checks.check_written(base_out, x)
     branch = op.branch(args)
     backends.serving(op.base(args), x, branch).add_(base_out, x, branch)
 
 
-def _backward(op: Op, args: Sequence) -> tuple:
+def _backward(op: Op, args: Args) -> _dispatch.Results:
     base, (dy, x), branch = op.base(args), args[:2], op.branch(args)
     backend = backends.serving(base, dy, branch)
     gradients = backend.backward(base, dy, x, args[op.index["s"]], branch, op.need(args))
@@ -44,7 +49,7 @@ def _backward(op: Op, args: Sequence) -> tuple:
 def _compute(op: Op) -> _dispatch.Compute:
     compute = _add_ if op.writes else _backward if op.is_backward else _forward
 
-    def run(args: Sequence):
+    def run(args: Args) -> _dispatch.Results | None:
         device = args[0].device.type
         if torch.is_autocast_enabled(device):
             # Dtypes are settled above the op; ATen calls inside it must not be cast again.
@@ -55,10 +60,10 @@ def _compute(op: Op) -> _dispatch.Compute:
     return run
 
 
-def _fake(op: Op) -> Callable:
+def _fake(op: Op) -> _dispatch.Fake:
     check = _checks.checker(op)
 
-    def run(args: tuple):
+    def run(args: Args) -> tuple[Tensor, ...] | None:
         check(args)
         return op.fake(args)
 
@@ -76,7 +81,7 @@ def _formula(op: Op) -> tuple[_dispatch.Save, _dispatch.Gradients]:
     readers = [index[name] for name in ("weight", "lora_a") if name in index]  # of x
     bias, base_out = index.get("bias"), index.get("base_out")
 
-    def save(ctx, args, output):
+    def save(ctx: Any, args: Args, output: _dispatch.Results) -> None:
         branch = op.branch(args)
         if branch.lora_b.requires_grad and not args[-1]:
             raise RuntimeError("lora_kernels: lora_b requires grad, which needs save_s=True")
@@ -85,13 +90,16 @@ def _formula(op: Op) -> tuple[_dispatch.Save, _dispatch.Gradients]:
         weight = args[index["weight"]] if op.has_weight else None
         ctx.save_for_backward(x, weight, branch.lora_a, branch.lora_b, output[1], branch.seed)
         ctx.scaling, ctx.dropout_p = branch.scaling, branch.dropout_p
-        biased = bias is not None and args[bias] is not None
-        ctx.bias_dtype = args[bias].dtype if biased else None
+        given = None if bias is None else args[bias]
+        ctx.bias_dtype = None if given is None else given.dtype
 
-    def gradients(ctx, needs, dy, *_):
+    def gradients(
+        ctx: Any, needs: Sequence[bool], dy: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if dy is None:
             return nothing
-        found, need = list(nothing), [needs[i] for i in wanted]
+        found: list[Tensor | None] = list(nothing)
+        need = [needs[i] for i in wanted]
         if any(need):
             x, weight, a, b, s, seed = ctx.saved_tensors
             results = _dispatch.call_backward(
@@ -109,7 +117,7 @@ def _formula(op: Op) -> tuple[_dispatch.Save, _dispatch.Gradients]:
     return save, gradients
 
 
-def _refuse_double_backward(ctx, needs, *d_outputs):
+def _refuse_double_backward(ctx: Any, needs: Sequence[bool], *d_outputs: Tensor | None) -> NoReturn:
     """A backward op without a formula of its own would differentiate to silent zeros."""
     raise NotImplementedError("lora_kernels: double backward is not supported")
 

@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 120 else text[:120] + "..."
 
 
-def parse_json(text: bytes | str, what: str) -> dict:
+def parse_json(text: bytes | str, what: str) -> dict[str, Any]:
     """A JSON object; a byte-order mark is passed over."""
     try:
         if isinstance(text, bytes):
@@ -60,7 +61,7 @@ def parse_json(text: bytes | str, what: str) -> dict:
     return value
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     file, size = open_regular(path)
     with file:
         if size > _LARGEST_JSON:
@@ -74,7 +75,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for key, tensor in sorted(tensors.items()):
         found.update(f"{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode(errors="replace"))
         if tensor.numel():
-            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -12,7 +12,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_kernels import names
 from lora_kernels.bypass import update_fast_paths
 from lora_kernels.nn import LoRALayer
-from lora_kernels.nn.tensors import FACTORS, PISSA, note_frozen, thaw
+from lora_kernels.nn.tensors import PISSA, note_frozen, thaw
 from lora_kernels.offloading import OFFLOADED, is_offloaded, present
 from lora_kernels.sharding import is_sharded
 
@@ -56,13 +56,15 @@ class Saved(NamedTuple):
 
     @property
     def base(self) -> Tensor:
-        buffer = self.module._buffers[_BASE + self.attribute]
-        return self.tensor.detach() if self.swapped else buffer
+        return self.tensor.detach() if self.swapped else self._other
 
     @property
     def trained(self) -> Tensor:
-        buffer = self.module._buffers[_BASE + self.attribute]
-        return buffer if self.swapped else self.tensor.detach()
+        return self._other if self.swapped else self.tensor.detach()
+
+    @property
+    def _other(self) -> Tensor:
+        return self.module.get_buffer(_BASE + self.attribute)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
@@ -91,7 +93,8 @@ def saved_of(name: str, module: nn.Module) -> Iterator[Saved]:
 def saved_modules(model: nn.Module) -> list[str]:
     """The names of the outermost modules that are trained in full, as PEFT takes them: it wraps
     no lists and dictionaries of modules."""
-    found, inside = [], set()
+    found: list[str] = []
+    inside: set[nn.Module] = set()
     for name, module in names.named_modules(model):
         if module in inside or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
@@ -143,11 +146,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Pruned or parametrized factors are given as they act, for layers that are not.
     """
-    state, saved = {}, {}
+    state: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
     for _, name, module in names.keyed_modules(model):
         if isinstance(module, LoRALayer):
             with present(module):
-                tensors = {key: module.factor(key) for key in FACTORS}
+                tensors = {key: module.factor(key) for key in module.adapter_parameters}
             tensors |= {key: getattr(module, key) for key in PISSA}
             found = {names.join(name, k): t.detach() for k, t in tensors.items() if t is not None}
             state |= found
@@ -235,7 +239,7 @@ class Before:
             parameter.requires_grad_(flag)
 
 
-def _contents(module: nn.Module) -> dict[str, dict | set | list]:
+def _contents(module: nn.Module) -> dict[str, dict[str, Any] | set[Any] | list[Any]]:
     """Copies of a module's registries, parameters, buffers, submodules, hooks, and of its own."""
     held = vars(module).items()
     return {k: copy.copy(v) for k, v in held if type(v) in (dict, set, list, OrderedDict)}
@@ -293,7 +297,7 @@ def swap_saved(tensors: list[Saved]) -> None:
             continue
         if saved.tensor not in replaced:
             replaced[saved.tensor] = saved.tensor.data, copy.copy(saved.tensor)
-            saved.tensor.data = buffers[name]
+            saved.tensor.data = saved.module.get_buffer(name)
         buffers[name], trained = replaced[saved.tensor]
         if saved.swapped:
             _end_swap(saved)
@@ -310,7 +314,7 @@ def _end_swap(saved: Saved) -> None:
         held.pop("__getstate__", None)
 
 
-def _state_of_copy(module: nn.Module) -> dict[str, object]:
+def _state_of_copy(module: nn.Module) -> dict[str, Any]:
     """What a copy or pickle gets of a module whose trained and original values have changed
     places. Tied parameters stay one: all modules hold the same stand-in."""
     state = {k: v for k, v in vars(module).items() if k not in (_SWAPPED, "__getstate__")}
@@ -335,7 +339,7 @@ def _guard_embeddings(model: nn.Module) -> None:
                 setattr(module, method, functools.partial(_replace, module, method))
 
 
-def _replace(module: nn.Module, method: str, *args, **kwargs) -> object:
+def _replace(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> object:
     resizes = method == "resize_token_embeddings"
     for kind in ("input", "output"):
         if not resizes and kind not in method:
@@ -355,7 +359,7 @@ def _replace(module: nn.Module, method: str, *args, **kwargs) -> object:
 
 
 def _keeps_size(
-    old: nn.Module,
+    old: nn.Embedding | nn.Linear,
     new_num_tokens: int | None = None,
     pad_to_multiple_of: int | None = None,
     mean_resizing: bool = True,

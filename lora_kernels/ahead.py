@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True
     return calls
 
 
-def _signature(layer: LoRALayer) -> tuple:
+def _signature(layer: LoRALayer) -> tuple[Any, ...]:
     """What kernels depend on."""
     weight, bias = layer.matrix, layer.bias is not None
     tensors = [
@@ -66,12 +67,11 @@ def _call(layer: LoRALayer, rows: int, backward: bool) -> int:
     """One call for inference and one for training; returns their number."""
     bias = None if layer.bias is None else layer.bias.detach()
     x = layer.weight.new_zeros(rows, layer.in_features)
-    tensors = [t.detach() for t in (x, layer.matrix, layer.lora_A, layer.lora_B)]
+    weight, a, b = (t.detach() for t in (layer.matrix, layer.lora_A, layer.lora_B))
     with torch.no_grad():
-        y = lora_linear(*tensors, bias, scaling=layer.scaling)
+        y = lora_linear(x, weight, a, b, bias, scaling=layer.scaling)
     if not backward:
         return 1
-    x, weight, a, b = tensors
     leaves = [t.requires_grad_() for t in (x, a, b)]
     with torch.enable_grad():
         y = lora_linear(

@@ -1,12 +1,19 @@
 """Which layers of others can carry an adapter, and why not."""
 
 from collections.abc import Container, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+    from typing_extensions import TypeIs
+
+    Linear = nn.Linear | Conv1D
 
 # What a base may hold; beside the first two adapters are fp32 by default, or most steps round away.
 HALVES = (torch.float16, torch.bfloat16)
@@ -18,7 +25,7 @@ _HOOKS = (
 )  # fmt: skip
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> "TypeIs[Conv1D]":
     """Whether it is Transformers' Conv1D, a linear layer whose weight is [in, out]."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
@@ -26,12 +33,15 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer, with an adapter or without."""
+    linear: Any = module  # of several classes that have nothing in common but these
     if is_conv1d(module):
-        return module.nx, module.nf
-    return module.in_features, module.out_features
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
 
 
-def stores(module: nn.Module) -> tuple[dict, dict, dict, dict]:
+def stores(
+    module: nn.Module,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Where a module's attributes live."""
     return module._parameters, module._buffers, module._modules, module.__dict__
 
@@ -50,10 +60,11 @@ def objection(module: nn.Module, reserved: Container[str]) -> str | None:
     return f"its weight is empty, {shape}" if 0 in shape else None
 
 
-def refusal(linear: nn.Module, reserved: Container[str]) -> str | None:
+def refusal(linear: "Linear", reserved: Container[str]) -> str | None:
     """Why a linear layer cannot be replaced without changing what it does; None if it can."""
     if is_parametrized(linear):
-        return f"has parametrizations on {', '.join(linear.parametrizations)}; remove them first"
+        names = (n for n, _ in linear.get_submodule("parametrizations").named_children())
+        return f"has parametrizations on {', '.join(names)}; remove them first"
     if (reason := computed(linear, ("weight", "bias"))) is not None:
         return reason
     weight = linear.weight

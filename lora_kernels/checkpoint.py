@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_adapter(
-    model: nn.Module, directory: str | os.PathLike, *, base_model: str | None = None
+    model: nn.Module, directory: str | os.PathLike[str], *, base_model: str | None = None
 ) -> None:
     """Writes the adapter of a model in PEFT's format; PEFT's `PeftModel.from_pretrained` reads it.
 
@@ -83,7 +84,7 @@ def _warn_of_unsaved(model: nn.Module) -> None:
 def write_files(
     model: nn.Module,
     directory: Path,
-    factors: dict[str, Sequence[Tensor]],
+    factors: Mapping[str, Sequence[Tensor]],
     base_model: str | None,
     given: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -126,7 +127,7 @@ def write_files(
     })  # fmt: skip
 
 
-def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> dict:
+def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> dict[str, Any]:
     """PEFT's LoraConfig as JSON; layers that differ from the first go to rank_pattern,
     alpha_pattern."""
     layers = {name: layer for name, layer in lora_layers(model) if name in ranks}
@@ -142,7 +143,8 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
         stored = rslora or (
             layer.alpha is not None and not layer.use_rslora and ranks[name] == layer.rank
         )
-        value = layer.alpha if stored else layer.scaling * ranks[name]
+        own = layer.alpha if stored else None
+        value = layer.scaling * ranks[name] if own is None else own
         return int(value) if value == int(value) else value
 
     as_parameters = peft_targets.taken_for_experts(model, layers)
@@ -179,7 +181,9 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, directory: str | os.PathLike, *, strict: bool = False) -> None:
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = False
+) -> None:
     """Reads an adapter's files into a model: into its LoRA layers, or into a model that has none
     yet.
 
@@ -240,29 +244,32 @@ def _load(
             f" {past[modules[idle[0]]]}; check_adapters(model, ...) with a batch tells",
             stacklevel=4,
         )
-    layers, values = {}, {}
+    layers: dict[nn.Module, LoRALayer] = {}
+    values = {}
     for name, (A, B) in pairs.items():
         rank, alpha, use_rslora = config.layer(name)
         _check_pair(name, modules[name], A, B, rank, config.origin)
-        layer = modules[name]
+        base = modules[name]
         if name in present:
+            layer = present[name]
             _check_present(name, layer, A)
             before.keep(layer.lora_A)
             before.keep(layer.lora_B)
         else:
-            layers[layer] = layer_class(layer)._prepare(
-                layer, rank, None, 0.0, use_rslora, None, "kaiming"
+            layer = layers[base] = layer_class(base)._prepare(
+                base, rank, None, 0.0, use_rslora, None, "kaiming"
             )
-        values[name] = (layer, A, B, alpha, use_rslora)
+        values[name] = (base, A, B, alpha, use_rslora)
 
     if layers or saved_modules:
         adapters.attach(model, layers, saved_modules, before.trainable)
     adapters.guard(model)
-    for layer, A, B, alpha, use_rslora in values.values():
-        copy_whole(layer.lora_A, A)
-        copy_whole(layer.lora_B, B)
-        layer.alpha, layer.use_rslora = alpha, use_rslora
-        layer.dropout = config.dropout
+    for module, A, B, alpha, use_rslora in values.values():
+        assert isinstance(module, LoRALayer)  # since it was attached
+        copy_whole(module.lora_A, A)
+        copy_whole(module.lora_B, B)
+        module.alpha, module.use_rslora = alpha, use_rslora
+        module.dropout = config.dropout
     for name, tensor in saved.items():
         owner, _, attribute = name.rpartition(".")
         target = getattr(modules[owner], attribute)
@@ -437,8 +444,8 @@ def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
     key = f"{PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")
-    if (reason := layer.why_fixed()) is not None:
-        raise ValueError(f"{key}: cannot go to {name}: {reason}")
+    if (reason := layer.why_fixed() or layer.why_not_two()) is not None:
+        raise ValueError(f"{key}: cannot go to {name}: {reason}; remove_lora(model) first")
     if layer.pissa_A is not None:
         raise ValueError(
             f"{key}: {name} was started with PiSSA and no longer holds its original base;"

@@ -3,9 +3,9 @@
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_kernels import adapters, names, options, targets
 from lora_kernels.adapters import lora_parameters
 from lora_kernels.bypass import unregistered_linears
-from lora_kernels.nn import layer_class
+from lora_kernels.nn import LoRALayer, layer_class
 from lora_kernels.nn.pissa import Init
 from lora_kernels.sharding import is_sharded
 from lora_kernels.targets import Names
@@ -59,8 +59,9 @@ class LoraReport:
             f" adapter {self.adapter_bytes / 2**20:.2f} MiB",
         ]
         if self.shared:
-            places = (" = ".join((name, *others)) for name, others in self.shared.items())
-            lines.insert(1, f"one adapter for all its places: {targets.summary(places, limit=8)}")
+            places = [" = ".join((name, *others)) for name, others in self.shared.items()]
+            shown = targets.summary(places, limit=8, fold=False)
+            lines.insert(1, f"one adapter in several places: {shown}")
         heads = set(self.new_heads)
         for what, in_full in (
             (_IN_FULL, [name for name in self.saved if name not in heads]),
@@ -135,7 +136,7 @@ def apply_lora(
     """
     options.refuse_unknown(unknown)
     names.require_module(model)
-    chosen = {
+    chosen: dict[str, Any] = {
         "alpha": alpha,
         "dropout": dropout,
         "target_modules": target_modules,
@@ -148,22 +149,24 @@ def apply_lora(
     }
     if rank is None:
         raise TypeError("apply_lora: rank is missing, apply_lora(model, 8)")
-    if hasattr(rank, "peft_type"):
-        beside = [n for n, value in chosen.items() if value != apply_lora.__kwdefaults__[n]]
+    if options.is_config(rank):
+        defaults = apply_lora.__kwdefaults__ or {}
+        beside = [n for n, value in chosen.items() if value != defaults[n]]
         if beside:
             raise TypeError(f"apply_lora: {beside[0]} is given beside a LoraConfig; set it there")
-        modules = [name for name, _ in names.named_modules(model)]
+        modules = [name for name, _ in names.named_modules(model, remove_duplicate=False)]
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         chosen = options.from_peft(rank, modules, model_type)
-        rank = chosen.pop("rank")
-    return _apply(model, rank, adapter_dtype, **chosen)
+    else:
+        chosen["rank"] = rank
+    return _apply(model, adapter_dtype, **chosen)
 
 
 def _apply(
     model: nn.Module,
-    rank: int,
     adapter_dtype: torch.dtype | None,
     *,
+    rank: int,
     alpha: float | None,
     dropout: float,
     target_modules: Names,
@@ -201,7 +204,7 @@ def _apply(
     ranks = options.of_layers("rank_pattern", rank_pattern, all_of, rank, options.check_rank)
     alphas = options.of_layers("alpha_pattern", alpha_pattern, all_of, alpha, options.check_alpha)
     if init == "pissa":
-        require_untied(model, list(found.values()), "init='pissa'")
+        require_untied(model, found.values(), "init='pissa'")
         for name, linear in found.items():
             if ranks[name] > min(linear.weight.shape):
                 raise ValueError(
@@ -209,15 +212,15 @@ def _apply(
                     f" got {ranks[name]}"
                 )
     with adapters.all_or_nothing(model) as before:
-        layers = {
+        layers: dict[nn.Module, LoRALayer] = {
             linear: layer_class(linear)._prepare(
                 linear, ranks[name], alphas[name], dropout, use_rslora, adapter_dtype, init
             )
             for name, linear in found.items()
         }
-        for linear, layer in layers.items():
+        for layer in layers.values():
             if init == "pissa":
-                before.keep(linear.weight)
+                before.keep(layer.weight)
                 layer._take_pissa()
         left_out = targets.others(model, in_full)
         base = sum(p.numel() for p in model.parameters())
@@ -245,7 +248,7 @@ def _apply(
         )
 
 
-def require_untied(model: nn.Module, layers: list[nn.Module], what: str) -> None:
+def require_untied(model: nn.Module, layers: Iterable["targets.Linear"], what: str) -> None:
     owners = targets.owners(model, beside=True)
     for layer in layers:
         shared = owners[layer.weight]
@@ -276,7 +279,7 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
     refuse("merge_lora", {n: layer.why_unmergeable(keep_base) for n, layer in layers.items()})
     if not keep_base:
         adapters.require_loaded(model, layers=False)
-    require_untied(model, list(layers.values()), "merge_lora")
+    require_untied(model, layers.values(), "merge_lora")
     done: list[str] = []
     try:
         for name, layer in layers.items():

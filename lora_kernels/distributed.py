@@ -8,30 +8,23 @@ lora_A (colwise) in every call. Dropout masks go by global rows and columns: whe
 mesh draw the same seeds (`torch.manual_seed`), the result is that of one process.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
 from lora_kernels.nn import FusedLoRALinear
-from lora_kernels.nn.tensors import DIMENSIONS
 
 __all__ = ["ColwiseParallelLoRA", "RowwiseParallelLoRA"]
 
 
-def _split(letter: str) -> dict[str, Placement]:
-    """The placement of every tensor of a layer whose dimension of this letter is split."""
-    return {
-        name: Shard(dimensions.index(letter)) if letter in dimensions else Replicate()
-        for name, dimensions in DIMENSIONS.items()
-    }
-
-
-class _ParallelLoRA:
-    _layouts: ClassVar[dict[str, Placement]]
+class _ParallelLoRA(ParallelStyle):
+    # Of `LayerTensors.dimensions`: what is split.
+    _letter: ClassVar[str]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style = type(self).__name__
@@ -40,8 +33,8 @@ class _ParallelLoRA:
                 f"{style}: expected a FusedLoRALinear, got {type(module).__name__}; call"
                 " apply_lora before parallelize_module"
             )
-        for name, tensor in self._tensors(module):
-            expected = (self._layouts[name],)
+        for name, tensor, placement in self._tensors(module):
+            expected = (placement,)
             if not isinstance(tensor, DTensor):
                 continue
             if tensor.device_mesh != device_mesh or tensor.placements != expected:
@@ -50,18 +43,28 @@ class _ParallelLoRA:
                     f" {tensor.device_mesh}; expected a plain tensor or {expected} on"
                     f" {device_mesh}: redistribute it, or parallelize before fully_shard"
                 )
-        return super()._apply(module, device_mesh)
+        return super()._apply(module, device_mesh)  # type: ignore[safe-super]  # of another base
 
-    def _tensors(self, module: FusedLoRALinear):
-        for name in self._layouts:
+    def _tensors(self, module: FusedLoRALinear) -> Iterator[tuple[str, Tensor, Placement]]:
+        """(name, tensor, placement)."""
+        for name, placement in self._layouts(module).items():
             tensor = getattr(module, name)
             if tensor is not None:
-                yield name, tensor
+                yield name, tensor, placement
+
+    @classmethod
+    def _layouts(cls, module: FusedLoRALinear | type[FusedLoRALinear]) -> dict[str, Placement]:
+        """The placement of every tensor that a layer may have."""
+        return {
+            name: Shard(dimensions.index(cls._letter)) if cls._letter in dimensions else Replicate()
+            for name, dimensions in module.dimensions().items()
+        }
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        for key, tensor in self._tensors(module):
-            value = distribute_tensor(
-                tensor, device_mesh, [self._layouts[key]], src_data_rank=self.src_data_rank
+        assert isinstance(module, FusedLoRALinear)  # `_apply` refuses others
+        for key, tensor, placement in self._tensors(module):
+            value: Tensor = distribute_tensor(
+                tensor, device_mesh, [placement], src_data_rank=self.src_data_rank
             )
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
@@ -79,7 +82,7 @@ class ColwiseParallelLoRA(_ParallelLoRA, ColwiseParallel):
             already. The module is unchanged then.
     """
 
-    _layouts = _split("N")
+    _letter = "N"
 
 
 class RowwiseParallelLoRA(_ParallelLoRA, RowwiseParallel):
@@ -93,4 +96,4 @@ class RowwiseParallelLoRA(_ParallelLoRA, RowwiseParallel):
             already. The module is unchanged then.
     """
 
-    _layouts = _split("K")
+    _letter = "K"

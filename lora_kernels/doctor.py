@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -85,7 +85,7 @@ def _tensors(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     )
 
 
-def _run(function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+def _run(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
     *inputs, dy = tensors
     inputs = [t.detach().requires_grad_() for t in inputs]
     y = function(*inputs)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows, where leftovers of killed saves stay
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # looked at before use
 
 _LEFTOVER = r"\.{}\.[0-9a-f]{{16}}\.saving"
 

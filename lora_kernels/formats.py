@@ -9,7 +9,7 @@ kohya:     one file, names begin with the component (lora_unet_, lora_te_), "_" 
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -90,17 +90,18 @@ def read(path: Path, model: nn.Module) -> Adapter:
     return Adapter(path / name, tensors, config)
 
 
-def _read_mlx(path: Path, entries: dict) -> Adapter:
+def _read_mlx(path: Path, entries: dict[str, Any]) -> Adapter:
     """y += scale (x lora_a) lora_b, with lora_a [K, r] and lora_b [r, N]."""
     with naming(path / CONFIG_NAME):
         kind, options = entries.get("fine_tune_type", "lora"), entries["lora_parameters"]
         if kind != "lora" or not isinstance(options, dict):
             raise ValueError(f"fine_tune_type = {shown(kind)} is not supported, only 'lora'")
-        scale = options.get("scale")
+        scale: object = options.get("scale")
         if not is_number(scale):
             raise ValueError(f"lora_parameters: scale: got {shown(scale)}, legal is a number")
     stored, _ = read_safetensors(path / _MLX_WEIGHTS)
-    tensors, ranks = {}, {}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
     with naming(path / _MLX_WEIGHTS):
         for key, tensor in stored.items():
             layer, _, part = key.rpartition(".lora_")
@@ -182,7 +183,7 @@ def _alpha(key: str, tensor: Tensor) -> float:
     return tensor.item()
 
 
-def _described(metadata: dict[str, str], component: str) -> dict | None:
+def _described(metadata: dict[str, str], component: str) -> dict[str, Any] | None:
     """PEFT's config of a component, as newer versions of Diffusers write it."""
     if _DIFFUSERS_METADATA not in metadata:
         return None
@@ -195,15 +196,15 @@ def _described(metadata: dict[str, str], component: str) -> dict | None:
     return {"peft_type": "LORA", **mine} if mine else None
 
 
-def _by_component(stored: dict[str, Tensor]) -> dict[str, dict[str, dict]]:
+def _by_component(stored: dict[str, Tensor]) -> dict[str, dict[str, dict[str, Any]]]:
     """component -> layer as the file writes it -> role -> (key, tensor)."""
-    parts: dict[str, dict[str, dict]] = {}
+    parts: dict[str, dict[str, dict[str, Any]]] = {}
     for key, tensor in stored.items():
         role, found = next(
             ((role, found) for role, form in _ROLES.items() if (found := form.fullmatch(key))),
             (None, None),
         )
-        if found is None:
+        if found is None or role is None:
             raise ValueError(
                 f"{key}: is no part of a LoRA adapter of PEFT, Diffusers or kohya; legal are"
                 " lora_A and lora_B, lora_down and lora_up, alpha"
@@ -222,7 +223,9 @@ def _by_component(stored: dict[str, Tensor]) -> dict[str, dict[str, dict]]:
     return parts
 
 
-def _resolve(component: str, layers: dict[str, dict], model: nn.Module) -> dict[str, dict]:
+def _resolve(
+    component: str, layers: dict[str, dict[str, Any]], model: nn.Module
+) -> dict[str, dict[str, Any]]:
     """The layers under the model's names; empty where none is the model's. ValueError where some
     alone are, or a name stands for two."""
     modules = [name for name, _ in names.named_modules(model) if name]

@@ -1,5 +1,6 @@
 """What other libraries call: checks, autocast and flattening around the ops of `_ops`."""
 
+from collections.abc import Mapping
 from numbers import Integral, Real
 
 import torch
@@ -64,7 +65,8 @@ def lora_linear(
                 x.values(), weight, lora_a, lora_b, bias,
                 scaling=scaling, dropout_p=dropout_p, seed=seed,
             )  # fmt: skip
-            return torch.nested.nested_tensor_from_jagged(y, x.offsets())
+            offsets: Tensor = x.offsets()  # type: ignore[attr-defined]  # of nested tensors alone
+            return torch.nested.nested_tensor_from_jagged(y, offsets)
         x, lora_a, lora_b = _check_linear(x, weight, lora_a, lora_b, bias)
     scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
@@ -145,13 +147,21 @@ def lora_add_(
     return result
 
 
-def _traced(x, lora_a, lora_b, scaling, dropout_p, seed) -> Tensor:
+def _traced(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    dropout_p: float,
+    seed: int | Tensor | None,
+) -> Tensor:
     """The branch for torch.jit.trace: torch's own calls, which it records for any number of rows
     and which run without this library."""
     if dropout_p and seed is not None:
         raise ValueError("seed: expected None under torch.jit.trace, which cannot keep the mask")
     dropped = F.dropout(x, dropout_p)
-    return scaling * F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype))
+    branch: Tensor = scaling * F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype))
+    return branch
 
 
 def _is_jagged(x: Tensor) -> bool:
@@ -164,7 +174,16 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _prepare_add(base_out, x, lora_a, lora_b, scaling, dropout_p, seed):
+def _prepare_add(
+    base_out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    dropout_p: float,
+    seed: int | Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float, Tensor | None]:
+    """The tensors as the op takes them; scaling, dropout_p and seed as numbers and a tensor."""
     if not _are_sound(x, lora_a, lora_b, base_out, None, linear=False):
         base_out, x, lora_a, lora_b = _check_add(base_out, x, lora_a, lora_b)
     scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
@@ -184,7 +203,9 @@ def _fold(scaling: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
 # -------------------------------------------------------- checks: rank, shape, dtype, device, value
 
 
-def _are_sound(x, lora_a, lora_b, base, bias, linear: bool) -> bool:
+def _are_sound(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor, bias: Tensor | None, linear: bool
+) -> bool:
     """Whether the tensors are such as they nearly always are, told at one look: a tenth of the time
     of the checks by name, which decide about all others."""
     if not isinstance(x, Tensor):
@@ -206,7 +227,9 @@ def _are_sound(x, lora_a, lora_b, base, bias, linear: bool) -> bool:
     return dtype in DTYPES and (x.is_meta or not torch.is_autocast_enabled(device.type))
 
 
-def _check_linear(x, weight, lora_a, lora_b, bias) -> tuple[Tensor, Tensor, Tensor]:
+def _check_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """x and the adapter as the op takes them."""
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
     _check_tensors(tensors)
@@ -224,11 +247,13 @@ def _check_linear(x, weight, lora_a, lora_b, bias) -> tuple[Tensor, Tensor, Tens
     # The op rounds a weight of another dtype at use, so autocast leaves no copy of it behind.
     x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
     _check_dtypes(x, lora_a, lora_b, {"weight": weight, "bias": bias}, autocast)
-    _check_devices(tensors)
+    _check_devices(x.device, tensors)
     return x, lora_a, lora_b
 
 
-def _check_add(base_out, x, lora_a, lora_b) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _check_add(
+    base_out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """base_out, x and the adapter as the op takes them."""
     tensors = {"base_out": base_out, "x": x, "lora_a": lora_a, "lora_b": lora_b}
     _check_tensors(tensors)
@@ -243,7 +268,7 @@ def _check_add(base_out, x, lora_a, lora_b) -> tuple[Tensor, Tensor, Tensor, Ten
     if autocast and base_out.is_floating_point() and base_out.dtype != torch.float64:
         base_out = base_out.to(x.dtype)
     _check_dtypes(x, lora_a, lora_b, {"base_out": base_out}, autocast=False)
-    _check_devices(tensors)
+    _check_devices(x.device, tensors)
     return base_out, x, lora_a, lora_b
 
 
@@ -251,7 +276,7 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -309,8 +334,7 @@ def _check_dtypes(
             raise TypeError(f"{name}: expected x's dtype {x.dtype} or float32, got {tensor.dtype}")
 
 
-def _check_devices(tensors: dict[str, Tensor | None]) -> None:
-    device = tensors["x"].device
+def _check_devices(device: torch.device, tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name}: expected x's device {device}, got {tensor.device}")

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from lora_kernels import adapters, names, targets
 from lora_kernels.convert import refuse, require_untied
 from lora_kernels.nn import LoRALayer
-from lora_kernels.nn.state import is_beside_the_base
 from lora_kernels.offloading import present
 from lora_kernels.sharding import whole
 
@@ -16,14 +15,20 @@ from lora_kernels.sharding import whole
 class _MergedStateDict(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module) -> None:
         self._owners: dict[str, tuple[nn.Module, str]] = {}
-        layer = None  # the name of the last one, followed by its parametrizations
+        # The last one, whose parametrizations follow it.
+        layer: LoRALayer | None = None
+        prefix = ""
         for name, module in names.named_modules(model, remove_duplicate=False):
             if isinstance(module, LoRALayer):
-                layer = names.join(name, "")
+                layer, prefix = module, names.join(name, "")
             for attribute in adapters.state_of(module):
                 key = names.join(name, attribute)
-                own = layer is not None and key.startswith(layer)
-                if not (own and is_beside_the_base(key.removeprefix(layer))):
+                beside = (
+                    layer is not None
+                    and key.startswith(prefix)
+                    and layer.is_beside_the_base(key.removeprefix(prefix))
+                )
+                if not beside:
                     self._owners[key] = module, attribute
 
     def __len__(self) -> int:
@@ -71,5 +76,5 @@ def merged_state_dict(model: nn.Module) -> Mapping[str, Tensor]:
     targets.require_no_peft(model)
     layers = {name: layer for name, layer in adapters.require_layers(model) if not layer.merged}
     refuse("merged_state_dict", {name: layer.why_unmergeable() for name, layer in layers.items()})
-    require_untied(model, list(layers.values()), "merged_state_dict")
+    require_untied(model, layers.values(), "merged_state_dict")
     return _MergedStateDict(model)

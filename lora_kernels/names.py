@@ -41,7 +41,7 @@ def _attribute(module: nn.Module) -> str | None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The plain model, whose own parts may still be wrapped."""
     while (attribute := _attribute(model)) is not None:
-        model = model._modules[attribute]
+        model = model.get_submodule(attribute)
     return model
 
 
@@ -69,7 +69,7 @@ def keyed_modules(
         while (attribute := _attribute(module)) is not None:
             if attribute not in _HIDDEN.values():
                 key = join(key, attribute)
-            module = module._modules[attribute]
+            module = module.get_submodule(attribute)
         if module in seen:
             return
         seen.add(module)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,7 @@ def is_offloaded(module: nn.Module) -> bool:
 def present(module: nn.Module) -> Iterator[None]:
     """Within it the parameters of a module that accelerate has offloaded can be read; what is
     written to them is lost."""
-    hook = module._hf_hook if is_offloaded(module) else None
+    hook: Any = module._hf_hook if is_offloaded(module) else None
     if hook is not None:
         hook.pre_forward(module)
     try:

@@ -6,7 +6,14 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from typing_extensions import TypeIs
+
+_Value = TypeVar("_Value")
 # PEFT's names for apply_lora's options.
 PEFT_NAMES = {
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init",
@@ -52,10 +59,10 @@ def check_alpha(value: object, argument: str = "alpha") -> float | None:
 
 def check_dropout(value: object) -> float:
     """It as a float in [0, 1)."""
-    value = _number(value, "dropout", "a probability in [0, 1)")
-    if not 0 <= value < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
-    return float(value)
+    number = float(_number(value, "dropout", "a probability in [0, 1)"))
+    if not 0 <= number < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {number}")
+    return number
 
 
 def check_flag(value: object, argument: str) -> bool:
@@ -66,7 +73,7 @@ def check_flag(value: object, argument: str) -> bool:
     return flag
 
 
-def _scalar(value: object) -> object:
+def _scalar(value: Any) -> object:
     """The Python value of a NumPy scalar or a 0-dim tensor that has one."""
     has_value = getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False)
     return value.item() if has_value else value
@@ -81,7 +88,9 @@ def _number(value: object, argument: str, expected: str) -> numbers.Real:
     return number
 
 
-def of_layer(patterns: Mapping | None, names: Iterable[str], default: object) -> object:
+def of_layer(
+    patterns: Mapping[str, _Value] | None, names: Iterable[str], default: _Value
+) -> _Value:
     """What holds for the layer that goes by these names, by PEFT's rule: each pattern is an
     expression for the last parts of a name, the first that matches wins."""
     for pattern, value in (patterns or {}).items():
@@ -92,17 +101,18 @@ def of_layer(patterns: Mapping | None, names: Iterable[str], default: object) ->
 
 def of_layers(
     argument: str,
-    patterns: Mapping | None,
+    patterns: Mapping[str, Any] | None,
     layers: Mapping[str, list[str]],
-    default: object,
-    check: Callable[[object, str], object],
-) -> dict[str, object]:
+    default: _Value,
+    check: Callable[[object, str], _Value],
+) -> dict[str, _Value]:
     """What holds for each of these layers, of which all names are given; every value checked.
 
     Raises:
         ValueError: a pattern that is no expression or matches none of the layers.
     """
-    names, checked = list(chain.from_iterable(layers.values())), {}
+    names = list(chain.from_iterable(layers.values()))
+    checked: dict[str, _Value] = {}
     if not isinstance(patterns or {}, Mapping):
         raise TypeError(f"{argument}: expected {{expression: value}}, got {patterns!r}")
     for pattern, value in (patterns or {}).items():
@@ -131,7 +141,14 @@ def refuse_unknown(given: Iterable[str]) -> None:
         raise TypeError(f"apply_lora: got an unexpected keyword argument {name!r}")
 
 
-def from_peft(config: object, modules: Iterable[str], model_type: str | None) -> dict:
+def is_config(value: object) -> "TypeIs[LoraConfig]":
+    """Whether it is one of PEFT's configs, of any kind: `from_peft` refuses others than LoRA's."""
+    return hasattr(value, "peft_type")
+
+
+def from_peft(
+    config: "LoraConfig", modules: Iterable[str], model_type: str | None
+) -> dict[str, Any]:
     """The options of apply_lora that mean what a `peft.LoraConfig` does, for a model with modules
     of these names.
 
@@ -151,7 +168,8 @@ def from_peft(config: object, modules: Iterable[str], model_type: str | None) ->
     options["target_modules"] = targets
     if config.layers_to_transform not in (None, []):
         options["target_modules"] = _of_layers(config, targets, modules)
-    heads = _HEADS.get(getattr(config.task_type, "value", config.task_type), ())
+    task: str | None = getattr(config.task_type, "value", config.task_type)
+    heads = _HEADS.get(task or "", ())
     last_parts = {name.rpartition(".")[2] for name in modules}
     # PEFT adds its names of heads to every config; of those the model may lack some.
     wanted = dict.fromkeys((*(config.modules_to_save or ()), *heads))
@@ -160,7 +178,7 @@ def from_peft(config: object, modules: Iterable[str], model_type: str | None) ->
     return options
 
 
-def _require_supported(config: object, kind: str) -> None:
+def _require_supported(config: "LoraConfig", kind: str) -> None:
     cure = "make the model with PEFT and call fuse_peft(peft_model)"
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -192,11 +210,11 @@ def _default_targets(model_type: str | None, kind: str) -> Iterable[str]:
     return known[model_type]
 
 
-def _of_layers(config: object, targets: Iterable[str], modules: list[str]) -> str:
+def _of_layers(config: "LoraConfig", targets: Iterable[str], modules: list[str]) -> str:
     """An expression for those targets that lie in the layers of `layers_to_transform`: by PEFT's
     rule the first number after one of `layers_pattern`, or after any name."""
-    indices = config.layers_to_transform
-    indices = {indices} if isinstance(indices, int) else set(indices)
+    given = config.layers_to_transform
+    indices = {given} if isinstance(given, int) else set(given or ())
     patterns = config.layers_pattern or r"[^.]*"
     patterns = [patterns] if isinstance(patterns, str) else patterns
 

@@ -7,20 +7,22 @@ backtracking and are refused.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 try:
-    from re import _constants as ops
-    from re import _parser as parser
+    from re import _constants as ops  # type: ignore[attr-defined]  # private
+    from re import _parser as parser  # type: ignore[attr-defined]  # private
 except ImportError:  # Python 3.10
     import sre_constants as ops
     import sre_parse as parser
 
+Tree = Any  # of Python's parser, which has no types: (kind, argument) after (kind, argument)
 _STEPS = 2_000_000
 _LONGEST = 200_000
 # Of these alone an expression never backtracks.
 _STRAIGHT = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN, ops.AT)
-_CATEGORIES = {
+_CATEGORIES: dict[object, Callable[[str], bool]] = {
     ops.CATEGORY_DIGIT: str.isdecimal,
     ops.CATEGORY_SPACE: str.isspace,
     ops.CATEGORY_WORD: lambda c: c.isalnum() or c == "_",
@@ -38,7 +40,7 @@ class Matcher:
 
     def __init__(self) -> None:
         self._left = _STEPS
-        self._parsed: dict[str, object] = {}
+        self._parsed: dict[str, Tree] = {}
 
     def ends_with(self, pattern: str, name: str) -> bool:
         """PEFT's rule for `rank_pattern`: the whole name or its last parts."""
@@ -61,7 +63,7 @@ class Matcher:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise ValueError(f"{_shown(pattern)}: {reason}") from None
 
-    def _after(self, tree: Iterable, name: str, places: set[int]) -> set[int]:
+    def _after(self, tree: Tree, name: str, places: set[int]) -> set[int]:
         """Where the expression can have ended that began at one of the places."""
         for kind, argument in tree:
             if not places:
@@ -72,18 +74,19 @@ class Matcher:
             places = self._step(kind, argument, name, places)
         return places
 
-    def _step(self, kind: object, argument: object, name: str, places: set[int]) -> set[int]:
+    def _step(self, kind: object, argument: Any, name: str, places: set[int]) -> set[int]:
         if kind is ops.AT:
             return {i for i in places if _at(argument, name, i)}
         if kind is ops.BRANCH:
-            return set().union(*(self._after(tree, name, places) for tree in argument[1]))
+            return set[int]().union(*(self._after(tree, name, places) for tree in argument[1]))
         if kind is ops.SUBPATTERN:
             _, added, removed, tree = argument
             if added or removed:
                 raise ValueError("flags within it are not supported")
             return self._after(tree, name, places)
         if kind in (ops.MAX_REPEAT, ops.MIN_REPEAT):
-            return self._repeated(*argument, name, places)
+            least, most, tree = argument
+            return self._repeated(least, most, tree, name, places)
         if kind in (ops.ASSERT, ops.ASSERT_NOT):
             direction, tree = argument
             back = tree.getwidth()[0] if direction < 0 else 0
@@ -91,13 +94,11 @@ class Matcher:
             return held if kind is ops.ASSERT else places - held
         return {i + 1 for i in places if i < len(name) and _is_one(kind, argument, name[i])}
 
-    def _holds(self, tree: Iterable, name: str, place: int, back: int) -> bool:
+    def _holds(self, tree: Tree, name: str, place: int, back: int) -> bool:
         ends = self._after(tree, name, {place - back}) if place >= back else set()
         return place in ends if back else bool(ends)
 
-    def _repeated(
-        self, least: int, most: int, tree: Iterable, name: str, places: set[int]
-    ) -> set[int]:
+    def _repeated(self, least: int, most: int, tree: Tree, name: str, places: set[int]) -> set[int]:
         # More rounds than characters reach nothing new.
         for _ in range(min(least, len(name) + 1)):
             places = self._after(tree, name, places)
@@ -110,7 +111,7 @@ class Matcher:
         return found
 
 
-def _parse(pattern: str) -> object:
+def _parse(pattern: str) -> Tree:
     """Its tree, or Python's own where that cannot backtrack."""
     try:
         if len(pattern) > _LONGEST:
@@ -127,7 +128,7 @@ def _parse(pattern: str) -> object:
         raise ValueError(f"{_shown(pattern)}: {reason}") from None
 
 
-def _require_followed(tree: Iterable) -> None:
+def _require_followed(tree: Tree) -> None:
     for kind, argument in tree:
         if kind is ops.BRANCH:
             inner = argument[1]
@@ -151,20 +152,20 @@ def _at(kind: object, name: str, i: int) -> bool:
     return (inside[0] != inside[1]) == (kind is ops.AT_BOUNDARY)
 
 
-def _is_one(kind: object, argument: object, c: str) -> bool:
+def _is_one(kind: object, argument: Any, c: str) -> bool:
     """Whether this part of an expression takes the character."""
     if kind is ops.LITERAL:
-        return ord(c) == argument
+        return bool(ord(c) == argument)
     if kind is ops.NOT_LITERAL:
-        return ord(c) != argument
+        return bool(ord(c) != argument)
     if kind is ops.ANY:
         return c != "\n"
     if kind is ops.RANGE:
-        return argument[0] <= ord(c) <= argument[1]
+        return bool(argument[0] <= ord(c) <= argument[1])
     if kind is ops.CATEGORY:
         return _CATEGORIES[argument](c)
     negated = argument[0][0] is ops.NEGATE  # IN, a set of these
-    return any(_is_one(*item, c) for item in argument[negated:]) != negated
+    return any(_is_one(kind, item, c) for kind, item in argument[negated:]) != negated
 
 
 def _shown(pattern: str) -> str:

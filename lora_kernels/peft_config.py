@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any, TypeGuard
 
 from lora_kernels.adapter_files import shown
 from lora_kernels.patterns import Matcher
@@ -24,7 +25,7 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
@@ -88,7 +89,7 @@ _ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
 class Config:
     """The entries of a config; ValueError, without the file's name, for what is not legal."""
 
-    def __init__(self, entries: dict) -> None:
+    def __init__(self, entries: dict[str, Any]) -> None:
         kind = entries.get("peft_type")
         if kind != "LORA":
             raise ValueError(f"expected peft_type 'LORA', got {shown(kind)}")
@@ -143,10 +144,13 @@ class Config:
     def _of_layer(self, entry: str, name: str, default: float) -> float:
         for pattern, value in (self.entries.get(entry) or {}).items():
             if self._matches(entry, pattern, name, self._matcher.ends_with):
-                return value
+                found: float = value
+                return found
         return default
 
-    def _matches(self, entry: str, pattern: str, name: str, rule: Callable) -> bool:
+    def _matches(
+        self, entry: str, pattern: str, name: str, rule: Callable[[str, str], bool]
+    ) -> bool:
         try:
             return rule(pattern, name)
         except ValueError as error:

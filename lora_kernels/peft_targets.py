@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from lora_kernels.peft_config import PREFIX
 # Projections that stood in a mixture's experts before Transformers 5 fused those. PEFT takes any
 # target of these last names, dense and shared MLPs included, for experts and moves it to the fused
 # parameters; by family, which is what Transformers calls the conversion of a model type.
-_EXPERTS = {
+_EXPERTS: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
@@ -23,10 +24,10 @@ _EXPERTS = {
 def taken_for_experts(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Those layers whose names PEFT takes for fused experts. It adapts them where their weights are
     given as `target_parameters`, which it does not move."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind: str = getattr(getattr(model, "config", None), "model_type", "")
     conversions = sys.modules.get("transformers.conversion_mapping")
     families = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
-    family = "mixtral" if kind == "mixtral" else families.get(kind)
+    family = "mixtral" if kind == "mixtral" else families.get(kind, "")
     moved = _EXPERTS.get(family, ())
     return [name for name in layers if name.rpartition(".")[2] in moved]
 
@@ -53,7 +54,9 @@ def saved_names(model: nn.Module) -> list[str]:
     return sorted(PREFIX + n if any(o.endswith(n) for o in others) else n for n in saved)
 
 
-def warn_of_differences(model: nn.Module, config: dict, tensors: Mapping[str, Tensor]) -> None:
+def warn_of_differences(
+    model: nn.Module, config: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
     """A UserWarning where PEFT would not compute from the file what the model computes."""
     for places in _shared(model):
         warnings.warn(
@@ -74,7 +77,7 @@ def warn_of_differences(model: nn.Module, config: dict, tensors: Mapping[str, Te
 def _shared(model: nn.Module) -> list[list[str]]:
     """The names of each adapted module that is held in several places itself, rather than by a
     shared parent: PEFT replaces it in the first."""
-    adapted = {layer for _, layer in adapters.lora_layers(model)}
+    adapted: set[nn.Module] = {layer for _, layer in adapters.lora_layers(model)}
     adapted |= {saved.module for saved in adapters.saved_tensors(model)}
     places: dict[nn.Module, list[str]] = {}
     for name, parent in names.named_modules(model):
@@ -85,9 +88,11 @@ def _shared(model: nn.Module) -> list[list[str]]:
     return [found for found in places.values() if len(found) > 1]
 
 
-def _conversion(model: nn.Module, config: dict, tensors: Mapping[str, Tensor]) -> str | None:
+def _conversion(
+    model: nn.Module, config: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> str | None:
     """What PEFT's conversion of older checkpoints of this architecture changes, asked of PEFT."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind: str = getattr(getattr(model, "config", None), "model_type", "")
     conversions = sys.modules.get("transformers.conversion_mapping")
     known = getattr(conversions, "get_checkpoint_conversion_mapping", lambda kind: None)
     if kind is None or known(kind) is None or find_spec("peft") is None:
@@ -108,6 +113,6 @@ def _conversion(model: nn.Module, config: dict, tensors: Mapping[str, Tensor]) -
     except Exception as error:
         return f"it refuses the names, {error}"
     if (theirs.target_modules, set(theirs.target_parameters or ())) != wanted:
-        return f"it moves targets to {targets.summary(sorted(theirs.target_parameters))}"
+        return f"it moves targets to {targets.summary(sorted(theirs.target_parameters or ()))}"
     moved = sorted(tensors.keys() - converted.keys())
     return f"it renames {targets.summary(moved)}" if moved else None

@@ -1,11 +1,16 @@
 """Tensors that are split over ranks (DTensors), asked and read without importing what defines
 them."""
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor: Tensor | None) -> bool:
+
+def is_sharded(tensor: Tensor | None) -> "TypeGuard[DTensor]":
     """Whether it is a DTensor."""
     return hasattr(tensor, "placements")
 

@@ -1,8 +1,9 @@
 """Which modules of a model an adapter goes to."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,13 @@ from lora_kernels.names import all_names, join, named_modules, unwrapped
 from lora_kernels.nn import LoRALayer
 from lora_kernels.nn.layer import reserved
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    Linear = bases.Linear | LoRALayer
+
 Names = str | Iterable[str] | None
+_Predicate = Callable[[str], bool]
 # What PEFT calls the default of `target_modules`.
 ALL_LINEAR = "all-linear"
 # Kinds of weights that carry no adapter.
@@ -27,6 +34,10 @@ _TABLES, _ELEMENTWISE = re.compile("embed|token|position|_table"), re.compile("b
 _HEAD_NAMES = ("classifier", "score", "qa_outputs")
 
 
+def _ends_in(part: str) -> _Predicate:
+    return lambda name: f".{name}".endswith(f".{part}")
+
+
 class _Patterns:
     """The names a user gave: one regular expression for whole names, or a list of names or their
     last parts ("q_proj" matches "layers.0.q_proj")."""
@@ -34,7 +45,7 @@ class _Patterns:
     def __init__(self, argument: str, names: Names) -> None:
         self.argument = argument
         self.is_expression = isinstance(names, str)
-        self.predicates: dict[str, Callable[[str], bool]] = {}
+        self.predicates: dict[str, _Predicate] = {}
         if isinstance(names, str):
             try:
                 expression = re.compile(names)
@@ -47,7 +58,7 @@ class _Patterns:
             for part in names:
                 if not isinstance(part, str) or not part:
                     raise TypeError(f"{argument}: expected names as strings, got {part!r}")
-                self.predicates[part] = lambda name, part=part: f".{name}".endswith(f".{part}")
+                self.predicates[part] = _ends_in(part)
 
     def __bool__(self) -> bool:
         return bool(self.predicates)
@@ -64,7 +75,9 @@ class _Patterns:
         )
 
     def require_matches(
-        self, names: Iterable[str], explain: Callable[[Callable], str | None] = lambda _: None
+        self,
+        names: Iterable[str],
+        explain: Callable[[_Predicate], str | None] = lambda _: None,
     ) -> None:
         """ValueError for a pattern that matches none, with what `explain` knows of it."""
         names = [name for name in names if name]
@@ -80,11 +93,13 @@ class _Patterns:
             raise ValueError(f"{self.argument}: {pattern!r} {explain(predicate) or reason}")
 
 
-def summary(names: Iterable[str], limit: int = 40) -> str:
-    """The names with layer numbers folded: layers.*.q_proj."""
-    folded = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
-    more = f" and {len(folded) - limit} more" if len(folded) > limit else ""
-    return ", ".join(folded[:limit]) + more or "none"
+def summary(names: Iterable[str], limit: int = 40, *, fold: bool = True) -> str:
+    """The names, by default with layer numbers folded: layers.*.q_proj."""
+    if fold:
+        names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more or "none"
 
 
 def listed(argument: str, names: Names) -> str | list[str] | None:
@@ -98,7 +113,7 @@ def listed(argument: str, names: Names) -> str | list[str] | None:
     return list(names)
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> "TypeIs[Linear]":
     """Whether it is a linear layer, with an adapter or without."""
     return isinstance(module, (nn.Linear, LoRALayer)) or bases.is_conv1d(module)
 
@@ -134,7 +149,7 @@ def require_shapes(model: nn.Module) -> None:
 
 def find_targets(
     model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
+) -> tuple[dict[str, "Linear"], dict[str, str]]:
     """(name -> linear layers to replace, name -> why others were not).
 
     The default is every nn.Linear and Conv1D but output heads, which are `get_output_embeddings()`
@@ -165,7 +180,9 @@ def find_targets(
     )
     excluded.require_matches(chain.from_iterable(places.values()))
     left_out = {} if wanted else _left_out(model, linear)
-    targets, skipped, past, behind = {}, {}, bypassed(model), unread(model)
+    targets: dict[str, Linear] = {}
+    skipped: dict[str, str] = {}
+    past, behind = bypassed(model), unread(model)
     for name, module in linear.items():
         if wanted and not wanted.match(*places[module]):
             continue
@@ -195,7 +212,7 @@ def find_targets(
     return targets, skipped
 
 
-def _left_out(model: nn.Module, linear: dict[str, nn.Module]) -> dict[nn.Module, str]:
+def _left_out(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
     """Linear layers that are no targets by default, with the reason."""
     reasons = idle(model)
     for _, module in named_modules(model):
@@ -206,15 +223,16 @@ def _left_out(model: nn.Module, linear: dict[str, nn.Module]) -> dict[nn.Module,
             reasons |= poolers(module)
     owning = owners(model, beside=True)
     for name, module in linear.items():
-        own = f"{name}.weight"
-        beside = [n for n in owning.get(module._parameters.get("weight"), ()) if n != own]
+        weight = module._parameters.get("weight")
+        holders = [] if weight is None else owning.get(weight, [])
+        beside = [n for n in holders if n != f"{name}.weight"]
         if beside:
             reason = f"its weight is tied to {', '.join(beside)}, which merging would change too"
             reasons.setdefault(module, reason)
     return reasons
 
 
-def _what_else(model: nn.Module, predicate: Callable[[str], bool]) -> str | None:
+def _what_else(model: nn.Module, predicate: _Predicate) -> str | None:
     """What a pattern that matches no linear layer names instead."""
     for name, module in named_modules(model):
         if is_linear(module):
@@ -253,7 +271,8 @@ def new_heads(
     excluded = _Patterns("exclude_modules", exclude_modules)
     places = all_names(model)
     linear = {module: set(names) for module, names in places.items() if is_linear(module)}
-    heads, skipped = {}, {}
+    heads: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
     for name, module in _all_new_parts(model).items():
         layers = [linear[part] for part in module.modules() if part in linear]
         inside = set().union(*layers)
@@ -268,17 +287,20 @@ def new_heads(
 
 def _all_new_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The new parts of every Transformers model that is this one or lies in it, but in no other."""
-    parts, inside = {}, set()
+    parts: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
     for name, module in named_modules(model):
-        if module not in inside and isinstance(getattr(module, "base_model_prefix", None), str):
+        prefix = getattr(module, "base_model_prefix", None)
+        if module not in inside and isinstance(prefix, str):
             inside.update(module.modules())
-            parts |= {join(name, part): new for part, new in _new_parts(module).items()}
+            parts |= {join(name, part): new for part, new in _new_parts(module, prefix).items()}
     return parts
 
 
-def _new_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The new ones among the children of a Transformers model and of its body."""
-    prefix, find_output = model.base_model_prefix, getattr(model, "get_output_embeddings", None)
+def _new_parts(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The new ones among the children of a Transformers model and of its body, the child that
+    `prefix` names."""
+    find_output = getattr(model, "get_output_embeddings", None)
     if not callable(find_output):
         return {}
     children, output = _children(model), find_output()
@@ -367,14 +389,14 @@ def owners(model: nn.Module, beside: bool = False) -> dict[Tensor, list[str]]:
 
 def _overlaps(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """The pairs of tensors that have memory in common."""
-    spans = []
+    spans: list[tuple[int, int, int, Tensor]] = []
     for tensor in tensors:
         if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and _has_memory(tensor):
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             length = 1 + sum((size - 1) * stride for size, stride in steps)
             start = tensor.data_ptr()
             spans.append((start, start + length * tensor.element_size(), len(spans), tensor))
-    reaching: list[tuple] = []
+    reaching: list[tuple[int, int, int, Tensor]] = []
     for start, end, index, tensor in sorted(spans):
         reaching = [span for span in reaching if span[1] > start]
         for span in reaching:

@@ -18,6 +18,7 @@ from lora_kernels import (
     remove_lora,
     unmerge_lora,
 )
+from lora_kernels.names import all_names
 
 transformers = pytest.importorskip("transformers")
 
@@ -362,7 +363,11 @@ def test_report():
     text = str(report)
     weights = 2 * 8 * 16
     assert (report.adapted, report.base) == (weights, 2 * (weights + 24) + 16 + 27)
-    assert text.startswith("LoRA on 2 layers: blocks.*.fc_in\nadapters on 42 % of the weights\n")
+    assert text.startswith(
+        "LoRA on 2 layers: blocks.*.fc_in\n"
+        "one adapter in several places: blocks.1.fc_in = blocks.2.fc_in\n"
+        "adapters on 42 % of the weights\n"
+    )
     share = 100 * report.trainable / report.total
     assert f"trainable {report.trainable} of {report.total} parameters ({share:.2f}%)" in text
     assert "adapter 0.00 MiB" in text
@@ -528,6 +533,63 @@ def test_shared_modules_are_handled_once_and_in_every_place():
     assert type(model["a"]) is nn.Linear
     assert model["a"] is model["b"] is model["inner"]["c"]
     assert model["a"].weight is base.weight
+
+
+def shared_layers():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "other": nn.Linear(8, 8), "in": nn.ModuleDict()})
+    model["b"] = model["in"]["c"] = model["a"]
+    model["round"] = nn.ModuleDict({"block": model["in"]})
+    return model
+
+
+PLACES = ["a", "in.c", "b", "round.block.c"]
+
+
+@pytest.mark.parametrize("name", [*PLACES, r"round\..*", ["c"], ["a", "b"]])
+def test_every_name_of_a_shared_module_reaches_it(name):
+    model = shared_layers()
+    report = apply_lora(model, 2, target_modules=[name] if name in PLACES else name)
+    assert report.replaced == ["a"]
+    assert report.shared == {"a": ["in.c", "b", "round.block.c"]}
+    assert "one adapter in several places: a = in.c = b = round.block.c" in str(report)
+    assert isinstance(model["b"], FusedLoRALinear)
+    assert type(model["other"]) is nn.Linear
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_every_name_of_a_shared_module_excludes_saves_and_sets_it(name):
+    report = apply_lora(shared_layers(), 2, exclude_modules=[name])
+    assert report.replaced == ["other"]
+    assert report.shared == {}
+    assert report.skipped == {"a": "excluded by exclude_modules"}
+    report = apply_lora(model := shared_layers(), 2, modules_to_save=[name])
+    assert (report.replaced, report.saved) == (["other"], ["a"])
+    assert model["a"].weight.requires_grad
+    model = shared_layers()
+    apply_lora(model, 2, alpha=4, rank_pattern={name: 3}, alpha_pattern={f"^{name}": 5})
+    assert (model["a"].rank, model["a"].alpha) == (3, 5)
+    assert (model["other"].rank, model["other"].alpha) == (2, 4)
+
+
+def test_a_whole_shared_part_is_saved_by_any_of_its_names():
+    for name in ("in", "block", "round.block"):
+        report = apply_lora(shared_layers(), 2, modules_to_save=[name])
+        assert (report.replaced, report.saved) == (["other"], ["in"])
+
+
+def test_a_pattern_that_matches_no_name_of_a_shared_module_lists_them_all():
+    with pytest.raises(ValueError, match=r"there are a, in\.c, b, round\.block\.c, other"):
+        apply_lora(shared_layers(), 2, rank_pattern={"x": 3})
+    with pytest.raises(ValueError, match=r"'x' matches no module"):
+        apply_lora(shared_layers(), 2, target_modules=["x"])
+
+
+def test_a_module_within_itself_is_walked_once():
+    model = shared_layers()
+    model["in"]["itself"] = model["in"]
+    found = all_names(model)
+    assert found[model["in"]] == ["in", "round.block"]
+    assert found[model["a"]] == PLACES
 
 
 def test_a_module_shared_with_one_trained_in_full_gets_no_adapter():

@@ -4,6 +4,7 @@ import pytest
 import worlds
 from torch.distributed.tensor import Replicate, Shard
 
+from lora_kernels import FusedLoRALinear
 from lora_kernels.distributed import ColwiseParallelLoRA, RowwiseParallelLoRA
 
 WORLDS = [
@@ -24,11 +25,11 @@ def test_several_processes(module, size, check):
 
 def test_placements_of_the_styles():
     rows, columns, whole = Shard(0), Shard(1), Replicate()
-    assert ColwiseParallelLoRA._layouts == {
+    assert ColwiseParallelLoRA._layouts(FusedLoRALinear) == {
         "weight": rows, "bias": rows,
         "lora_A": whole, "lora_B": rows, "pissa_A": whole, "pissa_B": rows,
     }  # fmt: skip
-    assert RowwiseParallelLoRA._layouts == {
+    assert RowwiseParallelLoRA._layouts(FusedLoRALinear) == {
         "weight": columns, "bias": whole,
         "lora_A": columns, "lora_B": whole, "pissa_A": columns, "pissa_B": whole,
     }  # fmt: skip

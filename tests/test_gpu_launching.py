@@ -47,7 +47,7 @@ def test_graph_replay_sees_new_inputs_and_seeds(plan):
             assert all(map(torch.equal, replayed, problem.run()))
 
 
-@pytest.mark.parametrize(("plan", "p"), [("shrink_gemm", 0.1), ("flag", 0.0)])
+@pytest.mark.parametrize(("plan", "p"), [("shrink_gemm", 0.1), ("flag", 0.0), ("gluon", 0.0)])
 def test_two_streams(plan, p):
     problems = [Problem(2048, 1024, 1024, r, p=p) for r in (16, 64)]
     with use_plan(plan):
@@ -64,7 +64,7 @@ def test_two_streams(plan, p):
                 assert all(map(torch.equal, outputs, right))
 
 
-@pytest.mark.parametrize("plan", ["shrink_gemm", "flag"])
+@pytest.mark.parametrize("plan", ["shrink_gemm", "flag", "gluon"])
 def test_autograd_from_another_thread(plan):
     """TMA descriptors take scratch from an allocator that a new thread does not inherit."""
     problem = Problem(1024, 1024, 1024, 16)
@@ -100,7 +100,7 @@ def test_overlapped_launches(M, split):
             assert torch.equal(y, right[0])
 
 
-@pytest.mark.parametrize("plan", ["shrink_gemm", "grouped", "dual", "flag"])
+@pytest.mark.parametrize("plan", ["shrink_gemm", "grouped", "dual", "flag", "gluon"])
 def test_no_copy_of_a_full_size_array(plan):
     """Beside what a call returns: partial sums and descriptors, a few MiB however large x is, and
     in backward one partial dB for 128 rows."""

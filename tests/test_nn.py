@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lora_kernels import FusedLoRAConv1D, FusedLoRALinear
-from lora_kernels.nn.tensors import DIMENSIONS, MERGED
+from lora_kernels.nn.tensors import MERGED
 
 N, K, R = 24, 40, 4
 KEEP = [True, "cpu"]
@@ -472,7 +472,8 @@ def test_tensors_have_the_dimensions_that_are_listed():
     tensors = {**layer._parameters, **layer._buffers}
     assert tensors.pop(MERGED) is None
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
-        name: [sizes[letter] for letter in letters] for name, letters in DIMENSIONS.items()
+        name: [sizes[letter] for letter in letters]
+        for name, letters in FusedLoRALinear.dimensions().items()
     }
 
 

@@ -84,7 +84,7 @@ def test_a_pass_that_plans_share_is_timed_once(compiled):
     }
     assert timed == {
         "forward": PLANS.keys() - {"grouped"},
-        "backward": {"aten", "cublas", "shrink_gemm", "grouped"},
+        "backward": {"aten", "cublas", "shrink_gemm", "grouped", "gluon"},
         "add": {"aten", "cublas"},
         "add_backward": {"aten", "cublas"},
     }

@@ -215,9 +215,9 @@ def test_training_on_a_gpu(dtype):
     before = evaluate_model(model, text_batches(8), None)["loss"]
     history = train_model(model, text_batches(8), None, optimizer, epochs=4, **options)
     assert {p.device.type for p in model.parameters()} == {"cuda"}
-    assert history.loss[-1] < before - 0.3
+    assert history.loss[-1] < before - 0.1
     report = adjust_rank(model, 4, 2, text_batches(8), None, optimizer, **options)
-    assert report.loss < before - 0.3
+    assert report.loss < before - 0.1
 
 
 # -------------------------------------------------------------------------------------- batch forms

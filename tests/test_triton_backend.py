@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_without_triton():
         ({"LORA_KERNELS_PLAN": "fast"}, "ValueError: LORA_KERNELS_PLAN: got 'fast'"),
         (
             {"LORA_KERNELS_PLAN": "cublas", "LORA_KERNELS_BACKEND": "reference"},
-            "ValueError: LORA_KERNELS_PLAN=cublas forces a plan of the triton backend",
+            "ValueError: LORA_KERNELS_PLAN=cublas forces a plan of the cuda backend",
         ),
     ],
 )
@@ -72,15 +73,22 @@ def test_forced_choices_that_cannot_serve(variables, message):
     assert message in forced.stderr
 
 
-def test_the_default_of_every_accelerator_is_the_reference():
-    """No plan has a table yet, so no GPU gets anything else; the check starts no CUDA context."""
-    assert not tables.has_tables()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_without_a_gpu_the_default_of_every_accelerator_is_the_reference():
     for device in ("cuda", "mps"):
         assert backends.choose(device).name == "reference"
 
 
+def test_the_tables_that_ship_can_be_read():
+    for path in tables.TUNED.glob("*.json"):
+        table = tables.read_table(path)
+        assert path.name == tables.file_name(table["gpu"])
+        assert table["buckets"]
+
+
 TABLE = {
     "gpu": "NVIDIA Test 9",
+    "versions": {"triton": version("triton")},
     "proven": [tables.proof(plan, "bfloat16", dropout)
                for plan in ("aten", "cublas", "shrink_gemm") for dropout in (False, True)],
     "buckets": [
@@ -99,7 +107,7 @@ def tuned(monkeypatch, tmp_path):
     (tmp_path / "nvidia_test_9.json").write_text(json.dumps(TABLE))
     monkeypatch.setattr(tables, "TUNED", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: TABLE["gpu"])
-    caches = (tables.has_tables, tables.tuned, choice._choose)
+    caches = (tables.why_none, tables.tuned, choice._choose, backends._default)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -114,7 +122,7 @@ def call(**changes) -> Call:
 
 def test_nearest_proven_bucket(tuned):
     device = torch.device("cuda", 0)
-    assert tables.has_tables()
+    assert tables.why_none(0) is None
     assert choice.choose(call(), device).plan == "shrink_gemm"
     assert choice.choose(call(dropout=True), device).plan == "aten"
     # decode is nearer, but not proven.
@@ -123,6 +131,20 @@ def test_nearest_proven_bucket(tuned):
     assert choice.choose(call(dtype="float16"), device).plan == "aten"
     assert choice.choose(call(op="backward"), device).plan == "aten"
     assert choice.choose(call(), torch.device("cuda", 1)).plan == "shrink_gemm"
+
+
+def test_a_table_of_another_triton_holds_for_nothing(tuned, monkeypatch):
+    """Its kernels would be other machine code than what was proven."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends.choose(torch.device("cuda", 0)).name == "cuda"
+    for cached in (tables.why_none, tables.tuned, choice._choose, backends._default):
+        cached.cache_clear()
+    monkeypatch.setattr(tables, "version", lambda package: "2.1.0")
+    chosen = backends.choose(torch.device("cuda", 0))
+    assert chosen.name == "reference"
+    assert "is of Triton" in chosen.reason
+    assert "this is 2.1.0" in chosen.reason
+    assert choice.choose(call(), torch.device("cuda", 0)).plan == "aten"
 
 
 def test_a_struck_out_plan_is_no_default(tuned, monkeypatch):

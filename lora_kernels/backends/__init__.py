@@ -1,38 +1,91 @@
-"""Who computes. A backend is a module with the three functions of `lora_kernels.branch` and two
-words of its own: `refusal`, why it cannot serve a call, and `leaves`, why ATen's calls are better.
+"""Who computes. A backend is a module, or any object, with the three functions of
+`lora_kernels.branch` and four words of its own, as `Backend` lists them.
 
 `choose` names the backend of a device and the reason, which `python -m lora_kernels doctor` prints;
 `serving` the one of a call. The logger "lora_kernels" says both once, at INFO.
 """
 
+from __future__ import annotations
+
 import logging
 from contextlib import AbstractContextManager
 from functools import cache
-from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_kernels import _env
 from lora_kernels.backends import cuda, forced, native, reference
-from lora_kernels.backends.cuda import needs, tables
 from lora_kernels.backends.native import extension
-from lora_kernels.branch import Base, Branch
+from lora_kernels.backends.reference import Gradients
+from lora_kernels.branch import Base, Branch, Need
 
 _logger = logging.getLogger("lora_kernels")
+
+
+class Backend(Protocol):
+    """What a module is that computes the op. rows are a call's x, or its dy.
+
+    `refusal` and `leaves` send a call to the reference: the first what cannot be served, which
+    raises where the backend is forced, the second what is better left to ATen.
+    """
+
+    def lacks(self, device: torch.device) -> str | None:
+        """Why it can serve no call on a device; None if it can."""
+
+    def default(self, device: torch.device) -> tuple[bool, str]:
+        """Whether it is the default of a device where it lacks nothing, and why, or why not if
+        that is worth a word."""
+
+    def refusal(self, rows: Tensor) -> str | None: ...
+
+    def leaves(self, base: Base, rows: Tensor, branch: Branch) -> str | None: ...
+
+    def forward(
+        self, base: Base, x: Tensor, branch: Branch, save_s: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def add_(self, base_out: Tensor, x: Tensor, branch: Branch) -> None: ...
+
+    def backward(
+        self, base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need
+    ) -> Gradients: ...
 
 
 class Choice(NamedTuple):
     """demand is how it is forced, None where it is not."""
 
     name: str
-    module: ModuleType
+    module: Backend
     reason: str
     demand: str | None = None
 
 
-_REFERENCE = Choice("reference", reference, "ATen composite, the default of every device")
+BACKENDS: dict[str, Backend] = {}
+# A name of a backend's kernels for the backend, of LORA_KERNELS_BACKEND and `use_backend`.
+_ALIASES = {"triton": "cuda"}
+
+
+def register(name: str, backend: Backend) -> None:
+    """Makes a backend known: by name for `use_backend`, and where it says so as a device's default,
+    before those registered earlier. Raises ValueError if the name is taken."""
+    if name in _ALIASES or BACKENDS.setdefault(name, backend) is not backend:
+        raise ValueError(f"name: {name!r} is taken")
+    _default.cache_clear()
+    _forced.cache_clear()
+
+
+def known(name: str, where: str) -> str:
+    """The name of a registered backend; ValueError lists the legal ones."""
+    if name not in BACKENDS and name not in _ALIASES:
+        raise ValueError(f"{where}: got {name!r}, legal values are {', '.join(names())}")
+    return _ALIASES.get(name, name)
+
+
+def names() -> list[str]:
+    """By which backends can be forced."""
+    return [*BACKENDS, *_ALIASES]
 
 
 def extension_status() -> dict[str, str]:
@@ -40,19 +93,19 @@ def extension_status() -> dict[str, str]:
     return {"CPU": extension.status(), "CUDA": extension.cuda_status()}
 
 
-def serving(base: Base, rows: Tensor, branch: Branch) -> ModuleType:
+def serving(base: Base, rows: Tensor, branch: Branch) -> Backend:
     """The backend of a call with these rows, x or dy: the chosen one, or the reference where that
     refuses the call or leaves it. Raises RuntimeError where one is forced that cannot serve it."""
     choice = choose(rows.device)
-    module, reason = choice.module, None
-    if module is not reference:
-        reason = module.refusal(rows)
+    backend, reason = choice.module, None
+    if backend is not reference:
+        reason = backend.refusal(rows)
         if reason is not None and choice.demand is not None:
             raise RuntimeError(f"{choice.demand}: {reason}")
-        reason = reason or module.leaves(base, rows, branch)
+        reason = reason or backend.leaves(base, rows, branch)
     if _logger.isEnabledFor(logging.INFO):
         _say(choice.name, choice.reason, rows.device.type, rows.dtype, reason)
-    return module if reason is None else reference
+    return backend if reason is None else reference
 
 
 @cache
@@ -70,72 +123,40 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
     """
     if name is None:
         return forced.held(None)
-    if name not in _env.BACKENDS:
-        raise ValueError(f"name: got {name!r}, legal values are {', '.join(_env.BACKENDS)}")
-    return forced.held(forced.Force(f"use_backend({name!r})", name))
+    return forced.held(forced.Force(f"use_backend({name!r})", known(name, "name")))
 
 
 def choose(device: torch.device | str) -> Choice:
     """The backend of the calls on a device. Raises RuntimeError if the forced one is not there."""
     device = torch.device(device) if isinstance(device, str) else device
-    kind = device.type
     force = forced.now
     if force is not None:
-        return _forced(kind, force.backend, force.demand)
-    if kind == "cuda" and tables.has_tables():
-        return _tuned(torch.cuda.current_device() if device.index is None else device.index)
-    return _cpu() if kind == "cpu" else _REFERENCE
+        return _forced(device, force.backend, force.demand)
+    return _default(device)
 
 
 @cache
-def _cpu() -> Choice:
-    """The compiled kernels where they are there."""
-    if not extension.available():
-        return _REFERENCE
-    return Choice("native", native, extension.status())
+def _default(device: torch.device) -> Choice:
+    passed: list[str] = []
+    for name, backend in reversed(BACKENDS.items()):
+        chosen, reason = backend.default(device)
+        if chosen and backend.lacks(device) is None:
+            return Choice(name, backend, "; ".join([reason, *passed]))
+        if not chosen and reason:
+            passed.append(reason)
+    raise AssertionError("the reference serves every device")
 
 
 @cache
-def _tuned(index: int) -> Choice:
-    """Plans where a table lists those that ran on this GPU, the reference everywhere else."""
-    if tables.tuned(index) is None:
-        return Choice("reference", reference, "no tuned table for this GPU")
-    absent = needs.why_no_triton()
-    return Choice("cuda", cuda, "tuned table of this GPU" + (f"; {absent}" if absent else ""))
+def _forced(device: torch.device, name: str, demand: str) -> Choice:
+    name = known(name, demand)
+    lacking = BACKENDS[name].lacks(device)
+    if lacking is not None:
+        raise RuntimeError(f"{demand}: {lacking}; force none or the reference")
+    return Choice(name, BACKENDS[name], f"forced by {demand}", demand)
 
 
-@cache
-def _forced(kind: str, backend: str, demand: str) -> Choice:
-    reason = f"forced by {demand}"
-    if backend == "reference":
-        return Choice("reference", reference, reason, demand)
-    if backend == "native":
-        why = _why_not_native(kind)
-        if why is not None:
-            raise RuntimeError(f"{demand}: {why}; force none or the reference")
-        return Choice("native", native, reason, demand)
-    why = _why_not_planned(kind)
-    if why is not None:
-        raise RuntimeError(f"{demand}: {why}")
-    return Choice("cuda", cuda, reason, demand)
-
-
-def _why_not_native(kind: str) -> str | None:
-    if kind != "cpu":
-        return f"it has no kernels for {kind} tensors"
-    if not extension.available():
-        return f"the compiled extension is not there: {extension.status()}"
-    return None
-
-
-def _why_not_planned(kind: str) -> str | None:
-    """On CUDA tensors every plan says for itself what it lacks."""
-    if kind == "cuda":
-        return None
-    absent = needs.why_no_triton()
-    if absent is None and (kind != "cpu" or not needs.interpreted()):
-        return (
-            "Triton kernels run on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1 set"
-            f" before triton is imported; got {kind} tensors"
-        )
-    return absent
+for _name, _backend in (("reference", reference), ("native", native), ("cuda", cuda)):
+    register(_name, _backend)
+if _env.BACKEND is not None:
+    known(_env.BACKEND, "LORA_KERNELS_BACKEND")

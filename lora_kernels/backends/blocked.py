@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.dropout import keep_mask, keep_scale
+from lora_kernels.backends.dropout import keep_scale
+from lora_kernels.backends.masks import Mask, mask
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Need
 
@@ -102,22 +103,22 @@ def backward(
     d_b = dy.new_zeros(r, N, dtype=total) if need.b else None
     for block in _blocks(M, _step(dy, max(K, N))):
         rows = dy[block].to(a.dtype)
-        if need.b:
-            d_b.addmm_(s[block].to(total).t(), rows.to(total), alpha=high)
-        if not need.x and not need.a:
+        if d_b is not None:
+            _accumulate(d_b, s[block].t(), rows, high)
+        if dx is None and d_a is None:
             continue
         # ds is rounded to the compute dtype, as any other backend stores it.
         ds = _scaled(rows, b, branch.scaling).to(dy.dtype).to(a.dtype)
-        keep = keep_mask(branch.seed, block.start, len(rows), K, p) if p else None
-        if need.x:
+        keep = _mask(branch, block.start, len(rows), K) if p else None
+        if dx is not None:
             _multiply(rows, weight, None, _Product(ds, a, scale, keep), dx[block])
-        if need.a:
-            dropped = x[block] if keep is None else x[block].masked_fill(~keep, 0)
-            d_a.addmm_(ds.to(total).t(), dropped.to(total), alpha=scale)
+        if d_a is not None:
+            dropped = x[block] if keep is None else keep.drop(x[block])
+            _accumulate(d_a, ds.t(), dropped, scale)
     return (
         dx,
-        d_a.to(branch.lora_a.dtype) if need.a else None,
-        d_b.t().to(branch.lora_b.dtype).contiguous() if need.b else None,
+        None if d_a is None else d_a.to(branch.lora_a.dtype),
+        None if d_b is None else d_b.t().to(branch.lora_b.dtype).contiguous(),
     )
 
 
@@ -130,9 +131,14 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     for columns in _blocks(N, step):
         strip = dy.new_zeros(columns.stop - columns.start, K, dtype=total)
         for block in _blocks(M, step):
-            strip.addmm_(dy[block, columns].to(total).t(), x[block].to(total))
+            _accumulate(strip, dy[block, columns].t(), x[block], 1.0)
         dweight[columns] = strip
     return dweight
+
+
+def _mask(branch: Branch, first_row: int, rows: int, columns: int) -> Mask:
+    assert branch.seed is not None  # of a branch with dropout
+    return mask(branch.seed, first_row, rows, columns, branch.dropout_p)
 
 
 def _adapters(x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
@@ -146,12 +152,27 @@ def _scaled(rows: Tensor, matrix: Tensor, scale: float) -> Tensor:
     return torch.addmm(rows.new_zeros(()), rows, matrix, beta=0, alpha=scale)
 
 
+def _mixes(rows: Tensor) -> bool:
+    """Whether the device multiplies such rows into fp32 sums without copies of them in fp32."""
+    if not rows.is_cuda or torch.version.hip is not None:
+        return False
+    return rows.dtype in (torch.bfloat16, torch.float16)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total += scale * left @ right, formed in the dtype of total."""
+    if left.dtype == right.dtype and _mixes(left):
+        total.add_(torch.mm(left, right, out_dtype=total.dtype), alpha=scale)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=scale)
+
+
 def _shrink(rows: Tensor, block: slice, lora_a: Tensor, branch: Branch, s: Tensor) -> None:
     """s = scaling * drop(rows) A^T for one block, as far as `split` scales before rounding."""
     scaling, _ = split(branch.scaling, s.dtype)
     if branch.dropout_p:
-        keep = keep_mask(branch.seed, block.start, *rows.shape, branch.dropout_p)
-        rows, scaling = rows.masked_fill(~keep, 0), scaling * keep_scale(branch.dropout_p)
+        keep = _mask(branch, block.start, *rows.shape)
+        rows, scaling = keep.drop(rows), scaling * keep_scale(branch.dropout_p)
     s.copy_(_scaled(rows, lora_a.t(), scaling))
 
 
@@ -161,7 +182,7 @@ class _Product(NamedTuple):
     low: Tensor
     lora: Tensor
     scale: float
-    keep: Tensor | None = None
+    keep: Mask | None = None
 
 
 def _multiply(
@@ -170,24 +191,30 @@ def _multiply(
     """out = rows @ matrix + bias + the product.
 
     Column strips keep the widened part of the matrix small; where nothing is widened one strip is
-    all.
+    all, and formed in place.
     """
     low, lora, scale, keep = product
     wide = rows.dtype != out.dtype
     width = lora.shape[1]
     for columns in _blocks(width, _step(rows, rows.shape[1]) if wide else width):
+        total = rows.new_empty(len(rows), columns.stop - columns.start) if wide else out
         if matrix is None:
-            total = rows.new_zeros(len(rows), columns.stop - columns.start)
+            total.zero_()
         else:
             strip = matrix[:, columns].to(out.dtype).to(rows.dtype)
             if bias is None:
-                total = torch.mm(rows, strip)
+                torch.mm(rows, strip, out=total)
             else:
-                total = torch.addmm(bias[columns].to(out.dtype).to(rows.dtype), rows, strip)
+                some = bias[columns].to(out.dtype).to(rows.dtype)
+                torch.addmm(some, rows, strip, out=total)
         if keep is None:
             total.addmm_(low, lora[:, columns], alpha=scale)
         else:
             precise = _sum_dtype(out.dtype)
-            term = _scaled(low.to(precise), lora[:, columns].to(precise), scale)
-            total += term.masked_fill_(~keep[:, columns], 0)
-        out[:, columns] = total
+            if _mixes(low):
+                term = torch.mm(low, lora[:, columns], out_dtype=precise)
+            else:
+                term = torch.mm(low.to(precise), lora[:, columns].to(precise))
+            keep.add_kept(total, term, scale, columns)
+        if wide:
+            out[:, columns] = total

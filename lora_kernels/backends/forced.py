@@ -18,8 +18,7 @@ from lora_kernels import _env
 
 
 class Force(NamedTuple):
-    """demand is how it is written; with a plan, by launch, fields that replace those of its tiles.
-    The backend is named as LORA_KERNELS_BACKEND names it."""
+    """demand is how it is written; tiles are of a plan, by launch fields that replace its own."""
 
     demand: str
     backend: str
@@ -29,7 +28,7 @@ class Force(NamedTuple):
 
 def _of_environment() -> Force | None:
     if _env.PLAN is not None:
-        return Force(f"LORA_KERNELS_PLAN={_env.PLAN}", "triton", _env.PLAN)
+        return Force(f"LORA_KERNELS_PLAN={_env.PLAN}", "cuda", _env.PLAN)
     if _env.BACKEND is not None:
         return Force(f"LORA_KERNELS_BACKEND={_env.BACKEND}", _env.BACKEND)
     return None

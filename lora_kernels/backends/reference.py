@@ -25,9 +25,29 @@ _FEW_ROWS = 64
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+def lacks(device: torch.device) -> str | None:
+    """None: it serves every call."""
+    return None
+
+
+def default(device: torch.device) -> tuple[bool, str]:
+    return True, "ATen composite, the default of every device"
+
+
+def refusal(rows: Tensor) -> str | None:
+    """None."""
+    return None
+
+
+def leaves(base: Base, rows: Tensor, branch: Branch) -> str | None:
+    """None."""
+    return None
+
+
 def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor, Tensor | None]:
     """(y, s)."""
     if not isinstance(base, Dense):
+        assert base.out is not None  # of a forward
         y = base.out.clone(memory_format=torch.contiguous_format)
         s = add_branch(y, x, branch)
     elif branch.dropout_p or blocked.is_wide(x, forward=True):
@@ -50,7 +70,9 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
     if not branch.dropout_p and not blocked.is_wide(dy):
         return _whole_backward(base, dy, x, s, branch, need)
     dx, d_a, d_b = blocked.backward(base, dy, x, s, branch, need)
-    dweight = blocked.weight_gradient(dy, x, base.weight) if need.weight else None
+    dweight = None
+    if need.weight and isinstance(base, Dense):
+        dweight = blocked.weight_gradient(dy, x, base.weight)
     return dx, dweight, d_a, d_b
 
 
@@ -80,7 +102,7 @@ def _whole_backward(
             dx = torch.mm(dy, _as(base.weight, dy)).addmm_(ds, a)
         else:
             dx = torch.mm(ds, a)
-    if need.weight:
+    if need.weight and isinstance(base, Dense):
         dweight = _as(torch.mm(dy.t(), x), base.weight)
     if need.a:
         d_a = _as(torch.mm(ds.t(), x), branch.lora_a)

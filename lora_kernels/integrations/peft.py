@@ -10,6 +10,7 @@ import copy
 import warnings
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from peft import LoraConfig
@@ -24,8 +25,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import targets
-from lora_kernels._checks import DTYPES
+from lora_kernels._contract import DTYPES
 from lora_kernels.functional import lora_add, lora_linear
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import Linear as _Layer  # whose attributes all of them have
+else:
+    _Layer = object
 
 # PEFT's layers that compute base_layer(x) plus the branch; on all but the first the base is
 # quantised and keeps its own GEMM.
@@ -121,7 +127,7 @@ def unfuse_peft(peft_model: nn.Module) -> None:
     _require_module(peft_model)
     for layer in peft_model.modules():
         if isinstance(layer, _Fused):
-            layer.__class__ = layer.peft_class
+            layer.__class__ = layer.peft_class  # type: ignore[assignment]  # PEFT's again
             layer.__dict__.pop(_WARNING, None)
 
 
@@ -133,15 +139,19 @@ def register_fused_lora(config: LoraConfig, *, exact: bool = False) -> LoraConfi
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected a peft.LoraConfig, got {type(config).__name__}")
-    config._register_custom_module({nn.Module: partial(_build, exact=exact)})
+    build: Any = partial(_build, exact=exact)  # in place of a class
+    config._register_custom_module({nn.Module: build})
     return config
 
 
-def _build(target: nn.Module, adapter_name: str, *, config: LoraConfig, exact: bool, **kwargs):
+def _build(
+    target: nn.Module, adapter_name: str, *, config: LoraConfig, exact: bool, **kwargs: Any
+) -> nn.Module:
     """The layer that PEFT itself makes for `target`, fused where it can be."""
     plain = copy.copy(config)
-    plain._custom_modules = {k: v for k, v in config._custom_modules.items() if k is not nn.Module}
-    layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
+    custom = config._custom_modules or {}
+    plain._custom_modules = {k: v for k, v in custom.items() if k is not nn.Module}
+    layer: _Layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
     config.fan_in_fan_out = plain.fan_in_fan_out  # which PEFT sets by the target's type
     _fuse(layer, exact)
     return layer
@@ -161,23 +171,24 @@ def _fuse(layer: LoraLayer, exact: bool) -> str | None:
     if "forward" in vars(layer):
         return "has its forward overridden on the instance"
     layer.__class__ = _fused_class(cls, exact)
+    assert isinstance(layer, _Fused)
     return layer.objection()
 
 
-class _Fused:
+class _Fused(_Layer):
     """Mixed in before a PEFT layer class."""
 
-    peft_class: type[LoraLayer]
+    peft_class: type[_Layer]
     dense: bool
     exact: bool
 
-    def __reduce_ex__(self, protocol: int):
-        return _empty, (self.peft_class, self.exact), self.__getstate__()
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _empty, (self.peft_class, self.exact), self.__getstate__()  # type: ignore[no-untyped-call]  # of whatever PEFT has
 
     def _get_name(self) -> str:
         return self.peft_class.__name__
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # What decides is read anew in every call, so nothing can change unnoticed; submodules are
         # taken from `_modules` because nn.Module's own access to them is slow.
         if _WARNING in self.__dict__:
@@ -212,10 +223,11 @@ class _Fused:
 
     def _small_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
         """PEFT's own calls of torch, bit for bit, without those of nn.Module."""
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         base = modules["base_layer"]
         if type(base) is nn.Linear and self.dense:
-            y = F.linear(x, base._parameters["weight"], base._parameters["bias"])
+            own: dict[str, Any] = base._parameters
+            y = F.linear(x, own["weight"], own["bias"])
         else:
             y = base(x)
         dtype = y.dtype
@@ -234,8 +246,9 @@ class _Fused:
 
     def _fused_forward(self, x: Tensor, adapters: list[str]) -> Tensor | None:
         """None where the dtypes at hand, or the scaling, are not the op's."""
+        modules: dict[str, Any] = self._modules
         base, lora_A, lora_B, dropouts = (
-            self._modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
+            modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
         )
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -284,8 +297,9 @@ class _Fused:
 
     def _structure(self, adapters: list[str]) -> str | None:
         """What stands against the op in the modules and parameters that are active."""
+        modules: dict[str, Any] = self._modules
         base, lora_A, lora_B, dropouts = (
-            self._modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
+            modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
         )
         if reason := _module_objection(base, _BASES if self.dense else None, "base_layer"):
             return reason
@@ -314,7 +328,7 @@ class _Fused:
 
 
 @cache
-def _fused_class(cls: type[LoraLayer], exact: bool) -> type[LoraLayer]:
+def _fused_class(cls: type[LoraLayer], exact: bool) -> type[_Layer]:
     members = {
         "peft_class": cls, "dense": cls.__name__ == _DENSE, "exact": exact,
         "__doc__": _Fused.__doc__, "__module__": __name__,
@@ -322,14 +336,15 @@ def _fused_class(cls: type[LoraLayer], exact: bool) -> type[LoraLayer]:
     return type(f"Fused{cls.__name__}", (_Fused, cls), members)
 
 
-def _empty(cls: type[LoraLayer], exact: bool) -> LoraLayer:
+def _empty(cls: type[_Layer], exact: bool) -> _Layer:
     """What unpickling and copying fill."""
     fused = _fused_class(cls, exact)
     return fused.__new__(fused)
 
 
-def _active(layer: LoraLayer) -> list[str]:
-    active, there = layer._active_adapter, layer._modules["lora_A"]._modules
+def _active(layer: _Layer) -> list[str]:
+    modules: dict[str, Any] = layer._modules
+    active, there = layer._active_adapter, modules["lora_A"]._modules
     return [name for name in ((active,) if isinstance(active, str) else active) if name in there]
 
 
@@ -390,9 +405,10 @@ def _lost_gradient(layer: _Fused) -> str | None:
     if _module_objection(base, None, "base_layer") or any(t.is_meta for t in tensors):
         return None
     own = [t.dtype for t in tensors if t.is_floating_point()]
-    for dtype in dict.fromkeys((*own, layer.lora_A[next(iter(layer.lora_A))].weight.dtype, *_HALF)):
+    for dtype in dict.fromkeys((*own, next(layer.lora_A.parameters()).dtype, *_HALF)):
         try:
-            return _try_gradient(base, layer.in_features, tensors[0].device, dtype, quantised)
+            width: Any = layer.in_features  # which PEFT sets
+            return _try_gradient(base, width, tensors[0].device, dtype, quantised)
         except Exception:  # whatever a foreign layer raises where it does not take this dtype
             continue
     return None

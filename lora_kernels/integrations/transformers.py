@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -12,8 +13,11 @@ from lora_kernels.adapters import lora_layers
 from lora_kernels.checkpoint import write_files
 from lora_kernels.formats import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.nn import LoRALayer
-from lora_kernels.nn.tensors import FACTORS, MERGED
+from lora_kernels.nn.tensors import MERGED
 from lora_kernels.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def guard(model: nn.Module) -> None:
@@ -22,6 +26,7 @@ def guard(model: nn.Module) -> None:
     Without the adapter's files in d `from_pretrained(d)` would drop it as unexpected keys; with
     them Transformers loads base and adapter (through PEFT).
     """
+    module: Any
     for module in model.modules():
         save = getattr(type(module), "save_pretrained", None)
         if callable(save) and "save_directory" in inspect.signature(save).parameters:
@@ -37,7 +42,7 @@ def release(model: nn.Module) -> None:
             del module.save_pretrained
 
 
-def _save_pretrained(model: nn.Module, *args, **kwargs) -> object:
+def _save_pretrained(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> object:
     """Given the state of a sharded model, as Trainer gives it, one rank may call; otherwise all."""
     save = type(model).save_pretrained
     call = inspect.signature(save).bind(model, *args, **kwargs)
@@ -49,7 +54,12 @@ def _save_pretrained(model: nn.Module, *args, **kwargs) -> object:
     result = save(*call.args, **call.kwargs)
     layers = dict(lora_layers(model))
     parts = {
-        name: [given.get(f"{name}.{key}", layer.factor(key)) for key in FACTORS]
+        name: layer.low_rank(
+            **{
+                key: given.get(f"{name}.{key}", layer.factor(key))
+                for key in layer.adapter_parameters
+            }
+        )
         for name, layer in layers.items()
         if layer._merged != "final"
     }

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,17 @@ from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_ty
 from lora_kernels.functional import lora_linear
 from lora_kernels.nn.pissa import INITS, Init
 from lora_kernels.nn.state import LayerState
-from lora_kernels.nn.tensors import ADAPTER, FACTORS, MERGED, PISSA, note_frozen, shape_of, thaw
+from lora_kernels.nn.tensors import MERGED, PISSA, note_frozen, shape_of, thaw
 
-# What an adapter adds to a layer: parameters, buffers, attributes.
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from lora_kernels.bases import Linear
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
+# What a layer is given beside the adapter's tensors: a buffer, attributes.
 _ADDED = (
-    *ADAPTER, MERGED, "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged", "_disabled",
+    MERGED, "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged", "_disabled",
 )  # fmt: skip
 
 
@@ -38,7 +45,7 @@ class LoRALayer(LayerState):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         init: Init = "kaiming",
-    ) -> "LoRALayer":
+    ) -> "Self":
         """A layer that shares `linear`'s weight and bias objects (now frozen), its buffers,
         submodules, attributes and train mode.
 
@@ -50,8 +57,8 @@ class LoRALayer(LayerState):
             TypeError: not exactly a layer of this kind. ValueError: hooks, parametrizations, or a
                 weight that is pruned, sharded, quantised or of another dtype.
         """
-        cls._require_base(linear)
-        reason = refusal(linear, reserved()) or hooked(linear)
+        names = reserved(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
+        reason = refusal(cls._require_base(linear), names) or hooked(linear)
         if reason is not None:
             raise ValueError(f"linear: {reason}")
         trainable = {name for name, p in linear.named_parameters(recurse=False) if p.requires_grad}
@@ -70,7 +77,7 @@ class LoRALayer(LayerState):
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
         init: Init,
-    ) -> "LoRALayer":
+    ) -> "Self":
         """`from_linear`, of a layer that `refusal` has nothing against, without the step that
         changes the weight, `_take_pissa`."""
         if init not in INITS:
@@ -90,7 +97,7 @@ class LoRALayer(LayerState):
         It stays the same object: whoever holds it, its hooks and whatever else it has, go on.
         """
         linear.__class__ = type(self)
-        for key in _ADDED:
+        for key in (*self.adapter_names(), *_ADDED):
             for mine, theirs in zip(stores(self), stores(linear), strict=True):
                 if key in mine:
                     theirs[key] = mine[key]
@@ -103,8 +110,9 @@ class LoRALayer(LayerState):
         made into, `why_stuck`."""
         self._refuse("remove", self.why_stuck())
         self._settle()
-        self.__class__ = self.base_class
-        for key in _ADDED:
+        added = (*self.adapter_names(), *_ADDED)
+        self.__class__ = self.base_class  # type: ignore[assignment]  # no layer of ours any more
+        for key in added:
             for store in stores(self):
                 store.pop(key, None)
             self._non_persistent_buffers_set.discard(key)
@@ -141,15 +149,15 @@ class LoRALayer(LayerState):
             raise TypeError(
                 f"adapter_dtype: expected {self.weight.dtype} (the weight's){legal}, got {dtype!r}"
             )
-        factory = {"device": self.weight.device, "dtype": dtype}
+        empty = functools.partial(torch.empty, device=self.weight.device, dtype=dtype)
         self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
-        for name in FACTORS:
-            setattr(self, name, nn.Parameter(torch.empty(shape_of(self, name, rank), **factory)))
+        for name in self.adapter_parameters:
+            setattr(self, name, nn.Parameter(empty(shape_of(self, name, rank))))
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        for name in (MERGED, *PISSA):
-            self.register_buffer(name, None)
+        for buffer in (MERGED, *PISSA):
+            self.register_buffer(buffer, None)
         self._base_weight_cpu = None
         self._merged = False
         self._disabled = False
@@ -159,14 +167,14 @@ class LoRALayer(LayerState):
         if "_merged" not in vars(self):  # nn.Linear's constructor calls this
             return self._reset_base()
         self._require_unmerged("reset_parameters")
-        self._refuse("reset_parameters", self.why_fixed("weight", "bias", *FACTORS))
+        self._refuse("reset_parameters", self.why_fixed("weight", "bias", *self.adapter_parameters))
         self.pissa_A = self.pissa_B = None
         self._reset_base()
         self.reset_lora_parameters()
 
     @staticmethod
-    def _require_base(linear: nn.Module) -> None:
-        """TypeError for a layer of another kind."""
+    def _require_base(linear: nn.Module) -> "Linear":
+        """The layer; TypeError for one of another kind."""
         raise NotImplementedError
 
     def _reset_base(self) -> None:
@@ -181,8 +189,7 @@ class LoRALayer(LayerState):
         return lora_linear(
             x,
             self.matrix,
-            self.lora_A,
-            self.lora_B,
+            *self.low_rank(self.lora_A, self.lora_B),
             self.bias,
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
@@ -194,7 +201,7 @@ class LoRALayer(LayerState):
             raise RuntimeError("merged with keep_base=False: the base of this layer is gone")
         if self._merged:
             return nn.functional.linear(x, self._oriented(self._kept_base()), self.bias)
-        if self.pissa_A is None:
+        if self.pissa_A is None or self.pissa_B is None:
             return nn.functional.linear(x, self.matrix, self.bias)
         return lora_linear(
             x, self.matrix, self.pissa_A, self.pissa_B, self.bias, scaling=self.scaling
@@ -202,7 +209,9 @@ class LoRALayer(LayerState):
 
     def why_stuck(self) -> str | None:
         """Why the adapter cannot be taken out of the layer; None if it can."""
-        reason = foreign_forward(self) or computed(self, ("weight", "bias", *FACTORS))
+        reason = foreign_forward(self) or computed(
+            self, ("weight", "bias", *self.adapter_parameters)
+        )
         if reason is None and (self._merged == "kept" or self.pissa_A is not None):
             reason = self.why_valueless("weight")
         return reason
@@ -242,12 +251,12 @@ class LoRALayer(LayerState):
 
 
 @functools.cache
-def reserved() -> frozenset[str]:
+def reserved(kind: type[LoRALayer] = LoRALayer) -> frozenset[str]:
     """The names that a plain layer must not use otherwise, to be given an adapter."""
-    return frozenset(_ADDED).union(dir(LoRALayer)).difference(dir(nn.Module))
+    return frozenset((*kind.adapter_names(), *_ADDED, *dir(kind))).difference(dir(nn.Module))
 
 
-def _twin(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def _twin(module: nn.Module, kind: type[_Kind]) -> _Kind:
     """A module of this kind that shares everything `module` holds, but for its hooks."""
     twin = kind.__new__(kind)
     nn.Module.__init__(twin)

@@ -7,7 +7,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lora_kernels.nn.layer import LoRALayer
 
 
-class FusedLoRALinear(LoRALayer, nn.Linear):
+class FusedLoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]  # its bias may be None too
     """y = x W^T + bias + scaling (drop(x) A^T) B^T, with W and bias frozen.
 
     A subclass of `nn.Linear`: `weight` [out_features, in_features] and `bias` keep their names, so
@@ -49,9 +49,11 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         self.reset_lora_parameters()
 
     @staticmethod
-    def _require_base(linear: nn.Module) -> None:
-        if type(linear) is not nn.Linear and not is_parametrized(linear):
+    def _require_base(linear: nn.Module) -> nn.Linear:
+        plain = type(linear) is nn.Linear or is_parametrized(linear)
+        if not (plain and isinstance(linear, nn.Linear)):
             raise TypeError(f"linear: expected torch.nn.Linear itself, got {type(linear).__name__}")
+        return linear
 
     def _reset_base(self) -> None:
         nn.Linear.reset_parameters(self)

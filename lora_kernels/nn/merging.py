@@ -43,7 +43,8 @@ class Merging(LayerTensors):
                 self.merged_base = self.weight.detach().clone()
             else:
                 self.merged_base = self.weight.new_empty(0)
-            add_product(self.matrix, self.factor("lora_B"), self.factor("lora_A"), self.scaling)
+            A, B = self.factors()
+            add_product(self.matrix, B, A, self.scaling)
         except BaseException:
             if keep_base and (self.merged_base is not None or self._base_weight_cpu is not None):
                 self.weight.copy_(self._kept_base())
@@ -60,7 +61,8 @@ class Merging(LayerTensors):
         is merged."""
         if self._merged:
             return self.weight.detach()
-        total = _sum(self.matrix, self.factor("lora_B"), self.factor("lora_A"), self.scaling)
+        A, B = self.factors()
+        total = _sum(self.matrix, B, A, self.scaling)
         return self._oriented(total).to(self.weight.dtype).contiguous()
 
     @torch.no_grad()
@@ -80,6 +82,7 @@ class Merging(LayerTensors):
 
     def _kept_base(self) -> Tensor:
         base = self.merged_base if self.merged_base is not None else self._base_weight_cpu
+        assert base is not None  # of a layer that is merged and kept it
         return base.to(device=self.weight.device, dtype=self.weight.dtype)
 
     def why_unmergeable(self, keep_base: bool | Literal["cpu"] = True) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.merging import add_product
-from lora_kernels.nn.tensors import FACTORS, LayerTensors
+from lora_kernels.nn.tensors import LayerTensors
 from lora_kernels.offloading import present
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 
@@ -61,12 +61,12 @@ class Initialising(LayerTensors):
 
     def _take_pissa(self) -> None:
         """Takes the principal part out of the weight, if the adapter starts as that."""
-        if self.pissa_A is not None:
+        if self.pissa_A is not None and self.pissa_B is not None:
             add_product(self.matrix, self.pissa_B, self.pissa_A, -self.scaling)
 
     def _return_pissa(self) -> None:
         """Adds back what PiSSA took out of the weight."""
-        if self.pissa_A is not None:
+        if self.pissa_A is not None and self.pissa_B is not None:
             add_product(self.matrix, self.pissa_B, self.pissa_A, self.scaling)
             self.pissa_A = self.pissa_B = None
 
@@ -77,8 +77,8 @@ class Initialising(LayerTensors):
         scaling (B A - B0 A0).
         """
         with present(self):
-            lora_A, lora_B = map(self.factor, FACTORS)
-            if self.pissa_A is None:
+            lora_A, lora_B = self.factors()
+            if self.pissa_A is None or self.pissa_B is None:
                 return lora_A, lora_B
             A, B = (lora_A, self.pissa_A), (lora_B, -self.pissa_B)
             return torch.cat(list(map(whole, A))), torch.cat(list(map(whole, B)), dim=1)
@@ -91,9 +91,10 @@ class Initialising(LayerTensors):
         becomes `delta_factors`. Other layers stay as they are. RuntimeError: the layer is merged.
         """
         self._require_unmerged("to_original_base")
-        if self.pissa_A is None:
+        if self.pissa_A is None or self.pissa_B is None:
             return
-        self._refuse("to_original_base", self.why_fixed() or self.why_valueless("weight"))
+        reason = self.why_fixed() or self.why_not_two() or self.why_valueless("weight")
+        self._refuse("to_original_base", reason)
         factors = self.delta_factors()
         add_product(self.matrix, self.pissa_B, self.pissa_A, self.scaling)
         self.pissa_A = self.pissa_B = None

@@ -5,25 +5,16 @@ merged, `weight` is what the parameter holds, the sum, and `merged_base` lies be
 that was kept, or an empty tensor where none was.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lora_kernels.nn.merging import Merging
 from lora_kernels.nn.pissa import Initialising
-from lora_kernels.nn.tensors import ADAPTER, FACTORS, MERGED, PISSA, shape_of
+from lora_kernels.nn.tensors import MERGED, PISSA, shape_of
 from lora_kernels.sharding import is_sharded
-
-# What a plain model has no place for; everything else of a layer is its base's.
-_BESIDE_THE_BASE = frozenset((*ADAPTER, MERGED))
-
-
-def is_beside_the_base(key: str) -> bool:
-    """Whether a key of a layer's state dict belongs to the adapter, or to a parametrization of
-    it."""
-    first, *rest = key.split(".")
-    if first == "parametrizations" and rest:
-        return rest[0] in _BESIDE_THE_BASE
-    return first in _BESIDE_THE_BASE or first.startswith(tuple(f"{name}_" for name in FACTORS))
 
 
 class LayerState(Initialising, Merging):
@@ -34,17 +25,35 @@ class LayerState(Initialising, Merging):
     kept no base is unmerged by it. Nothing of a state that does not fit is loaded.
     """
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def is_beside_the_base(self, key: str) -> bool:
+        """Whether a key of the layer's state dict is one that a plain model has no place for: of
+        the adapter, or of a parametrization of it."""
+        beside = (*self.adapter_names(), MERGED)
+        first, *rest = key.split(".")
+        if first == "parametrizations" and rest:
+            return rest[0] in beside
+        return first in beside or first.startswith(tuple(f"{n}_" for n in self.adapter_parameters))
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base_weight_cpu is not None:  # no buffer, which would move with the layer
             destination[prefix + MERGED] = self._base_weight_cpu.to(self.weight.dtype)
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         given = {
             name: state_dict[prefix + name]
-            for name in ("weight", "bias", *_BESIDE_THE_BASE)
+            for name in ("weight", "bias", *self.adapter_names(), MERGED)
             if isinstance(state_dict.get(prefix + name), Tensor)
         }
         errors = list(self._misfits(given, prefix))
@@ -52,7 +61,7 @@ class LayerState(Initialising, Merging):
             error_msgs += errors
             return
         base = given.pop(MERGED, None)
-        adapter = any(name in given for name in ADAPTER)
+        adapter = any(name in given for name in self.adapter_names())
         assigns = local_metadata.get("assign_to_params_buffers", False)
         kept = self._merged == "kept"
         again = base is None and kept and (adapter or "weight" in given)
@@ -75,7 +84,7 @@ class LayerState(Initialising, Merging):
             state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if not adapter:
-            beside = {prefix + name for name in ADAPTER}
+            beside = {prefix + name for name in self.adapter_names()}
             missing_keys[:] = [key for key in missing_keys if key not in beside]
         if takes:
             self._take_pissa()
@@ -86,9 +95,9 @@ class LayerState(Initialising, Merging):
         elif again:
             self.merge("cpu" if on_host else True)
 
-    def _misfits(self, given: dict[str, Tensor], prefix: str):
+    def _misfits(self, given: dict[str, Tensor], prefix: str) -> Iterator[str]:
         """Why the tensors cannot be loaded, as torch says it."""
-        factors = [name for name in FACTORS if name in given]
+        factors = [name for name in self.adapter_parameters if name in given]
         lost = self.why_fixed(*factors) if factors else None
         if lost is not None:
             yield f"{prefix.rstrip('.')}: cannot take {', '.join(factors)}: {lost}"
@@ -115,7 +124,7 @@ class LayerState(Initialising, Merging):
             )
         if merged is not None and "weight" not in given:
             yield f"{prefix}{MERGED}: is of a merged layer, whose {prefix}weight is missing"
-        adapter = next((name for name in ADAPTER if name in given), None)
+        adapter = next((name for name in self.adapter_names() if name in given), None)
         if self._merged == "final" and adapter and "weight" not in given:
             yield (
                 f"{prefix}{adapter}: the layer is merged with keep_base=False and has no"

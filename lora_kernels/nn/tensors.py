@@ -2,7 +2,8 @@
 exchanged."""
 
 import math
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,13 @@ from lora_kernels.bases import computed, odd_type, sources
 from lora_kernels.offloading import OFFLOADED, is_offloaded
 from lora_kernels.sharding import is_sharded
 
-Factor = Literal["lora_A", "lora_B"]
-# What is trained, as the parameters.
-FACTORS: tuple[Factor, ...] = get_args(Factor)
+# By name their dimensions: N, K are the layer's out_features and in_features, r the rank.
+BASE = {"weight": "NK", "bias": "N"}
+FACTORS = {"lora_A": "rK", "lora_B": "Nr"}
 # What PiSSA took out of the weight, as buffers.
-PISSA = ("pissa_A", "pissa_B")
-ADAPTER = (*FACTORS, *PISSA)
+PISSA = {"pissa_A": "rK", "pissa_B": "Nr"}
 # The base of a merged layer, a buffer.
 MERGED = "merged_base"
-# By name the tensors' dimensions: N, K are the layer's out_features and in_features, r the rank.
-DIMENSIONS = {
-    "weight": "NK", "bias": "N", "lora_A": "rK", "lora_B": "Nr", "pissa_A": "rK", "pissa_B": "Nr",
-}  # fmt: skip
 
 _FROZEN = "_lora_frozen"
 
@@ -44,16 +40,24 @@ def thaw(module: nn.Module) -> None:
 def shape_of(layer: "LayerTensors", name: str, rank: int) -> tuple[int, ...]:
     """The shape that a tensor of an adapter has where its rank is this one."""
     sizes = {"N": layer.out_features, "K": layer.in_features, "r": rank}
-    return tuple(sizes[letter] for letter in DIMENSIONS[name])
+    return tuple(sizes[letter] for letter in layer.dimensions()[name])
 
 
 class LayerTensors(nn.Module):
-    """The tensors and numbers of `LoRALayer`, which makes them."""
+    """The tensors and numbers of `LoRALayer`, which makes them.
 
+    A class of another kind of adapter names what it trains in `adapter_parameters`, starts it in
+    `reset_lora_parameters` and says in `low_rank` what it does to A and B.
+    """
+
+    # What is trained, with its dimensions: lora_A and lora_B first.
+    adapter_parameters: ClassVar[Mapping[str, str]] = FACTORS
     # Whether `weight` is [in_features, out_features].
     fan_in_fan_out = False
     in_features: int
     out_features: int
+    weight: Tensor
+    bias: Tensor | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     pissa_A: Tensor | None
@@ -74,6 +78,21 @@ class LayerTensors(nn.Module):
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight
 
+    @classmethod
+    def dimensions(cls) -> dict[str, str]:
+        """The dimensions of all tensors, by name."""
+        return {**BASE, **cls.adapter_parameters, **PISSA}
+
+    @classmethod
+    def adapter_names(cls) -> tuple[str, ...]:
+        """The adapter's tensors, in the layer and its state dict."""
+        return (*cls.adapter_parameters, *PISSA)
+
+    def low_rank(self, lora_A: Tensor, lora_B: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) of the product that acts. others are the adapter's other parameters by name,
+        where they are not the layer's own."""
+        return lora_A, lora_B
+
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
@@ -89,20 +108,30 @@ class LayerTensors(nn.Module):
         """Whether the weight holds base plus adapter."""
         return bool(self._merged)
 
-    def factor(self, name: Factor) -> Tensor:
-        """lora_A or lora_B as the next forward has it: where pruning or weight norm compute it in a
-        hook, the attribute is that of the last one."""
+    def factor(self, name: str) -> Tensor:
+        """lora_A, lora_B or another of the adapter's parameters as the next forward has it: where
+        pruning or weight norm compute it in a hook, the attribute is that of the last one."""
+        hook: Any
+        tensor: Tensor
         for hook in self._forward_pre_hooks.values():
             if getattr(hook, "_tensor_name", None) == name:
-                return hook.apply_mask(self)
+                tensor = hook.apply_mask(self)
+                break
             if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
                 without_update = (False,) if hasattr(hook, "n_power_iterations") else ()
-                return hook.compute_weight(self, *without_update)
-        return getattr(self, name)
+                tensor = hook.compute_weight(self, *without_update)
+                break
+        else:
+            tensor = getattr(self, name)
+        return tensor
 
-    def factor_parameters(self, *names: Factor) -> list[nn.Parameter]:
-        """These (lora_A, lora_B), or the parameters that they are computed from."""
-        keys = [key for name in names or FACTORS for key in sources(self, name)]
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`low_rank` as the next forward has it."""
+        return self.low_rank(**{name: self.factor(name) for name in self.adapter_parameters})
+
+    def factor_parameters(self, *names: str) -> list[nn.Parameter]:
+        """These of the adapter's parameters, or what they are computed from; all by default."""
+        keys = [k for name in names or self.adapter_parameters for k in sources(self, name)]
         return [self.get_parameter(key) for key in keys]
 
     @torch.no_grad()
@@ -118,7 +147,7 @@ class LayerTensors(nn.Module):
                 lora_B pruned or parametrized. RuntimeError: the layer is merged.
         """
         self._require_unmerged("set_adapter")
-        self._refuse("set_adapter", self.why_fixed())
+        self._refuse("set_adapter", self.why_fixed() or self.why_not_two())
         if is_sharded(self.lora_A):
             raise ValueError(
                 f"lora_A: is sharded, {self.lora_A.placements}; change the rank before"
@@ -163,11 +192,17 @@ class LayerTensors(nn.Module):
         return None
 
     def why_fixed(self, *names: str) -> str | None:
-        """Why values written to these tensors (lora_A, lora_B) would be lost; None if not."""
-        reason = computed(self, names or FACTORS)
+        """Why values written to these tensors (the adapter's parameters) would be lost; None if
+        not."""
+        reason = computed(self, names or self.adapter_parameters)
         if reason is None and is_offloaded(self):
             reason = f"is {OFFLOADED}"
         return reason
+
+    def why_not_two(self) -> str | None:
+        """Why other values of lora_A and lora_B alone are not the adapter; None if they are."""
+        others = [name for name in self.adapter_parameters if name not in FACTORS]
+        return f"a {type(self).__name__} trains {', '.join(others)} too" if others else None
 
     def _require_unmerged(self, what: str) -> None:
         if self._merged:

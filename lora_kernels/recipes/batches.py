@@ -62,7 +62,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, PackedSequence):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=True)  # type: ignore[arg-type]  # as a tensor does
     if isinstance(batch, (tuple, list)):
         moved = [to_device(value, device) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)
@@ -159,7 +159,8 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _own_loss(output: Any) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    is_mapping = isinstance(output, Mapping)
+    loss: Tensor | None = output.get("loss") if is_mapping else getattr(output, "loss", None)
     if loss is None:
         raise ValueError(
             "criterion: None needs a model that returns an object with a loss, got"
@@ -180,7 +181,9 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+def autocast(
+    device: torch.device, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager[Any]:
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
@@ -199,7 +202,7 @@ def progress_bar(progress: bool | None, total: int | None, label: str) -> Any:
     return _NoBar()
 
 
-class _NoBar(contextlib.AbstractContextManager):
+class _NoBar(contextlib.AbstractContextManager[Any]):
     def __exit__(self, *_: object) -> None:
         pass
 
@@ -210,8 +213,8 @@ class _NoBar(contextlib.AbstractContextManager):
         pass
 
 
-def length(loader: Iterable) -> int | None:
+def length(loader: Iterable[Any]) -> int | None:
     try:
-        return len(loader)
+        return len(loader)  # type: ignore[arg-type]  # one without a length raises
     except TypeError:
         return None

@@ -99,7 +99,7 @@ class CSV(Callback):
     The file is replaced at the start; that of a resumed run has the steps before too.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def on_start(self, run: Any) -> None:
@@ -140,22 +140,25 @@ class TensorBoard(Callback):
         ImportError: without the package tensorboard.
     """
 
-    def __init__(self, log_dir: str | os.PathLike) -> None:
+    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(f"TensorBoard: pip install tensorboard ({error})") from error
-        self.log_dir, self.make_writer, self.writer = str(log_dir), SummaryWriter, None
+        self.log_dir, self.make_writer = str(log_dir), SummaryWriter
+        self.writer: SummaryWriter | None = None
 
     def on_start(self, run: Any) -> None:
         # What an interrupted run wrote after its checkpoint is hidden.
         self.writer = self.make_writer(self.log_dir, purge_step=len(run.history) + 1)
 
     def on_step(self, run: Any) -> None:
+        assert self.writer is not None  # after on_start
         for name, column in run.history.columns().items():
             self.writer.add_scalar(f"train/{name}", column[-1], len(run.history))
 
     def on_evaluate(self, run: Any) -> None:
+        assert self.writer is not None  # after on_start
         found = run.history.evaluations[-1]
         for name in run.measured:
             self.writer.add_scalar(f"eval/{name}", found[name], found["step"])

@@ -15,7 +15,7 @@ Metric = Callable[[Any, Any], float | Tensor]
 @torch.no_grad()
 def evaluate_model(
     model: nn.Module,
-    test_loader: Iterable,
+    test_loader: Iterable[Any],
     criterion: Criterion,
     *,
     metrics: Mapping[str, Metric] | None = None,

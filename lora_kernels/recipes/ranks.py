@@ -14,8 +14,9 @@ from lora_kernels.nn import LoRALayer
 from lora_kernels.rank import allocate_ranks, refactor, spectrum, widen
 from lora_kernels.recipes.batches import Criterion
 from lora_kernels.recipes.evaluation import evaluate_model
+from lora_kernels.recipes.history import History
 from lora_kernels.recipes.stepping import needs_closure
-from lora_kernels.recipes.training import History, train_model
+from lora_kernels.recipes.training import train_model
 from lora_kernels.recipes.undo import Undo
 
 _SHARED = ("count", "autocast_dtype", "progress")
@@ -63,7 +64,7 @@ class RankReport:
         lines = [f"rank {self.k_initial} -> {self.rank}, loss {self.loss_initial:.4f} -> "]
         lines[0] += f"{self.loss:.4f}"
         for step in self.steps:
-            worst = min(step.kept_energy, key=step.kept_energy.get)
+            worst = min(step.kept_energy, key=step.kept_energy.__getitem__)
             lines.append(
                 f"  rank {step.rank}: loss {step.loss_before:.4f} -> {step.loss_refactored:.4f},"
                 f" trained {step.loss:.4f}; kept energy at least {step.kept_energy[worst]:.1%}"
@@ -76,14 +77,14 @@ def adjust_rank(
     model: nn.Module,
     k_initial: int,
     k_final: int,
-    train_loader: Iterable,
+    train_loader: Iterable[Any],
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
     *,
     ranks: Sequence[int] | None = None,
     tolerance: float | None = None,
     per_layer: bool = False,
-    eval_loader: Iterable | None = None,
+    eval_loader: Iterable[Any] | None = None,
     epochs: int = 1,
     **training: Any,
 ) -> RankReport:
@@ -215,7 +216,7 @@ def _apply(
     original_base: bool,
 ) -> None:
     """Gives layers and optimizer their new factors; layers that keep their rank stay alone."""
-    exchanged = {}
+    exchanged: dict[nn.Parameter, nn.Parameter] = {}
     for name, layer in layers.items():
         old = layer.lora_A, layer.lora_B
         if original_base:
@@ -261,7 +262,15 @@ def exchange_parameters(
 
 
 def _check(
-    layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, optimizer, training
+    layers: dict[str, LoRALayer],
+    k_initial: int,
+    k_final: int,
+    ranks: Sequence[int] | None,
+    tolerance: float | None,
+    per_layer: bool,
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+    training: dict[str, Any],
 ) -> list[int] | None:
     """The ranks to go through; None where they are to be halved."""
     for name, k in (("k_initial", k_initial), ("k_final", k_final)):
@@ -270,7 +279,7 @@ def _check(
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise ValueError(f"epochs: expected an integer of at least 0, got {epochs!r}")
     for name, layer in layers.items():
-        if (reason := layer.why_fixed()) is not None:
+        if (reason := layer.why_fixed() or layer.why_not_two()) is not None:
             raise ValueError(f"model: {name}: {reason}")
     present = _ranks(layers)
     if per_layer:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def read(path: str | os.PathLike) -> Any:
+def read(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` wrote. FileNotFoundError, or ValueError for a file that is not as written.
 
     Takes no more memory than the file is large: its records have to be stored as they are.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.serialization import config
 
 from lora_kernels.files import replace_atomically
+from lora_kernels.recipes.history import History
 from lora_kernels.recipes.reading import (
     is_number,
     read,
@@ -41,8 +42,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
-    loader: Iterable
-    history: Any
+    loader: Iterable[Any]
+    history: History
     accumulation_steps: int
     epochs: int
     max_steps: int | None
@@ -50,10 +51,10 @@ class Run:
     epoch: int = 0
     batches: int = 0
     # Generators as they were when the epoch began: they fix the order of its data.
-    epoch_random: dict | None = None
-    best: dict | None = None
+    epoch_random: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
     # What a resumed epoch has not seen yet.
-    remaining: Iterator | None = None
+    remaining: Iterator[Any] | None = None
 
     @property
     def done(self) -> bool:
@@ -65,9 +66,10 @@ class Run:
         """Ends the run after the current step; `History.stopped` says why."""
         self.history.stopped = reason
 
-    def epoch_batches(self) -> Iterator:
+    def epoch_batches(self) -> Iterator[Any]:
         """The batches of the current epoch that are still to come."""
         if self.batches:
+            assert self.remaining is not None  # of a run that was loaded
             yield from self.remaining
             return
         self.epoch_random = _get_random(self.loader)
@@ -89,13 +91,14 @@ class Run:
 
     @torch.no_grad()
     def restore_best(self) -> None:
+        assert self.best is not None  # or there is nothing to restore
         present = self.tensors()
         for name, tensor in self.best["tensors"].items():
             present[name].copy_(tensor)
 
     # ---------------------------------------------------------------------------------------- file
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         state = {
             "format": _FORMAT,
             "tensors": self.tensors(),
@@ -112,10 +115,12 @@ class Run:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with config.patch("save.compute_crc32", True):
+        with config.patch(  # type: ignore[attr-defined]  # torch puts it there at import
+            "save.compute_crc32", True
+        ):
             replace_atomically(path, lambda temporary: torch.save(state, temporary))
 
-    def load(self, path: str | os.PathLike) -> None:
+    def load(self, path: str | os.PathLike[str]) -> None:
         """Checks everything, then changes model, optimizer, scheduler and generators, or nothing.
 
         Raises:
@@ -143,7 +148,7 @@ class Run:
             raise
 
     @torch.no_grad()
-    def _apply(self, state: dict) -> None:
+    def _apply(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         present = self.tensors()
         for name, tensor in state["tensors"].items():
@@ -249,7 +254,9 @@ class Run:
         )  # fmt: skip
 
 
-def _seek(loader: Iterable, epoch_random: dict | None, batches: int) -> Iterator | None:
+def _seek(
+    loader: Iterable[Any], epoch_random: dict[str, Any], batches: int
+) -> Iterator[Any] | None:
     """An epoch's iterator, behind the batches that were seen."""
     if batches == 0:
         return None
@@ -267,14 +274,14 @@ def _seek(loader: Iterable, epoch_random: dict | None, batches: int) -> Iterator
 # --------------------------------------------------------------------------------------- generators
 
 
-def _generators(loader: Iterable) -> list[torch.Generator]:
+def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
     """The loader's own generators; a DataLoader shares one with its sampler."""
     owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-def _get_random(loader: Iterable) -> dict:
+def _get_random(loader: Iterable[Any]) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -283,7 +290,7 @@ def _get_random(loader: Iterable) -> dict:
     }
 
 
-def _set_random(state: dict, loader: Iterable) -> None:
+def _set_random(state: dict[str, Any], loader: Iterable[Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():
         for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
@@ -293,7 +300,7 @@ def _set_random(state: dict, loader: Iterable) -> None:
         generator.set_state(value)
 
 
-def _check_random(where: str, state: Any, loader: Iterable) -> None:
+def _check_random(where: str, state: Any, loader: Iterable[Any]) -> None:
     """By setting other generators to it."""
     own = _generators(loader)
     require_like(where, state, {"loader": [None] * len(own), "torch": torch.get_rng_state()})

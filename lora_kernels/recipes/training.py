@@ -1,25 +1,24 @@
 """`train_model`: the loop over optimizer steps."""
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters import lora_layers, require_loaded
+from lora_kernels.adapters import lora_layers
 from lora_kernels.check import first_step_problems, folded
-from lora_kernels.recipes import batches, resume
+from lora_kernels.recipes import batches, checks, resume
 from lora_kernels.recipes.batches import Count, Criterion
 from lora_kernels.recipes.callbacks import Callback, Goal
-from lora_kernels.recipes.evaluation import Metric, check_metrics, evaluate_model
+from lora_kernels.recipes.evaluation import Metric, evaluate_model
+from lora_kernels.recipes.history import History
 from lora_kernels.recipes.stepping import (
     check_closure,
     check_scheduler,
@@ -29,63 +28,9 @@ from lora_kernels.recipes.stepping import (
 from lora_kernels.sharding import is_sharded, whole
 
 
-@dataclass
-class History:
-    """One entry per optimizer step, `len(history)` of them; `dataclasses.asdict` gives lists for
-    JSON.
-
-    loss: mean over the step's samples, before the update. samples: their number, or what `count`
-    gave for them. epoch: from 0. grad_norm: over all trained parameters, before clipping.
-    learning_rate: of the optimizer's first group. tokens: token ids in the step's `input_ids`,
-    padding included, 0 for other data. seconds: what the step took, waiting for its data included;
-    not compared by ==.
-
-    evaluations: {"step": steps made before it, "loss": ..., metric: ...} of each. stopped: the
-    reason, where a callback ended the run, otherwise None.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    samples: list[float] = field(default_factory=list)
-    epoch: list[int] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-    learning_rate: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list, compare=False)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    stopped: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.loss)
-
-    def columns(self) -> dict[str, list]:
-        """The lists that have an entry per step."""
-        fields = (f.name for f in dataclasses.fields(self))
-        return {n: getattr(self, n) for n in fields if n not in ("evaluations", "stopped")}
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Mean over all steps, without evaluations and checkpoints; 0 without `input_ids`."""
-        return sum(self.tokens) / (math.fsum(self.seconds) or math.inf)
-
-    @property
-    def samples_per_second(self) -> float:
-        """As `tokens_per_second`."""
-        return math.fsum(self.samples) / (math.fsum(self.seconds) or math.inf)
-
-    @property
-    def epoch_loss(self) -> list[float]:
-        """Mean loss over the samples of each epoch."""
-        steps = zip(self.epoch, self.loss, self.samples, strict=True)
-        means = []
-        for _, group in itertools.groupby(steps, key=lambda step: step[0]):
-            group = list(group)
-            means.append(math.fsum(l * n for _, l, n in group) / sum(n for *_, n in group))
-        return means
-
-
 def train_model(
     model: nn.Module,
-    train_loader: Iterable,
+    train_loader: Iterable[Any],
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
     *,
@@ -98,10 +43,10 @@ def train_model(
     autocast_dtype: torch.dtype | None = None,
     count: Count = None,
     progress: bool | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
-    resume_from: str | os.PathLike | None = None,
-    eval_loader: Iterable | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    eval_loader: Iterable[Any] | None = None,
     eval_every: int | None = None,
     metrics: Mapping[str, Metric] | None = None,
     keep_best: str | None = None,
@@ -162,16 +107,16 @@ def train_model(
         TypeError: an argument or batch of another kind.
     """
     batches.check_arguments(model, criterion, autocast_dtype)
-    _check_numbers(
+    checks.check_numbers(
         epochs, max_steps, accumulation_steps, max_grad_norm, checkpoint_every, eval_every
     )
     if checkpoint_every is not None and checkpoint is None:
         raise ValueError("checkpoint_every: needs checkpoint, the file to write")
-    _check_trainable(model, optimizer, autocast_dtype)
+    checks.check_trainable(model, optimizer, autocast_dtype)
     check_closure(optimizer, autocast_dtype, max_grad_norm)
     check_scheduler(scheduler, optimizer)
-    _require_whole_for_files(model, checkpoint=checkpoint, resume_from=resume_from)
-    measured = _measured(eval_loader, eval_every, metrics)
+    checks.require_whole_for_files(model, checkpoint=checkpoint, resume_from=resume_from)
+    measured = checks.measured_names(eval_loader, eval_every, metrics)
     goal = None if keep_best is None else Goal.parse("keep_best", keep_best, measured)
     target = batches.device_of(model) if device is None else torch.device(device)
     run = resume.Run(
@@ -186,7 +131,7 @@ def train_model(
         max_steps,
         measured,
     )
-    _check_callbacks(callbacks, run)
+    checks.check_callbacks(callbacks, run)
     if resume_from is not None:
         run.load(resume_from)
     device = batches.place(model, device, optimizer)
@@ -212,7 +157,7 @@ def train_model(
         history.evaluations.append({"step": len(history), **found})
         if is_plateau(scheduler):
             scheduler.step(found["loss"])
-        if goal and goal.better(found[goal.name], run.best and run.best["value"]):
+        if goal and goal.better(found[goal.name], run.best["value"] if run.best else None):
             run.keep_best(found[goal.name])
         tell("on_evaluate")
 
@@ -275,7 +220,17 @@ def _status(history: History) -> str:
     return f"loss {history.loss[-1]:.4f}, {rate:.0f} {unit}/s"
 
 
-def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, good, first) -> None:
+def _step(
+    run: resume.Run,
+    group: list[Any],
+    criterion: Criterion,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    count: Count,
+    max_grad_norm: float | None,
+    good: "_LastGood",
+    first: bool,
+) -> None:
     """One optimizer step over a group of batches."""
     model, optimizer, scaler, history = run.model, run.optimizer, run.scaler, run.history
     step = len(history) + 1
@@ -329,7 +284,8 @@ def _step(run, group, criterion, device, autocast_dtype, count, max_grad_norm, g
     history.tokens.append(sum(map(batches.token_count, group)))
     scale = scaler.get_scale()
     if needs_closure(optimizer):
-        optimizer.step(_closure(model, optimizer, backward, math.fsum(losses)))
+        closure = _closure(model, optimizer, backward, math.fsum(losses))
+        optimizer.step(closure)  # type: ignore[arg-type]  # torch's give tensors
     else:
         scaler.step(optimizer)
         scaler.update()
@@ -400,7 +356,7 @@ class _LastGood:
             self.stop(f"parameters are not finite after step {step}")
 
 
-def _groups(loader: Iterable, size: int) -> Iterator[list]:
+def _groups(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(loader)
     while group := list(itertools.islice(iterator, size)):
         yield group
@@ -423,103 +379,10 @@ def _freeze_batch_norms(model: nn.Module) -> None:
 
 
 def _total_steps(
-    loader: Iterable, epochs: int, max_steps: int | None, accumulation_steps: int
+    loader: Iterable[Any], epochs: int, max_steps: int | None, accumulation_steps: int
 ) -> int | None:
     length = batches.length(loader)
     if length is None:
         return max_steps
     steps = epochs * math.ceil(length / accumulation_steps)
     return steps if max_steps is None else min(steps, max_steps)
-
-
-# ------------------------------------------------------------------------------------------- checks
-
-
-def _check_numbers(
-    epochs, max_steps, accumulation_steps, max_grad_norm, checkpoint_every, eval_every
-) -> None:
-    for name, value, low in (
-        ("epochs", epochs, 0),
-        ("max_steps", max_steps, 1),
-        ("accumulation_steps", accumulation_steps, 1),
-        ("checkpoint_every", checkpoint_every, 1),
-        ("eval_every", eval_every, 1),
-    ):
-        if value is None and name in ("max_steps", "checkpoint_every", "eval_every"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
-
-
-def _measured(
-    eval_loader: Iterable | None, eval_every: int | None, metrics: Mapping[str, Metric] | None
-) -> tuple[str, ...]:
-    """The names of what evaluations give."""
-    if eval_loader is None:
-        for name, value in (("eval_every", eval_every), ("metrics", metrics)):
-            if value is not None:
-                raise ValueError(f"{name}: needs eval_loader, the batches to evaluate on")
-        return ()
-    if isinstance(eval_loader, Iterator):
-        raise ValueError(
-            f"eval_loader: a {type(eval_loader).__name__} is used up by the first evaluation; give"
-            " a list or a DataLoader"
-        )
-    if batches.length(eval_loader) == 0:
-        raise ValueError("eval_loader: has no batch")
-    return ("loss", *check_metrics(metrics))
-
-
-def _check_callbacks(callbacks: Sequence[Callback], run: resume.Run) -> None:
-    for index, callback in enumerate(callbacks):
-        if not isinstance(callback, Callback):
-            what = callback.__name__ if isinstance(callback, type) else type(callback).__name__
-            raise TypeError(
-                f"callbacks: expected objects of lora_kernels.recipes.callbacks.Callback, got"
-                f" {what} at {index}"
-            )
-        callback.check(run)
-
-
-def _require_whole_for_files(model: nn.Module, **paths: str | os.PathLike | None) -> None:
-    for name, path in paths.items():
-        if path is not None and any(map(is_sharded, model.parameters())):
-            raise ValueError(
-                f"{name}: the model is sharded, its parts belong in torch.distributed.checkpoint;"
-                " see examples/finetune_distributed.py"
-            )
-
-
-def _check_trainable(
-    model: nn.Module, optimizer: torch.optim.Optimizer, autocast_dtype: torch.dtype | None
-) -> None:
-    require_loaded(model)
-    for name, layer in lora_layers(model):
-        if layer.merged or layer._disabled:
-            what = "merged; unmerge_lora(model) first" if layer.merged else "disabled"
-            raise ValueError(f"model: {name} is {what}")
-    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError(
-            "model: no parameter requires a gradient; call add_adaptor_layer(model, k) first"
-        )
-    if not hasattr(optimizer, "param_groups"):
-        raise TypeError(f"optimizer: expected a torch optimizer, got {type(optimizer).__name__}")
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    if not held & trained.keys():
-        raise ValueError(
-            "optimizer: holds none of the parameters to train; make it after the adapters, over"
-            " lora_parameters(model)"
-        )
-    for parameter in held & trained.keys():
-        if not whole(parameter.isfinite().all()):
-            raise ValueError(f"model: {trained[parameter]} holds values that are inf or nan")
-    if autocast_dtype == torch.float16:
-        for parameter, name in trained.items():
-            if parameter.dtype == torch.float16:
-                raise TypeError(
-                    f"autocast_dtype: torch.float16 scales losses, which needs fp32 gradients, but"
-                    f" {name} is fp16; add adapters with adapter_dtype=torch.float32"
-                )

@@ -10,7 +10,9 @@ import torch
 from lora_kernels.recipes.stepping import is_plateau, needs_closure
 
 
-def state_after_a_step(optimizer: torch.optim.Optimizer, groups: list[dict]) -> dict[int, Any]:
+def state_after_a_step(
+    optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]
+) -> dict[int, Any]:
     """What the optimizer holds for each parameter once it has made its first step with the options
     of `groups`; nothing where a copy cannot."""
     if needs_closure(optimizer):
@@ -19,7 +21,8 @@ def state_after_a_step(optimizer: torch.optim.Optimizer, groups: list[dict]) -> 
         twin = copy.deepcopy(optimizer)
         twin.load_state_dict({"state": {}, "param_groups": groups})
         _step(twin)
-        return twin.state_dict()["state"]
+        state: dict[int, Any] = twin.state_dict()["state"]
+        return state
     except Exception:  # of an optimizer that is not torch's, with needs of its own
         return {}
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters import lora_layers
-from lora_kernels.nn.tensors import ADAPTER
 
 
 def moving_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -36,7 +35,7 @@ class Undo:
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.adapters = [
-            (layer, {name: getattr(layer, name) for name in (*ADAPTER, "alpha")})
+            (layer, {name: getattr(layer, name) for name in (*layer.adapter_names(), "alpha")})
             for _, layer in lora_layers(model)
         ]
         self.grads = [(parameter, parameter.grad) for parameter in model.parameters()]

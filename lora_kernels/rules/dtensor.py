@@ -12,9 +12,12 @@ placements give the result of one process. Dropout masks are those of the global
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
 
 from lora_kernels._contract import DIMENSIONS, NOT_GIVEN, OPS, SUMS
@@ -25,7 +28,13 @@ def register(library: torch.library.Library) -> None:
         torch.library.register_torch_dispatch(f"lora_kernels::{name}", DTensor, _run, lib=library)
 
 
-def _run(cls, func, types, args, kwargs=None):
+def _run(
+    cls: type[DTensor],
+    func: OpOverload,
+    types: Sequence[type],
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+) -> tuple[DTensor, ...] | None:
     schema = func._schema
     given = dict(zip((a.name for a in schema.arguments), args, strict=False), **(kwargs or {}))
     name = schema.name.partition("::")[2]
@@ -64,8 +73,8 @@ def _run(cls, func, types, args, kwargs=None):
 
 
 def _require_one_mesh(tensors: dict[str, Tensor]) -> DeviceMesh:
-    leading = next(key for key, tensor in tensors.items() if isinstance(tensor, DTensor))
-    mesh = tensors[leading].device_mesh
+    leading, first = next((k, t) for k, t in tensors.items() if isinstance(t, DTensor))
+    mesh = first.device_mesh
     for key, tensor in tensors.items():
         got = f"a DTensor on {tensor.device_mesh}" if isinstance(tensor, DTensor) else "a Tensor"
         if not isinstance(tensor, DTensor) or tensor.device_mesh != mesh:
@@ -128,7 +137,8 @@ def _local(key: str, tensor: DTensor, split: list[str | None]) -> Tensor:
         wanted[i] = Replicate()
     if tensor.placements != tuple(wanted):
         # Detached: torch 2.11 would detach the result in place, which no DTensor can.
-        tensor = tensor.detach().redistribute(placements=wanted)
+        detached: DTensor = tensor.detach()  # type: ignore[assignment]  # it stays a DTensor
+        tensor = detached.redistribute(placements=wanted)
     local = tensor.to_local()
     first = all(tensor.device_mesh.get_local_rank(i) == 0 for i in once)
     return local if first else torch.zeros_like(local)

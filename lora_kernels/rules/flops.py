@@ -6,9 +6,11 @@ registry when it is imported, which is before the first FlopCounterMode copies t
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,7 +22,7 @@ _COUNTER = "torch.utils.flop_counter"
 def _formula(op: Op) -> Callable[..., int]:
     """Two per multiplication of the products that the op is made of, by the shapes of tensors."""
 
-    def count(*args, out_shape=None, **kwargs) -> int:
+    def count(*args: Any, out_shape: object = None, **kwargs: object) -> int:
         sizes = op.sizes(args)
         M, N, K, r = (sizes[letter] for letter in "MNKr")
         if not op.is_backward:
@@ -48,16 +50,23 @@ def _fill(counter: ModuleType) -> None:
 class _Finder(MetaPathFinder):
     """Finds the counter as the other finders do, once, and fills its registry after its code."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
         if name != _COUNTER:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
             _fill(module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
         return spec

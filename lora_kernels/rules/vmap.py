@@ -6,11 +6,19 @@ every element: with dropout because each has a mask from its own first row on, e
 randomness="same" (one seed), others for "different" (a batch of seeds).
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from lora_kernels._contract import OPS, Op
+from lora_kernels._contract import OPS, Args, Op
 
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+InDims = tuple[int | None, ...]  # of every argument the dimension that is batched
+Batched = tuple[tuple[Tensor, ...] | None, tuple[int | None, ...] | None]  # results, their dims
 _PARAMETER_GRADIENTS = ("need_weight", "need_a", "need_b")
 
 
@@ -19,10 +27,10 @@ def register(library: torch.library.Library) -> None:
         torch.library.register_vmap(f"lora_kernels::{name}", _rule(op), lib=library)
 
 
-def _rule(op: Op):
+def _rule(op: Op) -> Callable[..., Batched]:
     overload = getattr(torch.ops.lora_kernels, op.name).default
 
-    def rule(info, in_dims, *args):
+    def rule(info: Any, in_dims: InDims, *args: Any) -> Batched:
         if _only_rows(op, in_dims, args):
             return _as_rows(overload, op.rows, info.batch_size, in_dims, args)
         return _one_by_one(overload, info.batch_size, in_dims, args)
@@ -30,7 +38,7 @@ def _rule(op: Op):
     return rule
 
 
-def _only_rows(op: Op, in_dims: tuple, args: tuple) -> bool:
+def _only_rows(op: Op, in_dims: InDims, args: Args) -> bool:
     if op.writes:
         return False
     batched = {i for i, dim in enumerate(in_dims) if dim is not None}
@@ -38,8 +46,10 @@ def _only_rows(op: Op, in_dims: tuple, args: tuple) -> bool:
     return args[op.index["dropout_p"]] == 0 and batched.issubset(op.rows) and not asked
 
 
-def _as_rows(op, rows: tuple[int, ...], batch: int, in_dims: tuple, args: tuple):
-    args = list(args)
+def _as_rows(
+    op: Callable[..., Any], rows: tuple[int, ...], batch: int, in_dims: InDims, given: Args
+) -> Batched:
+    args = list(given)
     for i in rows:
         dim = in_dims[i]
         args[i] = args[i].expand(batch, *args[i].shape) if dim is None else args[i].movedim(dim, 0)
@@ -52,7 +62,7 @@ def _as_rows(op, rows: tuple[int, ...], batch: int, in_dims: tuple, args: tuple)
     return tuple(o.unflatten(0, leading) if o.dim() == 2 else o for o in outputs), dims
 
 
-def _one_by_one(op, batch: int, in_dims: tuple, args: tuple):
+def _one_by_one(op: "OpOverload", batch: int, in_dims: InDims, args: Args) -> Batched:
     if not op._schema.returns and in_dims[0] is None:
         raise ValueError("base_out: is not batched by vmap, x or the adapter is; call lora_add")
     if batch == 0:

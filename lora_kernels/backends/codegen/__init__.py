@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,8 @@ from lora_kernels.branch import Branch, Dense, Need
 TARGETS = {80: Target(80, 108), 90: Target(90, 132), 100: Target(100, 148)}
 _SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 _GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel")
+_SPECIALISED = "specialised_gemm_kernel"
+_BY_TMA = ("gemm_tma_kernel", _SPECIALISED)
 
 
 class Kernel(NamedTuple):
@@ -37,7 +39,7 @@ class Kernel(NamedTuple):
     case: str
     arch: int
     name: str
-    constants: dict
+    constants: dict[str, Any]
     registers: int
     spills: int
     shared: int
@@ -88,7 +90,7 @@ def _assemble(ptx: str, arch: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def _inspect(case: Case, arch: int, compiled, constants: dict) -> Kernel:
+def _inspect(case: Case, arch: int, compiled: Any, constants: dict[str, Any]) -> Kernel:
     ptx = compiled.asm["ptx"]
     log = _assemble(ptx, arch)
 
@@ -126,7 +128,7 @@ def _inspect(case: Case, arch: int, compiled, constants: dict) -> Kernel:
 def faults(kernel: Kernel) -> list[str]:
     """The rules that a kernel breaks."""
     k, wide = kernel, "fp32" in kernel.constants["dtype"]
-    main = k.name in _GEMMS and not wide
+    main = k.name in (*_GEMMS, _SPECIALISED) and not wide
     # The dual kernel forms its products transposed, and with few rows it streams the weight.
     full = main and min(k.constants["BM"], k.constants["BN"]) >= 64
     # Loads of odd rows are too narrow to be asynchronous, and the product waits for them.
@@ -137,7 +139,7 @@ def faults(kernel: Kernel) -> list[str]:
         "tensor memory": k.tensor_memory <= 512,
         "ptxas warning": not k.warnings,
         "register-form wgmma": k.register_form == 0,
-        "no TMA": not (k.name == "gemm_tma_kernel" or k.constants.get("TMA")) or k.tma > 0,
+        "no TMA": not (k.name in _BY_TMA or k.constants.get("TMA")) or k.tma > 0,
         "overlap": k.waits == k.constants.get("PDL", 0),
         "no wgmma": not (full and k.arch == 90) or k.wgmma > 0,
         "wgmma serialised": not (full and aligned and k.arch == 90) or k.pending >= 1,
@@ -157,7 +159,9 @@ def compile_case(case: Case, arch: int, seen: set[str]) -> list[Kernel]:
     Triton driver for good."""
     kernels = []
 
-    def build(kernel, grid, args, meta, run) -> None:
+    def build(
+        kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], run: object
+    ) -> None:
         compiled = kernel.warmup(*args, grid=grid, **meta)
         if compiled.hash in seen:
             return

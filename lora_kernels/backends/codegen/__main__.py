@@ -39,7 +39,7 @@ def main() -> int:
     print(HEADER)
     broken = total = 0
     for arch in options.arch or TARGETS:
-        seen = set()
+        seen: set[str] = set()
         chosen = SHORT if options.short else cases(TARGETS[arch])
         for case in (case for case in chosen if re.search(options.only, str(case))):
             for kernel in compile_case(case, arch, seen):

@@ -114,6 +114,9 @@ def _defaults() -> Iterator[Case]:
     yield flag._replace(transposed=True)
     yield flag._replace(transposed=True, r=128)
     yield flag._replace(dtype=torch.float32)
+    for r in (8, 16, 64, 128, 200):
+        yield Case(plan="gluon", r=r, bias=True)
+        yield Case(plan="gluon", r=r, bias=True, M=512, N=1544, K=1032)
     decode = forward._replace(plan="decode", M=8)
     yield decode._replace(N=1543, K=1031, r=8)
     yield decode._replace(dtype=torch.float32, r=32)

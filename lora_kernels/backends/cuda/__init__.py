@@ -14,6 +14,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from lora_kernels.backends.cuda import needs, tables
 from lora_kernels.backends.cuda.choice import choose
 from lora_kernels.backends.cuda.plan import Call, Plan, Tiles
 from lora_kernels.backends.cuda.plans import PLANS
@@ -28,6 +29,33 @@ _First = TypeVar("_First")
 _Rest = ParamSpec("_Rest")
 _Result = TypeVar("_Result")
 _OnRows = Callable[Concatenate[_First, Tensor, _Rest], _Result]
+
+
+def lacks(device: torch.device) -> str | None:
+    """Why plans can serve no call on a device. On CUDA tensors each says for itself what it
+    lacks."""
+    if device.type == "cuda":
+        return None
+    absent = needs.why_no_triton()
+    if absent is None and (device.type != "cpu" or not needs.interpreted()):
+        return (
+            "Triton kernels run on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1 set"
+            f" before triton is imported; got {device.type} tensors"
+        )
+    return absent
+
+
+def default(device: torch.device) -> tuple[bool, str]:
+    """Where a table lists the plans that ran on this GPU."""
+    if device.type != "cuda":
+        return False, ""  # Triton's interpreter is for who forces it
+    if not torch.cuda.is_available():
+        return False, "no CUDA device here"
+    absent = tables.why_none(tables.index_of(device))
+    if absent is not None:
+        return False, absent
+    absent = needs.why_no_triton()
+    return True, "tuned table of this GPU" + (f"; {absent}" if absent else "")
 
 
 def refusal(rows: Tensor) -> str | None:

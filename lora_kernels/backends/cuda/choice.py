@@ -11,7 +11,7 @@ from lora_kernels import _env
 from lora_kernels.backends import forced
 from lora_kernels.backends.cuda.plan import Call, Tiles
 from lora_kernels.backends.cuda.plans import PLANS, known
-from lora_kernels.backends.cuda.tables import Choice, nearest, tuned
+from lora_kernels.backends.cuda.tables import Choice, index_of, nearest, tuned
 from lora_kernels.backends.device import Target
 
 _MOST_VARIED_RANK = 128
@@ -30,7 +30,7 @@ def use_plan(plan: str, tiles: Tiles | None = None) -> AbstractContextManager[No
     """
     tiles = tiles or {}
     known(plan, "plan").check(tiles, "tiles")
-    return forced.held(forced.Force(f"use_plan({plan!r})", "triton", plan, tiles))
+    return forced.held(forced.Force(f"use_plan({plan!r})", "cuda", plan, tiles))
 
 
 def choose(call: Call, device: torch.device) -> Choice:
@@ -41,9 +41,7 @@ def choose(call: Call, device: torch.device) -> Choice:
         if reason is not None:
             raise RuntimeError(f"{force.demand}: {reason}; force another plan or none")
         return Choice(force.plan, force.tiles)
-    index = None
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
+    index = index_of(device) if device.type == "cuda" else None
     return _choose(index, call, None if force is None else force.demand)
 
 

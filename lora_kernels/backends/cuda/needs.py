@@ -20,6 +20,20 @@ def triton(call: Call) -> str | None:
     return None
 
 
+def gluon(call: Call) -> str | None:
+    """Why Triton has not the language of layouts and barriers that a kernel is written in."""
+    return triton(call) or _why_no_gluon()
+
+
+@cache
+def _why_no_gluon() -> str | None:
+    try:
+        from lora_kernels.backends.triton import specialised  # noqa: F401
+    except ImportError as error:
+        return f"this Triton has no Gluon as the kernel needs it: {error}"
+    return None
+
+
 @cache
 def why_no_triton() -> str | None:
     try:

@@ -22,6 +22,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,16 +97,40 @@ def _is_of_a_kind(entry: Entry, path: Path, what: str) -> None:
         )
 
 
-@cache
-def has_tables() -> bool:
-    return any(TUNED.glob("*.json"))
+def index_of(device: torch.device) -> int:
+    """Of a CUDA device; without one it is the current."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache
 def tuned(index: int) -> dict[str, Any] | None:
-    """The table of a CUDA device, None if there is none."""
-    path = TUNED / file_name(torch.cuda.get_device_name(index))
-    return read_table(path) if path.exists() else None
+    """The table of a CUDA device, None if there is none that holds here."""
+    path = _path(index)
+    return read_table(path) if why_none(index) is None else None
+
+
+def _path(index: int) -> Path:
+    return TUNED / file_name(torch.cuda.get_device_name(index))
+
+
+@cache
+def why_none(index: int) -> str | None:
+    """Why no table holds for a CUDA device; None where one does. What ran right and fast is what
+    one Triton compiled: another compiles other machine code."""
+    path = _path(index)
+    if not path.exists():
+        return "no tuned table for this GPU"
+    proven, here = json.loads(path.read_text()).get("versions", {}).get("triton"), _triton()
+    if proven != here:
+        return f"the tuned table of this GPU is of Triton {proven}, this is {here or 'without'}"
+    return None
+
+
+def _triton() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def nearest(table: Entry, call: Call) -> Choice | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends import blocked, forced
 from lora_kernels.backends.dropout import keep_scale, threshold
+from lora_kernels.backends.native import extension
 from lora_kernels.backends.native.extension import best_isa
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
@@ -24,6 +25,20 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_ROWS = 128
 
 _ops = torch.ops.lora_kernels
+
+
+def lacks(device: torch.device) -> str | None:
+    """Why the kernels can serve no call on a device."""
+    if device.type != "cpu":
+        return f"it has no kernels for {device.type} tensors"
+    if not extension.available():
+        return f"the compiled extension is not there: {extension.status()}"
+    return None
+
+
+def default(device: torch.device) -> tuple[bool, str]:
+    """Wherever they are there."""
+    return True, extension.status()
 
 
 def refusal(rows: Tensor) -> str | None:
@@ -73,7 +88,14 @@ def _shrink(
     return shrunk
 
 
-def _read(rows, matrix, scale, drop, gradient, shrunk) -> None:
+def _read(
+    rows: Tensor,
+    matrix: Tensor | None,
+    scale: float,
+    drop: _Dropped,
+    gradient: tuple[Tensor, Tensor, float] | None,
+    shrunk: Tensor | None,
+) -> None:
     low, out, factor = gradient or (None, None, 1.0)
     _ops._shrink_cpu(
         rows, matrix, low, scale * drop.scale, factor * drop.scale, threshold(drop.p), drop.seed,
@@ -105,6 +127,7 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
         _expand(s, branch.lora_b.t(), y, high, bias)
         y.addmm_(x, base.weight.t().to(x.dtype))
     else:
+        assert base.out is not None  # of a forward
         y = base.out.clone(memory_format=torch.contiguous_format)
         s = _shrink(x, branch.lora_a, low, _dropped(branch))
         _expand(s, branch.lora_b.t(), y, high, accumulate=True)
@@ -128,7 +151,7 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
     dx = dweight = None
     d_a = branch.lora_a.new_empty(r, K) if need.a else None
     d_b = branch.lora_b.new_empty(N, r) if need.b else None
-    of_b = (s, d_b.t(), split(branch.scaling, dy.dtype)[1]) if need.b else None
+    of_b = None if d_b is None else (s, d_b.t(), split(branch.scaling, dy.dtype)[1])
     if need.x or need.a:
         ds = _shrink(dy, branch.lora_b.t(), branch.scaling, gradient=of_b)
     elif need.b:
@@ -138,8 +161,8 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
         _expand(ds, branch.lora_a, dx, drop=drop)
         if isinstance(base, Dense):
             dx.addmm_(dy, base.weight.to(dy.dtype))
-    if need.a:
+    if d_a is not None:
         _read(x, None, 1.0, drop, (ds, d_a, 1.0), None)
-    if need.weight:
+    if need.weight and isinstance(base, Dense):
         dweight = torch.mm(dy.t(), x).to(base.weight.dtype)
     return dx, dweight, d_a, d_b

@@ -85,4 +85,5 @@ def cuda_status() -> str:
 @cache
 def best_isa() -> int:
     """Index in ISA_NAMES of the newest instruction set of both the extension and this CPU."""
-    return torch.ops.lora_kernels._cpu_isa()
+    isa: int = torch.ops.lora_kernels._cpu_isa()
+    return isa

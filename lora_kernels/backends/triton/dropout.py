@@ -18,8 +18,15 @@ class Dropout(NamedTuple):
     scale: float
 
 
+# What is passed in place of one: no seed is read, nothing is scaled.
+WITHOUT = (None, 0, 1.0)
+
+
 def of(dropout_p: float, seed: Tensor | None) -> Dropout | None:
-    return Dropout(seed, threshold(dropout_p), keep_scale(dropout_p)) if dropout_p else None
+    if not dropout_p:
+        return None
+    assert seed is not None  # of a branch with dropout
+    return Dropout(seed, threshold(dropout_p), keep_scale(dropout_p))
 
 
 def words(dropout: Dropout | None) -> int:

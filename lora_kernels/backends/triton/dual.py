@@ -21,7 +21,7 @@ from lora_kernels.backends.triton.blocks import (
     loop_steps,
     store_tile,
 )
-from lora_kernels.backends.triton.dropout import Dropout, words
+from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch
 from lora_kernels.backends.triton.reduce import reduce_partials
 
@@ -94,13 +94,12 @@ def dual(
         out.new_empty((tile.split, *out.shape), dtype=tiles.ACCUMULATOR) if split else out
         for out in (y, s)
     )
-    drop = dropout is not None
+    seed, threshold, kept_scale = dropout or WITHOUT
     launch(
         dual_kernel, (tiles.cdiv(N, tile.bn), tiles.cdiv(M, tile.bm), tile.split),
         x, weight, a, b, None if bias is None else bias.contiguous(),
         part_s if save_s else None, part_y,
-        dropout.seed if drop else None, M, N, K, r, scale[0] * dropout.scale if drop else scale[0],
-        dropout.threshold if drop else 0,
+        seed, M, N, K, r, scale[0] * kept_scale, threshold,
         *x.stride(), *weight.stride(), *a.stride(), *b.stride(),
         R=tiles.dual_rank(r), BM=tile.bm, BN=tile.bn, BK=tile.bk, SPLIT=tile.split,
         DROP=words(dropout), HIGH=scale[1], PRECISION=fp32_precision(),

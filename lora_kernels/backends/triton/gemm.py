@@ -6,6 +6,8 @@ loop: before it, it would cost the loop its overlap and its shared memory.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +22,7 @@ from lora_kernels.backends.triton.blocks import (
     store_tile,
     tile_order,
 )
-from lora_kernels.backends.triton.dropout import Dropout, words
+from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch, overlaps
 
 
@@ -219,12 +221,13 @@ def gemm(
     (M, K), N, r = x.shape, mat.shape[1], low.shape[1]
     out = x.new_empty(M, N)
     device, drop = target(x.device), dropout is not None
+    seed, threshold, kept_scale = dropout or WITHOUT
     tma, stored, aligned = gemm_layout(x, mat, out, device)
     tile = tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma)
     if tma or device.arch < 90:  # elsewhere the pointer version has to stand in
         tile = tiles.replaced(tile, fields)
     R = tiles.gemm_rank(device, x.dtype, r, drop)
-    shape = {
+    shape: dict[str, Any] = {
         "R": R,
         "RANKS": tiles.cdiv(r, R),
         "BM": tile.bm,
@@ -241,15 +244,15 @@ def gemm(
     programs = tiles.cdiv(M, tile.bm) * tiles.cdiv(N, tile.bn)
     values = (
         x, mat, low, low_mat, None if bias is None else bias.contiguous(), out,
-        dropout.seed if drop else None, M, N, K, r,
-        dropout.scale if drop else 1.0, dropout.threshold if drop else 0,
+        seed, M, N, K, r, kept_scale, threshold,
     )  # fmt: skip
     if tma:
+        meta: dict[str, Any] = {"launch_pdl": True} if pdl else {}
         launch(
             gemm_tma_kernel, (min(programs, device.sms),), *values,
             x.stride(0), stored.stride(0), *low_mat.stride(), **shape,
             NT=stored is not mat, SMS=device.sms, PDL=pdl, descriptors=True,
-            **({"launch_pdl": True} if pdl else {}),
+            **meta,
         )  # fmt: skip
     else:
         launch(

@@ -16,7 +16,7 @@ from lora_kernels.backends.triton.blocks import (
     loop_steps,
     store_tile,
 )
-from lora_kernels.backends.triton.dropout import Dropout, words
+from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch
 from lora_kernels.backends.triton.reduce import reduce_partials
 
@@ -134,12 +134,11 @@ def tall(
     split = tile.split > 1
     part = low.new_empty((tile.split, *out.shape), dtype=tiles.ACCUMULATOR) if split else out
     stride_c, stride_r = out.stride() if transposed else reversed(out.stride())
-    drop = dropout is not None
-    scale = scale * dropout.scale if drop else scale
+    seed, threshold, kept_scale = dropout or WITHOUT
+    scale = scale * kept_scale
     launch(
         tall_kernel, (tiles.cdiv(C, tile.bk), tiles.cdiv(r, tile.r), tile.split),
-        low, rows, part, dropout.seed if drop else None, M, C, r, scale,
-        dropout.threshold if drop else 0, *rows.stride(), stride_r, stride_c,
+        low, rows, part, seed, M, C, r, scale, threshold, *rows.stride(), stride_r, stride_c,
         R=tile.r, BM=tile.bm, BC=tile.bk, SPLIT=tile.split, DROP=words(dropout),
         PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_kernels.backends.device import target
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import tile_order
-from lora_kernels.backends.triton.dropout import Dropout, words
+from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
 from lora_kernels.backends.triton.gemm import (
     finish_tile,
     gemm_layout,
@@ -100,12 +100,12 @@ def dx_da(
     out = dy.new_empty((r, K), dtype=dtype)
     split = tall.split > 1
     part = dy.new_empty((tall.split, r, K), dtype=tiles.ACCUMULATOR) if split else out
-    scale = dropout.scale if drop else 1.0
+    seed, threshold, scale = dropout or WITHOUT
     work = tiles.cdiv(M, tile.bm) * tiles.cdiv(K, tile.bn)
     work += tiles.cdiv(K, tall.bk) * tiles.cdiv(r, tall.r) * tall.split
     launch(
         dx_da_kernel, (min(work, device.sms),), dy, weight, ds, a, x, dx, part, counter,
-        dropout.seed if drop else None, M, N, K, r, scale, dropout.threshold if drop else 0,
+        seed, M, N, K, r, scale, threshold,
         *dy.stride(), *weight.stride(), *a.stride(), *x.stride(),
         R=R, RANKS=tiles.cdiv(r, R), BM=tile.bm, BN=tile.bn, BK=tile.bk, GROUP=tile.group,
         STRIPS=tile.strips, DROP=words(dropout), TMA=tma, NT=stored is not weight,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from lora_kernels.backends.device import Target
 
-_intercept: Callable | None = None
+Kernel = Any  # Triton's kernels, compiled or interpreted, have no type of their own
+Arguments = tuple[Any, ...]
+Intercept = Callable[[Kernel, tuple[int, ...], Arguments, dict[str, Any], Callable[[], None]], None]
+_intercept: Intercept | None = None
 
 
 @triton.jit
-def _probe():
+def _probe() -> None:
     pass
 
 
@@ -29,7 +33,7 @@ INTERPRETED = not isinstance(_probe, triton.JITFunction)
 
 
 @contextmanager
-def intercept(function: Callable) -> Iterator[None]:
+def intercept(function: Intercept) -> Iterator[None]:
     """Call function(kernel, grid, args, meta, run) in place of every launch; run() launches."""
     global _intercept
     before, _intercept = _intercept, function
@@ -44,11 +48,11 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 @cache
-def _unspecialised(kernel) -> frozenset[int]:
+def _unspecialised(kernel: Kernel) -> frozenset[int]:
     return frozenset(i for i, p in enumerate(kernel.params) if p.do_not_specialize)
 
 
-def _key(kernel, args, meta) -> tuple:
+def _key(kernel: Kernel, args: Arguments, meta: dict[str, Any]) -> tuple[Any, ...]:
     """Everything that the compiled code depends on: what Triton specialises on, and for integers
     more than that, their values. Alignment counts in 16 bytes, width in 31 bits."""
     key = [kernel]
@@ -68,7 +72,7 @@ def _key(kernel, args, meta) -> tuple:
 _hooks = triton.knobs.runtime
 
 
-def _is_watched(kernel) -> bool:
+def _is_watched(kernel: Kernel) -> bool:
     """Whether somebody, a profiler say, wants to be told of launches."""
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
     calls = getattr(enter, "calls", enter), getattr(leave, "calls", leave)  # chains, None, or one
@@ -76,11 +80,11 @@ def _is_watched(kernel) -> bool:
 
 
 # By device and key: the compiled kernel, and the constants that end its list of arguments.
-_compiled: dict[tuple, tuple] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _MOST_COMPILED = 4096
 
 
-def _start(kernel, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
+def _start(kernel: Kernel, grid: tuple[int, ...], args: Arguments, meta: dict[str, Any]) -> None:
     """kernel[grid](*args, **meta), without the several microseconds that Triton takes to find the
     compiled kernel, from the second time on."""
     if _is_watched(kernel):
@@ -105,12 +109,16 @@ def _start(kernel, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
     )  # fmt: skip
 
 
-def _with_scratch(kernel, grid, args, meta) -> None:
+def _with_scratch(
+    kernel: Kernel, grid: tuple[int, ...], args: Arguments, meta: dict[str, Any]
+) -> None:
     triton.set_allocator(_scratch)
     _start(kernel, grid, args, meta)
 
 
-def launch(kernel, grid: tuple[int, ...], *args, descriptors: bool = False, **meta) -> None:
+def launch(
+    kernel: Kernel, grid: tuple[int, ...], *args: Any, descriptors: bool = False, **meta: Any
+) -> None:
     """kernel[grid](*args, **meta). `descriptors`: the kernel builds TMA descriptors in scratch.
 
     Triton takes that scratch from an allocator in a context variable, which autograd's threads do

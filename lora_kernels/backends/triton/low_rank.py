@@ -16,7 +16,7 @@ from lora_kernels.backends.triton.blocks import (
     loop_steps,
     store_tile,
 )
-from lora_kernels.backends.triton.dropout import Dropout, words
+from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch, overlaps
 from lora_kernels.backends.triton.reduce import reduce_partials
 
@@ -79,13 +79,11 @@ def shrink(
     out = x.new_empty(M, r)
     split = tile.split > 1
     part = x.new_empty((tile.split, M, r), dtype=tiles.ACCUMULATOR) if split else out
-    drop = dropout is not None
-    if drop:
-        scale = scale * dropout.scale
+    seed, threshold, kept_scale = dropout or WITHOUT
+    scale = scale * kept_scale
     launch(
         shrink_kernel, (tiles.cdiv(M, tile.bm), tiles.cdiv(r, tile.r), tile.split),
-        x, mat, part, dropout.seed if drop else None, M, K, r, scale,
-        dropout.threshold if drop else 0, *x.stride(), *mat.stride(),
+        x, mat, part, seed, M, K, r, scale, threshold, *x.stride(), *mat.stride(),
         R=tile.r, BM=tile.bm, BK=tile.bk, SPLIT=tile.split, DROP=words(dropout),
         PRECISION=fp32_precision(), FREE=free and not split,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -135,11 +133,10 @@ def expand(
     """
     (M, r), N = low.shape, mat.shape[1]
     tile = tiles.replaced(tiles.expand(target(low.device), low.dtype, M, r), fields)
-    drop = dropout is not None
+    seed, threshold, kept_scale = dropout or WITHOUT
     launch(
         expand_kernel, (tiles.cdiv(M, tile.bm), tiles.cdiv(N, tile.bn)),
-        base, low, mat, out, dropout.seed if drop else None, M, N, r,
-        dropout.scale if drop else 1.0, dropout.threshold if drop else 0,
+        base, low, mat, out, seed, M, N, r, kept_scale, threshold,
         *(out if base is None else base).stride(), *mat.stride(), *out.stride(),
         R=tile.r, RANKS=tiles.cdiv(r, tile.r), BM=tile.bm, BN=tile.bn, DROP=words(dropout),
         HIGH=high, PRECISION=fp32_precision(), num_warps=tile.warps, num_stages=tile.stages,

@@ -3,6 +3,8 @@ rounded once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,7 +57,7 @@ def reduce_partials(
 ) -> None:
     """For one or two of (part [count,...], out [...], scale): out = scale * part.sum(0)."""
 
-    def arguments(job):
+    def arguments(job: tuple[Tensor, Tensor, float]) -> tuple[Any, ...]:
         part, out, scale = job
         return part, out, part.shape[0], out.numel(), scale
 

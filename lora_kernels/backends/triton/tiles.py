@@ -183,6 +183,14 @@ def gemm(
 
 
 @_remembered
+def specialised(M: int, N: int, target: Target) -> GemmTile:
+    """Of the warp-specialised GEMM."""
+    if cdiv(M, 128) * cdiv(N, 256) < target.sms:
+        return GemmTile(128, 128, 64, 4, 8)
+    return GemmTile(128, 256, 64, 3, 8)
+
+
+@_remembered
 def dx_da(
     target: Target, dtype: torch.dtype, M: int, K: int, r: int, drop: bool, aligned: bool, tma: bool
 ) -> GemmTile:

@@ -10,6 +10,7 @@ from lora_kernels.backends.cuda.plans import (
     decode_cuda,
     dual,
     flag,
+    gluon,
     grouped,
     shrink_gemm,
 )
@@ -23,7 +24,7 @@ def register(plan: Plan) -> None:
         raise ValueError(f"plan: the name {plan.name!r} is taken")
 
 
-for _module in (aten, cublas, shrink_gemm, grouped, decode, dual, flag, decode_cuda):
+for _module in (aten, cublas, shrink_gemm, grouped, decode, dual, flag, decode_cuda, gluon):
     register(_module.PLAN)
 
 
