@@ -285,6 +285,13 @@ def new_heads(
     return heads, skipped
 
 
+def unloaded_heads(model: nn.Module) -> list[str]:
+    """The new heads of a model that is from a checkpoint otherwise. One that is built from a config
+    may have got all its values since."""
+    loaded = any(map(_is_loaded, model.parameters()))
+    return list(new_heads(model)[0]) if loaded else []
+
+
 def _all_new_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The new parts of every Transformers model that is this one or lies in it, but in no other."""
     parts: dict[str, nn.Module] = {}
