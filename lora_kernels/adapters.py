@@ -3,7 +3,8 @@
 A module trained in full (`modules_to_save`) keeps the originals of its parameters and of its
 persistent buffers (running statistics) in non-persistent buffers `_lora_base_<name>`; that a tensor
 has one is what marks it as part of the adapter. Within `disable_adapters` the two have changed
-places, and the module's `_lora_swapped` names it.
+places; the module's `_lora_swapped` names the tensors, each with a stand-in of the trained values
+for copies and pickles of the module, which are made as if nothing were disabled.
 """
 
 import contextlib
@@ -19,13 +20,12 @@ from torch import Tensor, nn
 from lora_kernels import names
 from lora_kernels.bypass import update_fast_paths
 from lora_kernels.nn import LoRALayer
-from lora_kernels.nn.tensors import PISSA
+from lora_kernels.nn.tensors import PISSA, note_frozen, thaw
 from lora_kernels.offloading import OFFLOADED, is_offloaded, present
 from lora_kernels.sharding import is_sharded
 
 _BASE = "_lora_base_"
 _SWAPPED = "_lora_swapped"
-_FROZEN = "_lora_frozen"
 # Transformers' methods that put other modules in the place of a model's embeddings and head.
 _REPLACING = ("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings")
 
@@ -175,7 +175,7 @@ def attach(
 ) -> None:
     """Gives linear layers the adapters prepared for them, and leaves only adapters trainable.
 
-    Each module notes in `_lora_frozen` which of its `trainable` parameters that freezes.
+    Each module notes which of its `trainable` parameters that freezes.
     """
     for linear, layer in layers.items():
         layer.move_into(linear)
@@ -188,9 +188,7 @@ def attach(
                     base = tensor.detach().clone()
                     module.register_buffer(_BASE + attribute, base, persistent=False)
     for module in model.modules():
-        frozen = {name for name, p in module._parameters.items() if p in trainable}
-        if frozen:
-            module.__dict__[_FROZEN] = module.__dict__.get(_FROZEN, set()) | frozen
+        note_frozen(module, {name for name, p in module._parameters.items() if p in trainable})
     model.requires_grad_(False)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
@@ -273,10 +271,7 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         for method in _REPLACING:
             module.__dict__.pop(method, None)
-        for name in module.__dict__.pop(_FROZEN, ()):
-            parameter = module._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(True)
+        thaw(module)
 
 
 @torch.no_grad()
@@ -284,7 +279,7 @@ def release_saved(model: nn.Module, keep_saved: bool) -> None:
     """Ends full training of `modules_to_save`, with their trained or their original values."""
     for saved in list(saved_tensors(model)):
         saved.tensor.copy_(saved.trained if keep_saved else saved.base)
-        saved.module.__dict__.get(_SWAPPED, set()).discard(saved.attribute)
+        _end_swap(saved)
         del saved.module._buffers[_BASE + saved.attribute]
         saved.module._non_persistent_buffers_set.discard(_BASE + saved.attribute)
         saved.tensor.requires_grad_(False)
@@ -295,18 +290,44 @@ def swap_saved(tensors: list[Saved]) -> None:
 
     Those released in the meantime are left alone.
     """
-    replaced: dict[Tensor, Tensor] = {}
+    replaced: dict[Tensor, tuple[Tensor, Tensor]] = {}
     for saved in tensors:
         buffers, name = saved.module._buffers, _BASE + saved.attribute
         if name not in buffers:
             continue
         if saved.tensor not in replaced:
-            replaced[saved.tensor] = saved.tensor.data
+            replaced[saved.tensor] = saved.tensor.data, copy.copy(saved.tensor)
             saved.tensor.data = saved.module.get_buffer(name)
-        buffers[name] = replaced[saved.tensor]
-        saved.module.__dict__.setdefault(_SWAPPED, set()).symmetric_difference_update(
-            {saved.attribute}
-        )
+        buffers[name], trained = replaced[saved.tensor]
+        if saved.swapped:
+            _end_swap(saved)
+        else:
+            held = vars(saved.module)
+            held.setdefault(_SWAPPED, {})[saved.attribute] = trained
+            held["__getstate__"] = functools.partial(_state_of_copy, saved.module)
+
+
+def _end_swap(saved: Saved) -> None:
+    held = vars(saved.module)
+    held.get(_SWAPPED, {}).pop(saved.attribute, None)
+    if not held.get(_SWAPPED):
+        held.pop("__getstate__", None)
+
+
+def _state_of_copy(module: nn.Module) -> dict[str, Any]:
+    """What a copy or pickle gets of a module whose trained and original values have changed
+    places. Tied parameters stay one: all modules hold the same stand-in."""
+    state = {k: v for k, v in vars(module).items() if k not in (_SWAPPED, "__getstate__")}
+    for kind in ("_parameters", "_buffers"):
+        state[kind] = dict(state[kind])
+    for name, stand_in in vars(module)[_SWAPPED].items():
+        kind = "_parameters" if name in module._parameters else "_buffers"
+        original = state[kind][name]
+        stand_in.data, stand_in.grad = state["_buffers"][_BASE + name], original.grad
+        stand_in.requires_grad_(original.requires_grad)
+        state[kind][name] = stand_in
+        state["_buffers"][_BASE + name] = original.detach()
+    return state
 
 
 def _guard_embeddings(model: nn.Module) -> None:

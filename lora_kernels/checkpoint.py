@@ -190,14 +190,15 @@ def load_adapter(
     Everything is checked first; on an error nothing in the model has changed. A model that has its
     LoRA layers may be sharded: every rank reads the files and takes its part.
 
-    Warns (UserWarning) of what is not loaded: layers of the config that the file lacks, adapters
-    that compute nothing and have no place in the model, options of the config that are unknown.
+    Warns (UserWarning) of what is not loaded: layers of the config and modules trained in full that
+    the file lacks, adapters that compute nothing and have no place in the model, options of the
+    config that are unknown; and of a new head that neither it nor the model's checkpoint holds.
 
     Args:
         directory: with PEFT's two files (adapter_model.bin and sharded files too), or MLX's
             (adapters.safetensors); or a file of Diffusers or kohya, or a directory with
             pytorch_lora_weights.safetensors, of which a model takes its own part.
-        strict: what would be warned of is an error.
+        strict: what is not loaded is an error.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -304,11 +305,19 @@ def _say(
                 f"target_parameters: {parameter!r} is not the weight of a linear layer of the"
                 " model, and no other parameter can carry an adapter"
             )
+    kept = [one.name for one in adapters.saved_tensors(model) if one.name not in saved]
     for wanted in config.modules_to_save:
         places = [n for n, m in modules.items() if f".{n}".endswith(f".{wanted}")]
-        held = any(f"{name}.".startswith(f"{place}.") for name in saved for place in places)
+        held = any(
+            f"{name}.".startswith(f"{place}.") for name in (*saved, *kept) for place in places
+        )
         if places and not held and any(adapters.state_of(modules[n]) for n in places):
             left_out.append(f"modules_to_save: {wanted!r} is not in the file")
+    if kept:
+        left_out.append(
+            f"{targets.summary(kept)}: trained in full in the model but not in the file, it keeps"
+            " its values"
+        )
     if config.unknown:
         entries = ", ".join(f"{n} = {shown(config.entries[n])}" for n in config.unknown)
         left_out.append(f"options that this library does not know: {entries}")
@@ -316,6 +325,17 @@ def _say(
         raise ValueError(f"strict: not all of it can be loaded: {'; '.join(left_out)}")
     for one in left_out:
         warnings.warn(f"load_adapter: not loaded: {one}", stacklevel=4)
+    fresh = [
+        name
+        for name in targets.unloaded_heads(model)
+        if not any(f"{one}.".startswith(f"{name}.") for one in (*saved, *kept))
+    ]
+    if fresh:
+        warnings.warn(
+            f"load_adapter: {targets.summary(fresh)}: a new head, in neither the model's checkpoint"
+            " nor the adapter's file; unless you have set its values they are random",
+            stacklevel=4,
+        )
 
 
 def _sort(

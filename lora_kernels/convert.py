@@ -31,7 +31,8 @@ class LoraReport:
 
     `adapted` of the `base` parameters are weights under an adapter. Of `saved`, the `new_heads` are
     trained in full because no checkpoint holds them. `left_out` holds by kind what can carry none:
-    convolutions, embeddings, and the `other_linear_maps` (fused experts).
+    convolutions, embeddings, and the `other_linear_maps` (fused experts). `shared` holds the other
+    names of layers that stand in several places, with one adapter.
     """
 
     replaced: list[str]
@@ -47,6 +48,7 @@ class LoraReport:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     left_out_parameters: dict[str, int] = field(default_factory=dict)
     unregistered: list[str] = field(default_factory=list)
+    shared: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -56,6 +58,10 @@ class LoraReport:
             f" ({self.trainable / max(self.total, 1):.2%}),"
             f" adapter {self.adapter_bytes / 2**20:.2f} MiB",
         ]
+        if self.shared:
+            places = [" = ".join((name, *others)) for name, others in self.shared.items()]
+            shown = targets.summary(places, limit=8, fold=False)
+            lines.insert(1, f"one adapter in several places: {shown}")
         heads = set(self.new_heads)
         for what, in_full in (
             (_IN_FULL, [name for name in self.saved if name not in heads]),
@@ -113,7 +119,8 @@ def apply_lora(
             `adapter_dtype`.
         alpha, dropout, use_rslora, adapter_dtype, init: as in `FusedLoRALinear.from_linear`.
         target_modules: names or their last parts as a list, or one regular expression for the whole
-            name (names of the plain model, without the parts of wrappers as torch.compile); None or
+            name (names of the plain model, without the parts of wrappers as torch.compile; any of
+            its names for a module in several places); None or
             "all-linear" means every nn.Linear and Conv1D (GPT-2) but the output head
             (`get_output_embeddings()`).
         exclude_modules: the same, taken out of the targets.
@@ -147,7 +154,7 @@ def apply_lora(
         beside = [n for n, value in chosen.items() if value != defaults[n]]
         if beside:
             raise TypeError(f"apply_lora: {beside[0]} is given beside a LoraConfig; set it there")
-        modules = [name for name, _ in names.named_modules(model)]
+        modules = [name for name, _ in names.named_modules(model, remove_duplicate=False)]
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         chosen = options.from_peft(rank, modules, model_type)
     else:
@@ -178,7 +185,7 @@ def _apply(
     saved = heads | targets.find_saved(model, modules_to_save)
     in_heads = targets.submodules(heads)
     in_full = targets.submodules(saved) | {one.module for one in adapters.saved_tensors(model)}
-    modules = dict(names.named_modules(model))
+    modules, places = dict(names.named_modules(model)), names.all_names(model)
     for name in [*found, *skipped]:
         linear = modules[name]
         if linear in in_full:
@@ -193,8 +200,9 @@ def _apply(
             " trained in full or excluded"
         )
     targets.require_whole_ties(model, saved)
-    ranks = options.of_layers("rank_pattern", rank_pattern, found, rank, options.check_rank)
-    alphas = options.of_layers("alpha_pattern", alpha_pattern, found, alpha, options.check_alpha)
+    all_of = {name: places[linear] for name, linear in found.items()}
+    ranks = options.of_layers("rank_pattern", rank_pattern, all_of, rank, options.check_rank)
+    alphas = options.of_layers("alpha_pattern", alpha_pattern, all_of, alpha, options.check_alpha)
     if init == "pissa":
         require_untied(model, found.values(), "init='pissa'")
         for name, linear in found.items():
@@ -231,6 +239,7 @@ def _apply(
             new_heads=list(heads),
             adapted=sum(weight.numel() for weight in {layer.weight for layer in layers.values()}),
             base=base,
+            shared={name: others[1:] for name, others in all_of.items() if len(others) > 1},
             left_out={kind: list(weights) for kind, weights in left_out.items()},
             left_out_parameters={
                 kind: sum(p.numel() for p in set(weights.values()))
@@ -362,6 +371,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model computes what its base does, `modules_to_save` included; merged or not.
 
     For reference log-probabilities (DPO, GRPO) without a second model. Contexts may be nested.
+    Copies and pickles made within it are of the model with its adapters: they act at once.
     ValueError for a sharded model with `modules_to_save`, whose originals are not sharded.
     """
     layers = [layer for _, layer in adapters.require_layers(model) if not layer._disabled]

@@ -58,7 +58,10 @@ def join(name: str, attribute: str) -> str:
 def keyed_modules(
     model: nn.Module, *, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, str, nn.Module]]:
-    """(name in the plain model, name in `model.state_dict()`, module), no wrapper among them."""
+    """(name in the plain model, name in `model.state_dict()`, module), no wrapper among them.
+
+    With its duplicates a module is given in every place but those within itself.
+    """
     require_module(model)
     seen: set[nn.Module] = set()
 
@@ -67,13 +70,15 @@ def keyed_modules(
             if attribute not in _HIDDEN.values():
                 key = join(key, attribute)
             module = module.get_submodule(attribute)
-        if remove_duplicate and module in seen:
+        if module in seen:
             return
         seen.add(module)
         yield name, key, module
         for attribute, child in module._modules.items():
             if child is not None:
                 yield from walk(join(name, attribute), join(key, attribute), child)
+        if not remove_duplicate:
+            seen.remove(module)
 
     yield from walk("", "", model)
 
@@ -84,3 +89,11 @@ def named_modules(
     """`model.named_modules()` as of the plain model."""
     for name, _, module in keyed_modules(model, remove_duplicate=remove_duplicate):
         yield name, module
+
+
+def all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module, with its name in each of its places, that of `named_modules` first."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in named_modules(model, remove_duplicate=False):
+        found.setdefault(module, []).append(name)
+    return found

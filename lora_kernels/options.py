@@ -6,6 +6,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -87,11 +88,13 @@ def _number(value: object, argument: str, expected: str) -> numbers.Real:
     return number
 
 
-def of_layer(patterns: Mapping[str, _Value] | None, name: str, default: _Value) -> _Value:
-    """What holds for the layer of this name, by PEFT's rule: each pattern is an expression for the
-    last parts of a name, the first that matches wins."""
+def of_layer(
+    patterns: Mapping[str, _Value] | None, names: Iterable[str], default: _Value
+) -> _Value:
+    """What holds for the layer that goes by these names, by PEFT's rule: each pattern is an
+    expression for the last parts of a name, the first that matches wins."""
     for pattern, value in (patterns or {}).items():
-        if _matches(pattern, name):
+        if any(_matches(pattern, name) for name in names):
             return value
     return default
 
@@ -99,16 +102,16 @@ def of_layer(patterns: Mapping[str, _Value] | None, name: str, default: _Value) 
 def of_layers(
     argument: str,
     patterns: Mapping[str, Any] | None,
-    names: Iterable[str],
+    layers: Mapping[str, list[str]],
     default: _Value,
     check: Callable[[object, str], _Value],
 ) -> dict[str, _Value]:
-    """What holds for each of these layers, every value checked.
+    """What holds for each of these layers, of which all names are given; every value checked.
 
     Raises:
         ValueError: a pattern that is no expression or matches none of the layers.
     """
-    names = list(names)
+    names = list(chain.from_iterable(layers.values()))
     checked: dict[str, _Value] = {}
     if not isinstance(patterns or {}, Mapping):
         raise TypeError(f"{argument}: expected {{expression: value}}, got {patterns!r}")
@@ -123,7 +126,7 @@ def of_layers(
         if not found:
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
             raise ValueError(f"{argument}: {pattern!r} matches no target; there are {shown}")
-    return {name: of_layer(checked, name, default) for name in names}
+    return {name: of_layer(checked, places, default) for name, places in layers.items()}
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_kernels import bases
 from lora_kernels.bypass import bypassed, idle, poolers, unread
-from lora_kernels.names import join, named_modules, unwrapped
+from lora_kernels.names import all_names, join, named_modules, unwrapped
 from lora_kernels.nn import LoRALayer
 from lora_kernels.nn.layer import reserved
 
@@ -62,12 +63,13 @@ class _Patterns:
     def __bool__(self) -> bool:
         return bool(self.predicates)
 
-    def match(self, name: str) -> bool:
-        return any(predicate(name) for predicate in self.predicates.values())
+    def match(self, *names: str) -> bool:
+        """Whether one matches any of the names, which a module in several places has."""
+        return any(predicate(name) for predicate in self.predicates.values() for name in names)
 
-    def is_for(self, name: str, inside: set[str], others: Iterable[str]) -> bool:
-        """Whether one is for a module: it matches its name, or of all modules only ones inside."""
-        return self.match(name) or any(
+    def is_for(self, names: list[str], inside: set[str], others: Iterable[str]) -> bool:
+        """Whether one is for a module: it matches a name, or of all modules only ones inside."""
+        return self.match(*names) or any(
             any(map(predicate, inside)) and not any(map(predicate, others))
             for predicate in self.predicates.values()
         )
@@ -91,11 +93,13 @@ class _Patterns:
             raise ValueError(f"{self.argument}: {pattern!r} {explain(predicate) or reason}")
 
 
-def summary(names: Iterable[str], limit: int = 40) -> str:
-    """The names with layer numbers folded: layers.*.q_proj."""
-    folded = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
-    more = f" and {len(folded) - limit} more" if len(folded) > limit else ""
-    return ", ".join(folded[:limit]) + more or "none"
+def summary(names: Iterable[str], limit: int = 40, *, fold: bool = True) -> str:
+    """The names, by default with layer numbers folded: layers.*.q_proj."""
+    if fold:
+        names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more or "none"
 
 
 def listed(argument: str, names: Names) -> str | list[str] | None:
@@ -164,21 +168,25 @@ def find_targets(
     require_shapes(model)
     if target_modules == ALL_LINEAR:
         target_modules = None
-    linear = {name: module for name, module in named_modules(model) if is_linear(module)}
+    places = all_names(model)
+    linear = {names[0]: module for module, names in places.items() if is_linear(module)}
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
     if target_modules is not None and not wanted:
         raise ValueError("target_modules: got an empty list; None means every linear layer")
-    wanted.require_matches(linear, lambda predicate: _what_else(model, predicate))
-    excluded.require_matches(name for name, _ in named_modules(model))
+    wanted.require_matches(
+        chain.from_iterable(places[module] for module in linear.values()),
+        lambda predicate: _what_else(model, predicate),
+    )
+    excluded.require_matches(chain.from_iterable(places.values()))
     left_out = {} if wanted else _left_out(model, linear)
     targets: dict[str, Linear] = {}
     skipped: dict[str, str] = {}
     past, behind = bypassed(model), unread(model)
     for name, module in linear.items():
-        if wanted and not wanted.match(name):
+        if wanted and not wanted.match(*places[module]):
             continue
-        if excluded.match(name):
+        if excluded.match(*places[module]):
             skipped[name] = "excluded by exclude_modules"
         elif module in left_out:
             skipped[name] = left_out[module]
@@ -261,16 +269,27 @@ def new_heads(
         target_modules = None
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
-    names = {name for name, module in named_modules(model) if is_linear(module)}
+    places = all_names(model)
+    linear = {module: set(names) for module, names in places.items() if is_linear(module)}
     heads: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for name, module in _all_new_parts(model).items():
-        inside = {other for other in names if f"{other}.".startswith(f"{name}.")}
-        if excluded.match(name) or (inside and all(map(excluded.match, inside))):
+        layers = [linear[part] for part in module.modules() if part in linear]
+        inside = set().union(*layers)
+        if excluded.match(*places[module]) or (
+            layers and all(excluded.match(*names) for names in layers)
+        ):
             skipped |= dict.fromkeys(inside, "excluded by exclude_modules")
-        elif not wanted.is_for(name, inside, names - inside):
+        elif not wanted.is_for(places[module], inside, set().union(*linear.values()) - inside):
             heads[name] = module
     return heads, skipped
+
+
+def unloaded_heads(model: nn.Module) -> list[str]:
+    """The new heads of a model that is from a checkpoint otherwise. One that is built from a config
+    may have got all its values since."""
+    loaded = any(map(_is_loaded, model.parameters()))
+    return list(new_heads(model)[0]) if loaded else []
 
 
 def _all_new_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -334,9 +353,9 @@ def find_saved(model: nn.Module, modules_to_save: Names) -> dict[str, nn.Module]
     """Modules to be trained in full and saved with the adapter; ValueError for a name that is not
     there, or a module that carries an adapter."""
     patterns = _Patterns("modules_to_save", modules_to_save)
-    modules = dict(named_modules(model))
-    patterns.require_matches(modules)
-    saved = {n: module for n, module in modules.items() if n and patterns.match(n)}
+    places = all_names(model)
+    patterns.require_matches(chain.from_iterable(places.values()))
+    saved = {n[0]: module for module, n in places.items() if n[0] and patterns.match(*n)}
     for name, module in saved.items():
         if any(isinstance(part, LoRALayer) for part in module.modules()):
             raise ValueError(

@@ -1,10 +1,12 @@
 """apply_lora and what undoes it, on toy modules and on Transformers models built from configs."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_kernels import (
     FusedLoRALinear,
@@ -16,6 +18,7 @@ from lora_kernels import (
     remove_lora,
     unmerge_lora,
 )
+from lora_kernels.names import all_names
 
 transformers = pytest.importorskip("transformers")
 
@@ -360,7 +363,11 @@ def test_report():
     text = str(report)
     weights = 2 * 8 * 16
     assert (report.adapted, report.base) == (weights, 2 * (weights + 24) + 16 + 27)
-    assert text.startswith("LoRA on 2 layers: blocks.*.fc_in\nadapters on 42 % of the weights\n")
+    assert text.startswith(
+        "LoRA on 2 layers: blocks.*.fc_in\n"
+        "one adapter in several places: blocks.1.fc_in = blocks.2.fc_in\n"
+        "adapters on 42 % of the weights\n"
+    )
     share = 100 * report.trainable / report.total
     assert f"trainable {report.trainable} of {report.total} parameters ({share:.2f}%)" in text
     assert "adapter 0.00 MiB" in text
@@ -528,6 +535,63 @@ def test_shared_modules_are_handled_once_and_in_every_place():
     assert model["a"].weight is base.weight
 
 
+def shared_layers():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "other": nn.Linear(8, 8), "in": nn.ModuleDict()})
+    model["b"] = model["in"]["c"] = model["a"]
+    model["round"] = nn.ModuleDict({"block": model["in"]})
+    return model
+
+
+PLACES = ["a", "in.c", "b", "round.block.c"]
+
+
+@pytest.mark.parametrize("name", [*PLACES, r"round\..*", ["c"], ["a", "b"]])
+def test_every_name_of_a_shared_module_reaches_it(name):
+    model = shared_layers()
+    report = apply_lora(model, 2, target_modules=[name] if name in PLACES else name)
+    assert report.replaced == ["a"]
+    assert report.shared == {"a": ["in.c", "b", "round.block.c"]}
+    assert "one adapter in several places: a = in.c = b = round.block.c" in str(report)
+    assert isinstance(model["b"], FusedLoRALinear)
+    assert type(model["other"]) is nn.Linear
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_every_name_of_a_shared_module_excludes_saves_and_sets_it(name):
+    report = apply_lora(shared_layers(), 2, exclude_modules=[name])
+    assert report.replaced == ["other"]
+    assert report.shared == {}
+    assert report.skipped == {"a": "excluded by exclude_modules"}
+    report = apply_lora(model := shared_layers(), 2, modules_to_save=[name])
+    assert (report.replaced, report.saved) == (["other"], ["a"])
+    assert model["a"].weight.requires_grad
+    model = shared_layers()
+    apply_lora(model, 2, alpha=4, rank_pattern={name: 3}, alpha_pattern={f"^{name}": 5})
+    assert (model["a"].rank, model["a"].alpha) == (3, 5)
+    assert (model["other"].rank, model["other"].alpha) == (2, 4)
+
+
+def test_a_whole_shared_part_is_saved_by_any_of_its_names():
+    for name in ("in", "block", "round.block"):
+        report = apply_lora(shared_layers(), 2, modules_to_save=[name])
+        assert (report.replaced, report.saved) == (["other"], ["in"])
+
+
+def test_a_pattern_that_matches_no_name_of_a_shared_module_lists_them_all():
+    with pytest.raises(ValueError, match=r"there are a, in\.c, b, round\.block\.c, other"):
+        apply_lora(shared_layers(), 2, rank_pattern={"x": 3})
+    with pytest.raises(ValueError, match=r"'x' matches no module"):
+        apply_lora(shared_layers(), 2, target_modules=["x"])
+
+
+def test_a_module_within_itself_is_walked_once():
+    model = shared_layers()
+    model["in"]["itself"] = model["in"]
+    found = all_names(model)
+    assert found[model["in"]] == ["in", "round.block"]
+    assert found[model["a"]] == PLACES
+
+
 def test_a_module_shared_with_one_trained_in_full_gets_no_adapter():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
     model["block"] = nn.ModuleDict({"c": model["a"]})
@@ -682,6 +746,34 @@ def test_modules_to_save_are_trained_and_restored():
     assert_same((None, None, before[2]), (None, None, after[2]))
 
 
+def trains(layer):
+    return [layer.weight.requires_grad, layer.bias.requires_grad]
+
+
+@pytest.mark.parametrize("frozen", [None, "bias", "weight"])
+@pytest.mark.parametrize("made", ["by hand", "by apply_lora"])
+@pytest.mark.parametrize("taken", ["to_linear", "remove_lora"])
+def test_what_an_adapter_froze_trains_again(made, taken, frozen):
+    model = nn.Sequential(nn.Linear(8, 8))
+    if frozen:
+        getattr(model[0], frozen).requires_grad_(False)
+    before = trains(model[0])
+    if made == "by hand":
+        model[0] = FusedLoRALinear.from_linear(model[0], 2)
+    else:
+        apply_lora(model, 2)
+    assert trains(model[0]) == [False, False]
+    if taken == "to_linear":
+        plain = model[0].to_linear()
+        assert plain.weight is model[0].weight
+    else:
+        remove_lora(model)
+        plain = model[0]
+    assert type(plain) is nn.Linear
+    assert trains(plain) == before == [frozen != "weight", frozen != "bias"]
+    assert not [key for key in vars(plain) if "lora" in key]
+
+
 def test_layers_made_by_hand_are_removed_without_freezing_the_rest():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[0] = FusedLoRALinear.from_linear(model[0], 2)
@@ -738,6 +830,57 @@ def test_disabled_adapters_give_the_base_bit_for_bit(merged, saved):
     with pytest.raises(ZeroDivisionError), disable_adapters(model):
         raise ZeroDivisionError
     assert torch.equal(model(X), adapted)
+
+
+@pytest.mark.parametrize("take", [
+    copy.deepcopy, copy.copy, AveragedModel, lambda model: pickle.loads(pickle.dumps(model)),
+], ids=["deepcopy", "copy", "averaged", "pickle"])  # fmt: skip
+@pytest.mark.parametrize("saved", [None, ["norm", "head"]])
+def test_copies_made_while_disabled_act(take, saved):
+    model = Toy()
+    apply_lora(model, 2, modules_to_save=saved)
+    train(model, lambda m: m(X))
+    model.eval()
+    expected, base = model(X), disabled_output(model)
+    with disable_adapters(model):
+        # A shallow copy of a module holds its very parts.
+        parts = {name: take(part) for name, part in model.named_children()}
+        twin = take(model) if take is not copy.copy else copy.deepcopy(model)
+        assert torch.equal(twin(X), expected)
+        assert torch.equal(model(X), base)
+    assert torch.equal(twin(X), expected)
+    assert torch.equal(disabled_output(twin), base)
+    assert torch.equal(twin(X), expected)
+    assert torch.equal(model(X), expected)
+    assert not any("__getstate__" in vars(module) for module in model.modules())
+    for name, part in parts.items():
+        inner = part.module if take is AveragedModel else part
+        assert "__getstate__" not in vars(inner)
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            assert torch.equal(inner.state_dict()[key], tensor), (name, key)
+    assert [p.requires_grad for p in twin.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+
+
+def test_copies_of_a_tie_and_of_computed_factors_made_while_disabled():
+    model = nn.ModuleDict({"a": nn.Embedding(8, 8), "b": nn.Linear(8, 8, bias=False)})
+    model["b"].weight, model["c"] = model["a"].weight, nn.Linear(8, 8)
+    apply_lora(model, 2, target_modules=["c"], modules_to_save=["a", "b"])
+    nn.init.normal_(model["c"].lora_B)
+    nn.utils.parametrizations.weight_norm(model["c"], "lora_B")
+    with torch.no_grad():
+        model["a"].weight.add_(1)
+    original, trained = model["a"].weight - 1, model["a"].weight.detach().clone()
+    expected = model["c"](X)
+    with disable_adapters(model):
+        twin = copy.deepcopy(model)
+    assert torch.equal(twin["a"].weight, trained)
+    assert twin["a"].weight is twin["b"].weight
+    assert torch.equal(twin["c"](X), expected)
+    with disable_adapters(twin):
+        torch.testing.assert_close(twin["b"].weight, original)
+        torch.testing.assert_close(model["b"].weight, trained)
 
 
 def test_disabled_pissa_is_the_base_up_to_rounding():

@@ -1,7 +1,11 @@
 """New heads of Transformers models: trained in full, saved, and the same in PEFT's files."""
 
+import warnings
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lora_kernels import FusedLoRALinear, apply_lora, load_adapter, remove_lora, save_adapter
 
@@ -104,6 +108,74 @@ def test_we_read_peft_s_head(family, tmp_path):
     assert_close(logits(model), logits(theirs))
     remove_lora(model)
     assert torch.equal(logits(model), logits(load(family, 2)))
+
+
+def adapter_without_head(family, folder):
+    model = load(family, 1)
+    apply_lora(model, 4, alpha=8, target_modules=family[2], exclude_modules=family[3])
+    train(model)
+    save_adapter(model, folder)
+
+
+def said(load):
+    """What load() warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load()
+    return [str(one.message) for one in caught if one.category is UserWarning]
+
+
+def test_a_new_head_that_the_file_lacks_is_named(family, tmp_path):
+    adapter_without_head(family, tmp_path)
+    for strict in (False, True):
+        (message,) = said(
+            lambda strict=strict: load_adapter(load(family, 2), tmp_path, strict=strict)
+        )
+        assert message.startswith(f"load_adapter: {', '.join(family[3])}: a new head, in neither")
+    load(family, 3).save_pretrained(tmp_path / "whole")
+    whole = family[0].from_pretrained(tmp_path / "whole")
+    built = family[0](whole.config)
+    built.load_state_dict(whole.state_dict())
+    for model in (whole, built):
+        assert not said(lambda model=model: load_adapter(model, tmp_path))
+
+
+def test_a_trained_head_that_the_file_lacks_is_named(family, tmp_path):
+    adapter_without_head(family, tmp_path)
+    model = load(family, 2)
+    apply_lora(model, 4, target_modules=family[2])
+    head = model.get_submodule(family[3][0])
+    before = {key: tensor.clone() for key, tensor in head.state_dict().items()}
+    (message,) = said(lambda: load_adapter(model, tmp_path))
+    assert message.startswith(f"load_adapter: not loaded: {family[3][0]}.")
+    assert "trained in full in the model but not in the file" in message
+    for key, tensor in before.items():
+        assert torch.equal(head.state_dict()[key], tensor)
+    with pytest.raises(ValueError, match=r"strict: .* trained in full in the model but not"):
+        load_adapter(model, tmp_path, strict=True)
+
+
+def test_a_tensor_of_a_head_that_the_file_lacks_is_named(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    apply_lora(model, 2, modules_to_save=["1"])
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    for lacking, named in (("bias", "1.bias"), ("1.", "1.weight, 1.bias, 1.running_mean")):
+        tensors = {k: t for k, t in load_file(file).items() if lacking not in k}
+        save_file(tensors, file)
+        (message,) = said(lambda: load_adapter(model, tmp_path))
+        assert message.startswith(f"load_adapter: not loaded: {named}")
+        assert "trained in full in the model but not in the file" in message
+
+
+def test_a_head_that_the_file_holds_is_loaded_in_silence(family, tmp_path):
+    model = load(family, 1)
+    apply_lora(model, 4, target_modules=family[2])
+    save_adapter(model, tmp_path)
+    again = load(family, 2)
+    apply_lora(again, 4, target_modules=family[2])
+    for other in (again, load(family, 3)):
+        assert not said(lambda other=other: load_adapter(other, tmp_path, strict=True))
 
 
 def test_a_head_from_a_checkpoint_gets_an_adapter(family, tmp_path):

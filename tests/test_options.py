@@ -190,6 +190,14 @@ def test_a_config_means_what_it_means_to_peft(options):
     assert adapters(model) == theirs(llama(), peft.LoraConfig(**options))
 
 
+def test_layers_to_transform_by_any_name():
+    second = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+    model = nn.Sequential(nn.ModuleDict({"fc": nn.Linear(8, 8)}), second, second)
+    model = nn.ModuleDict({"layers": model})
+    config = peft.LoraConfig(target_modules=["fc"], layers_to_transform=[2])
+    assert apply_lora(model, config).replaced == ["layers.1.fc"]
+
+
 def test_a_config_s_start_and_what_is_trained_in_full():
     model = llama()
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])

@@ -1,5 +1,6 @@
 """What every layer with an adapter is: its parameters and its forward."""
 
+import copy
 import functools
 import math
 from typing import TYPE_CHECKING, TypeVar
@@ -12,7 +13,7 @@ from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_ty
 from lora_kernels.functional import lora_linear
 from lora_kernels.nn.pissa import INITS, Init
 from lora_kernels.nn.state import LayerState
-from lora_kernels.nn.tensors import MERGED, PISSA, shape_of
+from lora_kernels.nn.tensors import MERGED, PISSA, note_frozen, shape_of, thaw
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,7 +61,9 @@ class LoRALayer(LayerState):
         reason = refusal(cls._require_base(linear), names) or hooked(linear)
         if reason is not None:
             raise ValueError(f"linear: {reason}")
+        trainable = {name for name, p in linear.named_parameters(recurse=False) if p.requires_grad}
         layer = cls._prepare(linear, rank, alpha, dropout, use_rslora, adapter_dtype, init)
+        note_frozen(layer, trainable)
         layer._take_pissa()
         return layer
 
@@ -103,7 +106,8 @@ class LoRALayer(LayerState):
     @torch.no_grad()
     def move_out(self) -> None:
         """Undoes `move_into`: this object is a plain layer again, the base, or the sum after a
-        final merge. ValueError: the layer is not what it was made into, `why_stuck`."""
+        final merge; what its adapter froze trains again. ValueError: the layer is not what it was
+        made into, `why_stuck`."""
         self._refuse("remove", self.why_stuck())
         self._settle()
         added = (*self.adapter_names(), *_ADDED)
@@ -112,6 +116,17 @@ class LoRALayer(LayerState):
             for store in stores(self):
                 store.pop(key, None)
             self._non_persistent_buffers_set.discard(key)
+        thaw(self)
+
+    def __getstate__(self) -> dict[str, object]:
+        """What copies and pickles get: an adapter that acts, within `disable_adapters` too."""
+        return {**vars(self), "_disabled": False}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "LoRALayer":
+        # Parametrized classes, which torch derives from this one, refuse __getstate__.
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(LoRALayer.__getstate__(self), memo))
+        return copied
 
     @torch.inference_mode(False)  # in which parameters would be made that cannot be trained
     def _add_adapter(
@@ -204,6 +219,9 @@ class LoRALayer(LayerState):
     @torch.no_grad()
     def to_linear(self) -> nn.Module:
         """A plain layer that shares weight and bias: the base, or the sum after a final merge.
+
+        As with `remove_lora`, those of them that `from_linear` or `apply_lora` froze train again;
+        being shared, in this layer too.
 
         ValueError: `why_stuck`.
         """

@@ -20,6 +20,22 @@ PISSA = {"pissa_A": "rK", "pissa_B": "Nr"}
 # The base of a merged layer, a buffer.
 MERGED = "merged_base"
 
+_FROZEN = "_lora_frozen"
+
+
+def note_frozen(module: nn.Module, names: set[str]) -> None:
+    """Notes which of a module's parameters an adapter freezes, beside those noted before."""
+    if names:
+        vars(module)[_FROZEN] = vars(module).get(_FROZEN, set()) | names
+
+
+def thaw(module: nn.Module) -> None:
+    """Lets the parameters that were noted train again."""
+    for name in vars(module).pop(_FROZEN, ()):
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            parameter.requires_grad_(True)
+
 
 def shape_of(layer: "LayerTensors", name: str, rank: int) -> tuple[int, ...]:
     """The shape that a tensor of an adapter has where its rank is this one."""
