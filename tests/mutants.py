@@ -413,6 +413,7 @@ MUTANTS = {
     "trained heads named twice": ("checkpoint.py", "_say", "for one in (*saved, *kept))", "for one in saved)", "heads::test_a_trained_head_that_the_file_lacks_is_named"),
     "heads of built models warned of": ("targets.py", "unloaded_heads", "if loaded else []", "if True else []", "heads::test_a_new_head_that_the_file_lacks_is_named"),
     "trained heads of the config named twice": ("checkpoint.py", "_say", "for name in (*saved, *kept) for place", "for name in saved for place", "heads::test_a_tensor_of_a_head_that_the_file_lacks_is_named"),
+    "torch.fx cannot trace a layer": ("nn/layer.py", None, 'torch.fx.wrap("lora_linear")\n', "", "surgery::test_torch_fx_writes_an_adapted_layer_as_one_call"),
     "copies of disabled layers stay so": ("nn/layer.py", "LoRALayer.__getstate__", '"_disabled": False', '"_disabled": self._disabled', "convert::test_copies_made_while_disabled_act"),
     "copies of disabled computed factors stay so": ("nn/layer.py", "LoRALayer.__deepcopy__", "LoRALayer.__getstate__(self)", "vars(self)", "convert::test_copies_of_a_tie_and_of_computed_factors_made_while_disabled"),
     "copies of disabled heads hold the base": ("adapters.py", "_state_of_copy", "state[kind][name] = stand_in", "pass", "convert::test_copies_made_while_disabled_act"),

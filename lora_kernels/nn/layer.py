@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lora_kernels.bases import Linear
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
+# torch.fx writes it into its graphs as one call.
+torch.fx.wrap("lora_linear")
 # What a layer is given beside the adapter's tensors: a buffer, attributes.
 _ADDED = (
     MERGED, "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged", "_disabled",
