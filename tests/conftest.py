@@ -1,14 +1,20 @@
 """Fixed seeds everywhere: hypothesis is derandomized, each test starts from one torch seed."""
 
 import contextlib
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
+from elsewhere import pytest_configure, pytest_runtest_protocol
 from hypothesis import HealthCheck, settings
 
 from lora_kernels import backends
 from lora_kernels.branch import Dense
+
+__all__ = ["pytest_configure", "pytest_runtest_protocol"]  # hooks of interpreted tests
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_interpreted_*.py"]
 
 settings.register_profile(
     "lora_kernels",

@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 import triton.language as tl
@@ -11,6 +12,7 @@ from triton.runtime import interpreter
 
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.backends.device import Target
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branch, Dense
@@ -41,6 +43,34 @@ class Case(NamedTuple):
     bias: bool = False
     layout: str = "contiguous"
     wide_adapters: bool = False  # fp32 masters beside a 16-bit x
+
+
+AMPERE, HOPPER = Target(80, 2), Target(90, 3)  # pointers; TMA descriptors where operands allow
+CASES = (
+    Case(1, 1, 1, 1, torch.float32),
+    Case(1, 130, 72, 8, bias=True),
+    Case(3, 17, 129, 3, p=0.5),
+    Case(17, 129, 127, 17, torch.float32, bias=True),
+    Case(33, 264, 136, 16, p=0.25, bias=True),
+    Case(40, 48, 200, 8, layout="transposed", p=0.1),
+    Case(40, 48, 200, 3, torch.float32, layout="expanded", bias=True),
+    Case(50, 33, 65, 16, layout="sliced", p=0.3, wide_adapters=True),
+    Case(64, 136, 160, 64, p=0.1, bias=True, wide_adapters=True),
+    Case(70, 72, 80, 200, bias=True),
+    Case(127, 40, 96, 64, torch.float32, p=0.2),
+    Case(129, 304, 72, 16, bias=True),
+    Case(150, 264, 264, 24, p=0.4),
+    Case(260, 32, 48, 1, wide_adapters=True),
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty and its kin hand out NaN, so that an element that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(2).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
@@ -124,3 +154,25 @@ def error(out: torch.Tensor, exact: torch.Tensor) -> float:
 def serves(plan: str, case: Case) -> bool:
     dtype = str(case.dtype).removeprefix("torch.")
     return PLANS[plan].refusal(Call("forward", dtype, *case[:4], case.p > 0)) is None
+
+
+def ratios(problem: Problem, outputs: dict, base: torch.Tensor | None = None) -> dict[str, float]:
+    """Error over the error of unfused torch, having checked the rule for each case."""
+    exact = problem.unfused(torch.float64, base)
+    rival = problem.unfused(problem.case.dtype, base)
+    eps = torch.finfo(problem.case.dtype).eps
+    found = {}
+    for name, out in outputs.items():
+        assert out.shape == exact[name].shape
+        ours, theirs = error(out, exact[name]), error(rival[name], exact[name])
+        assert ours <= 2 * theirs + eps, (problem.case, name, ours, theirs)
+        if min(ours, theirs) > 0:
+            found[name] = ours / theirs
+    return found
+
+
+def geometric_means(found: list[dict[str, float]]) -> dict[str, float]:
+    return {
+        name: math.exp(sum(math.log(f[name]) for f in found if name in f) / len(found))
+        for name in NAMES
+    }

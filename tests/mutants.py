@@ -34,17 +34,17 @@ MASKS, TRITON = "backends/masks.py", "backends/triton/"
 CPU, NATIVE = "csrc/cpu/", "backends/native/__init__.py"
 SCALING, PLAN = "backends/scaling.py", "backends/cuda/plan.py"
 TABLES, CHOICE = "backends/cuda/tables.py", "backends/cuda/choice.py"
-CASES = "triton_interpreter_cases"
+PLANS, KERNEL_OPS = "interpreted_plans", "interpreted_ops"
 MANY_ROWS = "test_sums_over_as_many_rows_as_a_batch_has"
 MANY_BLOCKS = "test_sums_over_many_blocks"
 LARGE = "test_large_values_in_fp16"
 INTEGRATION, TRANSFORMERS = "integrations/peft.py", "integrations/transformers.py"
 RECIPES = "recipes/"
-KERNELS = "triton_interpreter_cases triton_passes_cases"
+KERNELS = "interpreted_plans interpreted_ops interpreted_passes"
 
 # name: (file, function or class that the text stands in, the text, what replaces it, tests that
 # should notice). None stands for what is in no function or class; files of csrc/ leave the function
-# out, the text occurs once in them. A test is tests/test_NAME.py, NAME::test or a case file.
+# out, the text occurs once in them. A test is tests/test_NAME.py or NAME::test.
 MUTANTS = {
     "sign of ds": (REFERENCE, "_whole_backward", "if rank_first else b, branch.scaling)", "if rank_first else b, -branch.scaling)", "ops"),
     "scaling dropped in s": (REFERENCE, "forward", "x).t(), low)", "x).t(), 1)", "ops"),
@@ -228,15 +228,15 @@ MUTANTS = {
     "power of two dropped in blocked dB": (BLOCKED, "backward", "_accumulate(d_b, s[block].t(), rows, high)", "_accumulate(d_b, s[block].t(), rows, 1.0)", f"accuracy::{LARGE}"),
     "masks wrap at row 4096": (DROPOUT, "keep_mask", "torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)", "torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device) % 4096", "dropout::test_rows_are_counted_past"),
     "masks wrap at row 65536 of a call": (DROPOUT, "keep_mask", "torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)", "first_row + torch.arange(rows, dtype=torch.int64, device=seed.device) % 65536", "dropout::test_rows_of_one_call_are_counted_past_65536"),
-    "triton: partial sums past the 16th lost": (TRITON + "reduce.py", "sum_partials", "range(tl.cdiv(count, LANES))", "range(tl.minimum(tl.cdiv(count, LANES), 2))", f"{CASES}::{MANY_ROWS}"),
-    "triton: second sum scaled as the first": (TRITON + "reduce.py", "reduce_kernel", "size_1, scale_1, pid - blocks", "size_1, scale_0, pid - blocks", f"{CASES}::{LARGE}"),
-    "triton: masks wrap at row 4096": (TRITON + "blocks.py", "keep_tile", "rows = row_0 + rows", "rows = row_0 + rows % 4096", f"{CASES}::{MANY_ROWS}"),
-    "triton: row tiles past the 16th over others in dB": (TRITON + "gradients.py", "ds_db_kernel", "part_db += tile.to(tl.int64)", "part_db += (tile % 16).to(tl.int64)", f"{CASES}::{MANY_ROWS}"),
-    "triton: steps of a share past the 4th lost in dA": (TRITON + "gradients.py", "tall_tile", "for i in range(steps):", "for i in range(tl.minimum(steps, 4)):", f"{CASES}::{MANY_ROWS}"),
-    "triton: shares past the 16th over others in grouped dA": (TRITON + "grouped.py", "dx_da_kernel", "item // ranks, M, K", "item // ranks % 16, M, K", f"{CASES}::{MANY_ROWS}"),
-    "triton: power of two dropped in dB": (TRITON + "gradients.py", "ds_db", "(part_db, db, high)", "(part_db, db, 1.0)", f"{CASES}::{LARGE}"),
-    "triton: power of two dropped in dB alone": (TRITON + "branch.py", "gradients", 'tile.get("db"), high)', 'tile.get("db"))', f"{CASES}::{MANY_ROWS}"),
-    "triton: power of two dropped in lora_add": (TRITON + "branch.py", "add", 'tile.get("expand"), high)', 'tile.get("expand"))', f"{CASES}::{LARGE}_on_top_of_a_base"),
+    "triton: partial sums past the 16th lost": (TRITON + "reduce.py", "sum_partials", "range(tl.cdiv(count, LANES))", "range(tl.minimum(tl.cdiv(count, LANES), 2))", f"{PLANS}::{MANY_ROWS}"),
+    "triton: second sum scaled as the first": (TRITON + "reduce.py", "reduce_kernel", "size_1, scale_1, pid - blocks", "size_1, scale_0, pid - blocks", f"{KERNEL_OPS}::{LARGE}"),
+    "triton: masks wrap at row 4096": (TRITON + "blocks.py", "keep_tile", "rows = row_0 + rows", "rows = row_0 + rows % 4096", f"{PLANS}::{MANY_ROWS}"),
+    "triton: row tiles past the 16th over others in dB": (TRITON + "gradients.py", "ds_db_kernel", "part_db += tile.to(tl.int64)", "part_db += (tile % 16).to(tl.int64)", f"{PLANS}::{MANY_ROWS}"),
+    "triton: steps of a share past the 4th lost in dA": (TRITON + "gradients.py", "tall_tile", "for i in range(steps):", "for i in range(tl.minimum(steps, 4)):", f"{PLANS}::{MANY_ROWS}"),
+    "triton: shares past the 16th over others in grouped dA": (TRITON + "grouped.py", "dx_da_kernel", "item // ranks, M, K", "item // ranks % 16, M, K", f"{PLANS}::{MANY_ROWS}"),
+    "triton: power of two dropped in dB": (TRITON + "gradients.py", "ds_db", "(part_db, db, high)", "(part_db, db, 1.0)", f"{KERNEL_OPS}::{LARGE}"),
+    "triton: power of two dropped in dB alone": (TRITON + "branch.py", "gradients", 'tile.get("db"), high)', 'tile.get("db"))', f"{PLANS}::{MANY_ROWS}"),
+    "triton: power of two dropped in lora_add": (TRITON + "branch.py", "add", 'tile.get("expand"), high)', 'tile.get("expand"))', f"{KERNEL_OPS}::{LARGE}_on_top_of_a_base"),
     "triton: rows not in the key": (TRITON + "launch.py", "_key", "arg.bit_length() > 31 if", "None if", "triton_launch"),
     "triton: launches of a profiler unseen": (TRITON + "launch.py", "_is_watched", "return bool(calls[0] or calls[1] or kernel.pre_run_hooks)", "return False", "triton_launch"),
     "tiles: fields of a table ignored": (TRITON + "tiles.py", "replaced", "tile._replace(**fields) if fields else tile", "tile", "triton_backend"),
@@ -495,13 +495,13 @@ EXTENSION = Extension()
 
 
 def pytest_of(test):
-    """(what pytest is to run, environment) of "name" or "name::test", tests/test_name.py or a case
-    file of Triton's interpreter."""
-    file, *inner = test.split("::")
-    cases = TESTS / f"{file}.py"
-    path = cases if cases.exists() else TESTS / f"test_{file}.py"
+    """(what pytest is to run, environment) of "name" or "name::test", tests/test_name.py. What runs
+    in Triton's interpreter does so at once, not in a child, so that it stops at the first failure.
+    """
     interpreted = {"TRITON_INTERPRET": "1", "LORA_KERNELS_BACKEND": "triton"}
-    return "::".join([str(path), *inner]), interpreted if path == cases else {}
+    file, *inner = test.split("::")
+    path = TESTS / f"test_{file}.py"
+    return "::".join([str(path), *inner]), interpreted if file.startswith("interpreted_") else {}
 
 
 def killed_by(mutant):

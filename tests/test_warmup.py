@@ -1,4 +1,4 @@
-"""warmup where nothing is compiled; with kernels, in triton_interpreter_cases.py."""
+"""warmup where nothing is compiled; with kernels, in test_interpreted_ops.py."""
 
 import pytest
 from torch import nn

@@ -1,6 +1,6 @@
 """How often each plan touches the full-size arrays of a call, counted from what it launches.
 
-Collected by `test_triton_interpreter.py`. Counted are the kernels and ATen ops that are handed an
+Counted are the kernels and ATen ops that are handed an
 array's memory, whether they read or write it; that a GEMM reads tiles again is not.
 """
 
@@ -17,6 +17,7 @@ from lora_kernels.backends.triton.launch import intercept
 from lora_kernels.branch import Given, Need
 
 F16, F32 = torch.float16, torch.float32
+pytestmark = pytest.mark.interpreted
 ONE_LAUNCH = ("decode", "dual", "flag")
 
 

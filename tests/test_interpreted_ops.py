@@ -1,173 +1,38 @@
-"""Every plan and backward kernel in Triton's interpreter, on CPU tensors, against fp64.
+"""Each op and rule of the kernels in Triton's interpreter, on CPU tensors, against fp64.
 
-Collected by `test_triton_interpreter.py` in a process of its own: the interpreter is chosen by
-TRITON_INTERPRET=1 before triton is imported. fp32 and fp16 only; its bf16 products are wrong.
+fp32 and fp16 only; the interpreter's bf16 products are wrong.
 """
-
-import math
 
 import oracle
 import pytest
 import torch
-from interpreted import NAMES, SCALING, Case, Problem, error, laid_out, ops, serves
+from interpreted import (
+    AMPERE,
+    CASES,
+    HOPPER,
+    NAMES,
+    SCALING,
+    Case,
+    Problem,
+    error,
+    geometric_means,
+    laid_out,
+    ops,
+    poisoned_memory,
+    ratios,
+    serves,
+)  # fmt: skip
 
 import lora_kernels
-from lora_kernels.backends import choose, reference
-from lora_kernels.backends import cuda as backend
-from lora_kernels.backends.cuda.choice import candidates, use_plan
-from lora_kernels.backends.cuda.plan import Call
-from lora_kernels.backends.device import Target, assume
+from lora_kernels.backends import reference
+from lora_kernels.backends.cuda.choice import use_plan
+from lora_kernels.backends.device import assume
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 from lora_kernels.backends.triton import masking
 from lora_kernels.backends.triton.launch import intercept
 
-AMPERE, HOPPER = Target(80, 2), Target(90, 3)  # pointers; TMA descriptors where operands allow
-F32 = torch.float32
-CASES = (
-    Case(1, 1, 1, 1, F32),
-    Case(1, 130, 72, 8, bias=True),
-    Case(3, 17, 129, 3, p=0.5),
-    Case(17, 129, 127, 17, F32, bias=True),
-    Case(33, 264, 136, 16, p=0.25, bias=True),
-    Case(40, 48, 200, 8, layout="transposed", p=0.1),
-    Case(40, 48, 200, 3, F32, layout="expanded", bias=True),
-    Case(50, 33, 65, 16, layout="sliced", p=0.3, wide_adapters=True),
-    Case(64, 136, 160, 64, p=0.1, bias=True, wide_adapters=True),
-    Case(70, 72, 80, 200, bias=True),
-    Case(127, 40, 96, 64, F32, p=0.2),
-    Case(129, 304, 72, 16, bias=True),
-    Case(150, 264, 264, 24, p=0.4),
-    Case(260, 32, 48, 1, wide_adapters=True),
-)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty and its kin hand out NaN, so that an element that nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.ones(2).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def ratios(problem: Problem, outputs: dict, base: torch.Tensor | None = None) -> dict[str, float]:
-    """Error over the error of unfused torch, having checked the rule for each case."""
-    exact = problem.unfused(torch.float64, base)
-    rival = problem.unfused(problem.case.dtype, base)
-    eps = torch.finfo(problem.case.dtype).eps
-    found = {}
-    for name, out in outputs.items():
-        assert out.shape == exact[name].shape
-        ours, theirs = error(out, exact[name]), error(rival[name], exact[name])
-        assert ours <= 2 * theirs + eps, (problem.case, name, ours, theirs)
-        if min(ours, theirs) > 0:
-            found[name] = ours / theirs
-    return found
-
-
-def geometric_means(found: list[dict[str, float]]) -> dict[str, float]:
-    return {
-        name: math.exp(sum(math.log(f[name]) for f in found if name in f) / len(found))
-        for name in NAMES
-    }
-
-
-@pytest.mark.parametrize(
-    ("plan", "target"),
-    [
-        ("cublas", HOPPER),
-        ("shrink_gemm", AMPERE),
-        ("shrink_gemm", HOPPER),
-        ("grouped", AMPERE),
-        ("grouped", HOPPER),
-        ("dual", AMPERE),
-        ("decode", HOPPER),
-        ("flag", AMPERE),
-        ("flag", HOPPER),
-    ],
-)
-def test_linear_and_gradients(entering, plan, target):
-    entering(use_plan(plan))
-    assert choose("cpu").module is backend
-    found = []
-    with assume(target):
-        for case in filter(lambda case: serves(plan, case), CASES):
-            problem = Problem(case)
-            outputs = problem.linear()
-            assert outputs["da"].dtype == problem.a.dtype
-            assert outputs["db"].dtype == problem.b.dtype
-            assert all(out.is_contiguous() for out in outputs.values())
-            found.append(ratios(problem, outputs))
-    means = geometric_means(found)
-    assert all(mean <= 1.02 for mean in means.values()), means
-    if plan != "cublas":
-        assert means["y"] < 1
-        assert means["dx"] < 1
-
-
-@pytest.mark.parametrize(
-    ("plan", "r", "p"),
-    [("cublas", 8, 0.25), ("cublas", 64, 0.0), ("grouped", 8, 0.25)],
-)
-def test_sums_over_as_many_rows_as_a_batch_has(plan, r, p):
-    """On a device of 132 SMs: dA in 17 shares, dB in 35 or 17, masks past row 4096."""
-    partials = []
-
-    def record(kernel, grid, args, meta, launch) -> None:
-        if kernel.fn.__name__ == "reduce_kernel":
-            partials.extend(args[i] for i in (2, 7) if args[i])
-        launch()
-
-    problem = Problem(Case(4400, 16, 16, r, p=p))
-    with assume(Target(80, 132)), use_plan(plan), intercept(record):
-        ratios(problem, problem.linear())
-    assert sum(count > 16 for count in partials) == 2, partials
-
-
-# What a launch of a backward writes or what shows it, so that the others need not run.
-READ_FROM = {
-    "ds_db": ("da", "db"),
-    "da": ("da",),
-    "dx": ("dx",),
-    "expand_dx": ("dx",),
-    "dx_da": ("dx", "da"),
-}
-
-
-@pytest.mark.parametrize(
-    ("op", "case"),
-    [
-        ("forward", Case(40, 48, 1024, 16, bias=True)),
-        ("forward", Case(513, 272, 64, 16, bias=True)),
-        ("backward", Case(513, 48, 80, 16, p=0.2)),
-    ],
-)
-def test_candidates_of_a_tuner(op, case):
-    """Whatever tiles a tuned table may name compute the same."""
-    problem = Problem(case)
-    call = Call(op, "float16", *case[:4], case.p > 0)
-    listed = candidates(call, HOPPER)
-    saved = problem.linear()["s"]
-
-    def compute(launch: str) -> dict[str, torch.Tensor]:
-        tensors = (problem.x, problem.weight, problem.a, problem.b)
-        if op == "forward":
-            y, _ = ops.lora_linear(*tensors, problem.bias, *problem.branch, True)
-            return {"y": y}
-        wanted = READ_FROM[launch]
-        dx, _, da, db = ops.lora_linear_backward(
-            problem.dy, *tensors, saved, *problem.branch,
-            "dx" in wanted, False, "da" in wanted, "db" in wanted,
-        )  # fmt: skip
-        return {n: out for n, out in {"dx": dx, "da": da, "db": db}.items() if n in wanted}
-
-    with assume(HOPPER):
-        for plan, fields in listed:
-            for launch in fields:
-                with use_plan(plan, fields):
-                    ratios(problem, compute(launch))
-    varied = {launch for _, fields in listed for launch in fields}
-    assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx", "dx_da"})
+__all__ = ["poisoned_memory"]  # a fixture of every test
+pytestmark = pytest.mark.interpreted
 
 
 @pytest.mark.parametrize("plan", ["cublas", "shrink_gemm", "grouped", "dual", "decode", "flag"])
