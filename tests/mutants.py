@@ -327,6 +327,7 @@ MUTANTS = {
     "resume: integers of any size": (RECIPES + "reading.py", "is_integer", " and -(2**63) <= value < 2**63", "", "resume"),
     "resume: checksums unread": (RECIPES + "reading.py", "_require_intact", "if (name := archive.testzip()) is not None:", "if False:", "resume"),
     "resume: no step tried": (RECIPES + "resume.py", "Run.load", "if comparable and not self.done:", "if False:", "resume"),
+    "resume: errors of loading pass": (RECIPES + "resume.py", "Run.load", "except Exception as error:  # of the", "except ZeroDivisionError as error:  # of the", "resume"),
     "resume: a step tried after the last": (RECIPES + "resume.py", "Run.load", "if comparable and not self.done:", "if comparable:", "resume"),
     "resume: parameters of the step tried unseen": (RECIPES + "trial.py", "step_problem", "if not all(p.isfinite().all() for", "if False and not all(p.isfinite().all() for", "resume"),
     "resume: generators changed by a refusal": (RECIPES + "resume.py", "Run.load", "            _set_random(before, self.loader)\n", "", "resume"),

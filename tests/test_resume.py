@@ -240,6 +240,8 @@ def one_cycle(file=None, change=None, **options):
     [
         (["epoch"], lambda _: 2**70, "epoch: expected an integer of at least 0, got 118"),
         (["optimizer", "param_groups", 0, "eps"], lambda _: 2**70, "expected a finite number"),
+        (["optimizer", "param_groups", 0, "fused"], lambda _: torch.ones(2),
+         "cannot be loaded (Boolean value of Tensor"),
         (["scheduler", "total_steps"], lambda _: -1, "cannot make a step (ValueError: "),
         (["scheduler", "_schedule_phases", 1, "end_lr"], lambda _: "text",
          "cannot make a step (KeyError: 'text')"),

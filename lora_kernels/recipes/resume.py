@@ -138,7 +138,10 @@ class Run:
         try:
             self.remaining = _seek(self.loader, state["epoch_random"], state["batches"])
             with Undo(self.model, self.optimizer, self.scheduler):
-                self._apply(state)
+                try:
+                    self._apply(state)
+                except Exception as error:  # of the optimizer's or the scheduler's own reading
+                    raise ValueError(f"resume_from: {path}: cannot be loaded ({error})") from error
                 # What cannot make a step as this run has it says nothing about the file.
                 if comparable and not self.done:
                     problem = step_problem(self.optimizer, self.scheduler)
