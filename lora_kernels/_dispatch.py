@@ -249,7 +249,10 @@ def _is_unseen(args: Args) -> bool:
 
 def _overload(op: Op, args: Args) -> Results:
     """The op through the dispatcher."""
-    if "torch.distributed.tensor" in sys.modules and not torch.compiler.is_compiling():
-        _serve_dtensors()
+    if not torch.compiler.is_compiling():
+        if not PRIVATE:  # torch's own part of autograd does not ask
+            refuse_forward_mode(args)
+        if "torch.distributed.tensor" in sys.modules:
+            _serve_dtensors()
     results: Results = _OVERLOADS[op.name](*op.given(args))
     return results

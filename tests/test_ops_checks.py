@@ -294,6 +294,16 @@ except NotImplementedError as error:
     assert "double backward" in str(error)
 else:
     raise AssertionError("double backward")
+for function, which in ((lora_linear, 0), (lora_linear, 2), (lora_add, 0), (lora_add, 1)):
+    call = t if function is lora_linear else [base, t[0], *t[2:4]]
+    call = [v.detach() for v in call]
+    vary = lambda v: function(*call[:which], v, *call[which + 1:])
+    try:
+        torch.func.jvp(vary, (call[which],), (call[which],))
+    except NotImplementedError as error:
+        assert "forward-mode AD (jvp) is not supported" in str(error)
+    else:
+        raise AssertionError("forward mode")
 assert not lora_linear(*(v.detach() for v in t)).requires_grad
 compiled = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
 torch.testing.assert_close(compiled(*t), lora_linear(*t))
