@@ -3,16 +3,20 @@
     python benchmarks/gpu_day.py --minutes 9 --out DIR     # again and again with the same DIR
 
 Each call gives every step its share of the minutes and stops it when they are over; what a step has
-is in DIR at once, and the next call goes on from there. Where calls run on fresh machines, copy the
-last DIR there first. Without a GPU the same steps run at tiny sizes in Triton's interpreter.
+is in DIR at once, and the next call goes on from there. The tests' files run side by side, and the
+tuner compiles in as many processes as there are CPUs; what is timed runs alone. Where calls run on
+fresh machines, copy the last DIR there first. Without a GPU the same steps run at tiny sizes in
+Triton's interpreter.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +27,14 @@ from store import replace_text
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
 _TRIES = 4  # a tuner that died goes on past the candidate it died in
+_TUNED = (("bf16", 0.6), ("fp16", 0.66), ("fp32", 0.7))  # and until when
 _GRACE = 5.0  # seconds for a step to notice that its minutes are over
 
 
 class Step(NamedTuple):
-    name: str
-    command: list[str]  # "{minutes}" stands for what it may take
-    until: float  # share of the budget that is gone when it must end
-    once: bool = False  # not again in a later call when it has succeeded
+    commands: dict[str, list[str]]  # by name, side by side; "{minutes}": what they may take
+    until: float  # share of the budget that is gone when they must end
+    once: bool = False  # not again in a later call what has succeeded
     tries: int = 1
     environment: dict[str, str] = {}  # noqa: RUF012
 
@@ -49,28 +53,43 @@ def steps(out: Path, gpu: bool) -> list[Step]:
 
     table = out / "tuned.json"
     timed = ("--minutes", "{minutes}")
-    small = {"tune": (), "layer": (), "model": ()} if gpu else {
-        "tune": ("--dtype", "fp16", "--sizes", "16,32,32,8", "--rounds", "1", "2"),
+    small = {"tune": ("--jobs", str(os.cpu_count())), "layer": (), "model": ()} if gpu else {
+        "tune": ("--sizes", "16,32,32,8", "--rounds", "1", "2"),
         "layer": ("--scale", "64", "--seconds", "0.02", "--dtypes", "fp32"),
         "model": ("--size", "smoke", "--seconds", "0.1", "--new-tokens", "2"),
     }  # fmt: skip
     interpreter = {} if gpu else {"TRITON_INTERPRET": "1"}
-    tests = gpu_tests()
+    tests = {f"test {file}": [python, "-m", "pytest", "-q", "-m", "gpu", file]
+             for file in gpu_tests()}  # fmt: skip
+    tune = script("tune.py", "--out", str(table), *timed, *small["tune"])
+    layer = script("layer.py", "--out", str(out / f"layer-{kind}.json"), *timed, *small["layer"])
+    model = script("model.py", "--out", str(out / f"model-{kind}.json"), *timed, *small["model"])
+    report = script("report.py", "--results", str(out), "--readme", str(out / "report.md"))
     return [
+        Step(tests, 0.4, once=True),
         *(
-            Step(f"test {file}", [python, "-m", "pytest", "-q", "-m", "gpu", file],
-                 0.3 * (index + 1) / len(tests), once=True)
-            for index, file in enumerate(tests)
+            Step(
+                {f"tune {dtype}": [*tune, "--dtype", dtype]},
+                until,
+                tries=_TRIES,
+                environment=interpreter,
+            )
+            for dtype, until in _TUNED
         ),
-        Step("tune", script("tune.py", "--out", str(table), *timed, *small["tune"]), 0.58,
-             tries=_TRIES, environment=interpreter),
-        Step("layer", script("layer.py", "--out", str(out / f"layer-{kind}.json"), *timed,
-                             *small["layer"]), 0.86),
-        Step("model", script("model.py", "--out", str(out / f"model-{kind}.json"), *timed,
-                             *small["model"]), 0.95),
-        Step("report", script("report.py", "--results", str(out), "--readme",
-                              str(out / "report.md")), 1.0),
-    ]  # fmt: skip
+        Step({"layer": layer}, 0.88),
+        Step({"model": model}, 0.95),
+        Step({"report": report}, 1.0),
+    ]
+
+
+def stop(child: subprocess.Popen) -> None:
+    """Asked first: the tuner then knows that the candidate it is at is not to blame."""
+    child.terminate()
+    try:
+        child.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 class Day:
@@ -87,43 +106,62 @@ class Day:
     def spent(self) -> float:
         return time.monotonic() - self.begin
 
-    def _once(self, step: Step, left: float) -> int | None:
-        """The exit status; None if it had to be stopped."""
+    def _together(self, step: Step, names: Sequence[str], left: float) -> dict[str, int | None]:
+        """The exit statuses; None for what had to be stopped."""
         minutes = f"{max(0.0, left - 3 * _GRACE) / 60:.3f}"
-        command = [part.replace("{minutes}", minutes) for part in step.command]
         environment = {**os.environ, **step.environment}
         path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-        with (self.out / "log.txt").open("a") as log:
-            log.write(f"\n== {step.name}: {' '.join(command)}\n")
-            log.flush()
-            try:
-                return subprocess.run(
-                    command, cwd=ROOT, env={**environment, "PYTHONPATH": path}, stdout=log,
-                    stderr=subprocess.STDOUT, timeout=left, check=False,
-                ).returncode  # fmt: skip
-            except subprocess.TimeoutExpired:
-                return None
+        deadline = time.monotonic() + left
+        with (self.out / "log.txt").open("a") as log, contextlib.ExitStack() as stack:
+            running = {}
+            for name in names:
+                command = [part.replace("{minutes}", minutes) for part in step.commands[name]]
+                said = stack.enter_context(tempfile.TemporaryFile("w+"))
+                child = subprocess.Popen(
+                    command, cwd=ROOT, env={**environment, "PYTHONPATH": path}, stdout=said,
+                    stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                running[name] = (command, said, child)
+            found: dict[str, int | None] = {}
+            for name, (command, said, child) in running.items():
+                try:
+                    found[name] = child.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    stop(child)
+                    found[name] = None
+                said.seek(0)
+                log.write(f"\n== {name}: {' '.join(command)}\n{said.read()}")
+                log.flush()
+        return found
 
     def run(self, step: Step) -> None:
-        if step.once and self.state.get(step.name, {}).get("status") == 0:
-            print(f"{step.name}: done before")
-            return
-        status, tried, begin = None, False, self.spent()
+        done = {name for name in step.commands if step.once and self.status(name) == 0}
+        for name in done:
+            print(f"{name}: done before")
+        names = [name for name in step.commands if name not in done]
+        begin = self.spent()
+        tried: dict[str, int | None] = {}
         for _ in range(step.tries):
             left = step.until * self.budget - self.spent()
-            if left <= _GRACE:
+            if left <= _GRACE or not names:
                 break
-            tried, status = True, self._once(step, left)
-            if status == 0:
-                break
-        if not tried:
-            print(f"{step.name}: no time left")
-            return
+            tried |= self._together(step, names, left)
+            names = [name for name in names if tried[name] != 0]
         seconds = round(self.spent() - begin, 1)
-        self.state[step.name] = {"status": status, "seconds": seconds}
+        for name in step.commands:
+            if name in tried:
+                status = tried[name]
+                self.state[name] = {"status": status, "seconds": seconds}
+                said = {0: "ok", None: "stopped: its time was over"}
+                print(f"{name}: {said.get(status, f'exit status {status}')}, {seconds} s")
+            elif name not in done:
+                print(f"{name}: no time left")
+        sys.stdout.flush()
         replace_text(self.file, json.dumps(self.state, indent=1) + "\n")
-        said = {0: "ok", None: "stopped: its time was over"}.get(status, f"exit status {status}")
-        print(f"{step.name}: {said}, {seconds} s", flush=True)
+
+    def status(self, name: str) -> int | None:
+        """Of its last run; None if it was stopped or never ran."""
+        return self.state.get(name, {}).get("status")
 
 
 def install(out: Path) -> None:
@@ -145,7 +183,7 @@ def has_gpu() -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 unless a step that ended by itself failed."""
+    """Returns 0 if all has succeeded, in this call or (the tests) before."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9, help="budget of this call")
     parser.add_argument("--out", type=Path, required=True, help="folder of everything it makes")
@@ -157,14 +195,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planned = steps(out, gpu)
     if args.dry_run:
         for step in planned:
-            print(f"until {step.until * args.minutes:5.2f} min  {' '.join(step.command)}")
+            for command in step.commands.values():
+                print(f"until {step.until * args.minutes:5.2f} min  {' '.join(command)}")
         return 0
     for step in planned:
         day.run(step)
-        if step.name == "tune" and gpu:
+        if gpu and any(name.startswith("tune") for name in step.commands):
             install(out)
     print(f"{day.spent():.0f} s; everything is in {args.out}")
-    return int(any(day.state.get(step.name, {}).get("status") for step in planned))
+    return int(any(day.status(name) != 0 for step in planned for name in step.commands))
 
 
 if __name__ == "__main__":

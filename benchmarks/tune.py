@@ -305,6 +305,15 @@ def merge(one: dict, other: dict) -> dict:
     return {**one, **other, **merged}
 
 
+def left(todo: Sequence[tuple[str, Case]], path: Path) -> list[tuple[str, Case]]:
+    """Without the cases whose buckets the table at the path has."""
+    found = tables.read_table(path)["buckets"] if path.exists() else []
+    return [
+        (base, case) for base, case in todo
+        if not all(any(key_of(case, op).items() <= b.items() for b in found) for op in OPS[base])
+    ]  # fmt: skip
+
+
 def run_part(part: str, todo: Sequence[tuple[str, Case]], device: torch.device) -> None:
     """Runs every n-th candidate from the i-th on once, for part i/n, so that Triton's cache has
     what they need. Whether they are right is not asked here."""
@@ -368,13 +377,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if gpu else "cpu")
     # All of a weight first: most calls are of that kind.
     todo = [(base, case) for base in OPS for case in _cases(args)]
-    if args.part:
-        run_part(args.part, todo, device)
-        return
     info = machine(gpu)
     name = info["gpu"] or "interpreter"
+    path = args.out or tables.TUNED / tables.file_name(name)
+    if args.part:
+        run_part(args.part, left(todo, path), device)
+        return
     deadline = Deadline(args.minutes)
-    table = Table(args.out or tables.TUNED / tables.file_name(name), name, info)
+    table = Table(path, name, info)
     table.write()
 
     def stop(signum: int, frame: object) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -387,41 +388,83 @@ def test_reads_that_hide_the_host(monkeypatch):
 # ----------------------------------------------------------------------- the day, models, micro
 
 
+def test_the_tuner_compiles_only_what_the_table_lacks(tmp_path):
+    tune = pytest.importorskip("tune")
+    path = tmp_path / "t.json"
+    cases = [Case(16, 32, 32, 8), Case(16, 32, 32, 8, dropout=0.1)]
+    todo = [(base, case) for base in tune.OPS for case in cases]
+    assert tune.left(todo, path) == todo
+    table = tune.Table(path, "G", {"versions": {}, "commit": "x"})
+    for op in ("forward", "backward", "add"):
+        table.add({**tune.key_of(cases[0], op), "plan": "aten"})
+    assert tune.left(todo, path) == [todo[1], *todo[2:]]
+    table.add({**tune.key_of(cases[0], "add_backward"), "plan": "aten"})
+    assert tune.left(todo, path) == [todo[1], todo[3]]
+
+
 def test_gpu_day_keeps_to_its_budget_and_goes_on(tmp_path, monkeypatch, capsys):
     marks = tmp_path / "marks"
     write = f"open({str(marks)!r}, 'a').write"
 
     def step(name, code, until, **options):
-        return gpu_day.Step(name, [sys.executable, "-c", code], until, **options)
+        return gpu_day.Step({name: [sys.executable, "-c", code]}, until, **options)
 
+    # Each of these two waits until the other has begun.
+    meet = (
+        "import pathlib, sys, time; here, there = map(pathlib.Path, sys.argv[1:]); here.touch()\n"
+        "while not there.exists(): time.sleep(0.01)"
+    )
+    doors = [str(tmp_path / name) for name in ("left", "right")]
+    pair = {
+        side: [sys.executable, "-c", meet, *doors[::turn]]
+        for side, turn in (("left", 1), ("right", -1))
+    }
+    stopping = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: ({}, sys.exit()))"
     planned = [
         step("once", f"{write}('o')", 0.9, once=True),
+        gpu_day.Step(
+            {**pair, "lame": [sys.executable, "-c", "raise SystemExit(4)"]}, 0.9, once=True
+        ),
         step("late", f"{write}('never')", 0.0),
         step("dies", f"{write}('d'); raise SystemExit(3)", 0.9, tries=2),
-        step("slow", "while True: pass", 0.95),
+        step("slow", stopping.format(f"{write}('s')") + f"; {write}('(')\nwhile True: pass", 0.95),
         step("last", f"{write}('l')", 1.0),
     ]
-    run = subprocess.run
 
-    def stopped(command, *, timeout, **options):
-        assert timeout <= 60 * planned[[s.command for s in planned].index(command)].until
-        if "while True" in command[-1]:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return run(command, timeout=timeout, **options)
+    class Popen(subprocess.Popen):
+        def wait(self, timeout=None):
+            (until,) = [s.until for s in planned if self.args in s.commands.values()]
+            if timeout is not None and timeout > gpu_day._GRACE:
+                assert timeout <= 60 * until
+                if "while True" in self.args[-1]:
+                    while not marks.read_text().endswith("("):
+                        time.sleep(0.01)
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
 
-    monkeypatch.setattr(subprocess, "run", stopped)
+    monkeypatch.setattr(subprocess, "Popen", Popen)
     monkeypatch.setattr(gpu_day, "steps", lambda out, gpu: planned)
     monkeypatch.setattr(gpu_day, "has_gpu", lambda: False)
     command = ["--minutes", "1", "--out", str(tmp_path)]
     assert gpu_day.main(command) == 1
     said = capsys.readouterr().out
-    assert marks.read_text() == "oddl"
+    assert marks.read_text() == "odd(sl"
     assert "late: no time left" in said
+    assert "left: ok" in said
+    assert "right: ok" in said
+    assert "lame: exit status 4" in said
     assert "slow: stopped: its time was over" in said
     assert json.loads((tmp_path / "day.json").read_text())["dies"]["status"] == 3
     assert gpu_day.main(command) == 1
-    assert "once: done before" in capsys.readouterr().out
-    assert marks.read_text() == "oddl" + "ddl"
+    said = capsys.readouterr().out
+    assert all(f"{name}: done before" in said for name in ("once", "left", "right"))
+    assert "lame: exit status 4" in said
+    assert marks.read_text() == "odd(sl" + "dd(sl"
+    del planned[2:5]
+    planned[1].commands.pop("lame")
+    assert gpu_day.main(command) == 0
+    planned.append(step("slow", "", 0.0))  # stopped in an earlier call
+    assert gpu_day.main(command) == 1
 
 
 def test_gpu_day_dry_run(tmp_path, capsys):
