@@ -193,7 +193,7 @@ def _prepare_add(
 
 def _fold(scaling: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
     """A tensor's factor goes into lora_b, which the op then takes as a master copy: fp32 keeps
-    the product, and dB, from a second rounding."""
+    the product from a second rounding, and dB where its sum is formed in fp32."""
     if not isinstance(scaling, Tensor):
         return scaling, lora_b
     wide = lora_b if lora_b.dtype == torch.float64 else lora_b.float()
