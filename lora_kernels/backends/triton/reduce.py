@@ -17,11 +17,11 @@ _LANES = 8
 
 
 class Job(NamedTuple):
-    """out [size] = scale * the sum of part [count,size] over its first dimension."""
+    """out [size] = scale * the sum of part [parts,size] over its first dimension."""
 
     part: Any
     out: Any
-    count: Any
+    parts: Any
     size: Any
     scale: Any
 
@@ -33,9 +33,9 @@ def sum_partials(job, block, LANES: tl.constexpr, BLOCK: tl.constexpr):
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, LANES)
     acc = tl.zeros((LANES, BLOCK), tl.float32)
-    for i in range(tl.cdiv(job.count, LANES)):
+    for i in range(tl.cdiv(job.parts, LANES)):
         index = i * LANES + lane
-        inside = (index[:, None] < job.count) & (offsets[None, :] < job.size)
+        inside = (index[:, None] < job.parts) & (offsets[None, :] < job.size)
         places = index.to(tl.int64)[:, None] * job.size + offsets[None, :]
         acc += tl.load(job.part + places, mask=inside, other=0.0)
     total = tl.sum(acc, axis=0) * job.scale
