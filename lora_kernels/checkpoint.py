@@ -19,7 +19,7 @@ from lora_kernels.bases import features
 from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
 from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
-from lora_kernels.nn import LoRALayer, layer_class
+from lora_kernels.nn import AdapterOptions, LoRALayer, layer_class
 from lora_kernels.peft_config import PREFIX, Config
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 
@@ -257,9 +257,8 @@ def _load(
             before.keep(layer.lora_A)
             before.keep(layer.lora_B)
         else:
-            layer = layers[base] = layer_class(base)._prepare(
-                base, rank, None, 0.0, use_rslora, None, "kaiming"
-            )
+            made = AdapterOptions(rank, use_rslora=use_rslora)
+            layer = layers[base] = layer_class(base)._prepare(base, made)
         values[name] = (base, A, B, alpha, use_rslora)
 
     if layers or saved_modules:

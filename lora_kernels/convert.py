@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_kernels import adapters, names, options, targets
 from lora_kernels.adapters import lora_parameters
 from lora_kernels.bypass import unregistered_linears
-from lora_kernels.nn import LoRALayer, layer_class
+from lora_kernels.nn import AdapterOptions, LoRALayer, layer_class
 from lora_kernels.nn.pissa import Init
 from lora_kernels.sharding import is_sharded
 from lora_kernels.targets import Names
@@ -159,30 +159,32 @@ def apply_lora(
         chosen = options.from_peft(rank, modules, model_type)
     else:
         chosen["rank"] = rank
-    return _apply(model, adapter_dtype, **chosen)
+    return _apply(model, _Options(adapter_dtype=adapter_dtype, **chosen))
 
 
-def _apply(
-    model: nn.Module,
-    adapter_dtype: torch.dtype | None,
-    *,
-    rank: int,
-    alpha: float | None,
-    dropout: float,
-    target_modules: Names,
-    exclude_modules: Names,
-    modules_to_save: Names,
-    use_rslora: bool,
-    init: Init,
-    rank_pattern: Mapping[str, int] | None,
-    alpha_pattern: Mapping[str, float] | None,
-) -> LoraReport:
-    rank, alpha = options.check_rank(rank), options.check_alpha(alpha)
-    target_modules = targets.listed("target_modules", target_modules)
-    exclude_modules = targets.listed("exclude_modules", exclude_modules)
+class _Options(NamedTuple):
+    """Of `apply_lora`."""
+
+    rank: int
+    alpha: float | None
+    dropout: float
+    target_modules: Names
+    exclude_modules: Names
+    modules_to_save: Names
+    use_rslora: bool
+    init: Init
+    adapter_dtype: torch.dtype | None
+    rank_pattern: Mapping[str, int] | None
+    alpha_pattern: Mapping[str, float] | None
+
+
+def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
+    rank, alpha = options.check_rank(chosen.rank), options.check_alpha(chosen.alpha)
+    target_modules = targets.listed("target_modules", chosen.target_modules)
+    exclude_modules = targets.listed("exclude_modules", chosen.exclude_modules)
     found, skipped = targets.find_targets(model, target_modules, exclude_modules)
     heads, frozen = targets.new_heads(model, target_modules, exclude_modules)
-    saved = heads | targets.find_saved(model, modules_to_save)
+    saved = heads | targets.find_saved(model, chosen.modules_to_save)
     in_heads = targets.submodules(heads)
     in_full = targets.submodules(saved) | {one.module for one in adapters.saved_tensors(model)}
     modules, places = dict(names.named_modules(model)), names.all_names(model)
@@ -201,9 +203,12 @@ def _apply(
         )
     targets.require_whole_ties(model, saved)
     all_of = {name: places[linear] for name, linear in found.items()}
-    ranks = options.of_layers("rank_pattern", rank_pattern, all_of, rank, options.check_rank)
-    alphas = options.of_layers("alpha_pattern", alpha_pattern, all_of, alpha, options.check_alpha)
-    if init == "pissa":
+    ranks = options.of_layers("rank_pattern", chosen.rank_pattern, all_of, rank, options.check_rank)
+    alphas = options.of_layers(
+        "alpha_pattern", chosen.alpha_pattern, all_of, alpha, options.check_alpha
+    )
+    settings = (chosen.dropout, chosen.use_rslora, chosen.adapter_dtype, chosen.init)
+    if chosen.init == "pissa":
         require_untied(model, found.values(), "init='pissa'")
         for name, linear in found.items():
             if ranks[name] > min(linear.weight.shape):
@@ -214,12 +219,12 @@ def _apply(
     with adapters.all_or_nothing(model) as before:
         layers: dict[nn.Module, LoRALayer] = {
             linear: layer_class(linear)._prepare(
-                linear, ranks[name], alphas[name], dropout, use_rslora, adapter_dtype, init
+                linear, AdapterOptions(ranks[name], alphas[name], *settings)
             )
             for name, linear in found.items()
         }
         for layer in layers.values():
-            if init == "pissa":
+            if chosen.init == "pissa":
                 before.keep(layer.weight)
                 layer._take_pissa()
         left_out = targets.others(model, in_full)

@@ -58,7 +58,7 @@ def lora_linear(
         NotImplementedError: forward-mode AD or double backward.
     """
     if torch.jit.is_tracing():
-        return F.linear(x, weight, bias) + _traced(x, lora_a, lora_b, scaling, dropout_p, seed)
+        return F.linear(x, weight, bias) + _traced(x, (lora_a, lora_b), scaling, dropout_p, seed)
     if not _are_sound(x, lora_a, lora_b, weight, bias, linear=True):
         if _is_jagged(x):
             y = lora_linear(
@@ -98,7 +98,7 @@ def lora_add(
     errors and the gradients (to base_out, x, lora_a, lora_b) are those of `lora_linear`.
     """
     if torch.jit.is_tracing():
-        return base_out + _traced(x, lora_a, lora_b, scaling, dropout_p, seed)
+        return base_out + _traced(x, (lora_a, lora_b), scaling, dropout_p, seed)
     base_out, x, lora_a, lora_b, scaling, dropout_p, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
     )
@@ -129,7 +129,7 @@ def lora_add_(
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError("lora_add_: has no gradient; call it under torch.no_grad, or lora_add")
     if torch.jit.is_tracing():
-        return base_out.add_(_traced(x, lora_a, lora_b, scaling, dropout_p, seed))
+        return base_out.add_(_traced(x, (lora_a, lora_b), scaling, dropout_p, seed))
     result = base_out
     base_out, x, lora_a, lora_b, scaling, dropout_p, seed = _prepare_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
@@ -149,8 +149,7 @@ def lora_add_(
 
 def _traced(
     x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    pair: tuple[Tensor, Tensor],
     scaling: float | Tensor,
     dropout_p: float,
     seed: int | Tensor | None,
@@ -159,8 +158,8 @@ def _traced(
     and which run without this library."""
     if dropout_p and seed is not None:
         raise ValueError("seed: expected None under torch.jit.trace, which cannot keep the mask")
-    dropped = F.dropout(x, dropout_p)
-    branch: Tensor = scaling * F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype))
+    lora_a, lora_b = (each.to(x.dtype) for each in pair)
+    branch: Tensor = scaling * F.linear(F.linear(F.dropout(x, dropout_p), lora_a), lora_b)
     return branch
 
 

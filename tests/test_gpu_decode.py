@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from gpu_problem import DEVICE, error
 
 from lora_kernels.backends.native import decode, extension
+from lora_kernels.branch import Dense
 
 pytestmark = pytest.mark.gpu
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -44,10 +45,16 @@ def unfused(x, weight, a, b, bias, dtype):
     return F.linear(x, weight, None if bias is None else bias.to(dtype)) + F.linear(s, b), s
 
 
+def run(tensors, tile, save_s=True):
+    x, weight, a, b, bias = tensors
+    base, tile = Dense(weight, bias), decode.DecodeTile(*tile)
+    return decode.decode(x, base, (a, b), (SCALING, 1.0), save_s, tile)
+
+
 def judge(tensors, tile) -> float:
     """Logarithm of our error over unfused torch's, y and s held to the rule of one case."""
     dtype = tensors[0].dtype
-    y, s = decode.decode(*tensors, (SCALING, 1.0), True, *tile)
+    y, s = run(tensors, tile)
     exact, rival = unfused(*tensors, torch.float64), unfused(*tensors, dtype)
     logs = []
     for out, other, true in zip((y, s), rival, exact, strict=True):
@@ -82,12 +89,12 @@ def test_strides_and_no_bias():
 def test_same_bits_over_50_runs_and_in_a_graph():
     tensors = make(16, 4096, 4096, 64)
     tile = (16, 8 if clusters()[-1] > 1 else 4, clusters()[-1])
-    first = decode.decode(*tensors, (SCALING, 1.0), True, *tile)
+    first = run(tensors, tile)
     for _ in range(50):
-        assert all(map(torch.equal, first, decode.decode(*tensors, (SCALING, 1.0), True, *tile)))
+        assert all(map(torch.equal, first, run(tensors, tile)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode.decode(*tensors, (SCALING, 1.0), True, *tile)
+        captured = run(tensors, tile)
     for _ in range(3):
         graph.replay()
         assert all(map(torch.equal, first, captured))
@@ -96,14 +103,14 @@ def test_same_bits_over_50_runs_and_in_a_graph():
 def test_on_the_current_stream():
     """A kernel on the default stream would not wait for what is still being computed."""
     tensors = make(4, 512, 512, 8)
-    expected = decode.decode(*tensors, (SCALING, 1.0), True, 16, 4, 1)[0]
+    expected = run(tensors, (16, 4, 1))[0]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     for _ in range(20):
         with torch.cuda.stream(stream):
             torch.cuda._sleep(1_000_000)
             late = tensors[0].clone()
-            y = decode.decode(late, *tensors[1:], (SCALING, 1.0), True, 16, 4, 1)[0]
+            y = run((late, *tensors[1:]), (16, 4, 1))[0]
         torch.cuda.synchronize()
         assert torch.equal(y, expected)
 
@@ -130,13 +137,13 @@ def test_wrong_arguments_are_refused(changes, words):
     for index, change in changes.items():
         tensors[index] = change(tensors[index])
     with pytest.raises(RuntimeError, match=words):
-        decode.decode(*tensors, (SCALING, 1.0), False, 16, 4, 1)
+        run(tensors, (16, 4, 1), False)
 
 
 @pytest.mark.parametrize("tile", [(8, 4, 1), (16, 5, 1), (16, 4, 3), (16, 4, 16)])
 def test_wrong_tiles_are_refused(tile):
     with pytest.raises(RuntimeError, match=r"(rows|warps|cluster): must be"):
-        decode.decode(*make(4, 64, 64, 8), (SCALING, 1.0), False, *tile)
+        run(make(4, 64, 64, 8), tile, False)
 
 
 def test_one_launch_is_not_slower_than_three():
@@ -148,7 +155,7 @@ def test_one_launch_is_not_slower_than_three():
     copies = [weight.clone() for _ in range(8)]
 
     def ours(w):
-        decode.decode(x, w, a, b, None, (SCALING, 1.0), False, *tile)
+        run((x, w, a, b, None), tile, False)
 
     def plain(w):
         torch.addmm(F.linear(x, w), F.linear(x, a), b.t())

@@ -90,12 +90,12 @@ FLOORS["backends.triton"] = {
     "dual": 2,
     "gradients": 2,
     "low_rank": 2,
-    "gemm": 2,
     "masking": 2,
     "branch": 3,
-    "flag": 3,
-    "grouped": 3,
-    "specialised": 3,
+    "gemm": 3,
+    "flag": 4,
+    "grouped": 4,
+    "specialised": 4,
 }
 FLOORS["backends.cuda"] = {
     "plan": 0,

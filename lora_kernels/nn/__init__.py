@@ -5,10 +5,10 @@ from torch import nn
 
 from lora_kernels.bases import is_conv1d
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
-from lora_kernels.nn.layer import LoRALayer
+from lora_kernels.nn.layer import AdapterOptions, LoRALayer
 from lora_kernels.nn.linear import FusedLoRALinear
 
-__all__ = ["FusedLoRAConv1D", "FusedLoRALinear", "LoRALayer", "layer_class"]
+__all__ = ["AdapterOptions", "FusedLoRAConv1D", "FusedLoRALinear", "LoRALayer", "layer_class"]
 
 # What pickles name, and users import them from.
 FusedLoRALinear.__module__ = FusedLoRAConv1D.__module__ = __name__

@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,17 @@ torch.fx.wrap("lora_linear")
 _ADDED = (
     MERGED, "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged", "_disabled",
 )  # fmt: skip
+
+
+class AdapterOptions(NamedTuple):
+    """What an adapter is made with: the options of `LoRALayer.from_linear`."""
+
+    rank: int
+    alpha: float | None = None
+    dropout: float = 0.0
+    use_rslora: bool = False
+    adapter_dtype: torch.dtype | None = None
+    init: Init = "kaiming"
 
 
 class LoRALayer(LayerState):
@@ -64,32 +75,24 @@ class LoRALayer(LayerState):
         if reason is not None:
             raise ValueError(f"linear: {reason}")
         trainable = {name for name, p in linear.named_parameters(recurse=False) if p.requires_grad}
-        layer = cls._prepare(linear, rank, alpha, dropout, use_rslora, adapter_dtype, init)
+        adapter = AdapterOptions(rank, alpha, dropout, use_rslora, adapter_dtype, init)
+        layer = cls._prepare(linear, adapter)
         note_frozen(layer, trainable)
         layer._take_pissa()
         return layer
 
     @classmethod
-    def _prepare(
-        cls,
-        linear: nn.Module,
-        rank: int,
-        alpha: float | None,
-        dropout: float,
-        use_rslora: bool,
-        adapter_dtype: torch.dtype | None,
-        init: Init,
-    ) -> "Self":
+    def _prepare(cls, linear: nn.Module, adapter: AdapterOptions) -> "Self":
         """`from_linear`, of a layer that `refusal` has nothing against, without the step that
         changes the weight, `_take_pissa`."""
-        if init not in INITS:
-            raise ValueError(f"init: got {init!r}, legal values are {', '.join(INITS)}")
+        if adapter.init not in INITS:
+            raise ValueError(f"init: got {adapter.init!r}, legal values are {', '.join(INITS)}")
         layer = _twin(linear, cls)
-        layer._add_adapter(rank, alpha, dropout, use_rslora, adapter_dtype)
+        layer._add_adapter(adapter)
         layer.reset_lora_parameters()
-        if init == "pissa":
+        if adapter.init == "pissa":
             layer._init_pissa()
-        elif init == "random":
+        elif adapter.init == "random":
             nn.init.kaiming_uniform_(layer.lora_B, a=math.sqrt(5))
         return layer
 
@@ -131,21 +134,14 @@ class LoRALayer(LayerState):
         return copied
 
     @torch.inference_mode(False)  # in which parameters would be made that cannot be trained
-    def _add_adapter(
-        self,
-        rank: int,
-        alpha: float | None,
-        dropout: float,
-        use_rslora: bool,
-        adapter_dtype: torch.dtype | None,
-    ) -> None:
-        rank, alpha = options.check_rank(rank), options.check_alpha(alpha)
-        dropout = options.check_dropout(dropout)
-        use_rslora = options.check_flag(use_rslora, "use_rslora")
+    def _add_adapter(self, adapter: AdapterOptions) -> None:
+        rank, alpha = options.check_rank(adapter.rank), options.check_alpha(adapter.alpha)
+        dropout = options.check_dropout(adapter.dropout)
+        use_rslora = options.check_flag(adapter.use_rslora, "use_rslora")
         if (odd := odd_type(self.weight)) is not None:
             raise TypeError(f"weight: is {odd}")
         half = self.weight.dtype in HALVES
-        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
+        dtype = adapter.adapter_dtype or (torch.float32 if half else self.weight.dtype)
         if dtype != self.weight.dtype and not (half and dtype == torch.float32):
             legal = " or torch.float32" if half else ""
             raise TypeError(

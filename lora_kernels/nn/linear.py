@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lora_kernels.nn.layer import LoRALayer
+from lora_kernels.nn.layer import AdapterOptions, LoRALayer
 
 
 class FusedLoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]  # its bias may be None too
@@ -45,7 +45,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]  # its bias m
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._add_adapter(rank, alpha, dropout, use_rslora, adapter_dtype)
+        self._add_adapter(AdapterOptions(rank, alpha, dropout, use_rslora, adapter_dtype))
         self.reset_lora_parameters()
 
     @staticmethod

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,9 +129,12 @@ def adjust_rank(
         FloatingPointError: from `train_model`.
     """
     layers = dict(require_layers(model))
-    path = _check(
-        layers, k_initial, k_final, ranks, tolerance, per_layer, epochs, optimizer, training
-    )
+    path = _check(layers, _Way(k_initial, k_final, ranks, tolerance, per_layer), epochs, training)
+    if hasattr(optimizer, "param_groups") and needs_closure(optimizer):
+        raise TypeError(
+            f"optimizer: {type(optimizer).__name__} holds all parameters in one flat state, which"
+            " no other rank fits; adjust the rank with another optimizer"
+        )
     if any(name in training for name in _EVALUATING):
         training = training | {"eval_loader": eval_loader}
     # Checks the other arguments and moves the model, before any rank has changed.
@@ -261,18 +264,21 @@ def exchange_parameters(
 # ------------------------------------------------------------------------------------------- checks
 
 
+class _Way(NamedTuple):
+    """From which rank to which, through which, and what a step may cost."""
+
+    k_initial: int
+    k_final: int
+    ranks: Sequence[int] | None
+    tolerance: float | None
+    per_layer: bool
+
+
 def _check(
-    layers: dict[str, LoRALayer],
-    k_initial: int,
-    k_final: int,
-    ranks: Sequence[int] | None,
-    tolerance: float | None,
-    per_layer: bool,
-    epochs: int,
-    optimizer: torch.optim.Optimizer,
-    training: dict[str, Any],
+    layers: dict[str, LoRALayer], way: _Way, epochs: int, training: dict[str, Any]
 ) -> list[int] | None:
     """The ranks to go through; None where they are to be halved."""
+    k_initial, k_final, ranks, tolerance, per_layer = way
     for name, k in (("k_initial", k_initial), ("k_final", k_final)):
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"{name}: expected an integer of at least 1, got {k!r}")
@@ -295,11 +301,6 @@ def _check(
     if refused := [name for name in _REFUSED if name in training]:
         what = "takes none" if refused[0] == "callbacks" else "writes and reads no checkpoints"
         raise TypeError(f"{refused[0]}: adjust_rank {what}, as it trains once for each rank")
-    if hasattr(optimizer, "param_groups") and needs_closure(optimizer):
-        raise TypeError(
-            f"optimizer: {type(optimizer).__name__} holds all parameters in one flat state, which"
-            " no other rank fits; adjust the rank with another optimizer"
-        )
     if k_final > k_initial:
         for name, given in (("tolerance", tolerance is not None), ("per_layer", per_layer)):
             if given:

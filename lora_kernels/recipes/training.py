@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -136,6 +137,7 @@ def train_model(
         run.load(resume_from)
     device = batches.place(model, device, optimizer)
     good = _LastGood(optimizer)
+    loop = _Loop(run, criterion, device, autocast_dtype, count, max_grad_norm, good)
     _zero_grad(model, optimizer)
     history = run.history
 
@@ -181,11 +183,7 @@ def train_model(
             while not run.done:
                 start = time.perf_counter()
                 for group in _groups(run.epoch_batches(), accumulation_steps):
-                    first = len(history) == begun
-                    _step(
-                        run, group, criterion, device, autocast_dtype, count, max_grad_norm, good,
-                        first,
-                    )  # fmt: skip
+                    _step(loop, group, first=len(history) == begun)
                     history.seconds.append(time.perf_counter() - start)
                     bar.update()
                     bar.set_postfix_str(_status(history))
@@ -220,21 +218,26 @@ def _status(history: History) -> str:
     return f"loss {history.loss[-1]:.4f}, {rate:.0f} {unit}/s"
 
 
-def _step(
-    run: resume.Run,
-    group: list[Any],
-    criterion: Criterion,
-    device: torch.device,
-    autocast_dtype: torch.dtype | None,
-    count: Count,
-    max_grad_norm: float | None,
-    good: "_LastGood",
-    first: bool,
-) -> None:
-    """One optimizer step over a group of batches."""
+@dataclass(frozen=True)
+class _Loop:
+    """What all steps of a run have in common."""
+
+    run: resume.Run
+    criterion: Criterion
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    count: Count
+    max_grad_norm: float | None
+    good: "_LastGood"
+
+
+def _step(loop: _Loop, group: list[Any], first: bool) -> None:
+    """One optimizer step over a group of batches; after the first adapters that stay idle are
+    named."""
+    run, good, device = loop.run, loop.good, loop.device
     model, optimizer, scaler, history = run.model, run.optimizer, run.scaler, run.history
     step = len(history) + 1
-    weights = [batches.weigh(batch, count) for batch in group]
+    weights = [batches.weigh(batch, loop.count) for batch in group]
     total = sum(weights)
     if not total > 0:
         raise ValueError(f"count: the batches of step {step} count for nothing")
@@ -246,8 +249,8 @@ def _step(
             if weight == 0:
                 continue
             batch = batches.to_device(batch, device)
-            with batches.autocast(device, autocast_dtype):
-                loss, _, _ = batches.forward_loss(model, batch, criterion)
+            with batches.autocast(device, loop.autocast_dtype):
+                loss, _, _ = batches.forward_loss(model, batch, loop.criterion)
             if not loss.requires_grad:
                 raise ValueError(
                     "criterion: the loss does not depend on any parameter that requires a gradient"
@@ -273,8 +276,8 @@ def _step(
     # A gradient that overflowed fp16 is the scaler's business: it leaves the step out.
     if not math.isfinite(grad_norm) and not scaler.is_enabled():
         good.stop(f"the norm of the gradient is {grad_norm} {where}")
-    if max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
+    if loop.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(trained, loop.max_grad_norm, norm)
     good.keep()
     history.loss.append(math.fsum(losses))
     history.samples.append(total)

@@ -1,12 +1,23 @@
 """The compiled CUDA kernel for a few rows: forward in one launch (csrc/cuda/decode.cuh)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lora_kernels.backends.native import extension
+from lora_kernels.branch import Dense
 
 MAX_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)
+
+
+class DecodeTile(NamedTuple):
+    """Rows of the weight and warps of a block, blocks that share out s."""
+
+    rows: int
+    warps: int
+    cluster: int
 
 
 def unreadable(x: Tensor, weight: Tensor, lora_a: Tensor) -> bool:
@@ -28,23 +39,15 @@ def why_absent() -> str | None:
 
 def decode(
     x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
+    base: Dense,
+    pair: tuple[Tensor, Tensor],
     scale: tuple[float, float],
     save_s: bool,
-    rows: int,
-    warps: int,
-    cluster: int,
+    tile: DecodeTile,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s), s of size 0 if it is not to be saved: x [M,K], weight [N,K], lora_a [r,K], lora_b
-    [N,r], M at most 16; scale as `scaling.split` gives it. A block of `warps` warps takes `rows`
-    rows of the weight; `cluster` blocks share out s."""
-    M, r = x.shape[0], lora_a.shape[0]
-    y = x.new_empty(M, weight.shape[0])
-    s = x.new_empty(M, r) if save_s else None
-    torch.ops.lora_kernels._decode_cuda(
-        x, weight, lora_a, lora_b, bias, *scale, rows, warps, cluster, s, y
-    )
+    """(y, s), s of size 0 if it is not to be saved: x [M,K], base.weight [N,K] in x's dtype, and of
+    the pair A [r,K] and B [N,r]; M at most 16; scale as `scaling.split` gives it."""
+    y = x.new_empty(x.shape[0], base.weight.shape[0])
+    s = x.new_empty(x.shape[0], pair[0].shape[0]) if save_s else None
+    torch.ops.lora_kernels._decode_cuda(x, base.weight, *pair, base.bias, *scale, *tile, s, y)
     return y, x.new_empty(0) if s is None else s

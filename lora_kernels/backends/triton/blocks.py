@@ -1,7 +1,61 @@
-"""Device code shared by the kernels: tile order, masked tiles, dropout mask, low-rank step."""
+"""Device code shared by the kernels: tile order, masked tiles, dropout mask, low-rank step.
+
+What travels together from one device function to the next is a NamedTuple, which Triton takes as
+its fields, compiling and interpreting. It is built where it is passed on: under a name of its own
+its constants would become tensors. Parameters of kernels stay flat, as the driver takes them.
+"""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory: element (i, j) lies at ptr + i * stride_r + j * stride_c."""
+
+    ptr: Any
+    stride_r: Any
+    stride_c: Any
+    rows: Any
+    cols: Any
+
+
+class Place(NamedTuple):
+    """The tile [BM, BN] of a matrix whose first element is (row, col)."""
+
+    row: Any
+    col: Any
+    BM: tl.constexpr
+    BN: tl.constexpr
+
+
+class Mask(NamedTuple):
+    """Dropout: the seed in DROP words, 0 without dropout; what is kept is multiplied by scale."""
+
+    seed: Any
+    threshold: Any
+    scale: Any
+    DROP: tl.constexpr
+
+
+class Ranks(NamedTuple):
+    """How a low-rank product is formed: COUNT blocks of R ranks each, times HIGH, a power of
+    two."""
+
+    R: tl.constexpr
+    COUNT: tl.constexpr
+    HIGH: tl.constexpr
+    PRECISION: tl.constexpr
+
+
+class Term(NamedTuple):
+    """The low-rank term of a product: low [M,r] contiguous times mat [r,N]."""
+
+    low: Matrix
+    mat: Matrix
+    mask: Mask
+    ranks: Ranks
 
 
 @triton.jit
@@ -23,34 +77,32 @@ def tile_order(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(ptr, rows, cols, stride_r, stride_c):
+def tile_pointers(matrix, rows, cols):
     """Pointers of a tile, in 64 bits: a matrix may have more than 2^31 elements."""
-    return ptr + rows.to(tl.int64)[:, None] * stride_r + cols.to(tl.int64)[None, :] * stride_c
+    down = matrix.ptr + rows.to(tl.int64)[:, None] * matrix.stride_r
+    return down + cols.to(tl.int64)[None, :] * matrix.stride_c
 
 
 @triton.jit
-def load_tile(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols):
-    """The tile rows x cols of a [n_rows, n_cols] matrix, zero outside it."""
-    return load_tile_hinted(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, "", "")
+def load_tile(matrix, rows, cols):
+    """The tile rows x cols of a matrix, zero outside it."""
+    return load_tile_hinted(matrix, rows, cols, "", "")
 
 
 @triton.jit
-def load_tile_hinted(
-    ptr, rows, cols, stride_r, stride_c, n_rows, n_cols, EVICTION: tl.constexpr,
-    CACHE: tl.constexpr,
-):  # fmt: skip
+def load_tile_hinted(matrix, rows, cols, EVICTION: tl.constexpr, CACHE: tl.constexpr):
     """`load_tile` with an eviction policy and a cache modifier."""
-    inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
-    pointers = tile_pointers(ptr, rows, cols, stride_r, stride_c)
+    inside = (rows[:, None] < matrix.rows) & (cols[None, :] < matrix.cols)
+    pointers = tile_pointers(matrix, rows, cols)
     return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION, cache_modifier=CACHE)
 
 
 @triton.jit
-def store_tile(ptr, tile, rows, cols, stride_r, stride_c, n_rows, n_cols):
+def store_tile(matrix, tile, rows, cols):
     """Rounds the tile to the matrix's dtype and stores what lies inside it."""
-    inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
-    pointers = tile_pointers(ptr, rows, cols, stride_r, stride_c)
-    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=inside)
+    inside = (rows[:, None] < matrix.rows) & (cols[None, :] < matrix.cols)
+    pointers = tile_pointers(matrix, rows, cols)
+    tl.store(pointers, tile.to(matrix.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -84,30 +136,28 @@ def column_halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def add_low_rank(
-    acc, low, mat, seed, row, col, M, N, r, scale, threshold, stride_mr, stride_mc,
-    R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DROP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + HIGH * (low @ mat), or with DROP acc + scale * keep * (low @ mat); low [M,r] is
-    contiguous, HIGH a power of two.
+def add_low_rank(acc, term, seed, place):
+    """acc + HIGH * (low @ mat), or with dropout, whose seed is loaded, acc + scale * keep *
+    (low @ mat).
 
     low is read from memory, where it lies rounded: handed over in registers it would become the
     left operand of a register-form wgmma, which old ptxas releases miscompile. Past L1, because
     another program of the same launch may have written it.
     """
-    rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
-    term = tl.zeros((BM, BN), tl.float32) if DROP else acc
+    rows, cols = place.row + tl.arange(0, place.BM), place.col + tl.arange(0, place.BN)
+    R: tl.constexpr = term.ranks.R
+    HIGH: tl.constexpr = term.ranks.HIGH
+    total = tl.zeros((place.BM, place.BN), tl.float32) if term.mask.DROP else acc
     if HIGH != 1.0:
-        term *= 1.0 / HIGH
-    for block in tl.range(RANKS, num_stages=1):
+        total *= 1.0 / HIGH
+    for block in tl.range(term.ranks.COUNT, num_stages=1):
         rank = block * R + tl.arange(0, R)
-        left = load_tile_hinted(low, rows, rank, r, 1, M, r, "", ".cg")
-        right = load_tile(mat, rank, cols, stride_mr, stride_mc, r, N)
-        term = tl.dot(left, right, term, input_precision=PRECISION)
-    if DROP:
-        keep = keep_tile(seed, rows, col, threshold, BN)
-        term = acc + tl.where(keep, term * scale, 0.0)
+        left = load_tile_hinted(term.low, rows, rank, "", ".cg")
+        right = load_tile(term.mat, rank, cols)
+        total = tl.dot(left, right, total, input_precision=term.ranks.PRECISION)
+    if term.mask.DROP:
+        keep = keep_tile(seed, rows, place.col, term.mask.threshold, place.BN)
+        total = acc + tl.where(keep, total * term.mask.scale, 0.0)
     if HIGH != 1.0:
-        term *= HIGH
-    return term
+        total *= HIGH
+    return total

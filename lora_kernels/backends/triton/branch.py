@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.backends.scaling import split
 from lora_kernels.backends.triton import dropout, tiles
 from lora_kernels.backends.triton.gradients import ds_db, tall
-from lora_kernels.backends.triton.low_rank import expand, shrink
+from lora_kernels.backends.triton.low_rank import LowRank, expand, shrink
 from lora_kernels.branch import Base, Branch, Dense, Need
 
 Tiles = Mapping[str, Mapping[str, int]]
@@ -47,7 +47,7 @@ def add(base_out: Tensor, x: Tensor, branch: Branch, out: Tensor, tile: Tiles) -
     low, high = split(branch.scaling, x.dtype)
     drop = dropout.of(branch.dropout_p, branch.seed)
     s = shrink(x, a, low, drop, tile.get("shrink"))
-    expand(base_out, s, b.t(), out, None, tile.get("expand"), high)
+    expand(base_out, LowRank(s, b.t(), high), out, tile.get("expand"))
     return s
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_kernels.backends.device import target
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import (
+    Matrix,
     keep_tile,
     load_seed,
     load_tile,
@@ -24,6 +25,7 @@ from lora_kernels.backends.triton.blocks import (
 from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch
 from lora_kernels.backends.triton.reduce import reduce_partials
+from lora_kernels.branch import Dense
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -48,9 +50,11 @@ def dual_kernel(
     for i in range(steps):
         first = (share * steps + i) * BK
         ks = first + tl.arange(0, BK)
-        w_tile = load_tile_hinted(weight, cols, ks, stride_wn, stride_wk, N, K, "evict_first", "")
-        x_tile = load_tile_hinted(x, rows, ks, stride_xm, stride_xk, M, K, "evict_last", "")
-        a_tile = load_tile_hinted(a, rank, ks, stride_ar, stride_ak, r, K, "evict_last", "")
+        w_tile = load_tile_hinted(
+            Matrix(weight, stride_wn, stride_wk, N, K), cols, ks, "evict_first", ""
+        )
+        x_tile = load_tile_hinted(Matrix(x, stride_xm, stride_xk, M, K), rows, ks, "evict_last", "")
+        a_tile = load_tile_hinted(Matrix(a, stride_ar, stride_ak, r, K), rank, ks, "evict_last", "")
         acc = tl.dot(w_tile, x_tile.T, acc, input_precision=PRECISION)
         if DROP:
             x_tile = tl.where(keep_tile(seed, rows, first, threshold, BK), x_tile, 0.0)
@@ -58,8 +62,8 @@ def dual_kernel(
         low = tl.dot(a_tile, x_tile.T, low, input_precision=PRECISION)
     low *= scale
     if s is not None and col == 0:
-        store_tile(s + share.to(tl.int64) * M * r, low, rank, rows, 1, r, r, M)
-    b_tile = load_tile(b, cols, rank, stride_bn, stride_br, N, r)
+        store_tile(Matrix(s + share.to(tl.int64) * M * r, 1, r, r, M), low, rank, rows)
+    b_tile = load_tile(Matrix(b, stride_bn, stride_br, N, r), cols, rank)
     if HIGH != 1.0:
         acc *= 1.0 / HIGH
     acc = tl.dot(b_tile, low.to(x.dtype.element_ty), acc, input_precision=PRECISION)
@@ -68,22 +72,21 @@ def dual_kernel(
     if bias is not None:
         values = tl.load(bias + cols, mask=(cols < N) & (share == 0), other=0.0)
         acc += values.to(x.dtype.element_ty).to(tl.float32)[:, None]
-    store_tile(y + share.to(tl.int64) * M * N, acc, cols, rows, 1, N, N, M)
+    store_tile(Matrix(y + share.to(tl.int64) * M * N, 1, N, N, M), acc, cols, rows)
 
 
 def dual(
     x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
+    base: Dense,
+    pair: tuple[Tensor, Tensor],
     scale: tuple[float, float],
     save_s: bool,
     dropout: Dropout | None = None,
     fields: tiles.Fields = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s), s of size 0 if it is not to be saved: x [M,K], weight [N,K], a [r,K], b [N,r]; scale
-    as `scaling.split` gives it."""
+    """(y, s), s of size 0 if it is not to be saved: x [M,K], base.weight [N,K], and of the pair A
+    [r,K] and B [N,r], all in x's dtype; scale as `scaling.split` gives it."""
+    (weight, bias), (a, b) = base, pair
     (M, K), N, r = x.shape, weight.shape[0], a.shape[0]
     aligned = tiles.vectorises(x) and tiles.vectorises(weight)
     tile = tiles.dual(target(x.device), x.dtype, M, N, r, aligned)

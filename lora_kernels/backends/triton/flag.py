@@ -7,6 +7,8 @@ whoever waits, waits for a tile that a running program holds and that waits for 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,37 @@ from torch import Tensor
 
 from lora_kernels.backends.device import target
 from lora_kernels.backends.triton import tiles
-from lora_kernels.backends.triton.blocks import load_tile, loop_steps, store_tile, tile_order
+from lora_kernels.backends.triton.blocks import (
+    Mask,
+    Matrix,
+    Place,
+    Ranks,
+    Term,
+    load_tile,
+    loop_steps,
+    store_tile,
+    tile_order,
+)
 from lora_kernels.backends.triton.gemm import finish_tile, has_tma_rows
 from lora_kernels.backends.triton.launch import fp32_precision, launch
+from lora_kernels.branch import Dense
+
+
+class Source(NamedTuple):
+    """A matrix [rows, K] of which tiles are read, through a TMA descriptor if there is one."""
+
+    desc: Any
+    matrix: Matrix
+
+
+class Loop(NamedTuple):
+    """How a product is summed up: BK of the reduction at a time; with LOW also that of x and a, of
+    R ranks."""
+
+    BK: tl.constexpr
+    R: tl.constexpr
+    LOW: tl.constexpr
+    PRECISION: tl.constexpr
 
 
 @triton.jit
@@ -32,37 +62,30 @@ def descriptor(
 
 
 @triton.jit
-def read_tile(
-    desc, ptr, row, col, stride_r, stride_c, n_rows, n_cols,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+def read_tile(source, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The tile at (row, col), zero outside the matrix."""
-    if desc is None:
+    if source.desc is None:
         rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
-        tile = load_tile(ptr, rows, cols, stride_r, stride_c, n_rows, n_cols)
+        tile = load_tile(source.matrix, rows, cols)
     else:
-        tile = desc.load([row, col])
+        tile = source.desc.load([row, col])
     return tile
 
 
 @triton.jit
-def flag_loop(
-    x, weight, a, x_desc, w_desc, a_desc, row, col, M, N, K, r,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, R: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def flag_loop(x, weight, a, place, loop):
     """A tile of x @ weight^T, and with LOW of x @ a^T."""
-    acc = tl.zeros((BM, BN), tl.float32)
-    low = tl.zeros((BM, R), tl.float32)
-    for i in range(loop_steps(K, BK)):
+    BK: tl.constexpr = loop.BK
+    acc = tl.zeros((place.BM, place.BN), tl.float32)
+    low = tl.zeros((place.BM, loop.R), tl.float32)
+    for i in range(loop_steps(x.matrix.cols, BK)):
         k = i * BK
-        x_tile = read_tile(x_desc, x, row, k, stride_xm, stride_xk, M, K, BM, BK)
-        w_tile = read_tile(w_desc, weight, col, k, stride_wn, stride_wk, N, K, BN, BK)
-        acc = tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
-        if LOW:
-            a_tile = read_tile(a_desc, a, 0, k, stride_ar, stride_ak, r, K, R, BK)
-            low = tl.dot(x_tile, a_tile.T, low, input_precision=PRECISION)
+        x_tile = read_tile(x, place.row, k, place.BM, BK)
+        w_tile = read_tile(weight, place.col, k, place.BN, BK)
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision=loop.PRECISION)
+        if loop.LOW:
+            a_tile = read_tile(a, 0, k, loop.R, BK)
+            low = tl.dot(x_tile, a_tile.T, low, input_precision=loop.PRECISION)
     return acc, low
 
 
@@ -86,38 +109,52 @@ def flag_kernel(
         row, col = pm * BM, pn * BN
         if pn == 0:
             acc, low = flag_loop(
-                x, weight, a, x_desc, w_desc, a_desc, row, col, M, N, K, r,
-                stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak,
-                R, BM, BN, BK, True, PRECISION,
-            )  # fmt: skip
-            store_tile(s, low * scale, row + tl.arange(0, BM), tl.arange(0, R), r, 1, M, r)
+                Source(x_desc, Matrix(x, stride_xm, stride_xk, M, K)),
+                Source(w_desc, Matrix(weight, stride_wn, stride_wk, N, K)),
+                Source(a_desc, Matrix(a, stride_ar, stride_ak, r, K)),
+                Place(row, col, BM, BN),
+                Loop(BK, R, True, PRECISION),
+            )
+            store_tile(Matrix(s, r, 1, M, r), low * scale, row + tl.arange(0, BM), tl.arange(0, R))
             tl.debug_barrier()
             tl.atomic_xchg(flags + pm, 1, sem="release")
         else:
             acc, _ = flag_loop(
-                x, weight, a, x_desc, w_desc, a_desc, row, col, M, N, K, r,
-                stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak,
-                R, BM, BN, BK, False, PRECISION,
-            )  # fmt: skip
+                Source(x_desc, Matrix(x, stride_xm, stride_xk, M, K)),
+                Source(w_desc, Matrix(weight, stride_wn, stride_wk, N, K)),
+                Source(a_desc, Matrix(a, stride_ar, stride_ak, r, K)),
+                Place(row, col, BM, BN),
+                Loop(BK, R, False, PRECISION),
+            )
             while tl.atomic_cas(flags + pm, 1, 1, sem="acquire") == 0:
                 pass
         finish_tile(
-            acc, y, y_desc, s, b, bias, None, row, col, M, N, r, 1.0, 0, stride_br, stride_bn,
-            R, 1, BM, BN, STRIPS, False, HIGH, PRECISION,
-        )  # fmt: skip
+            acc,
+            Matrix(y, N, 1, M, N),
+            y_desc,
+            Term(
+                Matrix(s, r, 1, M, r),
+                Matrix(b, stride_br, stride_bn, r, N),
+                Mask(None, 0, 1.0, 0),
+                Ranks(R, 1, HIGH, PRECISION),
+            ),
+            bias,
+            Place(row, col, BM, BN),
+            STRIPS,
+        )
         tile = tl.atomic_add(flags + tiles_m, 1, sem="relaxed")
 
 
 def flag(
     x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
+    base: Dense,
+    pair: tuple[Tensor, Tensor],
     scale: tuple[float, float],
     fields: tiles.Fields = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, s): x [M,K], weight [N,K], a [r,K], b [N,r]; scale as `scaling.split` gives it."""
+    """(y, s): x [M,K], base.weight [N,K], and of the pair A [r,K] and B [N,r], all in x's dtype;
+    scale as `scaling.split` gives it."""
+    (weight, bias), (a, b) = base, pair
     (M, K), N, r = x.shape, weight.shape[0], a.shape[0]
     y, s = x.new_empty(M, N), x.new_empty(M, r)
     device = target(x.device)

@@ -15,93 +15,79 @@ from torch import Tensor
 from lora_kernels.backends.device import Target, target
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import (
+    Mask,
+    Matrix,
+    Place,
+    Ranks,
+    Term,
     add_low_rank,
     column_halves,
     load_seed,
     loop_steps,
     store_tile,
     tile_order,
+    tile_pointers,
 )
-from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
+from lora_kernels.backends.triton.dropout import WITHOUT, words
 from lora_kernels.backends.triton.launch import fp32_precision, launch, overlaps
+from lora_kernels.backends.triton.low_rank import LowRank
 
 
 @triton.jit
-def store_strips(
-    acc, out, out_desc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
-    stride_lr, stride_ln, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STRIPS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Stores a tile in strips of columns, through the descriptor if there is one. With DROP a strip
-    first gets its masked low-rank term, which needs an accumulator of its own."""
+def store_strips(acc, out, out_desc, term, seed, place, STRIPS: tl.constexpr):
+    """Stores a tile in strips of columns, through the descriptor if there is one. With dropout a
+    strip first gets its masked low-rank term, which needs an accumulator of its own."""
+    BM: tl.constexpr = place.BM
+    BN: tl.constexpr = place.BN
     if STRIPS > 1:
         HALF: tl.constexpr = BN // 2
         left, right = column_halves(acc, BM, BN)
-        store_strips(
-            left, out, out_desc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
-            stride_lr, stride_ln, R, RANKS, BM, HALF, STRIPS // 2, DROP, PRECISION,
-        )  # fmt: skip
-        store_strips(
-            right, out, out_desc, low, low_mat, seed, row, col + HALF, M, N, r, scale, threshold,
-            stride_lr, stride_ln, R, RANKS, BM, HALF, STRIPS // 2, DROP, PRECISION,
-        )  # fmt: skip
+        row, col = place.row, place.col
+        store_strips(left, out, out_desc, term, seed, Place(row, col, BM, HALF), STRIPS // 2)
+        col += HALF
+        store_strips(right, out, out_desc, term, seed, Place(row, col, BM, HALF), STRIPS // 2)
     else:
-        if DROP:
-            acc = add_low_rank(
-                acc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
-                stride_lr, stride_ln, R, RANKS, BM, BN, True, 1.0, PRECISION,
-            )  # fmt: skip
+        if term.mask.DROP:
+            acc = add_low_rank(acc, term, seed, place)
         if out_desc is None:
-            store_tile(out, acc, row + tl.arange(0, BM), col + tl.arange(0, BN), N, 1, M, N)
+            rows, cols = place.row + tl.arange(0, BM), place.col + tl.arange(0, BN)
+            store_tile(out, acc, rows, cols)
         else:
-            out_desc.store([row, col], acc.to(out.dtype.element_ty))
+            out_desc.store([place.row, place.col], acc.to(out.ptr.dtype.element_ty))
 
 
 @triton.jit
-def finish_tile(
-    acc, out, out_desc, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
-    stride_lr, stride_ln, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STRIPS: tl.constexpr, DROP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def finish_tile(acc, out, out_desc, term, bias, place, STRIPS: tl.constexpr):
     """What follows the reduction loop: low-rank step, bias (rounded to out's dtype), store."""
     seed = 0
-    if DROP:
-        seed = load_seed(seed_ptr, DROP)
+    if term.mask.DROP:
+        seed = load_seed(term.mask.seed, term.mask.DROP)
     else:
-        acc = add_low_rank(
-            acc, low, low_mat, 0, row, col, M, N, r, scale, threshold, stride_lr, stride_ln,
-            R, RANKS, BM, BN, False, HIGH, PRECISION,
-        )  # fmt: skip
+        acc = add_low_rank(acc, term, 0, place)
     if bias is not None:
-        cols = col + tl.arange(0, BN)
-        values = tl.load(bias + cols, mask=cols < N, other=0.0)
-        acc += values.to(out.dtype.element_ty).to(tl.float32)[None, :]
-    store_strips(
-        acc, out, out_desc, low, low_mat, seed, row, col, M, N, r, scale, threshold,
-        stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, PRECISION,
-    )  # fmt: skip
+        cols = place.col + tl.arange(0, place.BN)
+        values = tl.load(bias + cols, mask=cols < out.cols, other=0.0)
+        acc += values.to(out.ptr.dtype.element_ty).to(tl.float32)[None, :]
+    store_strips(acc, out, out_desc, term, seed, place, STRIPS)
 
 
 @triton.jit
-def pointer_loop(
-    x, mat, row, col, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def pointer_loop(x, mat, place, BK: tl.constexpr, PRECISION: tl.constexpr):
     """A tile of x @ mat. Rows and columns past the end wrap around, as nobody stores them; only the
     reduction needs a mask."""
-    rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
+    rows, cols = place.row + tl.arange(0, place.BM), place.col + tl.arange(0, place.BN)
     ks = tl.arange(0, BK).to(tl.int64)
-    x_tile = x + (rows % M).to(tl.int64)[:, None] * stride_xm + ks[None, :] * stride_xk
-    mat_tile = mat + ks[:, None] * stride_wk + (cols % N).to(tl.int64)[None, :] * stride_wn
+    x_tile = tile_pointers(x, rows % x.rows, ks)
+    mat_tile = tile_pointers(mat, ks, cols % mat.cols)
     step = tl.full((), BK, tl.int64)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for i in range(loop_steps(K, BK)):
-        left = K - i * BK
+    acc = tl.zeros((place.BM, place.BN), tl.float32)
+    for i in range(loop_steps(x.cols, BK)):
+        left = x.cols - i * BK
         x_values = tl.load(x_tile, mask=ks[None, :] < left, other=0.0)
         mat_values = tl.load(mat_tile, mask=ks[:, None] < left, other=0.0)
         acc = tl.dot(x_values, mat_values, acc, input_precision=PRECISION)
-        x_tile += step * stride_xk
-        mat_tile += step * stride_wk
+        x_tile += step * x.stride_c
+        mat_tile += step * mat.stride_r
     return acc
 
 
@@ -117,13 +103,26 @@ def gemm_kernel(
     pm, pn = tile_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     row, col = pm * BM, pn * BN
     acc = pointer_loop(
-        x, mat, row, col, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
-        BM, BN, BK, PRECISION,
-    )  # fmt: skip
+        Matrix(x, stride_xm, stride_xk, M, K),
+        Matrix(mat, stride_wk, stride_wn, K, N),
+        Place(row, col, BM, BN),
+        BK,
+        PRECISION,
+    )
     finish_tile(
-        acc, out, None, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
-        stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, HIGH, PRECISION,
-    )  # fmt: skip
+        acc,
+        Matrix(out, N, 1, M, N),
+        None,
+        Term(
+            Matrix(low, r, 1, M, r),
+            Matrix(low_mat, stride_lr, stride_ln, r, N),
+            Mask(seed_ptr, threshold, scale, DROP),
+            Ranks(R, RANKS, HIGH, PRECISION),
+        ),
+        bias,
+        Place(row, col, BM, BN),
+        STRIPS,
+    )
 
 
 @triton.jit
@@ -139,15 +138,13 @@ def right_descriptor(
 
 
 @triton.jit
-def tma_loop(
-    x_desc, mat_desc, row, col, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    NT: tl.constexpr,
-):  # fmt: skip
+def tma_loop(x_desc, mat_desc, place, K, BK: tl.constexpr, NT: tl.constexpr):
     """A tile of x @ mat through descriptors, which read zeros past the end."""
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((place.BM, place.BN), tl.float32)
     for i in range(loop_steps(K, BK)):
-        mat_tile = mat_desc.load([col, i * BK]).T if NT else mat_desc.load([i * BK, col])
-        acc = tl.dot(x_desc.load([row, i * BK]), mat_tile, acc)
+        k = i * BK
+        mat_tile = mat_desc.load([place.col, k]).T if NT else mat_desc.load([k, place.col])
+        acc = tl.dot(x_desc.load([place.row, k]), mat_tile, acc)
     return acc
 
 
@@ -169,13 +166,23 @@ def gemm_tma_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, SMS):
         pm, pn = tile_order(tile, tiles_m, tiles_n, GROUP)
         row, col = pm * BM, pn * BN
-        acc = tma_loop(x_desc, mat_desc, row, col, K, BM, BN, BK, NT)
+        acc = tma_loop(x_desc, mat_desc, Place(row, col, BM, BN), K, BK, NT)
         if PDL:
             tl.extra.cuda.gdc_wait()
         finish_tile(
-            acc, out, out_desc, low, low_mat, bias, seed_ptr, row, col, M, N, r, scale, threshold,
-            stride_lr, stride_ln, R, RANKS, BM, BN, STRIPS, DROP, HIGH, "ieee",
-        )  # fmt: skip
+            acc,
+            Matrix(out, N, 1, M, N),
+            out_desc,
+            Term(
+                Matrix(low, r, 1, M, r),
+                Matrix(low_mat, stride_lr, stride_ln, r, N),
+                Mask(seed_ptr, threshold, scale, DROP),
+                Ranks(R, RANKS, HIGH, "ieee"),
+            ),
+            bias,
+            Place(row, col, BM, BN),
+            STRIPS,
+        )
 
 
 def has_tma_rows(matrix: Tensor) -> bool:
@@ -205,25 +212,18 @@ def gemm_layout(x: Tensor, mat: Tensor, out: Tensor, device: Target) -> tuple[bo
 def gemm(
     x: Tensor,
     mat: Tensor,
-    low: Tensor,
-    low_mat: Tensor,
-    bias: Tensor | None,
-    dropout: Dropout | None = None,
+    term: LowRank,
+    bias: Tensor | None = None,
     fields: tiles.Fields = None,
-    high: float = 1.0,
 ) -> Tensor:
-    """x @ mat + high * low @ low_mat + bias: x [M,K], mat [K,N], low [M,r] contiguous, low_mat
-    [r,N], `high` a power of two.
-
-    With dropout, and then no bias and high = 1, the low-rank product is masked and scaled by
-    1 / (1 - p).
-    """
+    """x @ mat + the term + bias: x [M,K], mat [K,N]; no bias with dropout."""
+    low, low_mat, high, dropout = term
     (M, K), N, r = x.shape, mat.shape[1], low.shape[1]
     out = x.new_empty(M, N)
     device, drop = target(x.device), dropout is not None
     seed, threshold, kept_scale = dropout or WITHOUT
     tma, stored, aligned = gemm_layout(x, mat, out, device)
-    tile = tiles.gemm(device, x.dtype, M, N, r, drop, aligned, tma)
+    tile = tiles.gemm(device, tiles.Product(x.dtype, M, N, r, drop, aligned, tma))
     if tma or device.arch < 90:  # elsewhere the pointer version has to stand in
         tile = tiles.replaced(tile, fields)
     R = tiles.gemm_rank(device, x.dtype, r, drop)

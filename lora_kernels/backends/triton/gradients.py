@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,8 @@ from torch import Tensor
 from lora_kernels.backends.device import target
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import (
+    Mask,
+    Matrix,
     keep_tile,
     load_seed,
     load_tile,
@@ -32,17 +36,17 @@ def ds_db_kernel(
     tile, share = tl.program_id(0), tl.program_id(1)
     rows, rank = tile * BM + tl.arange(0, BM), tl.arange(0, R)
     steps = loop_steps(N, BN * SPLIT)
-    s_tile = load_tile(s, rows, rank, r, 1, M, r)
+    s_tile = load_tile(Matrix(s, r, 1, M, r), rows, rank)
     acc = tl.zeros((BM, R), tl.float32)
     part_db += tile.to(tl.int64) * N * r
     for i in range(steps):
         cols = (share * steps + i) * BN + tl.arange(0, BN)
-        dy_tile = load_tile(dy, rows, cols, stride_dm, stride_dn, M, N)
-        mat_tile = load_tile(mat, cols, rank, stride_bn, stride_br, N, r)
+        dy_tile = load_tile(Matrix(dy, stride_dm, stride_dn, M, N), rows, cols)
+        mat_tile = load_tile(Matrix(mat, stride_bn, stride_br, N, r), cols, rank)
         acc = tl.dot(dy_tile, mat_tile, acc, input_precision=PRECISION)
         db_tile = tl.dot(dy_tile.T, s_tile, input_precision=PRECISION)
-        store_tile(part_db, db_tile, cols, rank, r, 1, N, r)
-    store_tile(part_ds + share.to(tl.int64) * M * r, acc, rows, rank, r, 1, M, r)
+        store_tile(Matrix(part_db, r, 1, N, r), db_tile, cols, rank)
+    store_tile(Matrix(part_ds + share.to(tl.int64) * M * r, r, 1, M, r), acc, rows, rank)
 
 
 def ds_db(
@@ -72,34 +76,45 @@ def ds_db(
     return ds, db
 
 
+class Part(NamedTuple):
+    """Of a tall product: columns from `col`, a block of R ranks, one of SPLIT shares of the rows,
+    BM at a time."""
+
+    col: Any
+    rank_block: Any
+    share: Any
+    R: tl.constexpr
+    BM: tl.constexpr
+    BC: tl.constexpr
+    SPLIT: tl.constexpr
+
+
 @triton.jit
-def tall_tile(
-    low, rows_ptr, out, seed_ptr, col, rank_block, share, M, C, r, scale, threshold,
-    stride_xm, stride_xc, stride_or, stride_oc,
-    R: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SPLIT: tl.constexpr,
-    DROP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Columns from `col` and one rank block of scale * low^T @ drop(rows) to out, or with SPLIT > 1
-    what one share of the rows adds to it, unscaled, to fp32 partials [SPLIT, r * C], each laid out
-    as out is."""
-    cols = col + tl.arange(0, BC)
-    rank = rank_block * R + tl.arange(0, R)
-    steps = loop_steps(M, BM * SPLIT)
-    if DROP:
-        seed = load_seed(seed_ptr, DROP)
-    acc = tl.zeros((R, BC), tl.float32)
+def tall_tile(low, x, out, mask, part, PRECISION: tl.constexpr):
+    """A part of scale * low^T @ drop(x) to out [r,C], or with SPLIT > 1 what its share of the rows
+    adds to it, unscaled, to fp32 partials [SPLIT, r * C], each laid out as out is. low is [r,M]
+    here."""
+    BM: tl.constexpr = part.BM
+    SPLIT: tl.constexpr = part.SPLIT
+    cols = part.col + tl.arange(0, part.BC)
+    rank = part.rank_block * part.R + tl.arange(0, part.R)
+    steps = loop_steps(x.rows, BM * SPLIT)
+    if mask.DROP:
+        seed = load_seed(mask.seed, mask.DROP)
+    acc = tl.zeros((part.R, part.BC), tl.float32)
     for i in range(steps):
-        rows = (share * steps + i) * BM + tl.arange(0, BM)
-        low_tile = load_tile(low, rank, rows, 1, r, r, M)
-        tile = load_tile(rows_ptr, rows, cols, stride_xm, stride_xc, M, C)
-        if DROP:
-            tile = tl.where(keep_tile(seed, rows, col, threshold, BC), tile, 0.0)
-            tile = tile.to(rows_ptr.dtype.element_ty)
+        rows = (part.share * steps + i) * BM + tl.arange(0, BM)
+        low_tile = load_tile(low, rank, rows)
+        tile = load_tile(x, rows, cols)
+        if mask.DROP:
+            tile = tl.where(keep_tile(seed, rows, part.col, mask.threshold, part.BC), tile, 0.0)
+            tile = tile.to(x.ptr.dtype.element_ty)
         acc = tl.dot(low_tile, tile, acc, input_precision=PRECISION)
     if SPLIT == 1:
-        store_tile(out, acc * scale, rank, cols, stride_or, stride_oc, r, C)
+        store_tile(out, acc * mask.scale, rank, cols)
     else:
-        store_tile(out + share.to(tl.int64) * r * C, acc, rank, cols, stride_or, stride_oc, r, C)
+        first = out.ptr + part.share.to(tl.int64) * out.rows * out.cols
+        store_tile(Matrix(first, out.stride_r, out.stride_c, out.rows, out.cols), acc, rank, cols)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -111,10 +126,13 @@ def tall_kernel(
 ):  # fmt: skip
     """Program (column tile, rank block, share of the rows): one tile."""
     tall_tile(
-        low, rows, out, seed_ptr, tl.program_id(0) * BC, tl.program_id(1), tl.program_id(2),
-        M, C, r, scale, threshold, stride_xm, stride_xc, stride_or, stride_oc,
-        R, BM, BC, SPLIT, DROP, PRECISION,
-    )  # fmt: skip
+        Matrix(low, 1, r, r, M),
+        Matrix(rows, stride_xm, stride_xc, M, C),
+        Matrix(out, stride_or, stride_oc, r, C),
+        Mask(seed_ptr, threshold, scale, DROP),
+        Part(tl.program_id(0) * BC, tl.program_id(1), tl.program_id(2), R, BM, BC, SPLIT),
+        PRECISION,
+    )
 
 
 def tall(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lora_kernels.backends.device import target
 from lora_kernels.backends.triton import tiles
-from lora_kernels.backends.triton.blocks import tile_order
-from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
+from lora_kernels.backends.triton.blocks import Mask, Matrix, Place, Ranks, Term, tile_order
+from lora_kernels.backends.triton.dropout import WITHOUT, words
 from lora_kernels.backends.triton.gemm import (
     finish_tile,
     gemm_layout,
@@ -23,8 +23,9 @@ from lora_kernels.backends.triton.gemm import (
     right_descriptor,
     tma_loop,
 )
-from lora_kernels.backends.triton.gradients import tall_tile
+from lora_kernels.backends.triton.gradients import Part, tall_tile
 from lora_kernels.backends.triton.launch import fp32_precision, launch
+from lora_kernels.backends.triton.low_rank import LowRank
 from lora_kernels.backends.triton.reduce import reduce_partials
 
 
@@ -55,44 +56,60 @@ def dx_da_kernel(
             pm, pn = tile_order(tile, tiles_m, tiles_k, GROUP)
             row, col = pm * BM, pn * BN
             if TMA:
-                acc = tma_loop(dy_desc, w_desc, row, col, N, BM, BN, BK, NT)
+                acc = tma_loop(dy_desc, w_desc, Place(row, col, BM, BN), N, BK, NT)
             else:
                 acc = pointer_loop(
-                    dy, weight, row, col, M, K, N, stride_dm, stride_dn, stride_wn, stride_wk,
-                    BM, BN, BK, PRECISION,
-                )  # fmt: skip
+                    Matrix(dy, stride_dm, stride_dn, M, N),
+                    Matrix(weight, stride_wn, stride_wk, N, K),
+                    Place(row, col, BM, BN),
+                    BK,
+                    PRECISION,
+                )
             finish_tile(
-                acc, dx, dx_desc, ds, a, None, seed_ptr, row, col, M, K, r, scale, threshold,
-                stride_ar, stride_ak, R, RANKS, BM, BN, STRIPS, DROP, 1.0, PRECISION,
-            )  # fmt: skip
+                acc,
+                Matrix(dx, K, 1, M, K),
+                dx_desc,
+                Term(
+                    Matrix(ds, r, 1, M, r),
+                    Matrix(a, stride_ar, stride_ak, r, K),
+                    Mask(seed_ptr, threshold, scale, DROP),
+                    Ranks(R, RANKS, 1.0, PRECISION),
+                ),
+                None,
+                Place(row, col, BM, BN),
+                STRIPS,
+            )
         else:
             item = tile - dx_tiles
             col, item = item % columns * TALL_K, item // columns
             tall_tile(
-                ds, x, part, seed_ptr, col, item % ranks, item // ranks, M, K, r, scale, threshold,
-                stride_xm, stride_xk, K, 1, TALL_R, TALL_M, TALL_K, SPLIT, DROP, PRECISION,
-            )  # fmt: skip
+                Matrix(ds, 1, r, r, M),
+                Matrix(x, stride_xm, stride_xk, M, K),
+                Matrix(part, K, 1, r, K),
+                Mask(seed_ptr, threshold, scale, DROP),
+                Part(col, item % ranks, item // ranks, TALL_R, TALL_M, TALL_K, SPLIT),
+                PRECISION,
+            )
         tile = tl.atomic_add(counter, 1, sem="relaxed")
 
 
 def dx_da(
     dy: Tensor,
     weight: Tensor,
-    ds: Tensor,
-    a: Tensor,
+    term: LowRank,
     x: Tensor,
     dtype: torch.dtype,
-    dropout: Dropout | None,
     dx_fields: tiles.Fields = None,
     da_fields: tiles.Fields = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dy @ weight + drop'(ds @ a), ds^T @ drop(x) in `dtype`): dy [M,N], weight [N,K], ds [M,r]
-    contiguous, a [r,K], x [M,K]."""
+    """(dy @ weight + the term, which is drop'(ds @ a), and ds^T @ drop(x) in `dtype`): dy [M,N],
+    weight [N,K], ds [M,r], a [r,K], x [M,K]."""
+    ds, a, _, dropout = term
     (M, N), (r, K) = dy.shape, a.shape
     device, drop = target(dy.device), dropout is not None
     dx, counter = dy.new_empty(M, K), torch.zeros(1, dtype=torch.int32, device=dy.device)
     tma, stored, aligned = gemm_layout(dy, weight, dx, device)
-    tile = tiles.dx_da(device, dy.dtype, M, K, r, drop, aligned, tma)
+    tile = tiles.dx_da(device, tiles.Product(dy.dtype, M, K, r, drop, aligned, tma))
     if tma or device.arch < 90:
         tile = tiles.replaced(tile, dx_fields)
     tall = tiles.replaced(tiles.tall(device, dy.dtype, M, K, r), da_fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,6 +11,11 @@ from torch import Tensor
 from lora_kernels.backends.device import target
 from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.blocks import (
+    Mask,
+    Matrix,
+    Place,
+    Ranks,
+    Term,
     add_low_rank,
     keep_tile,
     load_seed,
@@ -46,16 +53,16 @@ def shrink_kernel(
     for i in range(steps):
         first = (share * steps + i) * BK
         cols = first + tl.arange(0, BK)
-        x_tile = load_tile(x, rows, cols, stride_xm, stride_xk, M, K)
+        x_tile = load_tile(Matrix(x, stride_xm, stride_xk, M, K), rows, cols)
         if DROP:
             x_tile = tl.where(keep_tile(seed, rows, first, threshold, BK), x_tile, 0.0)
             x_tile = x_tile.to(x.dtype.element_ty)
-        mat_tile = load_tile(mat, rank, cols, stride_ar, stride_ak, r, K)
+        mat_tile = load_tile(Matrix(mat, stride_ar, stride_ak, r, K), rank, cols)
         acc = tl.dot(mat_tile, x_tile.T, acc, input_precision=PRECISION)
     if SPLIT == 1:
-        store_tile(out, acc * scale, rank, rows, 1, r, r, M)
+        store_tile(Matrix(out, 1, r, r, M), acc * scale, rank, rows)
     else:
-        store_tile(out + share.to(tl.int64) * M * r, acc, rank, rows, 1, r, r, M)
+        store_tile(Matrix(out + share.to(tl.int64) * M * r, 1, r, r, M), acc, rank, rows)
 
 
 def shrink(
@@ -108,29 +115,37 @@ def expand_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     seed = load_seed(seed_ptr, DROP) if DROP else 0
     acc = add_low_rank(
-        acc, low, mat, seed, row, col, M, N, r, scale, threshold, stride_mr, stride_mc,
-        R, RANKS, BM, BN, DROP, HIGH, PRECISION,
-    )  # fmt: skip
+        acc,
+        Term(
+            Matrix(low, r, 1, M, r),
+            Matrix(mat, stride_mr, stride_mc, r, N),
+            Mask(seed_ptr, threshold, scale, DROP),
+            Ranks(R, RANKS, HIGH, PRECISION),
+        ),
+        seed,
+        Place(row, col, BM, BN),
+    )
     if base is not None:
-        acc += load_tile(base, rows, cols, stride_bm, stride_bn, M, N).to(tl.float32)
-    store_tile(out, acc, rows, cols, stride_ym, stride_yn, M, N)
+        acc += load_tile(Matrix(base, stride_bm, stride_bn, M, N), rows, cols).to(tl.float32)
+    store_tile(Matrix(out, stride_ym, stride_yn, M, N), acc, rows, cols)
 
 
-def expand(
-    base: Tensor | None,
-    low: Tensor,
-    mat: Tensor,
-    out: Tensor,
-    dropout: Dropout | None = None,
-    fields: tiles.Fields = None,
-    high: float = 1.0,
-) -> None:
-    """out = base + high * low @ mat: low [M,r], mat [r,N]; base and out [M,N] may be the same
-    tensor, `high` is a power of two.
+class LowRank(NamedTuple):
+    """high * low @ mat: low [M,r] contiguous, mat [r,N], `high` a power of two.
 
-    With dropout, and then high = 1, the product is masked and scaled by 1 / (1 - p), as the
-    gradient of a dropped x is.
+    With dropout, and then high = 1, it is masked and scaled by 1 / (1 - p), as the gradient of a
+    dropped x is.
     """
+
+    low: Tensor
+    mat: Tensor
+    high: float = 1.0
+    dropout: Dropout | None = None
+
+
+def expand(base: Tensor | None, term: LowRank, out: Tensor, fields: tiles.Fields = None) -> None:
+    """out = base + the term; base and out [M,N] may be the same tensor."""
+    low, mat, high, dropout = term
     (M, r), N = low.shape, mat.shape[1]
     tile = tiles.replaced(tiles.expand(target(low.device), low.dtype, M, r), fields)
     seed, threshold, kept_scale = dropout or WITHOUT

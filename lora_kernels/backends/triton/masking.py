@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends.dropout import keep_mask, threshold
-from lora_kernels.backends.triton.blocks import keep_tile, load_seed, tile_pointers
+from lora_kernels.backends.triton.blocks import Matrix, keep_tile, load_seed, tile_pointers
 from lora_kernels.backends.triton.launch import launch
 from lora_kernels.backends.triton.tiles import cdiv
 
@@ -30,9 +30,9 @@ def mask_kernel(
     keep = keep_tile(load_seed(seed, DROP), first_row + row, col, threshold, COLS)
     cols_here = col + tl.arange(0, COLS)
     inside = (row[:, None] < rows) & (cols_here[None, :] < cols)
-    values = tl.load(tile_pointers(x, row, cols_here, stride_xr, stride_xc), mask=inside, other=0.0)
-    kept = tl.where(keep, values, 0.0)
-    target = tile_pointers(out, row, cols_here, stride_or, stride_oc)
+    source = tile_pointers(Matrix(x, stride_xr, stride_xc, rows, cols), row, cols_here)
+    kept = tl.where(keep, tl.load(source, mask=inside, other=0.0), 0.0)
+    target = tile_pointers(Matrix(out, stride_or, stride_oc, rows, cols), row, cols_here)
     if ADD:
         kept = tl.load(target, mask=inside, other=0.0) + kept * scale
     tl.store(target, kept.to(out.dtype.element_ty), mask=inside)

@@ -3,7 +3,7 @@ rounded once."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,21 +16,30 @@ _BLOCK = 256
 _LANES = 8
 
 
+class Job(NamedTuple):
+    """out [size] = scale * the sum of part [parts,size] over its first dimension."""
+
+    part: Any
+    out: Any
+    parts: Any
+    size: Any
+    scale: Any
+
+
 @triton.jit
-def sum_partials(part, out, count, size, scale, block, LANES: tl.constexpr, BLOCK: tl.constexpr):
-    """out[block] = scale * the sum of `count` partials. LANES of them are added side by side, for
-    more loads in flight; the order depends on nothing but `count`."""
+def sum_partials(job, block, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of a job. LANES partials are added side by side, for more loads in flight; the
+    order depends on nothing but their count."""
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, LANES)
     acc = tl.zeros((LANES, BLOCK), tl.float32)
-    for i in range(tl.cdiv(count, LANES)):
+    for i in range(tl.cdiv(job.parts, LANES)):
         index = i * LANES + lane
-        inside = (index[:, None] < count) & (offsets[None, :] < size)
-        acc += tl.load(
-            part + index.to(tl.int64)[:, None] * size + offsets[None, :], mask=inside, other=0.0
-        )
-    total = tl.sum(acc, axis=0) * scale
-    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=offsets < size)
+        inside = (index[:, None] < job.parts) & (offsets[None, :] < job.size)
+        places = index.to(tl.int64)[:, None] * job.size + offsets[None, :]
+        acc += tl.load(job.part + places, mask=inside, other=0.0)
+    total = tl.sum(acc, axis=0) * job.scale
+    tl.store(job.out + offsets, total.to(job.out.dtype.element_ty), mask=offsets < job.size)
 
 
 @triton.jit(do_not_specialize=["count_0", "size_0", "count_1", "size_1"])
@@ -45,9 +54,9 @@ def reduce_kernel(
     pid = tl.program_id(0)
     blocks = tl.cdiv(size_0, BLOCK)
     if pid < blocks:
-        sum_partials(part_0, out_0, count_0, size_0, scale_0, pid, LANES, BLOCK)
+        sum_partials(Job(part_0, out_0, count_0, size_0, scale_0), pid, LANES, BLOCK)
     elif part_1 is not None:
-        sum_partials(part_1, out_1, count_1, size_1, scale_1, pid - blocks, LANES, BLOCK)
+        sum_partials(Job(part_1, out_1, count_1, size_1, scale_1), pid - blocks, LANES, BLOCK)
 
 
 def reduce_partials(

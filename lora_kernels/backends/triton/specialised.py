@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lora_kernels.backends.device import Target, target
 from lora_kernels.backends.triton import gemm, tiles
 from lora_kernels.backends.triton.launch import INTERPRETED, launch
+from lora_kernels.backends.triton.low_rank import LowRank
 
 SEPARATE_RANK = 16  # up to here low and its matrix have buffers of their own
 
@@ -234,9 +235,12 @@ def specialised_gemm_kernel(
     ], [1], [24])  # fmt: skip
 
 
-def serves(x: Tensor, mat: Tensor, low: Tensor, low_mat: Tensor, device: Target) -> bool:
+def serves(x: Tensor, mat: Tensor, term: LowRank, device: Target) -> bool:
     """Whether a product is for this kernel: bf16 on Hopper, everything as TMA wants it."""
+    low, low_mat, high, dropout = term
     if INTERPRETED or device.arch // 10 != 9 or x.dtype != torch.bfloat16:
+        return False
+    if high != 1 or dropout is not None:
         return False
     right = (each.t() if each.stride(0) == 1 else each for each in (mat, low_mat))
     turned = (mat.stride(0) == 1) == (low_mat.stride(0) == 1)
@@ -246,17 +250,17 @@ def serves(x: Tensor, mat: Tensor, low: Tensor, low_mat: Tensor, device: Target)
 def multiply(
     x: Tensor,
     mat: Tensor,
-    low: Tensor,
-    low_mat: Tensor,
-    bias: Tensor | None,
+    term: LowRank,
+    bias: Tensor | None = None,
     fields: tiles.Fields = None,
 ) -> Tensor:
-    """x @ mat + low @ low_mat + bias as `gemm.gemm`, which serves what this kernel does not."""
+    """x @ mat + the term + bias as `gemm.gemm`, which serves what this kernel does not."""
+    low, low_mat = term[:2]
     (M, K), N, r = x.shape, mat.shape[1], low.shape[1]
     device = target(x.device)
     out = x.new_empty(M, N)
-    if not serves(x, mat, low, low_mat, device) or not gemm.has_tma_rows(out):
-        return gemm.gemm(x, mat, low, low_mat, bias)
+    if not serves(x, mat, term, device) or not gemm.has_tma_rows(out):
+        return gemm.gemm(x, mat, term, bias)
     tile = tiles.replaced(tiles.specialised(M, N, device), fields)
     nt = mat.stride(0) == 1
     R = SEPARATE_RANK if r <= SEPARATE_RANK else tile.bk

@@ -46,6 +46,19 @@ class GemmTile(NamedTuple):
     pdl: int = 0  # whether the launch may begin before the one that makes its low-rank rows ends
 
 
+class Product(NamedTuple):
+    """What the tile of a GEMM depends on beside the device: [M,N] with a term of rank r, masked or
+    not; whether its operands allow loads in wide words, and TMA."""
+
+    dtype: torch.dtype
+    M: int
+    N: int
+    r: int
+    drop: bool
+    aligned: bool
+    tma: bool
+
+
 class DualTile(NamedTuple):
     bm: int
     bn: int
@@ -156,17 +169,9 @@ def gemm_rank(target: Target, dtype: torch.dtype, r: int, drop: bool) -> int:
 
 
 @_remembered
-def gemm(
-    target: Target,
-    dtype: torch.dtype,
-    M: int,
-    N: int,
-    r: int,
-    drop: bool,
-    aligned: bool,
-    tma: bool,
-) -> GemmTile:
+def gemm(target: Target, product: Product) -> GemmTile:
     """The first configuration for the device; smaller where tiles would be padding or too few."""
+    dtype, M, N, r, drop, aligned, tma = product
     if _is_wide(dtype):
         tile = GemmTile(row_block(M, 64), 64, 16, 3, 8)
     elif not aligned:
@@ -191,12 +196,10 @@ def specialised(M: int, N: int, target: Target) -> GemmTile:
 
 
 @_remembered
-def dx_da(
-    target: Target, dtype: torch.dtype, M: int, K: int, r: int, drop: bool, aligned: bool, tma: bool
-) -> GemmTile:
+def dx_da(target: Target, product: Product) -> GemmTile:
     """As `gemm`, but eight warps, and narrower where dA does not fit beside dx."""
-    tile = gemm(target, dtype, M, K, r, drop, aligned, tma)
-    if _is_wide(dtype) or not aligned:
+    tile, r, drop = gemm(target, product), product.r, product.drop
+    if _is_wide(product.dtype) or not product.aligned:
         return tile._replace(warps=8)
     if target.arch < 90:
         return tile._replace(bm=128, bk=32, warps=8)

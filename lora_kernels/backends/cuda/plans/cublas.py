@@ -29,16 +29,16 @@ def _backward(
     """Without a weight dx is the branch's alone."""
     from lora_kernels.backends.triton import dropout
     from lora_kernels.backends.triton.branch import gradients, weight_gradient
-    from lora_kernels.backends.triton.low_rank import expand
+    from lora_kernels.backends.triton.low_rank import LowRank, expand
 
     def product(ds: Tensor, a: Tensor) -> tuple[Tensor, None]:
-        drop = dropout.of(branch.dropout_p, branch.seed)
+        term = LowRank(ds, a, dropout=dropout.of(branch.dropout_p, branch.seed))
         if isinstance(base, Dense):
             dx = torch.mm(dy, base.weight.to(dy.dtype))
-            expand(dx, ds, a, dx, drop, tiles.get("expand_dx"))
+            expand(dx, term, dx, tiles.get("expand_dx"))
         else:
             dx = dy.new_empty(dy.shape[0], a.shape[1])
-            expand(None, ds, a, dx, drop, tiles.get("expand_dx"))
+            expand(None, term, dx, tiles.get("expand_dx"))
         return dx, None
 
     dx, d_a, d_b = gradients(dy, x, s, branch, need, product, tiles)

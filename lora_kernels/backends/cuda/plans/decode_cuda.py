@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,47 +13,41 @@ from lora_kernels.backends.cuda.plan import Call, Fields, Launch, Pass, Tiles
 from lora_kernels.backends.cuda.plans import aten
 from lora_kernels.backends.device import Target, target
 from lora_kernels.backends.native import decode
+from lora_kernels.backends.native.decode import DecodeTile
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branch, Dense
 
 
-class DecodeCudaTile(NamedTuple):
-    """Rows of the weight and warps of a block, blocks that share out s."""
-
-    rows: int
-    warps: int
-    cluster: int
-
-
-def analytic(target: Target, N: int, r: int) -> DecodeCudaTile:
+def analytic(target: Target, N: int, r: int) -> DecodeTile:
     """Blocks of 32 rows read x and A half as often as those of 16; there must be enough of them.
     Before sm_90 there are no clusters and, on some devices, half the shared memory."""
     if target.arch < 90:
-        return DecodeCudaTile(16, 4, 1)
+        return DecodeTile(16, 4, 1)
     rows = 32 if 2 * target.sms <= -(N // -32) else 16
-    return DecodeCudaTile(rows, 8, 8 if r > 16 else 4)
+    return DecodeTile(rows, 8, 8 if r > 16 else 4)
 
 
 def _forward(
     base: Dense, x: Tensor, branch: Branch, save_s: bool, tiles: Tiles
 ) -> tuple[Tensor, Tensor | None]:
-    weight, bias = base.weight.to(x.dtype), base.bias
-    tile = analytic(target(x.device), weight.shape[0], branch.lora_a.shape[0])
+    base = base._replace(weight=base.weight.to(x.dtype))
+    pair = branch.lora_a, branch.lora_b
+    tile = analytic(target(x.device), pair[1].shape[0], pair[0].shape[0])
     fields = tiles.get("decode_cuda")
     if fields:
         tile = tile._replace(**fields)
     scale = split(branch.scaling, x.dtype)
-    y, s = decode.decode(x, weight, branch.lora_a, branch.lora_b, bias, scale, save_s, *tile)
+    y, s = decode.decode(x, base, pair, scale, save_s, tile)
     return y, s if save_s else None
 
 
-def _tiles(target: Target) -> Iterator[DecodeCudaTile]:
+def _tiles(target: Target) -> Iterator[DecodeTile]:
     for rows in (16, 32):
         if target.arch < 90:
-            yield DecodeCudaTile(rows, 4, 1)
+            yield DecodeTile(rows, 4, 1)
         else:
-            yield from (DecodeCudaTile(rows, 8, cluster) for cluster in (1, 2, 4, 8))
-            yield DecodeCudaTile(rows, 4, 4)
+            yield from (DecodeTile(rows, 8, cluster) for cluster in (1, 2, 4, 8))
+            yield DecodeTile(rows, 4, 4)
 
 
 def _variants(call: Call, target: Target) -> Iterator[Fields]:
@@ -76,7 +69,7 @@ PLAN = replace(
     summary="forward in one launch, compiled CUDA, for M <= 16 in 16 bits; no dropout",
     forward=Pass(
         _forward,
-        (Launch("decode_cuda", DecodeCudaTile, _variants),),
+        (Launch("decode_cuda", DecodeTile, _variants),),
         dtypes=("float16", "bfloat16"),
         most_rows=decode.MAX_ROWS,
         dropout=False,

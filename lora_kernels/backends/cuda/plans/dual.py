@@ -23,10 +23,10 @@ def _forward(
     from lora_kernels.backends.triton.branch import adapters, unpadded
     from lora_kernels.backends.triton.dual import dual
 
-    a, b = adapters(x, branch)
-    scale = split(branch.scaling, x.dtype)
+    base = base._replace(weight=base.weight.to(x.dtype))
+    pair, scale = adapters(x, branch), split(branch.scaling, x.dtype)
     drop, fields = dropout.of(branch.dropout_p, branch.seed), tiles.get("dual")
-    y, s = dual(x, base.weight.to(x.dtype), a, b, base.bias, scale, save_s, drop, fields)
+    y, s = dual(x, base, pair, scale, save_s, drop, fields)
     return y, unpadded(s, branch) if save_s else None
 
 

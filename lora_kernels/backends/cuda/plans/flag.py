@@ -23,9 +23,9 @@ def _forward(
     from lora_kernels.backends.triton.branch import adapters, unpadded
     from lora_kernels.backends.triton.flag import flag
 
-    a, b = adapters(x, branch)
+    base = base._replace(weight=base.weight.to(x.dtype))
     scale = split(branch.scaling, x.dtype)
-    y, s = flag(x, base.weight.to(x.dtype), a, b, base.bias, scale, tiles.get("flag"))
+    y, s = flag(x, base, adapters(x, branch), scale, tiles.get("flag"))
     return y, unpadded(s, branch) if save_s else None
 
 

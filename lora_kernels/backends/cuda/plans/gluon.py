@@ -25,13 +25,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     from lora_kernels.backends.triton import dropout
     from lora_kernels.backends.triton.branch import adapters, unpadded
-    from lora_kernels.backends.triton.low_rank import shrink
+    from lora_kernels.backends.triton.low_rank import LowRank, shrink
     from lora_kernels.backends.triton.specialised import multiply
 
     a, b = adapters(x, branch)
     low, _ = split(branch.scaling, x.dtype)
     s = shrink(x, a, low, dropout.of(branch.dropout_p, branch.seed), tiles.get("shrink"))
-    y = multiply(x, base.weight.to(x.dtype).t(), s, b.t(), base.bias, tiles.get("gemm"))
+    weight, term = base.weight.to(x.dtype).t(), LowRank(s, b.t())
+    y = multiply(x, weight, term, base.bias, tiles.get("gemm"))
     return y, unpadded(s, branch) if save_s else None
 
 
@@ -41,13 +42,14 @@ def _backward(
     if branch.dropout_p:  # its low-rank term is masked, which this GEMM cannot
         return shrink_gemm.PLAN.backward.run(base, dy, x, s, branch, need, tiles)
     from lora_kernels.backends.triton.branch import gradients, weight_gradient
+    from lora_kernels.backends.triton.low_rank import LowRank
     from lora_kernels.backends.triton.specialised import multiply
 
     assert isinstance(base, Dense)
     weight = base.weight
 
     def product(ds: Tensor, a: Tensor) -> tuple[Tensor, None]:
-        return multiply(dy, weight.to(dy.dtype), ds, a, None, tiles.get("dx")), None
+        return multiply(dy, weight.to(dy.dtype), LowRank(ds, a), fields=tiles.get("dx")), None
 
     dx, d_a, d_b = gradients(dy, x, s, branch, need, product, tiles)
     return dx, weight_gradient(base, dy, x, need), d_a, d_b

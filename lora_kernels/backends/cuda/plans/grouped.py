@@ -25,14 +25,15 @@ def _backward(
     from lora_kernels.backends.triton import dropout
     from lora_kernels.backends.triton.branch import gradients, weight_gradient
     from lora_kernels.backends.triton.grouped import dx_da
+    from lora_kernels.backends.triton.low_rank import LowRank
 
     assert isinstance(base, Dense)
     weight = base.weight
 
     def product(ds: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        drop = dropout.of(branch.dropout_p, branch.seed)
+        term = LowRank(ds, a, dropout=dropout.of(branch.dropout_p, branch.seed))
         fields = tiles.get("dx_da"), tiles.get("da")
-        return dx_da(dy, weight.to(dy.dtype), ds, a, x, branch.lora_a.dtype, drop, *fields)
+        return dx_da(dy, weight.to(dy.dtype), term, x, branch.lora_a.dtype, *fields)
 
     dx, d_a, d_b = gradients(dy, x, s, branch, need, product, tiles)
     return dx, weight_gradient(base, dy, x, need), d_a, d_b

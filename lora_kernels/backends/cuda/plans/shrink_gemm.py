@@ -24,7 +24,7 @@ def _forward(
     from lora_kernels.backends.triton import dropout
     from lora_kernels.backends.triton.branch import adapters, unpadded
     from lora_kernels.backends.triton.gemm import gemm
-    from lora_kernels.backends.triton.low_rank import shrink
+    from lora_kernels.backends.triton.low_rank import LowRank, shrink
 
     a, b = adapters(x, branch)
     low, high = split(branch.scaling, x.dtype)
@@ -32,7 +32,8 @@ def _forward(
     held: list[Tensor] | None = [] if fields and fields.get("pdl") else None
     drop = dropout.of(branch.dropout_p, branch.seed)
     s = shrink(x, a, low, drop, tiles.get("shrink"), held)
-    y = gemm(x, base.weight.to(x.dtype).t(), s, b.t(), base.bias, None, fields, high)
+    weight, term = base.weight.to(x.dtype).t(), LowRank(s, b.t(), high)
+    y = gemm(x, weight, term, base.bias, fields)
     return y, unpadded(s, branch) if save_s else None
 
 
@@ -42,13 +43,14 @@ def _backward(
     from lora_kernels.backends.triton import dropout
     from lora_kernels.backends.triton.branch import gradients, weight_gradient
     from lora_kernels.backends.triton.gemm import gemm
+    from lora_kernels.backends.triton.low_rank import LowRank
 
     assert isinstance(base, Dense)
     weight = base.weight
 
     def product(ds: Tensor, a: Tensor) -> tuple[Tensor, None]:
-        drop = dropout.of(branch.dropout_p, branch.seed)
-        return gemm(dy, weight.to(dy.dtype), ds, a, None, drop, tiles.get("dx")), None
+        term = LowRank(ds, a, dropout=dropout.of(branch.dropout_p, branch.seed))
+        return gemm(dy, weight.to(dy.dtype), term, fields=tiles.get("dx")), None
 
     dx, d_a, d_b = gradients(dy, x, s, branch, need, product, tiles)
     return dx, weight_gradient(base, dy, x, need), d_a, d_b
