@@ -17,20 +17,21 @@ def row(kernel: Kernel) -> str:
     tile = "x".join(str(c[n]) for n in ("R", "BM", "BN", "BC", "BK") if n in c)
     units = f"{k.mma_sync:4d} {k.wgmma:5d} {k.register_form:3d} {k.pending:5d} {k.tcgen05:4d}"
     return (
-        f"{k.arch:4d} {k.name:16s} {tile:14s} {c['num_warps']:5d} {k.registers:4d} {k.spills:6d}"
+        f"{k.target.gfx or k.target.arch:>7} {k.name:16s} {tile:14s} {c['num_warps']:5d}"
+        f" {k.registers:4d} {k.spills:6d}"
         f" {k.shared / 1024:6.1f}K {units} {k.tma:4d} {k.cp_async:5d} {k.fma:5d}  {k.case}"
     )
 
 
 HEADER = (
-    "arch kernel           tile           warps regs spills shared  mma wgmma  RS async tc05"
+    "   arch kernel           tile           warps regs spills shared  mma wgmma  RS async tc05"
     "  tma cp.as   fma  case"
 )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=codegen.__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, choices=TARGETS, action="append")
+    parser.add_argument("--arch", choices=TARGETS, action="append")
     parser.add_argument("--short", action="store_true", help="the cases of the test suite only")
     parser.add_argument("--only", default="", help="a regular expression that the case must match")
     options = parser.parse_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.device import current
 
 
 def triton(call: Call) -> str | None:
@@ -12,6 +13,8 @@ def triton(call: Call) -> str | None:
     absent = why_no_triton()
     if absent is not None:
         return absent
+    if not current().has_tensor_cores:
+        return "Triton has no tensor cores for this GPU: its kernels would be slower than ATen's"
     if call.dtype == "bfloat16" and interpreted():
         return (
             "Triton's interpreter computes bf16 products wrongly; use fp32 or fp16 with"

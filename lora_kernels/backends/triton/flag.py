@@ -159,7 +159,7 @@ def flag(
     y, s = x.new_empty(M, N), x.new_empty(M, r)
     device = target(x.device)
     tma = (
-        device.arch >= 90
+        device.has_wide_tiles
         and x.element_size() == 2
         and all(has_tma_rows(matrix) for matrix in (x, weight, a, y))
     )

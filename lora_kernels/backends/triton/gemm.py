@@ -200,7 +200,7 @@ def gemm_layout(x: Tensor, mat: Tensor, out: Tensor, device: Target) -> tuple[bo
     """(whether TMA may serve x @ mat, mat as it lies in memory, whether loads are wide)."""
     stored = mat.t() if mat.stride(0) == 1 and mat.shape[0] > 1 else mat
     tma = (
-        device.arch >= 90
+        device.has_wide_tiles
         and x.element_size() == 2
         and has_tma_rows(x)
         and has_tma_rows(stored)
@@ -224,7 +224,7 @@ def gemm(
     seed, threshold, kept_scale = dropout or WITHOUT
     tma, stored, aligned = gemm_layout(x, mat, out, device)
     tile = tiles.gemm(device, tiles.Product(x.dtype, M, N, r, drop, aligned, tma))
-    if tma or device.arch < 90:  # elsewhere the pointer version has to stand in
+    if tma or not device.has_wide_tiles:  # elsewhere the pointer version has to stand in
         tile = tiles.replaced(tile, fields)
     R = tiles.gemm_rank(device, x.dtype, r, drop)
     shape: dict[str, Any] = {

@@ -110,7 +110,7 @@ def dx_da(
     dx, counter = dy.new_empty(M, K), torch.zeros(1, dtype=torch.int32, device=dy.device)
     tma, stored, aligned = gemm_layout(dy, weight, dx, device)
     tile = tiles.dx_da(device, tiles.Product(dy.dtype, M, K, r, drop, aligned, tma))
-    if tma or device.arch < 90:
+    if tma or not device.has_wide_tiles:
         tile = tiles.replaced(tile, dx_fields)
     tall = tiles.replaced(tiles.tall(device, dy.dtype, M, K, r), da_fields)
     R = tiles.gemm_rank(device, dy.dtype, r, drop)

@@ -142,7 +142,7 @@ def launch(
 
 def overlaps(device: Target) -> bool:
     """Whether a kernel can be launched while the one before it runs (programmatic dependence)."""
-    return device.arch >= 90 and not INTERPRETED
+    return device.has_wide_tiles and not INTERPRETED
 
 
 def fp32_precision() -> str:

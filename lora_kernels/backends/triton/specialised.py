@@ -238,7 +238,7 @@ def specialised_gemm_kernel(
 def serves(x: Tensor, mat: Tensor, term: LowRank, device: Target) -> bool:
     """Whether a product is for this kernel: bf16 on Hopper, everything as TMA wants it."""
     low, low_mat, high, dropout = term
-    if INTERPRETED or device.arch // 10 != 9 or x.dtype != torch.bfloat16:
+    if INTERPRETED or not device.is_hopper or x.dtype != torch.bfloat16:
         return False
     if high != 1 or dropout is not None:
         return False

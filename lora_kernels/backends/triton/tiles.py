@@ -87,6 +87,15 @@ def replaced(tile: Tile, fields: Fields) -> Tile:
     return tile._replace(**fields) if fields else tile
 
 
+def fitted(tile: Tile, target: Target, step: int, kept: int = 0) -> Tile:
+    """The tile with no more stages than the target's shared memory holds, at least two: of `step`
+    bytes each, the last in registers, beside what is kept."""
+    stages = tile.stages
+    while stages > 2 and (stages - 1) * step + kept > target.shared:
+        stages -= 1
+    return tile._replace(stages=stages)
+
+
 def rank_block(dtype: torch.dtype, r: int, most: int = 128) -> int:
     """Ranks of one block: a power of two, at least the 16 that tl.dot needs to reduce over. No more
     in fp32, where every thread holds its operands of a whole dot."""
@@ -118,6 +127,14 @@ def _split(programs: int, sms: int, steps: int) -> int:
     return max(1, min(cdiv(2 * sms, programs), steps // 4, 32))
 
 
+def _warps(target: Target, R: int) -> int:
+    """Of a product whose result has R rows. It lies in their registers, and where tensor cores read
+    registers too, so do its operands."""
+    if target.has_wide_tiles or target.gfx:
+        return 8 if (64 if target.has_narrow_waves else 128) <= R else 4
+    return 8
+
+
 def _is_wide(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
@@ -129,7 +146,9 @@ def shrink(
     R, bm = rank_block(dtype, r), row_block(M, 64)
     bk = 32 if _is_wide(dtype) else 128 if R <= 64 and aligned else 64
     split = _split(cdiv(M, bm) * cdiv(r, R), target.sms, cdiv(K, bk))
-    return LowRankTile(bm, bk, R, split, 8 if R == 128 else 4, 4)
+    tile = LowRankTile(bm, bk, R, split, _warps(target, R), 4)
+    size = dtype.itemsize
+    return fitted(tile, target, (bm + R) * bk * size, kept=bm * bk * size)  # x with its mask
 
 
 @_remembered
@@ -149,7 +168,9 @@ def ds_db(target: Target, dtype: torch.dtype, M: int, N: int, r: int) -> LowRank
     bm = row_block(M, 32 if _is_wide(dtype) else 128)
     bn = 32 if _is_wide(dtype) else 64
     split = _split(cdiv(M, bm), target.sms, cdiv(N, bn))
-    return LowRankTile(bm, bn, rank_block(dtype, r), split, 4, 4)
+    R = rank_block(dtype, r)
+    tile = LowRankTile(bm, bn, R, split, _warps(target, R), 4)
+    return fitted(tile, target, (bm + R) * bn * dtype.itemsize)
 
 
 @_remembered
@@ -157,15 +178,18 @@ def tall(target: Target, dtype: torch.dtype, M: int, C: int, r: int) -> LowRankT
     R = rank_block(dtype, r)
     bm, bc = (32, 64) if _is_wide(dtype) else (64, 128)
     split = _split(cdiv(C, bc) * cdiv(r, R), target.sms, cdiv(M, bm))
-    warps = 8 if (64 if target.arch >= 100 else 128) <= R else 4
-    return LowRankTile(bm, bc, R, split, warps, 3 if R >= 64 else 4)
+    warps = 8 if target.is_blackwell and R >= 64 else _warps(target, R)
+    tile = LowRankTile(bm, bc, R, split, warps, 3 if R >= 64 else 4)
+    size = dtype.itemsize
+    return fitted(tile, target, bm * (R + bc) * size, kept=bm * bc * size)
 
 
 def gemm_rank(target: Target, dtype: torch.dtype, r: int, drop: bool) -> int:
     """Ranks of one step after the GEMM: in one step up to 128 where registers allow it."""
     if r <= 128:
-        return rank_block(dtype, r, 64 if drop else 128)
-    return rank_block(dtype, r, 32 if drop or target.arch < 90 else 64)
+        masked = 64 if target.has_wide_tiles else 32
+        return rank_block(dtype, r, masked if drop else 128)
+    return rank_block(dtype, r, 32 if drop or not target.has_wide_tiles else 64)
 
 
 @_remembered
@@ -177,13 +201,14 @@ def gemm(target: Target, product: Product) -> GemmTile:
     elif not aligned:
         tile = GemmTile(row_block(M, 64), 64, 32, 3, 4)
     elif M <= 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
-        tile = GemmTile(row_block(M, 64), 64 if drop and target.arch >= 100 else 128, 64, 4, 4)
+        tile = GemmTile(row_block(M, 64), 64 if drop and target.is_blackwell else 128, 64, 4, 4)
     elif tma:
         tile = GemmTile(128, 256, 64, 3, 8, strips=2)
-    elif target.arch >= 90:
+    elif target.has_wide_tiles:
         tile = GemmTile(128, 128, 64, 3, 8)
     else:
         tile = GemmTile(128, 64 if drop and r > 128 else 128, 32, 4, 8)
+    tile = fitted(tile, target, (tile.bm + tile.bn) * tile.bk * dtype.itemsize)
     return tile._replace(strips=tile.bn // 64) if drop else tile
 
 
@@ -198,14 +223,23 @@ def specialised(M: int, N: int, target: Target) -> GemmTile:
 @_remembered
 def dx_da(target: Target, product: Product) -> GemmTile:
     """As `gemm`, but eight warps, and narrower where dA does not fit beside dx."""
+    dtype, M, K, r, *_ = product
+    of_da, size = tall(target, dtype, M, K, r), dtype.itemsize
+    tile = _dx_da(target, product)
+    step, kept = of_da.bm * (of_da.r + of_da.bk) * size, of_da.bm * of_da.bk * size
+    return fitted(tile, target, step, kept)
+
+
+def _dx_da(target: Target, product: Product) -> GemmTile:
     tile, r, drop = gemm(target, product), product.r, product.drop
     if _is_wide(product.dtype) or not product.aligned:
         return tile._replace(warps=8)
-    if target.arch < 90:
-        return tile._replace(bm=128, bk=32, warps=8)
+    if not target.has_wide_tiles:
+        tile = tile._replace(bm=128, bk=32, warps=8)
+        return tile._replace(bn=64, strips=1) if drop and r > 64 else tile
     if tile.bn == 256 and r <= 64 and not drop:
         return tile
-    if target.arch >= 100:
+    if target.is_blackwell:
         return GemmTile(128, 128, 64, 4 if drop else 3, 8, strips=2)
     return GemmTile(128, 128, 64, 4, 8, strips=2 if drop else 1)
 
@@ -218,6 +252,12 @@ def dual_rank(r: int) -> int:
 @_remembered
 def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> DualTile:
     """For few rows, column tiles that give every SM one; else square tiles."""
+    tile = _dual(target, dtype, M, N, r, aligned)
+    size = tile.bk * dtype.itemsize
+    return fitted(tile, target, (tile.bm + tile.bn + dual_rank(r)) * size, kept=tile.bm * size)
+
+
+def _dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> DualTile:
     R = dual_rank(r)
     if _is_wide(dtype):
         return DualTile(row_block(M, 32), 32, 16, 3, 4)
@@ -226,7 +266,7 @@ def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bo
     if M <= 64:
         bn = 64 if cdiv(N, 64) >= target.sms else 32
         return DualTile(row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
-    if target.arch >= 90 and R <= 64:
+    if target.has_wide_tiles and R <= 64:
         return DualTile(128, 128, 64, 3, 8)
     return DualTile(64, 64, 64 if R <= 64 else 32, 3, 4)
 

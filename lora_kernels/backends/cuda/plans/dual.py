@@ -42,7 +42,7 @@ def _tiles(target: Target, M: int, r: int, masked: bool) -> tuple[DualTile, ...]
         return (*deep, DualTile(16, 64, 128, 5, 4)) if r <= 64 else ()
     if M <= 64:
         return () if masked or r > 64 else (DualTile(64, 64, 128, 4, 4),)
-    if target.arch < 90:
+    if not target.has_wide_tiles:
         return ()
     return (DualTile(128, 128, 64, 4, 8), DualTile(128, 256, 64, 3, 8))
 

@@ -30,7 +30,7 @@ def _forward(
 
 
 def _tiles(target: Target, M: int, r: int) -> tuple[GemmTile, ...]:
-    if target.arch < 90 or M <= 64:
+    if not target.has_wide_tiles or M <= 64:
         return ()
     wide = () if r > 64 else (GemmTile(128, 256, 64, 3, 8, 2),)
     return (*wide, GemmTile(128, 128, 64, 4, 8, 2), GemmTile(64, 128, 64, 3, 4, 2))

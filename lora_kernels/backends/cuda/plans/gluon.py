@@ -62,7 +62,7 @@ def _fits(tile: GemmTile) -> bool:
 
 
 def _variants(call: Call, target: Target) -> Iterator[Fields]:
-    if target.arch // 10 != 9 or call.M <= 128:
+    if not target.is_hopper or call.M <= 128:
         return
     listed = (
         *(GemmTile(128, 256, 64, stages, 8, strips) for stages in (3, 4) for strips in (1, 2, 4)),

@@ -42,7 +42,7 @@ def _backward(
 def _tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]:
     if M <= 512:
         return ()
-    if target.arch < 90:
+    if not target.has_wide_tiles:
         return (GemmTile(128, 128, 64, 3, 8),)
     tiles: tuple[GemmTile, ...] = (GemmTile(128, 128, 64, 3, 8), GemmTile(128, 128, 64, 4, 8))
     if not masked:

@@ -64,7 +64,7 @@ def _tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]
         return tiles[:1] if masked else tiles
     few: tuple[GemmTile, ...]
     wide: tuple[GemmTile, ...]
-    if target.arch < 90:
+    if not target.has_wide_tiles:
         few = (GemmTile(64, 128, 64, 4, 4), GemmTile(128, 64, 32, 4, 8))
         return (
             few if M <= 512 else (GemmTile(128, 128, 32, 4, 8), GemmTile(128, 128, 64, 3, 8), *few)
@@ -80,7 +80,7 @@ def _tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]
 
 def _variants(call: Call, target: Target) -> Iterator[Fields]:
     yield from map(fields_of, _tiles(target, call.M, call.r, masked=False))
-    if target.arch >= 90:
+    if target.has_wide_tiles:
         yield {"pdl": 1}
 
 
