@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test codegen mutants sanitize sweep bench lint clean
+.PHONY: setup demo test coverage codegen mutants sanitize sweep bench lint clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,11 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -p no:benchmark $(ARGS)
 
+# Lines that no test runs; of what runs in child processes it knows nothing.
+coverage: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -p no:benchmark --cov lora_kernels \
+	  --cov-report term-missing:skip-covered $(ARGS)
+
 codegen: setup
 	$(PY) -m lora_kernels.backends.codegen $(ARGS)
 
@@ -45,6 +50,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*
 
 clean:
 	rm -rf $(VENV) demo_output bench_output build dist *.egg-info lora_kernels/*.so

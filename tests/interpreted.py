@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
-from lora_kernels.backends.device import Target
+from lora_kernels.backends.device import CARDS
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branch, Dense
@@ -45,7 +45,8 @@ class Case(NamedTuple):
     wide_adapters: bool = False  # fp32 masters beside a 16-bit x
 
 
-AMPERE, HOPPER = Target(80, 2), Target(90, 3)  # pointers; TMA descriptors where operands allow
+# Pointers; TMA descriptors where operands allow.
+AMPERE, HOPPER = CARDS["80"]._replace(sms=2), CARDS["90"]._replace(sms=3)
 CASES = (
     Case(1, 1, 1, 1, torch.float32),
     Case(1, 130, 72, 8, bias=True),

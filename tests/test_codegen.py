@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from lora_kernels.backends import codegen
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.backends.device import CARDS, assume
+from lora_kernels.backends.triton import launch, tiles
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +34,7 @@ def test_short_check_passes():
 
 SOUND = codegen.Kernel(
     case="",
-    arch=90,
+    target=CARDS["90"],
     name="gemm_tma_kernel",
     constants={"BM": 128, "BN": 256, "dtype": "16 bit", "aligned": True},
     registers=168,
@@ -58,7 +63,7 @@ def test_a_sound_kernel_breaks_no_rule():
     [
         ({"spills": 8}, "spills"),
         ({"shared": 232_449}, "shared memory"),
-        ({"arch": 80, "shared": 166_913}, "shared memory"),
+        ({"target": CARDS["80"], "shared": 166_913}, "shared memory"),
         ({"tensor_memory": 513}, "tensor memory"),
         ({"warnings": ("C7515",)}, "ptxas warning"),
         ({"register_form": 1}, "register-form wgmma"),
@@ -66,7 +71,7 @@ def test_a_sound_kernel_breaks_no_rule():
         ({"constants": SOUND.constants | {"PDL": True}}, "overlap"),
         ({"wgmma": 0}, "no wgmma"),
         ({"pending": 0}, "wgmma serialised"),
-        ({"arch": 100}, "no tcgen05"),
+        ({"target": CARDS["100"]}, "no tcgen05"),
         ({"wgmma": 0}, "no tensor cores"),
         ({"name": "gemm_kernel", "tma": 0}, "no asynchronous loads"),
         (
@@ -78,3 +83,44 @@ def test_a_sound_kernel_breaks_no_rule():
 )
 def test_each_rule_can_fail(change, rule):
     assert rule in codegen.faults(SOUND._replace(**change))
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_tiles_of_a_card_know_its_kind(card):
+    """What no Hopper is, RTX 50 and AMD's gfx942 among them, gets no tile or launch of Hopper's."""
+    target = CARDS[card]
+    wide = card in ("90", "100")
+    assert target.has_wide_tiles == wide
+    assert target.has_tensor_cores == (card != "75")
+    assert launch.overlaps(target) == (wide and not launch.INTERPRETED)
+    product = tiles.Product(torch.bfloat16, 8192, 4096, 16, False, True, wide)
+    assert (tiles.gemm(target, product).bn == 256) == wide
+    assert (tiles.gemm(target, product).bk == 64) == wide
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("r", [1, 16, 32, 64, 128, 200])
+def test_stages_follow_the_shared_memory(card, r):
+    """Of the steps in flight and what is kept beside them, counted here anew."""
+    target, dtype = CARDS[card], torch.bfloat16
+    shrink = tiles.shrink(target, dtype, 8192, 4096, r, True)
+    step = (shrink.bm + shrink.r) * shrink.bk * 2
+    assert shrink.stages == 2 or (shrink.stages - 1) * step + shrink.bm * shrink.bk * 2 <= (
+        target.shared
+    )
+    if card in ("80", "90", "100"):
+        assert shrink.stages == 4, "these have room"
+    dual = tiles.dual(target, dtype, 16, 4096, r, True)
+    step = (dual.bm + dual.bn + tiles.dual_rank(r)) * dual.bk * 2
+    assert dual.stages == 2 or (dual.stages - 1) * step <= target.shared
+
+
+def test_triton_serves_no_card_without_tensor_cores():
+    call = Call("forward", "float16", 64, 64, 64, 8, False)
+    with assume(CARDS["75"]):
+        found = {name: plan.refusal(call) for name, plan in PLANS.items()}
+    assert found["aten"] is None
+    for name in ("cublas", "shrink_gemm", "dual", "grouped", "flag"):
+        assert "no tensor cores for this GPU" in found[name]
+    with assume(CARDS["86"]):
+        assert PLANS["cublas"].refusal(call) is None

@@ -17,7 +17,7 @@ from lora_kernels.backends.cuda import choice, needs, tables
 from lora_kernels.backends.cuda.choice import candidates, use_plan
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS, decode_cuda
-from lora_kernels.backends.device import Target
+from lora_kernels.backends.device import CARDS
 from lora_kernels.backends.native import decode, extension
 from lora_kernels.backends.scaling import split
 
@@ -241,12 +241,12 @@ def test_a_missing_kernel_is_passed_over(monkeypatch):
 
 
 def test_candidates_of_a_tuner(there):
-    for arch, clusters in ((80, {1}), (89, {1}), (90, {1, 2, 4, 8})):
-        listed = candidates(call(r=16), Target(arch, 132))
+    for card, clusters in (("80", {1}), ("89", {1}), ("90", {1, 2, 4, 8})):
+        listed = candidates(call(r=16), CARDS[card])
         ours = [fields for plan, fields in listed if plan == "decode_cuda"]
         assert {} in ours
         found = [fields["decode_cuda"] for fields in ours if fields]
-        found.append(decode_cuda.analytic(Target(arch, 132), 4096, 16)._asdict())
+        found.append(decode_cuda.analytic(CARDS[card], 4096, 16)._asdict())
         assert {tile["cluster"] for tile in found} == clusters
         assert {tile["rows"] for tile in found} == {16, 32}
         assert {tile["warps"] for tile in found} <= {4, 8}

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from lora_kernels.backends import cuda as backend
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.cuda.plans import PLANS
-from lora_kernels.backends.device import Target, assume
+from lora_kernels.backends.device import CARDS, assume
 from lora_kernels.backends.triton.launch import intercept
 from lora_kernels.branch import Given, Need
 
@@ -72,7 +72,7 @@ def backward(problem: Problem) -> dict[str, torch.Tensor]:
     return {"x": x, "weight": weight, "dy": dy, "dx": dx}
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("card", ["80", "90"])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize(
     ("plan", "r", "dtype", "reads_of_dy"),
@@ -92,13 +92,13 @@ def backward(problem: Problem) -> dict[str, torch.Tensor]:
         ("flag", 64, F16, 3),
     ],
 )
-def test_fused_plans(entering, plan, r, dtype, p, arch, reads_of_dy):
+def test_fused_plans(entering, plan, r, dtype, p, card, reads_of_dy):
     entering(use_plan(plan))
     case = Case(48, 136, 72, r, dtype, p=p, bias=True)
     if not serves(plan, case):
         pytest.skip("the plan does not serve this call")
     problem = Problem(case)
-    with assume(Target(arch, 3)):
+    with assume(CARDS[card]._replace(sms=3)):
         touched = kernels_touching(lambda: forward(problem))
         counts = {name: len(kernels) for name, kernels in touched.items()}
         x = 1 if plan in ONE_LAUNCH else 2

@@ -19,7 +19,7 @@ from lora_kernels.backends import choose
 from lora_kernels.backends import cuda as backend
 from lora_kernels.backends.cuda.choice import candidates, use_plan
 from lora_kernels.backends.cuda.plan import Call
-from lora_kernels.backends.device import Target, assume
+from lora_kernels.backends.device import CARDS, assume
 from lora_kernels.backends.triton.launch import intercept
 
 __all__ = ["poisoned_memory"]  # a fixture of every test
@@ -73,7 +73,7 @@ def test_sums_over_as_many_rows_as_a_batch_has(plan, r, p):
         launch()
 
     problem = Problem(Case(4400, 16, 16, r, p=p))
-    with assume(Target(80, 132)), use_plan(plan), intercept(record):
+    with assume(CARDS["80"]._replace(sms=132)), use_plan(plan), intercept(record):
         ratios(problem, problem.linear())
     assert sum(count > 16 for count in partials) == 2, partials
 

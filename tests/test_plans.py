@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from lora_kernels import backends, lora_add, lora_add_, lora_linear
-from lora_kernels.backends import cuda, forced, native, reference, use_backend
+from lora_kernels.backends import blocked, cuda, forced, native, reference, use_backend
 from lora_kernels.backends.cuda import choice, needs, plans, tables
 from lora_kernels.backends.cuda.choice import candidates, use_plan
 from lora_kernels.backends.cuda.plan import OPS, Call, Launch, Pass
 from lora_kernels.backends.cuda.plans import PLANS
-from lora_kernels.backends.device import Target
+from lora_kernels.backends.device import CARDS
 from lora_kernels.backends.native import extension
 
 ROOT = Path(__file__).parents[1]
@@ -72,15 +72,14 @@ def test_a_declaration(name):
     assert module.exists(), "a plan has a file of its own"
     for launch in plan.launches().values():
         for op in OPS:
-            for arch in (80, 90, 100):
-                for fields in launch.variants(CALL._replace(op=op), Target(arch, 132)):
+            for card in CARDS.values():
+                for fields in launch.variants(CALL._replace(op=op), card):
                     launch.check(fields, "variant")
 
 
 def test_a_pass_that_plans_share_is_timed_once(compiled):
     timed = {
-        op: {plan for plan, _ in candidates(CALL._replace(op=op, M=16), Target(90, 132))}
-        for op in OPS
+        op: {plan for plan, _ in candidates(CALL._replace(op=op, M=16), CARDS["90"])} for op in OPS
     }
     assert timed == {
         "forward": PLANS.keys() - {"grouped"},
@@ -115,7 +114,7 @@ def new_plan():
 
 
 def test_a_new_plan_is_known_to_all(new_plan, monkeypatch, tmp_path, tabled):
-    assert ("twice", {"one": {"bm": 64}}) in candidates(CALL._replace(M=4), Target(90, 132))
+    assert ("twice", {"one": {"bm": 64}}) in candidates(CALL._replace(M=4), CARDS["90"])
     path = tmp_path / "t.json"
     entry = bucket("twice", M=4, tiles={"one": {"bm": 32}})
     path.write_text(json.dumps(table(entry, proven=("twice",))))
@@ -293,3 +292,24 @@ def test_the_plan_of_a_call_is_said_once(monkeypatch, caplog, p):
     assert sorted(said) == sorted(
         f"cpu {op} in {kind}: plan aten (ATen calls throughout)" for op in OPS
     )
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_torch_says_whether_a_cpu_has_fast_products(name):
+    """By a private op; one without it would move such calls to fp32."""
+    assert isinstance(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")(), bool)
+
+
+def test_a_torch_that_does_not_say_it_is_told_of(monkeypatch, caplog):
+    blocked._multiplies.cache_clear()
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    rows = torch.ones(64, 8, dtype=torch.bfloat16)
+    try:
+        with caplog.at_level(logging.WARNING, "lora_kernels"):
+            assert blocked.is_wide(rows)
+            assert blocked.is_wide(rows)
+        (message,) = caplog.messages
+        assert "fast bf16 products: they are formed in fp32" in message
+        assert not blocked.is_wide(rows.float())
+    finally:
+        blocked._multiplies.cache_clear()

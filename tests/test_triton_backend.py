@@ -17,7 +17,7 @@ from lora_kernels.backends.cuda import choice, tables
 from lora_kernels.backends.cuda.choice import candidates, use_plan
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
-from lora_kernels.backends.device import Target, assume
+from lora_kernels.backends.device import CARDS, assume
 from lora_kernels.branch import Branch, Dense
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +178,7 @@ def test_candidates_are_legal_and_forced_inside_use_plan():
 
     for op in ("forward", "backward"):
         wanted = call(op=op, M=64, dropout=True)
-        listed = candidates(wanted, Target(90, 132))
+        listed = candidates(wanted, CARDS["90"])
         assert {plan for plan, _ in listed} >= {"aten", "cublas", "shrink_gemm"}
         for plan, fields in listed:
             assert fields.keys() <= PLANS[plan].launches((op,)).keys()
@@ -187,20 +187,20 @@ def test_candidates_are_legal_and_forced_inside_use_plan():
     assert forced.now is None
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_candidates_of_a_rank_serve_every_smaller_one(arch):
+@pytest.mark.parametrize("card", [name for name, card in CARDS.items() if card.has_tensor_cores])
+def test_candidates_of_a_rank_serve_every_smaller_one(card):
     """A bucket's tiles serve the calls of smaller rank, and all of them have been compiled."""
     pytest.importorskip("triton")
     from lora_kernels.backends.codegen.cases import cases
 
-    compiled = {(case.plan, repr(dict(case.tiles)), case.r) for case in cases(Target(arch, 132))}
+    compiled = {(case.plan, repr(dict(case.tiles)), case.r) for case in cases(CARDS[card])}
     for M in (1, 16, 64, 500, 5000):
         for op in ("forward", "backward"):
             for dropout in (False, True):
                 smaller = None
                 for r in (1, 8, 16, 32, 64, 128, 200):
                     wanted = call(op=op, M=M, r=r, dropout=dropout)
-                    listed = candidates(wanted, Target(arch, 132))
+                    listed = candidates(wanted, CARDS[card])
                     assert r > 128 or all(
                         (plan, repr(fields), r) in compiled
                         for plan, fields in listed
@@ -230,7 +230,7 @@ def test_an_overlapped_launch_keeps_what_is_still_read(split):
     weight, a, b = x.new_empty(256, 4096), x.new_empty(16, 4096), x.new_empty(256, 16)
     tiles = {"shrink": {"split": split}, "gemm": {"pdl": 1}}
     with (
-        assume(Target(90, 132)),
+        assume(CARDS["90"]),
         launch.intercept(record),
         use_plan("shrink_gemm", tiles),
     ):

@@ -83,8 +83,8 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 
 }  // namespace avx2
 
-extern const Kernels kAvx2 = {avx2::kTile,  avx2::kRows,
-                              avx2::load_any, avx2::shrink, avx2::outer, avx2::expand_any};
+extern const Kernels kAvx2 = {avx2::kTile,  avx2::kRows, avx2::load_any,
+                              avx2::shrink, avx2::outer, avx2::expand_any};
 
 }  // namespace lora
 

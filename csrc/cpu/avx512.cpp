@@ -5,7 +5,9 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), apply_to = function)
+#pragma clang attribute push(                                                         \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
@@ -36,19 +38,17 @@ inline void store(BFloat16* p, V v) {
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
 }
 inline void store(Half* p, V v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline V splat(float f) { return _mm512_set1_ps(f); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(V v) { return _mm512_reduce_add_ps(v); }
-inline V keep(V v, uint32_t bits) {
-  return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
-}
+inline V keep(V v, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
 
 // Eight blocks, one in each 64-bit lane; the high halves of the counters are never read.
 inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* out) {
-  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(block), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+  __m512i c0 =
+      _mm512_add_epi64(_mm512_set1_epi64(block), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
   __m512i c1 = _mm512_set1_epi64(m), c2 = _mm512_setzero_si512(), c3 = c2;
   const __m512i mul0 = _mm512_set1_epi64(kMul0), mul1 = _mm512_set1_epi64(kMul1);
   uint32_t k0 = d.key[0], k1 = d.key[1];
@@ -73,9 +73,8 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 
 }  // namespace avx512
 
-extern const Kernels kAvx512 = {avx512::kTile,    avx512::kRows,
-                                avx512::load_any, avx512::shrink, avx512::outer,
-                                avx512::expand_any};
+extern const Kernels kAvx512 = {avx512::kTile,  avx512::kRows, avx512::load_any,
+                                avx512::shrink, avx512::outer, avx512::expand_any};
 
 }  // namespace lora
 

@@ -51,7 +51,7 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 
 }  // namespace base
 
-const Kernels kBase = {base::kTile,    base::kRows, base::load_any,
-                       base::shrink, base::outer,                  base::expand_any};
+const Kernels kBase = {base::kTile,  base::kRows, base::load_any,
+                       base::shrink, base::outer, base::expand_any};
 
 }  // namespace lora

@@ -44,9 +44,12 @@ void load_rows(const Rows& from, int64_t first, int64_t count, const Dropout* dr
 void load_any(const Rows& from, int64_t first, int64_t count, const Dropout* dropout, float* out,
               int64_t pitch) {
   switch (from.type) {
-    case Type::kFloat: return load_rows<float>(from, first, count, dropout, out, pitch);
-    case Type::kBFloat16: return load_rows<BFloat16>(from, first, count, dropout, out, pitch);
-    case Type::kHalf: return load_rows<Half>(from, first, count, dropout, out, pitch);
+    case Type::kFloat:
+      return load_rows<float>(from, first, count, dropout, out, pitch);
+    case Type::kBFloat16:
+      return load_rows<BFloat16>(from, first, count, dropout, out, pitch);
+    case Type::kHalf:
+      return load_rows<Half>(from, first, count, dropout, out, pitch);
   }
 }
 
@@ -55,7 +58,8 @@ void shrink(const float* rows, int64_t row_stride, int64_t count, const float* m
   for (int64_t m = 0; m < count; m += kRows) {
     const float* row[kRows];
     // Rows past the last repeat it; their results are not stored.
-    for (int i = 0; i < kRows; ++i) row[i] = rows + (m + i < count ? m + i : count - 1) * row_stride;
+    for (int i = 0; i < kRows; ++i)
+      row[i] = rows + (m + i < count ? m + i : count - 1) * row_stride;
     for (int64_t j = 0; j < ranks; j += kVectors) {
       const float* a = matrix + j * pitch;
       V acc[kRows][kVectors] = {};
@@ -167,7 +171,8 @@ void expand_rows(const float* low, int64_t first, int64_t count, int64_t ranks, 
                      dropout == nullptr ? nullptr : bit_rows, k % kStrip, accumulate, to, k);
       if (width < kTile)
         for (int64_t i = 0; i < here; ++i)
-          for (int64_t c = 0; c < width; ++c) out[(first + m + i) * row_stride + k + c] = edge[i][c];
+          for (int64_t c = 0; c < width; ++c)
+            out[(first + m + i) * row_stride + k + c] = edge[i][c];
     }
   }
 }

@@ -1,5 +1,5 @@
-// The private CPU ops: checks first, then the rows in chunks over torch's own threads. Chunks follow
-// from the shapes alone, so the bits of a result do not depend on the number of threads.
+// The private CPU ops: checks first, then the rows in chunks over torch's own threads. Chunks
+// follow from the shapes alone, so the bits of a result do not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,8 +22,8 @@ using torch::headeronly::Layout;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kCacheBytes = 256 << 10;    // a block of widened rows, in a core's own cache
-constexpr int64_t kPartialBytes = 32 << 20;   // all partial sums of a gradient
+constexpr int64_t kCacheBytes = 256 << 10;   // a block of widened rows, in a core's own cache
+constexpr int64_t kPartialBytes = 32 << 20;  // all partial sums of a gradient
 constexpr int64_t kMaxBlockRows = 64, kChunkRows = 128, kMaxChunks = 64;
 
 struct Buffer {
@@ -95,10 +95,14 @@ void check_size(const Tensor& t, const char* name, int64_t rows, int64_t columns
 
 Type type_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Type::kFloat;
-    case ScalarType::BFloat16: return Type::kBFloat16;
-    case ScalarType::Half: return Type::kHalf;
-    default: break;
+    case ScalarType::Float:
+      return Type::kFloat;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    case ScalarType::Half:
+      return Type::kHalf;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, name, ": must be float32, bfloat16 or float16");
   return Type::kFloat;
@@ -114,9 +118,9 @@ void check_type(const Tensor& t, const char* name, Type type, bool or_float) {
 void check_writable(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(is_aligned(t), name, ": must start at a multiple of its element size");
   const int64_t outer = t.stride(0), inner = t.stride(1), rows = t.size(0), columns = t.size(1);
-  const bool apart = (columns <= 1 || inner > 0) && (rows <= 1 || outer > 0) &&
-                     (rows <= 1 || columns <= 1 || outer > (columns - 1) * inner ||
-                      inner > (rows - 1) * outer);
+  const bool apart =
+      (columns <= 1 || inner > 0) && (rows <= 1 || outer > 0) &&
+      (rows <= 1 || columns <= 1 || outer > (columns - 1) * inner || inner > (rows - 1) * outer);
   STD_TORCH_CHECK(apart, name, ": its elements overlap in memory");
 }
 
@@ -162,17 +166,18 @@ void pack(const Kernels& kernels, const Rows& from, int64_t ranks, Type type, fl
   const int64_t padded = up(ranks, kernels.ranks);
   torch::stable::parallel_for(0, padded, std::max<int64_t>(1, 32768 / pitch),
                               [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      float* row = out + j * pitch;
-      if (j >= ranks) {
-        std::fill(row, row + pitch, 0.f);
-        continue;
-      }
-      kernels.load(from, j, 1, nullptr, row, pitch);
-      if (from.type != type)
-        for (int64_t k = 0; k < from.columns; ++k) row[k] = rounded(row[k], type);
-    }
-  });
+                                for (int64_t j = begin; j < end; ++j) {
+                                  float* row = out + j * pitch;
+                                  if (j >= ranks) {
+                                    std::fill(row, row + pitch, 0.f);
+                                    continue;
+                                  }
+                                  kernels.load(from, j, 1, nullptr, row, pitch);
+                                  if (from.type != type)
+                                    for (int64_t k = 0; k < from.columns; ++k)
+                                      row[k] = rounded(row[k], type);
+                                }
+                              });
 }
 
 template <typename T>
@@ -335,8 +340,7 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
   pack(kernels, view(read_matrix, "matrix"), r, type, packed.data, pitch);
   if (bias.has_value())
     kernels.load({read_bias->const_data_ptr(), type_of(*bias, "bias"), C, 0, read_bias->stride(0)},
-                 0, 1,
-                 nullptr, offset.data, pitch);
+                 0, 1, nullptr, offset.data, pitch);
   const Rows low_rows = view(read_low, "low");
   void* const data = out.mutable_data_ptr();
   const int64_t row_stride = out.stride(0);
@@ -347,10 +351,9 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
       const int64_t first = i * kBlock, count = std::min(kBlock, M - first);
       kernels.load(low_rows, first, count, nullptr, u.data, ranks);
       for (int64_t e = 0; e < count * ranks; ++e) u.data[e] *= static_cast<float>(scale);
-      kernels.expand(u.data, first, count, ranks, packed.data, pitch,
-                     bias.has_value() ? offset.data : nullptr,
-                     dropout.has_value() ? &*dropout : nullptr, accumulate, data, type, C,
-                     row_stride);
+      kernels.expand(
+          u.data, first, count, ranks, packed.data, pitch, bias.has_value() ? offset.data : nullptr,
+          dropout.has_value() ? &*dropout : nullptr, accumulate, data, type, C, row_stride);
     }
   });
 }

@@ -51,7 +51,8 @@ void check_rows(const Tensor& t, const char* name) {
   const int64_t words = 16 / t.element_size();
   STD_TORCH_CHECK(t.stride(1) == 1 && (t.size(0) == 1 || t.stride(0) % words == 0) &&
                       reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0,
-                  name, ": rows must be contiguous and start at multiples of 16 bytes, got strides (",
+                  name,
+                  ": rows must be contiguous and start at multiples of 16 bytes, got strides (",
                   t.stride(0), ", ", t.stride(1), ")");
 }
 
@@ -109,7 +110,8 @@ void launch(const DecodeArguments& arguments, int rows, int threads, int cluster
 }
 
 // y [M,N] = x [M,K] weight [N,K]^T + bias [N] + high s lora_b [N,r]^T with
-// s [M,r] = scale x lora_a^T. A block takes `rows` rows of the weight with `warps` warps, `cluster` blocks share out s.
+// s [M,r] = scale x lora_a^T. A block takes `rows` rows of the weight with `warps` warps, `cluster`
+// blocks share out s.
 void decode_cuda(const Tensor x, const Tensor weight, const Tensor lora_a, const Tensor lora_b,
                  const std::optional<Tensor> bias, double scale, double high, int64_t rows,
                  int64_t warps, int64_t cluster, std::optional<Tensor> s, Tensor y) {
@@ -137,8 +139,7 @@ void decode_cuda(const Tensor x, const Tensor weight, const Tensor lora_a, const
   check_rows(lora_a, "lora_a");
   if (bias.has_value())
     STD_TORCH_CHECK(bias->is_cuda() && bias->get_device_index() == x.get_device_index() &&
-                        bias->layout() == Layout::Strided && bias->dim() == 1 &&
-                        bias->size(0) == N,
+                        bias->layout() == Layout::Strided && bias->dim() == 1 && bias->size(0) == N,
                     "bias: must have ", N, " elements on the device of x");
   check_output(y, "y", M, N, x);
   if (s.has_value()) check_output(*s, "s", M, r, x);

@@ -1,16 +1,18 @@
-// y = x W^T + bias + s B^T with s = scaling x A^T for at most 16 rows of x, in one launch that reads
-// W once. Knows no torch.
+// y = x W^T + bias + s B^T with s = scaling x A^T for at most 16 rows of x, in one launch that
+// reads W once. Knows no torch.
 //
-// A block owns kRows rows of W (columns of y). Its warps take K in turns of 128 bytes a row and keep
-// what they asked for in shared memory that no other thread reads, so a thread waits for nothing but
-// its own copies. A thread's 16 bytes are eight neighbours along K; which of them meet in one
-// instruction is up to us as long as W and x agree, so they go into mma fragments as they lie.
-// Partial sums meet in shared memory and are added in the order of the warps: same inputs, same bits.
+// A block owns kRows rows of W (columns of y). Its warps take K in turns of 128 bytes a row and
+// keep what they asked for in shared memory that no other thread reads, so a thread waits for
+// nothing but its own copies. A thread's 16 bytes are eight neighbours along K; which of them meet
+// in one instruction is up to us as long as W and x agree, so they go into mma fragments as they
+// lie. Partial sums meet in shared memory and are added in the order of the warps: same inputs,
+// same bits.
 //
-// Every block needs all of s. Blocks that wait for others need flags that somebody cleared, which is
-// a second launch or scratch that outlives the call; so each block computes s anew. What that costs
-// is A from L2, r / kRows of what a block reads of W; from sm_90 on the blocks of a cluster share it
-// out along K and read each other's sums. A comes before W: its sums travel while W is streamed.
+// Every block needs all of s. Blocks that wait for others need flags that somebody cleared, which
+// is a second launch or scratch that outlives the call; so each block computes s anew. What that
+// costs is A from L2, r / kRows of what a block reads of W; from sm_90 on the blocks of a cluster
+// share it out along K and read each other's sums. A comes before W: its sums travel while W is
+// streamed.
 #pragma once
 
 #include <cstring>
@@ -23,12 +25,12 @@
 
 namespace lora {
 
-constexpr int kMaxRows = 16;       // of x
+constexpr int kMaxRows = 16;  // of x
 constexpr int kMaxThreads = 256;
 constexpr int kMinThreads = 128;
-constexpr int kStages = 4;         // items of a warp under way
-constexpr int kTurnBytes = 128;    // of a row
-constexpr int kRankChunk = 64;     // ranks of s at a time
+constexpr int kStages = 4;       // items of a warp under way
+constexpr int kTurnBytes = 128;  // of a row
+constexpr int kRankChunk = 64;   // ranks of s at a time
 
 // Strides in elements. Rows of x, W and A are contiguous, at addresses and strides that are
 // multiples of 16 bytes; K is a multiple of 8.
@@ -57,9 +59,13 @@ struct DecodeShape {
 template <typename T>
 LORA_DEVICE T narrow(float value);
 template <>
-LORA_DEVICE __nv_bfloat16 narrow(float value) { return __float2bfloat16_rn(value); }
+LORA_DEVICE __nv_bfloat16 narrow(float value) {
+  return __float2bfloat16_rn(value);
+}
 template <>
-LORA_DEVICE __half narrow(float value) { return __float2half_rn(value); }
+LORA_DEVICE __half narrow(float value) {
+  return __float2half_rn(value);
+}
 
 LORA_DEVICE float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 LORA_DEVICE float widen(__half value) { return __half2float(value); }

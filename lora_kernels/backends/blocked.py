@@ -8,6 +8,7 @@ loops, up to 200 times slower than fp32. Widening the operands to fp32 block by 
 the frozen layer itself there, and rounds every output once.
 """
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
@@ -26,6 +27,9 @@ _ACCELERATOR_BLOCK_BYTES = 64 << 20
 _NARROW_FORWARD_ROWS = 8
 
 
+_logger = logging.getLogger("lora_kernels")
+
+
 @cache
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has a fast matrix product for `dtype`."""
@@ -33,7 +37,17 @@ def _multiplies(dtype: torch.dtype) -> bool:
         return True
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
-    return supported is not None and supported()
+    if supported is None:  # a private op
+        _logger.warning(
+            "torch %s does not say whether this CPU has fast %s products: they are formed in fp32,"
+            " which is slower where it has; tell the authors of lora_kernels, or take a torch that"
+            " says it",
+            torch.__version__,
+            name,
+        )
+        return False
+    fast: bool = supported()
+    return fast
 
 
 def is_wide(rows: Tensor, forward: bool = False) -> bool:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import triton
 
 from lora_kernels.backends import codegen
 from lora_kernels.backends.codegen import TARGETS, Kernel, compile_case, faults
-from lora_kernels.backends.codegen.cases import SHORT, cases
+from lora_kernels.backends.codegen.cases import SHORT, analytic, cases, is_served
+from lora_kernels.backends.cuda import tables
+from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.backends.device import CARDS
 from lora_kernels.backends.triton.launch import INTERPRETED
+
+NAMES = {
+    "75": "T4", "80": "A100", "86": "RTX 30", "89": "RTX 40, L40S", "90": "H100, H200",
+    "100": "B200", "120": "RTX 50", "gfx942": "MI300", "gfx950": "MI350", "gfx1201": "RX 9070",
+}  # fmt: skip
 
 
 def row(kernel: Kernel) -> str:
@@ -29,30 +42,78 @@ HEADER = (
 )
 
 
+def matrix(found: Mapping[tuple[str, str], list[Kernel]]) -> str:
+    """Cards by plans, in Markdown: what became of the kernels of each."""
+    proven: dict[str, set[str]] = defaultdict(set)
+    for path in sorted(tables.TUNED.glob("*.json")):
+        table = tables.read_table(path)
+        for entry in table["proven"]:
+            proven[entry["plan"]].add(table["gpu"].removeprefix("NVIDIA ").split()[0])
+
+    def cell(plan: str, card: str) -> str:
+        kernels = found.get((plan, card), ())
+        if not kernels:
+            return "–"
+        broken = sum(bool(faults(kernel)) for kernel in kernels)
+        spilling = sum(kernel.spills > 0 for kernel in kernels)
+        text = f"{len(kernels)} kernels" if len(kernels) > 1 else "1 kernel"
+        text += f", {spilling} spill" * bool(spilling) + f", {broken} faulty" * bool(broken)
+        return f"{text}; run on {', '.join(sorted(proven[plan]))}" if _ran(plan, card) else text
+
+    def _ran(plan: str, card: str) -> bool:
+        return card == "90" and bool(proven[plan])
+
+    plans = [name for name in PLANS if any((name, card) in found for card in CARDS)]
+    lines = [f"| plan | {' | '.join(f'{NAMES[card]} ({_sm(card)})' for card in CARDS)} |"]
+    lines.append("|---" * (len(CARDS) + 1) + "|")
+    lines += [f"| `{n}` | {' | '.join(cell(n, card) for card in CARDS)} |" for n in plans]
+    return "\n".join(lines)
+
+
+def _sm(card: str) -> str:
+    return card if card.startswith("gfx") else f"sm_{card}"
+
+
+BEGIN, END = "<!-- made by codegen, from here -->", "<!-- to here -->"
+
+
+def write_matrix(path: Path, found: Mapping[tuple[str, str], list[Kernel]]) -> None:
+    """Between the marks in a page."""
+    head, _, rest = path.read_text().partition(BEGIN)
+    tail = rest.partition(END)[2]
+    made = f"Triton {triton.__version__}.\n\n{matrix(found)}"
+    path.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=codegen.__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=TARGETS, action="append")
     parser.add_argument("--short", action="store_true", help="the cases of the test suite only")
+    parser.add_argument("--analytic", action="store_true", help="not the tuner's tiles")
     parser.add_argument("--only", default="", help="a regular expression that the case must match")
+    parser.add_argument("--page", type=Path, help="a page in which to write the matrix of plans")
     options = parser.parse_args()
     if INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
     print(HEADER)
-    broken = total = 0
-    for arch in options.arch or TARGETS:
+    found: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
+    for card in options.arch or TARGETS:
         seen: set[str] = set()
-        chosen = SHORT if options.short else cases(TARGETS[arch])
-        for case in (case for case in chosen if re.search(options.only, str(case))):
-            for kernel in compile_case(case, arch, seen):
+        chosen = SHORT if options.short else analytic() if options.analytic else None
+        for case in cases(TARGETS[card]) if chosen is None else chosen:
+            if not re.search(options.only, str(case)) or not is_served(case, TARGETS[card]):
+                continue
+            for kernel in compile_case(case, card, seen):
                 reasons = faults(kernel)
-                print(
-                    row(kernel),
-                    *(f"  FAULT: {', '.join(reasons)}" for _ in reasons[:1]),
-                    flush=True,
-                )
-                total, broken = total + 1, broken + bool(reasons)
-    print(f"{total} kernels, {broken} break a rule")
-    return 1 if broken or not total else 0
+                print(row(kernel), *(f"  FAULT: {', '.join(reasons)}" for _ in reasons[:1]))
+                sys.stdout.flush()
+                found[case.plan, card].append(kernel)
+    if options.page:
+        write_matrix(options.page, found)
+    kernels = [kernel for of_one in found.values() for kernel in of_one]
+    broken = sum(bool(faults(kernel)) for kernel in kernels)
+    print(f"{len(kernels)} kernels, {broken} break a rule")
+    return 1 if broken or not kernels else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import torch
 
 from lora_kernels.backends.cuda.choice import candidates
 from lora_kernels.backends.cuda.plan import Call, Tiles
-from lora_kernels.backends.device import Target
+from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.backends.device import Target, assume
 
 
 class Case(NamedTuple):
@@ -54,7 +55,7 @@ SHORT = (
 )
 
 
-def _defaults() -> Iterator[Case]:
+def analytic() -> Iterator[Case]:
     """What the analytic tiles give; the other plans share the backward of shrink_gemm."""
     yield from SHORT
     for r in (1, 8, 32, 128, 200):
@@ -88,6 +89,8 @@ def _defaults() -> Iterator[Case]:
     yield Case(plan="cublas", r=128)
     yield Case(M=512, bias=True)
     yield Case(M=512, r=64, dropout=0.1)
+    yield Case(M=512, r=128)
+    yield Case(M=512, N=1544, K=1032, r=8)
     yield Case(M=16, r=64)
     yield Case(N=1544, K=1032, M=1000)
     yield Case(N=1543, K=1031, M=1000, dropout=0.1)
@@ -140,6 +143,16 @@ def _tuned(target: Target) -> Iterator[Case]:
                                 yield case._replace(plan=plan, tiles=fields, part=True)
 
 
+def is_served(case: Case, target: Target) -> bool:
+    """Whether its plan is for such a card."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    sizes, dropout = (case.M, case.N, case.K, case.r), case.dropout > 0
+    with assume(target):
+        return not any(
+            PLANS[case.plan].refusal(Call(op, dtype, *sizes, dropout)) for op in case.ops
+        )
+
+
 def cases(target: Target) -> Iterator[Case]:
-    yield from _defaults()
+    yield from analytic()
     yield from _tuned(target)

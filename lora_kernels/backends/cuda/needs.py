@@ -24,7 +24,9 @@ def triton(call: Call) -> str | None:
 
 
 def gluon(call: Call) -> str | None:
-    """Why Triton has not the language of layouts and barriers that a kernel is written in."""
+    """Why a kernel for Hopper, written in Triton's language of layouts and barriers, cannot run."""
+    if not current().is_hopper:
+        return "the plan serves Hopper (H100, H200) alone"
     return triton(call) or _why_no_gluon()
 
 

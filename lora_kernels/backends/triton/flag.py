@@ -35,8 +35,8 @@ from lora_kernels.branch import Dense
 class Source(NamedTuple):
     """A matrix [rows, K] of which tiles are read, through a TMA descriptor if there is one."""
 
-    desc: Any
     matrix: Matrix
+    desc: Any  # last: Triton 3.6 loses a field that follows a None
 
 
 class Loop(NamedTuple):
@@ -109,9 +109,9 @@ def flag_kernel(
         row, col = pm * BM, pn * BN
         if pn == 0:
             acc, low = flag_loop(
-                Source(x_desc, Matrix(x, stride_xm, stride_xk, M, K)),
-                Source(w_desc, Matrix(weight, stride_wn, stride_wk, N, K)),
-                Source(a_desc, Matrix(a, stride_ar, stride_ak, r, K)),
+                Source(Matrix(x, stride_xm, stride_xk, M, K), x_desc),
+                Source(Matrix(weight, stride_wn, stride_wk, N, K), w_desc),
+                Source(Matrix(a, stride_ar, stride_ak, r, K), a_desc),
                 Place(row, col, BM, BN),
                 Loop(BK, R, True, PRECISION),
             )
@@ -120,9 +120,9 @@ def flag_kernel(
             tl.atomic_xchg(flags + pm, 1, sem="release")
         else:
             acc, _ = flag_loop(
-                Source(x_desc, Matrix(x, stride_xm, stride_xk, M, K)),
-                Source(w_desc, Matrix(weight, stride_wn, stride_wk, N, K)),
-                Source(a_desc, Matrix(a, stride_ar, stride_ak, r, K)),
+                Source(Matrix(x, stride_xm, stride_xk, M, K), x_desc),
+                Source(Matrix(weight, stride_wn, stride_wk, N, K), w_desc),
+                Source(Matrix(a, stride_ar, stride_ak, r, K), a_desc),
                 Place(row, col, BM, BN),
                 Loop(BK, R, False, PRECISION),
             )

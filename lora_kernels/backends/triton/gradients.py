@@ -61,7 +61,9 @@ def ds_db(
     """(scaling * dy @ mat, high * dy^T s in `dtype`) from one pass over dy [M,N]; mat [N,r], s
     [M,r]."""
     (M, N), r = dy.shape, mat.shape[1]
-    tile = tiles.replaced(tiles.ds_db(target(dy.device), dy.dtype, M, N, r), fields)
+    tile = tiles.replaced(
+        tiles.ds_db(target(dy.device), dy.dtype, (M, N), r, tiles.vectorises(dy)), fields
+    )
     rows = tiles.cdiv(M, tile.bm)
     part_ds = dy.new_empty((tile.split, M, r), dtype=tiles.ACCUMULATOR)
     part_db = dy.new_empty((rows, N, r), dtype=tiles.ACCUMULATOR)
@@ -147,7 +149,9 @@ def tall(
     """scale * low^T @ drop(rows) as [r,C] in `dtype`, or its transpose [C,r]: low [M,r], rows
     [M,C]."""
     (M, r), C = low.shape, rows.shape[1]
-    tile = tiles.replaced(tiles.tall(target(low.device), low.dtype, M, C, r), fields)
+    tile = tiles.replaced(
+        tiles.tall(target(low.device), low.dtype, M, C, r, tiles.vectorises(rows)), fields
+    )
     out = low.new_empty((C, r) if transposed else (r, C), dtype=dtype)
     split = tile.split > 1
     part = low.new_empty((tile.split, *out.shape), dtype=tiles.ACCUMULATOR) if split else out

@@ -112,7 +112,7 @@ def dx_da(
     tile = tiles.dx_da(device, tiles.Product(dy.dtype, M, K, r, drop, aligned, tma))
     if tma or not device.has_wide_tiles:
         tile = tiles.replaced(tile, dx_fields)
-    tall = tiles.replaced(tiles.tall(device, dy.dtype, M, K, r), da_fields)
+    tall = tiles.replaced(tiles.tall(device, dy.dtype, M, K, r, aligned), da_fields)
     R = tiles.gemm_rank(device, dy.dtype, r, drop)
     out = dy.new_empty((r, K), dtype=dtype)
     split = tall.split > 1

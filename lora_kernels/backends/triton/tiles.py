@@ -127,12 +127,11 @@ def _split(programs: int, sms: int, steps: int) -> int:
     return max(1, min(cdiv(2 * sms, programs), steps // 4, 32))
 
 
-def _warps(target: Target, R: int) -> int:
+def _warps(target: Target, R: int, aligned: bool) -> int:
     """Of a product whose result has R rows. It lies in their registers, and where tensor cores read
-    registers too, so do its operands."""
-    if target.has_wide_tiles or target.gfx:
-        return 8 if (64 if target.has_narrow_waves else 128) <= R else 4
-    return 8
+    registers too, so do its operands, of which narrow loads need many."""
+    narrow = not (aligned or target.has_wide_tiles or target.gfx)
+    return 8 if narrow or (64 if target.has_narrow_waves else 128) <= R else 4
 
 
 def _is_wide(dtype: torch.dtype) -> bool:
@@ -146,7 +145,7 @@ def shrink(
     R, bm = rank_block(dtype, r), row_block(M, 64)
     bk = 32 if _is_wide(dtype) else 128 if R <= 64 and aligned else 64
     split = _split(cdiv(M, bm) * cdiv(r, R), target.sms, cdiv(K, bk))
-    tile = LowRankTile(bm, bk, R, split, _warps(target, R), 4)
+    tile = LowRankTile(bm, bk, R, split, _warps(target, R, aligned), 4)
     size = dtype.itemsize
     return fitted(tile, target, (bm + R) * bk * size, kept=bm * bk * size)  # x with its mask
 
@@ -164,21 +163,25 @@ def fuses_ds_db(dtype: torch.dtype, r: int) -> bool:
 
 
 @_remembered
-def ds_db(target: Target, dtype: torch.dtype, M: int, N: int, r: int) -> LowRankTile:
+def ds_db(
+    target: Target, dtype: torch.dtype, shape: tuple[int, int], r: int, aligned: bool
+) -> LowRankTile:
+    """Of dy [M,N]. Narrow loads take many registers: more warps share them."""
+    M, N = shape
     bm = row_block(M, 32 if _is_wide(dtype) else 128)
     bn = 32 if _is_wide(dtype) else 64
     split = _split(cdiv(M, bm), target.sms, cdiv(N, bn))
     R = rank_block(dtype, r)
-    tile = LowRankTile(bm, bn, R, split, _warps(target, R), 4)
+    tile = LowRankTile(bm, bn, R, split, 4 if aligned else 8, 4)
     return fitted(tile, target, (bm + R) * bn * dtype.itemsize)
 
 
 @_remembered
-def tall(target: Target, dtype: torch.dtype, M: int, C: int, r: int) -> LowRankTile:
+def tall(target: Target, dtype: torch.dtype, M: int, C: int, r: int, aligned: bool) -> LowRankTile:
     R = rank_block(dtype, r)
     bm, bc = (32, 64) if _is_wide(dtype) else (64, 128)
     split = _split(cdiv(C, bc) * cdiv(r, R), target.sms, cdiv(M, bm))
-    warps = 8 if target.is_blackwell and R >= 64 else _warps(target, R)
+    warps = 8 if target.is_blackwell and R >= 64 else _warps(target, R, aligned)
     tile = LowRankTile(bm, bc, R, split, warps, 3 if R >= 64 else 4)
     size = dtype.itemsize
     return fitted(tile, target, bm * (R + bc) * size, kept=bm * bc * size)
@@ -188,7 +191,7 @@ def gemm_rank(target: Target, dtype: torch.dtype, r: int, drop: bool) -> int:
     """Ranks of one step after the GEMM: in one step up to 128 where registers allow it."""
     if r <= 128:
         masked = 64 if target.has_wide_tiles else 32
-        return rank_block(dtype, r, masked if drop else 128)
+        return rank_block(dtype, r, masked if drop else 64 if target.is_blackwell else 128)
     return rank_block(dtype, r, 32 if drop or not target.has_wide_tiles else 64)
 
 
@@ -201,7 +204,8 @@ def gemm(target: Target, product: Product) -> GemmTile:
     elif not aligned:
         tile = GemmTile(row_block(M, 64), 64, 32, 3, 4)
     elif M <= 64 or cdiv(M, 128) * cdiv(N, 128) <= target.sms:
-        tile = GemmTile(row_block(M, 64), 64 if drop and target.is_blackwell else 128, 64, 4, 4)
+        narrow = target.is_blackwell and drop
+        tile = GemmTile(row_block(M, 64), 64 if narrow else 128, 64, 4, 4)
     elif tma:
         tile = GemmTile(128, 256, 64, 3, 8, strips=2)
     elif target.has_wide_tiles:
@@ -224,7 +228,7 @@ def specialised(M: int, N: int, target: Target) -> GemmTile:
 def dx_da(target: Target, product: Product) -> GemmTile:
     """As `gemm`, but eight warps, and narrower where dA does not fit beside dx."""
     dtype, M, K, r, *_ = product
-    of_da, size = tall(target, dtype, M, K, r), dtype.itemsize
+    of_da, size = tall(target, dtype, M, K, r, product.aligned), dtype.itemsize
     tile = _dx_da(target, product)
     step, kept = of_da.bm * (of_da.r + of_da.bk) * size, of_da.bm * of_da.bk * size
     return fitted(tile, target, step, kept)
@@ -252,23 +256,20 @@ def dual_rank(r: int) -> int:
 @_remembered
 def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> DualTile:
     """For few rows, column tiles that give every SM one; else square tiles."""
-    tile = _dual(target, dtype, M, N, r, aligned)
-    size = tile.bk * dtype.itemsize
-    return fitted(tile, target, (tile.bm + tile.bn + dual_rank(r)) * size, kept=tile.bm * size)
-
-
-def _dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> DualTile:
     R = dual_rank(r)
     if _is_wide(dtype):
-        return DualTile(row_block(M, 32), 32, 16, 3, 4)
-    if not aligned:
-        return DualTile(row_block(M, 64), 32, 64 if R <= 64 else 32, 2, 4)
-    if M <= 64:
+        tile = DualTile(row_block(M, 32), 32, 16, 3, 4)
+    elif not aligned:
+        tile = DualTile(row_block(M, 64), 32, 64 if R <= 64 else 32, 2, 4)
+    elif M <= 64:
         bn = 64 if cdiv(N, 64) >= target.sms else 32
-        return DualTile(row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
-    if target.has_wide_tiles and R <= 64:
-        return DualTile(128, 128, 64, 3, 8)
-    return DualTile(64, 64, 64 if R <= 64 else 32, 3, 4)
+        tile = DualTile(row_block(M, 64), bn, 8192 // max(R, 64), 3, 4)
+    elif target.has_wide_tiles and R <= 64:
+        tile = DualTile(128, 128, 64, 3, 8)
+    else:
+        tile = DualTile(64, 64, 64 if R <= 64 else 32, 3, 4)
+    size = tile.bk * dtype.itemsize
+    return fitted(tile, target, (tile.bm + tile.bn + R) * size, kept=tile.bm * size)
 
 
 @_remembered
