@@ -208,7 +208,6 @@ def main() -> None:
     history = train_model(
         model, train["docs"], None, adamw(model, 3e-3), epochs=20, max_steps=args.base_steps,
         max_grad_norm=1.0, eval_loader=tests["docs"], eval_every=max(1, args.base_steps // 6),
-        progress=True,
     )  # fmt: skip
     base = copy.deepcopy(model)
     base.save_pretrained(args.out)
@@ -228,7 +227,7 @@ def main() -> None:
     optimizer = adamw(model, 4e-3)
     tuned = train_model(
         model, train["code"], None, optimizer, epochs=20, max_steps=args.steps, max_grad_norm=1.0,
-        eval_loader=tests["code"], eval_every=max(1, args.steps // 6), progress=True,
+        eval_loader=tests["code"], eval_every=max(1, args.steps // 6),
     )  # fmt: skip
     after = perplexity(model, tests["code"])
     print(f"held-out perplexity on the target: {before['code']:.1f} -> {after:.1f}")
@@ -264,7 +263,7 @@ def main() -> None:
     bytes_per_rank = adapter_kib(direct) / SMALL_RANK
     ranks = adjust_rank(
         model, RANK, SMALL_RANK, train["code"], None, optimizer, eval_loader=tests["code"],
-        max_steps=args.steps // 3, max_grad_norm=1.0, progress=True,
+        max_steps=args.steps // 3, max_grad_norm=1.0,
     )  # fmt: skip
     steps = args.steps
     for step in ranks.steps:
@@ -273,7 +272,7 @@ def main() -> None:
     # As many steps as the compressed adapter has seen in all.
     train_model(
         direct, train["code"], None, adamw(direct, 4e-3), epochs=20, max_steps=steps,
-        max_grad_norm=1.0, progress=True,
+        max_grad_norm=1.0,
     )  # fmt: skip
     reached = perplexity(direct, tests["code"])
     rows.append((f"r={SMALL_RANK} direct", steps, reached, adapter_kib(direct)))
