@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from store import replace_text
+from lora_kernels.tuning.table import replace_text
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
@@ -54,14 +54,14 @@ def steps(out: Path, gpu: bool) -> list[Step]:
     table = out / "tuned.json"
     timed = ("--minutes", "{minutes}")
     small = {"tune": ("--jobs", str(os.cpu_count())), "layer": (), "model": ()} if gpu else {
-        "tune": ("--sizes", "16,32,32,8", "--rounds", "1", "2"),
+        "tune": ("--rows", "16", "--shapes", "32,32,8", "--rounds", "1", "2"),
         "layer": ("--scale", "64", "--seconds", "0.02", "--dtypes", "fp32"),
         "model": ("--size", "smoke", "--seconds", "0.1", "--new-tokens", "2"),
     }  # fmt: skip
     interpreter = {} if gpu else {"TRITON_INTERPRET": "1"}
     tests = {f"test {file}": [python, "-m", "pytest", "-q", "-m", "gpu", file]
              for file in gpu_tests()}  # fmt: skip
-    tune = script("tune.py", "--out", str(table), *timed, *small["tune"])
+    tune = [python, "-m", "lora_kernels", "tune", "--out", str(table), *timed, *small["tune"]]
     layer = script("layer.py", "--out", str(out / f"layer-{kind}.json"), *timed, *small["layer"])
     model = script("model.py", "--out", str(out / f"model-{kind}.json"), *timed, *small["model"])
     report = script("report.py", "--results", str(out), "--readme", str(out / "report.md"))

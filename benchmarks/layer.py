@@ -24,9 +24,6 @@ from typing import NamedTuple
 import peers
 import shapes
 import torch
-from clock import Deadline, graphed, interleaved, summary
-from gate import drawn_seed, expected, is_fatal
-from machine import machine, machine_line
 from memory import peak_bytes
 from peers import (
     ADDMM,
@@ -39,16 +36,26 @@ from peers import (
     PEFT_FP32,
     UNFUSED,
     Peer,
-    Problem,
 )  # fmt: skip
-from shapes import Case
 from store import Results
 from torch import Tensor
 
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.testing import DTYPES, Case, Problem, expected, is_fatal, problem
+from lora_kernels.tuning.clock import Deadline, graphed, interleaved, summary
+from lora_kernels.tuning.machine import machine, machine_line
 
 GRID = (FROZEN, ADDMM, OURS)
+_SEED = 1234
+
+
+def drawn_seed(device: torch.device) -> torch.Tensor:
+    """The next seed that a call of ours will draw; the generator is put back."""
+    torch.manual_seed(_SEED)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    torch.manual_seed(_SEED)
+    return seed
 
 
 class Job(NamedTuple):
@@ -59,7 +66,7 @@ class Job(NamedTuple):
 
 def _legal_plans(case: Case) -> list[str]:
     call = Call(
-        "forward", str(peers.DTYPES[case.dtype]).removeprefix("torch."),
+        "forward", str(DTYPES[case.dtype]).removeprefix("torch."),
         case.M, case.N, case.K, case.r, case.dropout > 0,
     )  # fmt: skip
     return [peers.of_plan(name) for name, plan in PLANS.items() if plan.refusal(call) is None]
@@ -146,7 +153,7 @@ def _passes(parts: list[list[float]]) -> dict[str, list[float]]:
 
 def rows_of(job: Job, seconds: float, rounds: tuple[int, int], device: torch.device) -> list[dict]:
     """One row a peer: milliseconds and ratio of each pass, peak memory."""
-    p = peers.problem(job.case, device)
+    p = problem(job.case, device)
     right, refused = usable(job.peers, p)
     key = {"table": job.table, "layer": shapes.names(job.case.N, job.case.K), **job.case._asdict()}
     reasons = [key | {"peer": name, "refused": why} for name, why in refused.items()]
@@ -181,7 +188,7 @@ def ceilings(dtypes: Iterable[str], device: torch.device, scale: int) -> list[di
     target = torch.empty_like(source)
     rows = []
     for dtype in dtypes:
-        matrix = torch.randn(n, n, device=device).to(peers.DTYPES[dtype])
+        matrix = torch.randn(n, n, device=device).to(DTYPES[dtype])
 
         def both(mark: Callable[[], None], matrix: Tensor = matrix) -> None:
             target.copy_(source)
@@ -223,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="of one case (GPU 0.15, CPU 6)")
     parser.add_argument("--rounds", type=int, nargs=2, default=(3, 100), metavar=("MIN", "MAX"))
     parser.add_argument("--tables", nargs="+", help="only these")
-    parser.add_argument("--dtypes", nargs="+", choices=peers.DTYPES, help="only these")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="only these")
     parser.add_argument("--scale", type=int, default=1, help="divides M, K and N (a smoke run)")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)

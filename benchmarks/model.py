@@ -15,11 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from clock import Deadline, interleaved, summary
-from gate import WrongResult, error
-from machine import machine, machine_line
 from memory import peak_bytes
-from peers import DTYPES, FROZEN, OURS, OURS_FP32, PEFT, PEFT_FP32
+from peers import FROZEN, OURS, OURS_FP32, PEFT, PEFT_FP32
 from peft import LoraConfig, get_peft_model
 from store import Results
 from torch import Tensor, nn
@@ -27,6 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from lora_kernels import apply_lora
+from lora_kernels.testing import DTYPES, WrongResult, error
+from lora_kernels.tuning.clock import Deadline, interleaved, summary
+from lora_kernels.tuning.machine import machine, machine_line
 
 RANK, ALPHA = 16, 32
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, batch, length

@@ -12,14 +12,14 @@ import json
 from pathlib import Path
 
 import torch
-from clock import interleaved, summary
 from layer import is_right
-from machine import machine, machine_line
-from peers import DTYPES, FROZEN, OURS, PEFT, build, problem
-from shapes import Case
+from peers import FROZEN, OURS, PEFT, build
 
 from lora_kernels.backends import native
 from lora_kernels.backends.native import extension
+from lora_kernels.testing import DTYPES, Case, problem
+from lora_kernels.tuning.clock import interleaved, summary
+from lora_kernels.tuning.machine import machine, machine_line
 
 # (M, K, N, r)
 SHAPES = [

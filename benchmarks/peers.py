@@ -6,16 +6,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from clock import Turn
-from shapes import Case
 from torch import Tensor, nn
 
 from lora_kernels import FusedLoRALinear, fuse_peft
 from lora_kernels.backends import use_backend
 from lora_kernels.backends.cuda.choice import use_plan
+from lora_kernels.testing import SCALING, Problem
+from lora_kernels.tuning.clock import Turn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCALING = 2.0
 FROZEN = "frozen nn.Linear"
 # Ours is measured as PEFT is: with adapters of the base's dtype, and beside 16 bits with fp32 ones,
 # which both make by default.
@@ -30,35 +28,6 @@ _PLAN = f"{OURS}, plan "
 def of_plan(plan: str) -> str:
     """The name of our layer with its plan forced."""
     return _PLAN + plan
-
-
-class Problem(NamedTuple):
-    """Input, weight, adapters and gradient of the output, random, at realistic magnitudes."""
-
-    case: Case
-    x: Tensor
-    weight: Tensor
-    a: Tensor
-    b: Tensor
-    dy: Tensor
-
-
-def problem(case: Case, device: torch.device) -> Problem:
-    generator = torch.Generator(device).manual_seed(case.M + case.N + case.K + case.r)
-
-    def randn(*shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.empty(shape, dtype=DTYPES[case.dtype], device=device)
-        return values.normal_(0, scale, generator=generator)
-
-    M, K, N, r = case[:4]
-    return Problem(
-        case,
-        randn(M, K).requires_grad_(),
-        randn(N, K, scale=K**-0.5),
-        randn(r, K, scale=K**-0.5),
-        randn(N, r, scale=r**-0.5),
-        randn(M, N),
-    )
 
 
 class Peer(NamedTuple):

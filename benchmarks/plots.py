@@ -8,7 +8,8 @@ from statistics import geometric_mean
 import matplotlib
 import shapes
 from peers import FROZEN, OURS, PEERS
-from shapes import Case
+
+from lora_kernels.testing import Case
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

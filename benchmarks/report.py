@@ -17,9 +17,10 @@ from typing import NamedTuple
 import peers
 import plots
 import shapes
-from machine import machine_line
 from peers import ADDMM, FROZEN, OURS, PEERS, UNFUSED
-from shapes import Case
+
+from lora_kernels.testing import Case
+from lora_kernels.tuning.machine import machine_line
 
 ROOT = Path(__file__).parents[1]
 NOTHING = "Not measured yet."

@@ -4,7 +4,8 @@ A weight is [N, K]: K features in, N out.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+
+from lora_kernels.testing import Case
 
 ROWS = (8192, 2048, 512, 64, 8, 1)
 RANKS = (16, 64, 8, 128)
@@ -26,21 +27,6 @@ MODELS = {
     "Qwen2.5-7B": _decoder(3584, 512, 18944),
     "2048-wide": _decoder(2048, 512, 8192),
 }
-
-
-class Case(NamedTuple):
-    """One layer, its input and its adapter."""
-
-    M: int
-    K: int
-    N: int
-    r: int
-    dtype: str = "bf16"
-    dropout: float = 0.0
-
-    def __str__(self) -> str:
-        drop = f" p={self.dropout:g}" if self.dropout else ""
-        return f"{self.dtype} (M={self.M}, K={self.K}, N={self.N}, r={self.r}){drop}"
 
 
 def names(N: int, K: int) -> str:

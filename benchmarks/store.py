@@ -6,25 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-
-def replace_text(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
-def to_json(document: dict) -> str:
-    """JSON with one row or bucket a line, so that changes read well and files stay short."""
-    lines = []
-    for key, value in document.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            body = ",\n".join(f"  {json.dumps(entry, ensure_ascii=False)}" for entry in value)
-            lines.append(f" {json.dumps(key)}: [\n{body}\n ]")
-        else:
-            lines.append(f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+from lora_kernels.tuning.table import replace_text, to_json
 
 
 class Results:

@@ -11,10 +11,12 @@ import statistics
 
 import pytest
 import torch
-from clock import graphed, interleaved
-from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_FUSED, build, problem
+from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_FUSED, build
 from report import weight_gb_s
-from shapes import Case, decode
+from shapes import decode
+
+from lora_kernels.testing import Case, problem
+from lora_kernels.tuning.clock import graphed, interleaved
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), "bf16" if GPU else "fp32"

@@ -19,6 +19,7 @@ from lora_kernels.merged import merged_state_dict
 from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
 from lora_kernels.rank import low_rank_approximation
 from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model, train_model
+from lora_kernels.tuning import TuningReport, tune
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "FusedLoRAConv1D",
     "FusedLoRALinear",
     "LoraReport",
+    "TuningReport",
     "add_adaptor_layer",
     "adjust_rank",
     "apply_lora",
@@ -47,6 +49,7 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "train_model",
+    "tune",
     "unfuse_peft",
     "unmerge_lora",
     "warmup",

@@ -27,3 +27,9 @@ if PLAN is not None and BACKEND not in (None, "cuda", "triton"):
 
 # Registers autograd by torch.library's own means alone: slower calls, no private part of torch.
 PUBLIC_DISPATCH = _choice("LORA_KERNELS_PUBLIC_DISPATCH", ("0", "1")) == "1"
+
+# A tuned table, or a folder of them, before the user's and the package's; cuda/tables.py reads it.
+TUNED = os.environ.get("LORA_KERNELS_TUNED", "").strip() or None
+
+# Whether a GPU without a tuned table is said to lack one, with the command that makes it.
+TUNE = _choice("LORA_KERNELS_TUNE", ("off", "hint")) or "hint"

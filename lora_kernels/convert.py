@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import adapters, names, options, targets
+from lora_kernels import adapters, backends, names, options, targets
 from lora_kernels.adapters import lora_parameters
 from lora_kernels.bypass import unregistered_linears
 from lora_kernels.nn import AdapterOptions, LoRALayer, layer_class
@@ -49,6 +49,7 @@ class LoraReport:
     left_out_parameters: dict[str, int] = field(default_factory=dict)
     unregistered: list[str] = field(default_factory=list)
     shared: dict[str, list[str]] = field(default_factory=dict)
+    gpu: str = ""
 
     def __str__(self) -> str:
         lines = [
@@ -81,6 +82,8 @@ class LoraReport:
             lines.append(
                 f"{kind}, left frozen: {targets.summary(weights, limit=8)} ({share} of the weights)"
             )
+        if self.gpu:
+            lines.append(self.gpu)
         if self.unregistered:
             lines.append(
                 "held in a plain list only, so not part of the model (nn.ModuleList registers"
@@ -245,6 +248,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             adapted=sum(weight.numel() for weight in {layer.weight for layer in layers.values()}),
             base=base,
             shared={name: others[1:] for name, others in all_of.items() if len(others) > 1},
+            gpu=backends.on_gpu(layer.weight for layer in layers.values()),
             left_out={kind: list(weights) for kind, weights in left_out.items()},
             left_out_parameters={
                 kind: sum(p.numel() for p in set(weights.values()))

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from lora_kernels import __version__, _env, backends
 from lora_kernels._contract import OPS
+from lora_kernels.backends.cuda import tables
 from lora_kernels.functional import lora_linear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +59,10 @@ def describe() -> Iterator[str]:
     for name in ("peft", "transformers", "safetensors"):
         yield f"{name:13} {_package(name)}"
     yield f"LORA_KERNELS_BACKEND = {_env.BACKEND or 'not set'}"
+    yield f"LORA_KERNELS_TUNED = {_env.TUNED or 'not set'}"
+    if torch.cuda.is_available():
+        for line in tables.describe(torch.cuda.current_device()):
+            yield f"tuned table   {line}"
     for device in _devices():
         choice = backends.choose(device)
         for op in OPS:

@@ -13,8 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-import clock
-import gate
 import gpu_day
 import layer
 import peers
@@ -22,10 +20,9 @@ import report
 import shapes
 import store
 from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
-from shapes import Case
 
-from lora_kernels.backends.cuda import tables
-from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.testing import NAMES, Case, WrongResult, expected, problem
+from lora_kernels.tuning import clock
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -49,7 +46,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(("name", "adapter"), [(UNFUSED, True), (FROZEN, False)])
 def test_flops_are_those_that_torch_counts(name, adapter):
-    p = peers.problem(CASE, CPU)
+    p = problem(CASE, CPU)
     peer = peers.build(name, p)
     with FlopCounterMode(display=False) as counter:
         y = peer.layer(p.x)
@@ -64,7 +61,7 @@ def test_flops_are_those_that_torch_counts(name, adapter):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_bytes_are_those_of_the_tensors(dtype):
     case = CASE._replace(dtype=dtype)
-    p = peers.problem(case, CPU)
+    p = problem(case, CPU)
     y, dx, d_a, d_b = peers.build(OURS, p).results(p)
     s = p.x @ p.a.t()
     frozen = (p.x, p.weight, y)
@@ -123,25 +120,25 @@ def test_the_cells():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_right_peers_pass_the_gate(dtype, dropout):
-    p = peers.problem(CASE._replace(dtype=dtype, dropout=dropout), CPU)
+    p = problem(CASE._replace(dtype=dtype, dropout=dropout), CPU)
     for name in (FROZEN, UNFUSED, ADDMM, PEFT, peers.PEFT_FP32, OURS, peers.OURS_FP32):
         layer.is_right(name, peers.build(name, p), p)
 
 
 @pytest.mark.parametrize("index", range(4))
 def test_a_wrong_output_does_not(index):
-    p = peers.problem(CASE, CPU)
+    p = problem(CASE, CPU)
     outs = peers.build(OURS, p).results(p)
     outs[index] = outs[index] * 1.0001
-    with pytest.raises(gate.WrongResult, match=f"ours: {gate.NAMES[index]} has error"):
-        gate.expected(p).require("ours", outs)
+    with pytest.raises(WrongResult, match=f"ours: {NAMES[index]} has error"):
+        expected(p).require("ours", outs)
 
 
 def test_another_dropout_mask_does_not():
-    p = peers.problem(CASE._replace(dropout=0.25), CPU)
-    seed = gate.drawn_seed(CPU)
-    with pytest.raises(gate.WrongResult):
-        gate.expected(p, seed + 1).require(OURS, peers.build(OURS, p).results(p))
+    p = problem(CASE._replace(dropout=0.25), CPU)
+    seed = layer.drawn_seed(CPU)
+    with pytest.raises(WrongResult):
+        expected(p, seed + 1).require(OURS, peers.build(OURS, p).results(p))
 
 
 def test_a_wrong_peer_is_not_timed(monkeypatch):
@@ -252,154 +249,7 @@ def test_gpu_tables(tmp_path):
     assert (tmp_path / "layer-gpu-decode.png").exists()
 
 
-# -------------------------------------------------------------------------------------------- tuner
-
-
-# gluon is compiled for Hopper and bf16 alone.
-INTERPRETED = [plan for plan in PLANS if plan not in ("decode_cuda", "gluon")]
-
-
-def test_tuner_in_the_interpreter(tmp_path):
-    pytest.importorskip("triton")
-    table = tmp_path / "tuned.json"
-    command = ("benchmarks/tune.py", "--dtype", "fp16", "--sizes", "16,32,32,8", "--rounds", "1",
-               "2", "--seconds", "0", "--out", str(table))  # fmt: skip
-    python(*command, TRITON_INTERPRET="1")
-    found = tables.read_table(table)
-    # The flag kernel serves no dropout forward, but its backward is that of others.
-    proven = {(plan, p) for plan in INTERPRETED for p in (False, True)} - {("flag", True)}
-    assert _proven(found) == proven
-    assert [(b["op"], b["dropout"]) for b in found["buckets"]] == [
-        ("forward", False), ("backward", False), ("forward", True), ("backward", True),
-        ("add", False), ("add_backward", False), ("add", True), ("add_backward", True),
-    ]  # fmt: skip
-    assert "trying" not in found
-    assert set(found) >= {"date", "versions", "commit"}
-
-    # The process died in a candidate: it is not tried again, and its plan is not proven.
-    last = found["buckets"].pop()
-    call = {name: last[name] for name in ("op", "dtype", "M", "N", "K", "r", "dropout")}
-    table.write_text(json.dumps(found | {"trying": {"plan": "cublas", "tiles": {}, "call": call}}))
-    python(*command, TRITON_INTERPRET="1")
-    again = tables.read_table(table)
-    assert again["buckets"][:-1] == found["buckets"]
-    assert again["buckets"][-1]["plan"] != "cublas"
-    assert _proven(again) == proven - {("cublas", True)}
-    assert again["failed"][0]["why"] == "the process died"
-
-
-def _proven(table):
-    return {(entry["plan"], entry["dropout"]) for entry in table["proven"]}
-
-
-def _proofs(*plans, dtype="bfloat16"):
-    return [tables.proof(plan, dtype, False) for plan in plans]
-
-
-def _bucket(M, plan, **more):
-    call = {"op": "forward", "dtype": "bfloat16", "M": M, "N": 8, "K": 8, "r": 8, "dropout": False}
-    return call | {"plan": plan, **more}
-
-
-def test_merging_tables(tmp_path):
-    tune = pytest.importorskip("tune")
-    one = {"gpu": "G", "versions": {"triton": "3"}, "proven": _proofs("aten", "cublas", "dual"),
-           "failed": [], "buckets": [_bucket(1, "dual"), _bucket(2, "aten")]}  # fmt: skip
-    wrong = {"plan": "dual", "tiles": {}, "call": _bucket(1, "dual"), "why": "", "wrong": True}
-    other = one | {
-        "proven": _proofs("shrink_gemm") + _proofs("dual", dtype="float16"),
-        "failed": [wrong],
-        "buckets": [_bucket(2, "cublas")],
-    }
-    paths = []
-    for name, table in (("a", one), ("b", other)):
-        paths.append(tmp_path / f"{name}.json")
-        paths[-1].write_text(json.dumps(table))
-    out = tmp_path / "c.json"
-    tune.main(["--merge", *map(str, paths), "--out", str(out)])
-    merged = tables.read_table(out)
-    kept = _proofs("aten", "cublas", "shrink_gemm") + _proofs("dual", dtype="float16")
-    assert merged["proven"] == kept
-    assert [(b["M"], b["plan"]) for b in merged["buckets"]] == [(1, "dual"), (2, "cublas")]
-    with pytest.raises(ValueError, match="gpu: cannot merge G with H"):
-        tune.merge(one, other | {"gpu": "H"})
-
-
-def test_what_the_tuner_takes():
-    tune = pytest.importorskip("tune")
-    gemm, shrink = {"gemm": {"bm": 64}}, {"shrink": {"split": 2}}
-    found = [tune.Candidate(*c) for c in (("aten", {}), ("shrink_gemm", {}), ("shrink_gemm", gemm),
-             ("shrink_gemm", shrink), ("shrink_gemm", {"gemm": {"bm": 128}}))]  # fmt: skip
-    assert tune.joined(found, [5.0, 4.0, 3.0, 3.5, 3.8]) == [("shrink_gemm", gemm | shrink)]
-    assert tune.joined(found, [5.0, 4.0, 3.0, 4.5, 3.8]) == []
-    assert tune.simplest(found, [5.0, 4.0, 3.0, 3.5, 3.8]) == 2
-    assert tune.simplest(found, [3.02, 4.0, 3.0, 3.5, 3.8]) == 0
-
-
-def test_a_wrong_plan_is_struck_out(tmp_path):
-    tune = pytest.importorskip("tune")
-    table = tune.Table(tmp_path / "t.json", "G", {"versions": {}, "commit": "x"})
-    tiled = tune.Candidate("dual", {"dual": {"bm": 64}})
-    one, two, three = (_bucket(M, "dual") for M in (1, 2, 3))
-    half = three | {"dtype": "float16"}
-    table.worked(tiled, one)
-    table.worked(tiled, half)
-    table.failed(tiled, one, "too large", wrong=False)
-    assert table.content["proven"] == _proofs("dual") + _proofs("dual", dtype="float16")
-    assert table.refuses(tiled, one)
-    assert not table.refuses(tiled, two)
-    table.failed(tiled, two, "wrong")
-    table.worked(tiled, two)
-    assert table.content["proven"] == _proofs("dual", dtype="float16")
-    assert table.refuses(tune.Candidate("dual", {}), three)
-    assert not table.refuses(tune.Candidate("dual", {}), half)
-
-
-def test_a_tuner_that_is_told_to_end_blames_no_plan(tmp_path):
-    tune = pytest.importorskip("tune")
-    path, info = tmp_path / "t.json", {"versions": {}, "commit": "x"}
-    candidate, call = tune.Candidate("dual", {}), _bucket(1, "dual")
-    table = tune.Table(path, "G", info)
-    table.trying(candidate, call)
-    table.interrupted()
-    assert not tune.Table(path, "G", info).refuses(candidate, call)
-    table.trying(candidate, call)  # and one that hung, or took the process along, is to blame
-    assert tune.Table(path, "G", info).refuses(candidate, call)
-
-
-def test_reads_that_hide_the_host(monkeypatch):
-    """As long as the slowest turn takes to launch, and half as long again."""
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    seconds = [0.0]
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: seconds[0])
-
-    def turn_of(spent):
-        def turn(mark):
-            seconds[0] += spent
-
-        return turn
-
-    read = clock._READ_SECONDS
-    assert clock._reads_to_hide([turn_of(0.0)]) == 1
-    assert clock._reads_to_hide([turn_of(2 * read), turn_of(read)]) == 4
-    assert clock._reads_to_hide([turn_of(1.0)]) == clock._MOST_READS
-
-
 # ----------------------------------------------------------------------- the day, models, micro
-
-
-def test_the_tuner_compiles_only_what_the_table_lacks(tmp_path):
-    tune = pytest.importorskip("tune")
-    path = tmp_path / "t.json"
-    cases = [Case(16, 32, 32, 8), Case(16, 32, 32, 8, dropout=0.1)]
-    todo = [(base, case) for base in tune.OPS for case in cases]
-    assert tune.left(todo, path) == todo
-    table = tune.Table(path, "G", {"versions": {}, "commit": "x"})
-    for op in ("forward", "backward", "add"):
-        table.add({**tune.key_of(cases[0], op), "plan": "aten"})
-    assert tune.left(todo, path) == [todo[1], *todo[2:]]
-    table.add({**tune.key_of(cases[0], "add_backward"), "plan": "aten"})
-    assert tune.left(todo, path) == [todo[1], todo[3]]
 
 
 def test_gpu_day_keeps_to_its_budget_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -470,7 +320,7 @@ def test_gpu_day_keeps_to_its_budget_and_goes_on(tmp_path, monkeypatch, capsys):
 def test_gpu_day_dry_run(tmp_path, capsys):
     assert gpu_day.main(["--minutes", "9", "--out", str(tmp_path), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    scripts = ("pytest -q -m gpu", "tune.py", "layer.py", "model.py", "report.py")
+    scripts = ("pytest -q -m gpu", "lora_kernels tune", "layer.py", "model.py", "report.py")
     order = [next(i for i, line in enumerate(lines) if name in line) for name in scripts]
     assert order == sorted(order)
     assert not list(tmp_path.iterdir())
@@ -505,7 +355,7 @@ def test_model_gate_sees_a_wrong_adapter():
     ids = torch.randint(64, (1, 8))
     model.gate(models, ids)
     next(iter(model.adapters(models[OURS]).values())).data.mul_(1.01)
-    with pytest.raises(gate.WrongResult):
+    with pytest.raises(WrongResult):
         model.gate(models, ids)
 
 

@@ -20,6 +20,7 @@ FLOORS[""] = {
     "_contract": -2.5,
     "_checks": -2,
     "backends": -1,
+    "testing": -0.5,
     "_dispatch": -1,
     "rules": -1,
     "_ops": 0,
@@ -43,6 +44,7 @@ FLOORS[""] = {
     "peft_targets": 3.15,
     "checkpoint": 3.2,
     "ahead": 3,
+    "tuning": 3.2,
     "convert": 3.3,
     "merged": 3.4,
     "check": 3.4,
@@ -54,6 +56,9 @@ FLOORS[""] = {
     "__main__": 5.1,
 }
 
+FLOORS["tuning"] = {
+    "clock": 0, "machine": 0, "table": 0, "search": 1, "worker": 2, "__init__": 1,
+}  # fmt: skip
 FLOORS["nn"] = {
     "tensors": 0,
     "merging": 1,

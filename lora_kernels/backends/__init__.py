@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lora_kernels import _env
 from lora_kernels.backends import cuda, forced, native, reference
+from lora_kernels.backends.cuda import choice
 from lora_kernels.backends.native import extension
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.branch import Base, Branch, Need
@@ -135,6 +137,15 @@ def choose(device: torch.device | str) -> Choice:
     return _default(device)
 
 
+def on_gpu(tensors: Iterable[Tensor]) -> str:
+    """One line on what serves the calls of the first tensor on a GPU, and why; "" without one."""
+    device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    if device is None:
+        return ""
+    choice = choose(device)
+    return f"calls on the GPU: {choice.name} ({choice.reason})"
+
+
 @cache
 def _default(device: torch.device) -> Choice:
     passed: list[str] = []
@@ -156,6 +167,7 @@ def _forced(device: torch.device, name: str, demand: str) -> Choice:
     return Choice(name, BACKENDS[name], f"forced by {demand}", demand)
 
 
+choice.changed += [_default.cache_clear, _forced.cache_clear]
 for _name, _backend in (("reference", reference), ("native", native), ("cuda", cuda)):
     register(_name, _backend)
 if _env.BACKEND is not None:

@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import targets
+from lora_kernels import backends, targets
 from lora_kernels._contract import DTYPES
 from lora_kernels.functional import lora_add, lora_linear
 
@@ -63,6 +63,7 @@ class PeftReport:
     left: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
     no_gradient: dict[str, str] = field(default_factory=dict)
+    gpu: str = ""
 
     def __str__(self) -> str:
         lines = [f"fused {len(self.fused)} layers: {targets.summary(self.fused)}"]
@@ -71,6 +72,7 @@ class PeftReport:
                 f"fp32 adapters rounded to the base's dtype at use, as autocast does, in"
                 f" {len(self.rounded)} layers (exact=True leaves them to PEFT)"
             )
+        lines += [self.gpu] if self.gpu else []
         lines += [f"left to PEFT {name}: {reason}" for name, reason in self.left.items()]
         lines += [f"no gradient through {name}: {why}" for name, why in self.no_gradient.items()]
         return "\n".join(lines)
@@ -119,6 +121,7 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
         report.fused.append(name)
         if any(_mixes(layer, adapter) for adapter in _active(layer)):
             report.rounded.append(name)
+    report.gpu = backends.on_gpu(peft_model.parameters()) if report.fused else ""
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
 
@@ -11,7 +12,7 @@ from lora_kernels import _env
 from lora_kernels.backends import forced
 from lora_kernels.backends.cuda.plan import Call, Tiles
 from lora_kernels.backends.cuda.plans import PLANS, known
-from lora_kernels.backends.cuda.tables import Choice, index_of, nearest, tuned
+from lora_kernels.backends.cuda.tables import Choice, index_of, nearest, tuned, why_none
 from lora_kernels.backends.device import Target
 
 _MOST_VARIED_RANK = 128
@@ -57,6 +58,18 @@ def _choose(index: int | None, call: Call, demand: str | None) -> Choice:
     if reason is not None:
         raise RuntimeError(f"{demand}: {reason}")
     return Choice("cublas", {})
+
+
+def forget() -> None:
+    """Has tables looked for and read anew; what has been captured or compiled keeps its plans."""
+    for cached in (_choose, tuned, why_none):
+        cached.cache_clear()
+    for listener in changed:
+        listener()
+
+
+# Called by `forget`: what is above and remembers a choice.
+changed: list[Callable[[], None]] = []
 
 
 def candidates(call: Call, target: Target) -> list[tuple[str, Tiles]]:

@@ -113,6 +113,8 @@ class Plan:
     backward: Pass[BackwardRun]
     add: Pass[AddRun] | None = None
     add_backward: Pass[BackwardRun] | None = None
+    # Programs of a launch wait for or follow one another: more runs must prove it.
+    cooperates: bool = False
 
     @property
     def bases(self) -> tuple[str, ...]:

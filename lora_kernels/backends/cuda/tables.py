@@ -1,6 +1,9 @@
 """What ran right and fast on which GPU: the tables that make a plan a default.
 
-They are `tuned/<gpu>.json`, the GPU's name in lower case with runs of other characters as "_":
+The first of these that is there: the file that LORA_KERNELS_TUNED names, or one of the GPU's name
+in the folder that it names; what `tune` left in the user's cache folder, for this GPU, these
+versions and these kernels; the package's `tuned/<gpu>.json`, the GPU's name in lower case with
+runs of other characters as "_":
 
     {"gpu": "NVIDIA H200",
      "proven": [{"plan": "shrink_gemm", "dtype": "bfloat16", "dropout": false}, ...],
@@ -17,8 +20,11 @@ plan and analytic tiles.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
+import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -28,10 +34,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_kernels import _env
 from lora_kernels.backends.cuda.plan import DTYPES, OPS, Call, Tiles
 from lora_kernels.backends.cuda.plans import PLANS, known
+from lora_kernels.backends.device import target
 
+_logger = logging.getLogger("lora_kernels")
 TUNED = Path(__file__).parent / "tuned"
+_CURE = " (python -m lora_kernels tune makes one)" if _env.TUNE == "hint" else ""
 KIND = ("op", "dtype", "dropout")  # what of a bucket must be the call's own
 SIZES = ("M", "N", "K", "r")  # and what may be near it
 
@@ -110,7 +120,63 @@ def tuned(index: int) -> dict[str, Any] | None:
 
 
 def _path(index: int) -> Path:
-    return TUNED / file_name(torch.cuda.get_device_name(index))
+    """Of the table to be used, which may not be there."""
+    name = file_name(torch.cuda.get_device_name(index))
+    if _env.TUNED is not None:
+        given = Path(_env.TUNED)
+        if not given.exists():
+            raise ValueError(f"LORA_KERNELS_TUNED: no file or folder {given}")
+        if given.is_file():
+            return given
+        if (given / name).exists():
+            return given / name
+    cached = cache_path(index)
+    return cached if cached.exists() and _is_sound(cached) else TUNED / name
+
+
+@cache
+def _is_sound(path: Path) -> bool:
+    try:
+        read_table(path)
+    except (ValueError, OSError) as error:
+        _logger.warning("%s is passed over, python -m lora_kernels tune --force makes it anew: %s",
+                        path, error)  # fmt: skip
+        return False
+    return True
+
+
+def cache_path(index: int) -> Path:
+    """The user's table of a GPU: $XDG_CACHE_HOME/lora_kernels/v1/<gpu>-<key>.json."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    stem = Path(file_name(torch.cuda.get_device_name(index))).stem
+    return base / "lora_kernels" / "v1" / f"{stem}-{key_of(index)}.json"
+
+
+@cache
+def key_of(index: int) -> str:
+    """Of what changes the machine code: our kernels and plans, Triton, torch, CUDA, the card."""
+    folder = Path(__file__).parent
+    sources = [*folder.glob("plans/*.py"), *folder.parent.glob("triton/*.py")]
+    card = target(torch.device("cuda", index))
+    what = (_triton(), torch.__version__, torch.version.cuda, torch.version.hip, *card)
+    digest = hashlib.sha256(repr(what).encode())
+    for source in sorted(sources):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def describe(index: int) -> list[str]:
+    """Lines on the table of a CUDA device: file, age, contents, what was struck out and why."""
+    absent, path = why_none(index), _path(index)
+    if absent is not None:
+        return [absent]
+    table = read_table(path)
+    plans = dict.fromkeys(entry["plan"] for entry in table["proven"])
+    lines = [f"{path}, of {table.get('date', 'an unknown day')}"]
+    lines.append(f"{len(table['buckets'])} kinds of calls; proven: {', '.join(plans)}")
+    for entry in table.get("failed", ()):
+        lines.append(f"struck out: {entry['plan']} {entry['tiles']}: {entry['why']}")
+    return lines
 
 
 @cache
@@ -119,10 +185,12 @@ def why_none(index: int) -> str | None:
     one Triton compiled: another compiles other machine code."""
     path = _path(index)
     if not path.exists():
-        return "no tuned table for this GPU"
+        return "no tuned table for this GPU" + _CURE
     proven, here = json.loads(path.read_text()).get("versions", {}).get("triton"), _triton()
     if proven != here:
-        return f"the tuned table of this GPU is of Triton {proven}, this is {here or 'without'}"
+        return (
+            f"the tuned table of this GPU is of Triton {proven}, this is {here or 'without'}{_CURE}"
+        )
     return None
 
 

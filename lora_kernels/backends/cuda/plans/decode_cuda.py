@@ -67,6 +67,7 @@ PLAN = replace(
     aten.PLAN,
     name="decode_cuda",
     summary="forward in one launch, compiled CUDA, for M <= 16 in 16 bits; no dropout",
+    cooperates=True,
     forward=Pass(
         _forward,
         (Launch("decode_cuda", DecodeTile, _variants),),

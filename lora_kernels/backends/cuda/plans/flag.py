@@ -44,6 +44,7 @@ PLAN = replace(
     shrink_gemm.PLAN,
     name="flag",
     summary="forward in one launch, the tiles of column 0 compute s for the others; no dropout",
+    cooperates=True,
     forward=Pass(
         _forward,
         (Launch("flag", GemmTile, _variants),),

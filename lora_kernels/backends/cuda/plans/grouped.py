@@ -60,6 +60,7 @@ PLAN = replace(
     shrink_gemm.PLAN,
     name="grouped",
     summary="as shrink_gemm, but backward makes dx and dA in one launch",
+    cooperates=True,
     backward=Pass(
         _backward, (*GRADIENTS, Launch("dx_da", GemmTile, _variants)), needs=needs.triton
     ),

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def _turn_on_gpu(turn: Turn, reads: int = 1) -> list[torch.cuda.Event]:
     return marks
 
 
-def _parts(marks: list) -> list[float]:
+def _parts(marks: list[Any]) -> list[float]:
     """Seconds between neighbouring marks."""
     if isinstance(marks[0], float):
         return [b - a for a, b in pairwise(marks)]

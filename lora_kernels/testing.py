@@ -1,17 +1,70 @@
-"""Nothing is timed before it is right: outputs and gradients against fp64, by the accuracy rule of
-the library: error <= 2 x that of unfused torch + eps, error = |out - exact| / |exact|."""
+"""What a result of the op must be, for tests of backends and plans and before anything is timed:
+random tensors of a case, their fp64 outputs and gradients, and the library's rule of accuracy:
+
+    error <= 2 x that of unfused torch + eps of the dtype, error = |out - exact| / |exact|.
+
+    p = problem(Case(M=64, K=128, N=96, r=8, dtype="fp16"), device)
+    expected(p).require("mine", [y, dx, d_a, d_b])
+"""
 
 from typing import NamedTuple
 
 import torch
-from peers import SCALING, Problem
 from torch import Tensor
 
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCALING = 2.0
 NAMES = ("y", "dx", "dA", "dB")
 _ROWS = 512
-_SEED = 1234
+
+
+class Case(NamedTuple):
+    """One layer, its input x [M,K] and weight [N,K], and its adapter of rank r; dtype is one of
+    `DTYPES`."""
+
+    M: int
+    K: int
+    N: int
+    r: int
+    dtype: str = "bf16"
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        drop = f" p={self.dropout:g}" if self.dropout else ""
+        return f"{self.dtype} (M={self.M}, K={self.K}, N={self.N}, r={self.r}){drop}"
+
+
+class Problem(NamedTuple):
+    """x [M,K], which requires grad, weight [N,K], A [r,K], B [N,r] and the gradient dy [M,N] of the
+    output: random, at realistic magnitudes."""
+
+    case: Case
+    x: Tensor
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    dy: Tensor
+
+
+def problem(case: Case, device: torch.device) -> Problem:
+    """The same values for the same sizes."""
+    generator = torch.Generator(device).manual_seed(case.M + case.N + case.K + case.r)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.empty(shape, dtype=DTYPES[case.dtype], device=device)
+        return values.normal_(0, scale, generator=generator)
+
+    M, K, N, r = case[:4]
+    return Problem(
+        case,
+        randn(M, K).requires_grad_(),
+        randn(N, K, scale=K**-0.5),
+        randn(r, K, scale=K**-0.5),
+        randn(N, r, scale=r**-0.5),
+        randn(M, N),
+    )
 
 
 class WrongResult(AssertionError):
@@ -56,12 +109,22 @@ class Expected(NamedTuple):
     exact: list[Tensor]
     rival: list[Tensor]
 
-    def require(self, name: str, outs: list[Tensor], names: tuple[str, ...] = NAMES) -> None:
-        """Raises WrongResult unless the outputs `names` are as near to fp64 as the rule demands."""
+    def errors(
+        self, outs: list[Tensor], names: tuple[str, ...] = NAMES
+    ) -> dict[str, tuple[float, float]]:
+        """By name the error of an output, and that of unfused torch."""
+        found = {}
         for what, out in zip(names, outs, strict=True):
             out = out[self.rows] if what in ("y", "dx") else out
             true, other = (of[NAMES.index(what)] for of in (self.exact, self.rival))
-            mine, theirs = error(out, true), error(other, true)
+            found[what] = error(out, true), error(other, true)
+        return found
+
+    def require(self, name: str, outs: list[Tensor], names: tuple[str, ...] = NAMES) -> None:
+        """Raises WrongResult unless the outputs `names`, some of y [M,N], dx [M,K], dA [r,K] and
+        dB [N,r], are as near to fp64 as the rule demands."""
+        for what, (mine, theirs) in self.errors(outs, names).items():
+            out = outs[names.index(what)]
             if not mine <= 2 * theirs + torch.finfo(out.dtype).eps:
                 raise WrongResult(
                     f"{name}: {what} has error {mine:.2e}, unfused torch {theirs:.2e}"
@@ -79,11 +142,3 @@ def expected(p: Problem, seed: Tensor | None = None) -> Expected:
     rows = rows.to(p.x.device)
     both = (_unfused(p, dtype, drop, rows) for dtype in (torch.float64, torch.float32))
     return Expected(rows, *both)
-
-
-def drawn_seed(device: torch.device) -> Tensor:
-    """The next seed that a call of ours will draw; the generator is put back."""
-    torch.manual_seed(_SEED)
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    torch.manual_seed(_SEED)
-    return seed

@@ -1,0 +1,251 @@
+"""A GPU proves the plans and times them: `tune`, `python -m lora_kernels tune`."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.backends.cuda import choice, tables
+from lora_kernels.nn import LoRALayer
+from lora_kernels.testing import DTYPES, Case
+from lora_kernels.tuning.table import Candidate, Table, locked, replace_text, to_json, touch_lock
+
+ROWS = (8192, 2048, 16, 1)
+SHAPES = ((4096, 4096, 16), (14336, 4096, 16), (4096, 14336, 16))
+LIMIT = 60.0  # seconds that a candidate may take, compiling included
+_MOST_CRASHES = 2  # outside of any candidate
+
+
+@dataclass
+class TuningReport:
+    """What `tune` did; prints as a short text.
+
+    path: the table. buckets: how many kinds of calls it knows, of which `added` are new. proven:
+    the plans that ran right, each as "plan in dtype" with or without dropout. failed: why a plan
+    was struck out, or a tile did not fit. finished: False where the time was over first.
+    """
+
+    path: Path
+    buckets: int
+    added: int
+    proven: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    finished: bool = True
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.buckets} kinds of calls, {self.added} of them new"]
+        lines.append(f"proven: {', '.join(self.proven) or 'none, calls go to ATen'}")
+        lines += [f"struck out: {reason}" for reason in self.failed]
+        if not self.finished:
+            lines.append("the time was over; the same call goes on")
+        return "\n".join(lines)
+
+
+def tune(
+    model: nn.Module | None = None,
+    rows: Sequence[int] = ROWS,
+    *,
+    shapes: Iterable[tuple[int, int, int]] | None = None,
+    dtype: str = "bf16",
+    minutes: float = 3.0,
+    backward: bool = True,
+    force: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    plugins: Sequence[str] = (),
+    **worker: Any,
+) -> TuningReport:
+    """Proves and times the plans on this GPU, for the calls of a model, and has this process and
+    later ones use what was found.
+
+    Everything runs in a process of its own: a kernel that hangs, dies or computes something else
+    strikes its plan out and harms nobody. Call it before CUDA graphs are captured or a model is
+    compiled; under torch.distributed by all ranks, of which the first of each node tunes.
+
+    Args:
+        model: whose LoRA layers' sizes, dtypes and dropout are taken; or
+        shapes: (N, K, r) of weights [N,K] and ranks, in `dtype` ("bf16", "fp16", "fp32").
+        rows: M, the numbers of rows (tokens) of a call.
+        minutes: when to stop; what is missing is found by calling it again.
+        backward: whether gradients are asked for.
+        force: begins a new table in place of the one that is there.
+        out: the table's file; by default that of this GPU, these versions and kernels in the
+            user's cache folder, where later processes look for it.
+        plugins: names of modules that register plans of their own.
+
+    Raises:
+        ValueError: no GPU, a model without LoRA layers, a size that is not positive.
+        RuntimeError: another process makes the table, or in a capture of a CUDA graph.
+    """
+    gpu = torch.cuda.is_available()
+    if not gpu and (out is None or os.environ.get("TRITON_INTERPRET") != "1"):
+        raise ValueError("tune: there is no GPU here; a trial needs TRITON_INTERPRET=1 and `out`")
+    if gpu and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tune: a CUDA graph is being captured; tune before")
+    for module in plugins:
+        importlib.import_module(module)
+    path = tables.cache_path(torch.cuda.current_device()) if out is None else Path(out)
+    todo = _todo(_cases(model, rows, shapes, dtype), backward)
+    if _is_first_of_node():
+        with locked(path):
+            if force:
+                path.unlink(missing_ok=True)
+            before = _buckets(path)
+            options = {"backward": int(backward), "minutes": minutes, "plugins": plugins, **worker}
+            finished = _supervise(path, todo, options)
+    else:
+        before, finished = 0, True
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    if out is None:
+        choice.forget()
+    return _report(path, before, finished)
+
+
+def merge_files(one: Path, other: Path, out: Path) -> None:
+    """Writes the table of two: `table.merge`."""
+    from lora_kernels.tuning.table import merge
+
+    replace_text(out, to_json(merge(*map(tables.read_table, (one, other)))))
+
+
+def _is_first_of_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _cases(
+    model: nn.Module | None,
+    rows: Sequence[int],
+    shapes: Iterable[tuple[int, int, int]] | None,
+    dtype: str,
+) -> list[Case]:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, legal values are {', '.join(DTYPES)}")
+    found: dict[tuple[Any, ...], None] = {}
+    if model is None:
+        for N, K, r in SHAPES if shapes is None else shapes:
+            found |= dict.fromkeys((K, N, r, dtype, p) for p in (0.0, 0.1))
+    else:
+        found |= dict.fromkeys(sizes for layer in model.modules() for sizes in _sizes(layer))
+        if not found:
+            raise ValueError("model: has no LoRA layer; call apply_lora first, or give shapes")
+    cases = [Case(M, *sizes) for M in rows for sizes in found]
+    for case in cases:
+        if min(case[:4]) < 1:
+            raise ValueError(f"rows, shapes: expected sizes of at least 1, got {case}")
+    return cases
+
+
+def _sizes(layer: nn.Module) -> Iterator[tuple[int, int, int, str, float]]:
+    """K, N, r, dtype and dropout of the calls of a LoRA layer, PEFT's too; in eval mode none
+    drops."""
+    names = {value: name for name, value in DTYPES.items()}
+    found: list[tuple[Tensor, Tensor, Tensor, float]] = []
+    if isinstance(layer, LoRALayer):
+        found.append((layer.lora_A, layer.lora_B, layer.weight, layer.dropout))
+    elif isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+        of_peft: Any = layer
+        for name, down in of_peft.lora_A.items():
+            p = getattr(of_peft.lora_dropout[name], "p", 0.0)
+            found.append((down.weight, of_peft.lora_B[name].weight, of_peft.base_layer.weight, p))
+    for a, b, weight, dropout in found:
+        if weight.dtype in names:
+            for p in dict.fromkeys((dropout, 0.0)):
+                yield a.shape[1], b.shape[0], a.shape[0], names[weight.dtype], p
+
+
+def _todo(cases: Sequence[Case], backward: bool) -> list[tuple[str, Case]]:
+    """All of a weight first: most calls are of that kind."""
+    return [(base, case) for base in ("dense", "given") for case in cases]
+
+
+def _buckets(path: Path) -> int:
+    return len(tables.read_table(path)["buckets"]) if path.exists() else 0
+
+
+def _supervise(path: Path, todo: Sequence[tuple[str, Case]], options: dict[str, Any]) -> bool:
+    """Workers one after the other until one ends well; whether all was done."""
+    end = time.monotonic() + 60 * options["minutes"]
+    limit = options.pop("limit", LIMIT)
+    crashes = 0
+    while True:
+        options["minutes"] = max(0.0, end - time.monotonic()) / 60
+        flags = [flag for name, value in options.items() for flag in (f"--{name}", *_texts(value))]
+        command = [sys.executable, "-m", "lora_kernels.tuning.worker", *flags, "--out", str(path)]
+        child = subprocess.Popen([*command, "--todo", json.dumps(todo)])
+        try:
+            status, hung = _watch(child, path, limit, max(limit, 30 * options["minutes"]))
+        except BaseException:  # Ctrl-C: the candidate is not to blame
+            child.terminate()
+            child.wait()
+            raise
+        if status == 0:
+            break
+        mark = json.loads(path.read_text()).get("trying") if path.exists() else None
+        if mark is None:
+            crashes += 1
+            if crashes == _MOST_CRASHES:
+                raise RuntimeError(f"tune: the worker ended with {status} twice; see its output")
+            continue
+        if hung:
+            content = json.loads(path.read_text())
+            content["trying"]["why"] = f"it hung: no result in {limit:g} s"
+            replace_text(path, to_json(content))
+        candidate = Candidate(mark["plan"], mark["tiles"])
+        why = "hung" if hung else f"took its process along (exit status {status})"
+        print(f"{candidate} {why}: struck out", flush=True)
+    finished: bool = end > time.monotonic()
+    return finished
+
+
+def _texts(value: object) -> list[str]:
+    return [str(each) for each in (value if isinstance(value, (tuple, list)) else (value,))]
+
+
+def _watch(
+    child: "subprocess.Popen[bytes]", path: Path, limit: float, compiling: float
+) -> tuple[int, bool]:
+    """(exit status, whether it was killed because nothing came of a candidate in time). Before the
+    first candidate others may be compiled ahead."""
+    seen, since = None, time.monotonic()
+    while child.poll() is None:
+        time.sleep(0.1)
+        touch_lock(path)
+        try:
+            now = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            now = None
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > (limit if _is_trying(path) else compiling + limit):
+            child.kill()
+            return child.wait(), True
+    return child.returncode, False
+
+
+def _is_trying(path: Path) -> bool:
+    return path.exists() and "trying" in dict(json.loads(path.read_text()))
+
+
+def _report(path: Path, before: int, finished: bool) -> TuningReport:
+    table = tables.read_table(path)
+    proven = [
+        f"{e['plan']} in {e['dtype']}{' with dropout' * e['dropout']}" for e in table["proven"]
+    ]
+    failed = [
+        f"{Candidate(e['plan'], e['tiles'])} for {e['call']}: {e['why']}"
+        for e in table.get("failed", ())
+    ]
+    buckets = len(table["buckets"])
+    return TuningReport(path, buckets, buckets - before, proven, failed, finished)
+
+
+__all__ = ["Table", "TuningReport", "merge_files", "tune"]

@@ -1,0 +1,459 @@
+"""`tune`: the worker in Triton's interpreter, what becomes of plans that are wrong, slow, hang, die
+or do not fit, and where tables are looked for."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import __main__ as command_line
+from lora_kernels import backends, tuning
+from lora_kernels.backends.cuda import choice, tables
+from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.testing import Case
+from lora_kernels.tuning import clock, search
+from lora_kernels.tuning.table import Candidate, Table, locked, merge
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+# gluon is compiled for Hopper and bf16 alone.
+INTERPRETED = [plan for plan in PLANS if plan not in ("decode_cuda", "gluon")]
+INFO = {"versions": {}, "commit": "x"}
+SMALL = ("--rows", "16", "--shapes", "32,32,8", "--dtype", "fp16", "--rounds", "1", "2",
+         "--seconds", "0")  # fmt: skip
+
+
+def tune(table: Path, *options: str, plugins: Path | None = None, **variables: str):
+    """The command in Triton's interpreter; what it printed."""
+    path = [str(ROOT), *(() if plugins is None else (str(plugins),))]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **variables,
+    }  # fmt: skip
+    if plugins is not None:
+        options += ("--plugins", "standin")
+    command = [sys.executable, "-m", "lora_kernels", "tune", *SMALL, "--out", str(table), *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def proven_of(table: dict) -> set[tuple[str, bool]]:
+    return {(entry["plan"], entry["dropout"]) for entry in table["proven"]}
+
+
+def proofs(*plans: str, dtype: str = "bfloat16") -> list[dict]:
+    return [tables.proof(plan, dtype, False) for plan in plans]
+
+
+def bucket(M: int, plan: str, **more: object) -> dict:
+    call = {"op": "forward", "dtype": "bfloat16", "M": M, "N": 8, "K": 8, "r": 8, "dropout": False}
+    return call | {"plan": plan, **more}
+
+
+def test_in_the_interpreter(tmp_path):
+    path = tmp_path / "tuned.json"
+    said = tune(path)
+    found = tables.read_table(path)
+    # The flag kernel serves no dropout forward, but its backward is that of others.
+    proven = {(plan, p) for plan in INTERPRETED for p in (False, True)} - {("flag", True)}
+    assert proven_of(found) == proven
+    assert [(b["op"], b["dropout"]) for b in found["buckets"]] == [
+        ("forward", False), ("backward", False), ("forward", True), ("backward", True),
+        ("add", False), ("add_backward", False), ("add", True), ("add_backward", True),
+    ]  # fmt: skip
+    assert "trying" not in found
+    assert set(found) >= {"date", "versions", "commit"}
+    assert "8 kinds of calls, 8 of them new" in said
+
+    # The process died in a candidate: it is not tried again, and its plan is not proven.
+    last = found["buckets"].pop()
+    call = {name: last[name] for name in ("op", "dtype", "M", "N", "K", "r", "dropout")}
+    path.write_text(json.dumps(found | {"trying": {"plan": "cublas", "tiles": {}, "call": call}}))
+    assert "8 kinds of calls, 1 of them new" in tune(path)
+    again = tables.read_table(path)
+    assert again["buckets"][:-1] == found["buckets"]
+    assert again["buckets"][-1]["plan"] != "cublas"
+    assert proven_of(again) == proven - {("cublas", True)}
+    assert again["failed"][0]["why"] == "the process died"
+
+
+STAND_IN = """
+import os, time
+from dataclasses import replace
+import torch
+from lora_kernels.backends import reference
+from lora_kernels.backends.cuda import plans
+from lora_kernels.backends.cuda.plan import Pass
+
+runs = 0
+
+def forward(base, x, branch, save_s, tiles):
+    global runs
+    runs += 1
+    y, s = reference.forward(base, x, branch, save_s)
+    if KIND == "wrong":
+        y = y * 1.01
+    elif KIND == "unwritten":
+        y = torch.empty_like(y) if runs == 1 else y
+    elif KIND == "random":
+        y[0, 0] = torch.nextafter(y[0, 0], y[0, 0] + runs % 2)
+    elif KIND == "hang":
+        time.sleep(600)
+    elif KIND == "die":
+        os._exit(77)
+    elif KIND == "crash":
+        os.abort()
+    elif KIND == "large":
+        from triton.runtime.errors import OutOfResources
+        raise OutOfResources(300_000, 101_376, "shared memory")
+    elif KIND == "slow":
+        time.sleep(0.3)
+    elif KIND == "fast":
+        pass
+    return y, s
+
+for name in [n for n in plans.PLANS if n != "aten"]:
+    del plans.PLANS[name]
+plans.register(replace(plans.PLANS["aten"], name="stand_in", summary="for a test",
+                       forward=Pass(forward, dropout=False)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("wrong", "WrongResult: stand_in: y has error"),
+        ("unwritten", "WrongResult: stand_in: y has error nan"),
+        ("random", "WrongResult: stand_in: other bits in run 2"),
+        ("hang", "it hung: no result in 2 s"),
+        ("die", "the process died"),
+        ("crash", "the process died"),
+        ("large", "OutOfResources"),
+    ],
+)
+def test_a_faulty_plan_ends_in_aten(tmp_path, kind, why):
+    (tmp_path / "standin.py").write_text(f"KIND = {kind!r}\n{STAND_IN}")
+    path = tmp_path / "tuned.json"
+    limit = "2" if kind == "hang" else "60"
+    said = tune(path, "--dtype", "fp32", "--limit", limit, "--no-backward", plugins=tmp_path)
+    table = json.loads(path.read_text())
+    assert {b["plan"] for b in table["buckets"] if b["op"] == "forward"} == {"aten"}
+    # Its other passes are ATen's: right with dropout, which its forward does not serve.
+    assert ("stand_in", False) not in proven_of(table)
+    (failed,) = table["failed"]
+    assert why in failed["why"]
+    assert f"struck out: stand_in for {failed['call']}: {failed['why']}" in said
+
+
+def test_a_slow_plan_is_proven_and_not_taken(tmp_path):
+    (tmp_path / "standin.py").write_text(f"KIND = 'slow'\n{STAND_IN}")
+    path = tmp_path / "tuned.json"
+    tune(path, "--dtype", "fp32", "--no-backward", plugins=tmp_path)
+    table = json.loads(path.read_text())
+    assert ("stand_in", False) in proven_of(table)
+    assert {bucket["plan"] for bucket in table["buckets"]} == {"aten"}
+
+
+def test_what_is_taken():
+    gemm, shrink = {"gemm": {"bm": 64}}, {"shrink": {"split": 2}}
+    found = [Candidate(*c) for c in (("aten", {}), ("shrink_gemm", {}), ("shrink_gemm", gemm),
+             ("shrink_gemm", shrink), ("shrink_gemm", {"gemm": {"bm": 128}}))]  # fmt: skip
+    assert search.joined(found, [5.0, 4.0, 3.0, 3.5, 3.8]) == [("shrink_gemm", gemm | shrink)]
+    assert search.joined(found, [5.0, 4.0, 3.0, 4.5, 3.8]) == []
+    assert search.simplest(found, [5.0, 4.0, 3.0, 3.5, 3.8]) == 2
+    assert search.simplest(found, [3.02, 4.0, 3.0, 3.5, 3.8]) == 0
+
+
+def test_new_memory_is_poisoned():
+    with search.poisoned():
+        assert torch.empty(1000).isnan().all()
+        assert torch.ones(10).new_empty(10).isnan().all()
+    assert not torch.utils.deterministic.fill_uninitialized_memory or (
+        torch.get_deterministic_debug_mode() == 0
+    )
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def test_merging(tmp_path):
+    one = {"gpu": "G", "versions": {"triton": "3"}, "proven": proofs("aten", "cublas", "dual"),
+           "failed": [], "buckets": [bucket(1, "dual"), bucket(2, "aten")]}  # fmt: skip
+    wrong = {"plan": "dual", "tiles": {}, "call": bucket(1, "dual"), "why": "", "wrong": True}
+    other = one | {
+        "proven": proofs("shrink_gemm") + proofs("dual", dtype="float16"),
+        "failed": [wrong],
+        "buckets": [bucket(2, "cublas")],
+    }
+    paths = []
+    for name, table in (("a", one), ("b", other)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(table))
+    out = tmp_path / "c.json"
+    assert command_line.main(["tune", "--merge", *map(str, paths), "--out", str(out)]) == 0
+    merged = tables.read_table(out)
+    kept = proofs("aten", "cublas", "shrink_gemm") + proofs("dual", dtype="float16")
+    assert merged["proven"] == kept
+    assert [(b["M"], b["plan"]) for b in merged["buckets"]] == [(1, "dual"), (2, "cublas")]
+    with pytest.raises(ValueError, match="gpu: cannot merge G with H"):
+        merge(one, other | {"gpu": "H"})
+
+
+def test_a_wrong_plan_is_struck_out(tmp_path):
+    table = Table(tmp_path / "t.json", "G", INFO)
+    tiled = Candidate("dual", {"dual": {"bm": 64}})
+    one, two, three = (bucket(M, "dual") for M in (1, 2, 3))
+    half = three | {"dtype": "float16"}
+    table.worked(tiled, one)
+    table.worked(tiled, half)
+    table.failed(tiled, one, "too large", wrong=False)
+    assert table.content["proven"] == proofs("dual") + proofs("dual", dtype="float16")
+    assert table.refuses(tiled, one)
+    assert not table.refuses(tiled, two)
+    table.failed(tiled, two, "wrong")
+    table.worked(tiled, two)
+    assert table.content["proven"] == proofs("dual", dtype="float16")
+    assert table.refuses(Candidate("dual", {}), three)
+    assert not table.refuses(Candidate("dual", {}), half)
+
+
+def test_who_is_told_to_end_blames_no_plan(tmp_path):
+    path = tmp_path / "t.json"
+    candidate, call = Candidate("dual", {}), bucket(1, "dual")
+    table = Table(path, "G", INFO)
+    table.trying(candidate, call)
+    table.interrupted()
+    assert not Table(path, "G", INFO).refuses(candidate, call)
+    table.trying(candidate, call)  # and one that hung, or took the process along, is to blame
+    assert Table(path, "G", INFO).refuses(candidate, call)
+
+
+def test_only_what_a_table_lacks_is_compiled(tmp_path):
+    path = tmp_path / "t.json"
+    cases = [Case(16, 32, 32, 8), Case(16, 32, 32, 8, dropout=0.1)]
+    todo = [(base, case) for base in search.OPS for case in cases]
+    assert search.left(todo, path) == todo
+    table = Table(path, "G", INFO)
+    for op in ("forward", "backward", "add"):
+        table.add({**search.key_of(cases[0], op), "plan": "aten"})
+    assert search.left(todo, path) == [todo[1], *todo[2:]]
+    table.add({**search.key_of(cases[0], "add_backward"), "plan": "aten"})
+    assert search.left(todo, path) == [todo[1], todo[3]]
+
+
+def test_a_lock_is_held_and_goes_stale(tmp_path):
+    path = tmp_path / "new" / "t.json"
+    with locked(path):
+        held = rf"t.json: process {os.getpid()} makes this table"
+        with pytest.raises(RuntimeError, match=held), locked(path):
+            pass
+        lock = path.with_name("t.json.lock")
+        old = time.time() - 601
+        os.utime(lock, (old, old))
+        with locked(path):
+            assert lock.read_text() == str(os.getpid())
+    assert not lock.exists()
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU of the name "A Card", with a cache folder and a package of its own."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "A Card")
+    monkeypatch.setattr(tables, "TUNED", tmp_path / "package")
+    monkeypatch.setattr(tables, "key_of", lambda index: "0123456789ab")
+    monkeypatch.setattr(tables, "_triton", lambda: "3")
+    monkeypatch.setattr(tables._env, "TUNED", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tables._is_sound.cache_clear()
+    choice.forget()
+    yield tmp_path
+    tables._is_sound.cache_clear()
+    choice.forget()
+
+
+def write(path: Path, M: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"gpu": "A Card", "versions": {"triton": "3"}, "proven": proofs("aten"),
+               "buckets": [bucket(M, "aten")]}  # fmt: skip
+    path.write_text(json.dumps(content))
+    return path
+
+
+def found_rows() -> int | None:
+    choice.forget()
+    table = tables.tuned(0)
+    return None if table is None else table["buckets"][0]["M"]
+
+
+def test_the_order_of_tables(gpu, monkeypatch, caplog):
+    assert found_rows() is None
+    assert "python -m lora_kernels tune" in tables.why_none(0)
+    write(gpu / "package" / "a_card.json", 1)
+    assert found_rows() == 1
+    cached = write(gpu / "cache" / "lora_kernels" / "v1" / "a_card-0123456789ab.json", 2)
+    assert tables.cache_path(0) == cached
+    assert found_rows() == 2
+    given = write(gpu / "given" / "a_card.json", 3)
+    monkeypatch.setattr(tables._env, "TUNED", str(given.parent))
+    assert found_rows() == 3
+    monkeypatch.setattr(tables._env, "TUNED", str(write(gpu / "other.json", 4)))
+    assert found_rows() == 4
+    monkeypatch.setattr(tables._env, "TUNED", str(gpu / "nowhere"))
+    with pytest.raises(ValueError, match=r"LORA_KERNELS_TUNED: no file or folder .*nowhere"):
+        found_rows()
+    monkeypatch.setattr(tables._env, "TUNED", None)
+    cached.write_text("{}")
+    tables._is_sound.cache_clear()
+    assert found_rows() == 1
+    (message,) = caplog.messages
+    assert str(cached) in message
+    assert "tune --force makes it anew" in message
+
+
+def test_the_key_of_a_table(monkeypatch):
+    monkeypatch.setattr(tables, "target", lambda device: (90, 132, 232_448, ""))
+    key = tables.key_of.__wrapped__
+    first = key(0)
+    assert first == key(0)
+    assert len(first) == 12
+    monkeypatch.setattr(tables, "target", lambda device: (90, 114, 232_448, ""))
+    assert key(0) != first
+    monkeypatch.undo()
+    monkeypatch.setattr(tables, "target", lambda device: (90, 132, 232_448, ""))
+    monkeypatch.setattr(tables, "_triton", lambda: "9.9")
+    assert key(0) != first
+
+
+# ------------------------------------------------------------------------------------- tune itself
+
+
+def test_the_cases_of_a_model():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 16))
+    lora_kernels.apply_lora(model.bfloat16(), 4, dropout=0.1)
+    found = tuning._cases(model, (1, 64), None, "fp16")
+    assert found == [
+        Case(M, K, 16, 4, "bf16", p) for M in (1, 64) for K in (8, 16) for p in (0.1, 0.0)
+    ]
+
+
+def test_the_cases_of_a_peft_model():
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16))
+    config = peft.LoraConfig(r=4, lora_dropout=0.25, target_modules=["0"])
+    model = peft.get_peft_model(model, config)
+    lora_kernels.fuse_peft(model)
+    found = tuning._cases(model, (64,), None, "fp16")
+    assert found == [Case(64, 8, 16, 4, "fp32", p) for p in (0.25, 0.0)]
+
+
+def test_bad_arguments(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no GPU here"):
+            lora_kernels.tune()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = tmp_path / "t.json"
+    with pytest.raises(ValueError, match="dtype: got 'int8', legal values are fp32, bf16, fp16"):
+        lora_kernels.tune(shapes=[(8, 8, 2)], dtype="int8", out=out)
+    with pytest.raises(ValueError, match="rows, shapes: expected sizes of at least 1"):
+        lora_kernels.tune(shapes=[(8, 8, 0)], out=out)
+    with pytest.raises(ValueError, match="has no LoRA layer; call apply_lora first"):
+        lora_kernels.tune(torch.nn.Linear(8, 8), out=out)
+    assert not out.exists()
+
+
+def test_a_worker_that_cannot_begin(tmp_path):
+    out = tmp_path / "t.json"
+    Table(out, "another card", INFO).write()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(RuntimeError, match="the worker ended with 1 twice"):
+            lora_kernels.tune(shapes=[(8, 8, 2)], rows=[1], out=out)
+    assert not out.with_name("t.json.lock").exists()
+
+
+def test_reads_that_hide_the_host(monkeypatch):
+    """As long as the slowest turn takes to launch, and half as long again."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    seconds = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: seconds[0])
+
+    def turn_of(spent):
+        def turn(mark):
+            seconds[0] += spent
+
+        return turn
+
+    read = clock._READ_SECONDS
+    assert clock._reads_to_hide([turn_of(0.0)]) == 1
+    assert clock._reads_to_hide([turn_of(2 * read), turn_of(read)]) == 4
+    assert clock._reads_to_hide([turn_of(1.0)]) == clock._MOST_READS
+
+
+# ----------------------------------------------------------------------------- what users are told
+
+
+def test_reports_say_what_serves_a_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    class OnGpu:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    try:
+        assert backends.on_gpu([torch.ones(1)]) == ""
+        line = backends.on_gpu([torch.ones(1), OnGpu()])
+        assert line.startswith("calls on the GPU: reference (ATen")
+        assert line.endswith("no tuned table for this GPU (python -m lora_kernels tune makes one))")
+        path = write(gpu / "cache" / "lora_kernels" / "v1" / "a_card-0123456789ab.json", 2)
+        choice.forget()
+        assert backends.on_gpu([OnGpu()]) == "calls on the GPU: cuda (tuned table of this GPU)"
+        first, second = tables.describe(0)
+        assert str(path) in first
+        assert second == "1 kinds of calls; proven: aten"
+    finally:
+        backends._default.cache_clear()
+    report = lora_kernels.apply_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), 2)
+    assert "calls on the GPU" not in str(report)
+    report.gpu = "calls on the GPU: x"
+    assert "calls on the GPU: x" in str(report).splitlines()
+
+
+def test_a_second_process_uses_the_table(tmp_path):
+    """Found by the variable, and by the cache folder: the plan of a call of a "GPU"."""
+    name = "a_card.json"
+    path = write(tmp_path / "given" / name, 16)
+    table = json.loads(path.read_text())
+    table["proven"] = proofs("dual", dtype="float32")
+    table["buckets"] = [bucket(16, "dual", dtype="float32")]
+    path.write_text(json.dumps(table))
+    code = (
+        "import torch; torch.cuda.get_device_name = lambda index=None: 'A Card'\n"
+        "from lora_kernels.backends.cuda import choice, tables\n"
+        "from lora_kernels.backends.cuda.plan import Call\n"
+        "tables._triton = lambda: '3'; tables.key_of = lambda index: 'k'\n"
+        "call = Call('forward', 'float32', 16, 8, 8, 8, False)\n"
+        "print(choice.choose(call, torch.device('cuda', 0)).plan)"
+    )
+
+    def plan(**variables: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", **variables}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    empty = str(tmp_path / "empty")
+    assert plan(XDG_CACHE_HOME=empty) == "aten"
+    assert plan(XDG_CACHE_HOME=empty, LORA_KERNELS_TUNED=str(path)) == "dual"
+    assert plan(XDG_CACHE_HOME=empty, LORA_KERNELS_TUNED=str(path.parent)) == "dual"
+    cached = tmp_path / "cache" / "lora_kernels" / "v1" / "a_card-k.json"
+    cached.parent.mkdir(parents=True)
+    cached.write_text(path.read_text())
+    assert plan(XDG_CACHE_HOME=str(tmp_path / "cache")) == "dual"
