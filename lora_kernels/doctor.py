@@ -5,19 +5,16 @@ import os
 import platform
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from lora_kernels import __version__, _env, backends
+from lora_kernels import __version__, _env, backends, testing
 from lora_kernels._contract import OPS
 from lora_kernels.backends.cuda import tables
 from lora_kernels.functional import lora_linear
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _package(name: str) -> str:
@@ -73,53 +70,27 @@ def _devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def _tensors(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
-
-    M, K, N, r = 65, 136, 72, 8
-    return (
-        normal(M, K),
-        normal(N, K, scale=K**-0.5),
-        normal(r, K, scale=K**-0.5),
-        normal(N, r),
-        normal(N),
-        normal(M, N),
-    )
-
-
-def _run(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    *inputs, dy = tensors
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    y = function(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
-
-
-def _unfused(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    return linear(x, weight, bias) + 2.0 * linear(linear(x, a), b)
+def _run(p: testing.Problem) -> list[Tensor]:
+    """y, dx, dA and dB of the op."""
+    leaves = (p.x, p.a.requires_grad_(), p.b.requires_grad_())
+    y = lora_linear(p.x, p.weight, p.a, p.b, scaling=testing.SCALING)
+    return [y.detach(), *torch.autograd.grad(y, leaves, p.dy)]
 
 
 def self_check() -> Iterator[tuple[str, bool, str]]:
-    """(case, passed, detail): y and every gradient within twice unfused torch's error + eps."""
+    """(case, passed, detail): y and the gradients of x, A and B, by the rule of accuracy."""
     for device in _devices():
-        for dtype in _DTYPES:
-            case = f"{device} {str(dtype).removeprefix('torch.')}"
-            tensors = _tensors(device, dtype)
-            exact = _run(_unfused, tuple(t.double() for t in tensors))
+        for dtype in testing.DTYPES:
+            p = testing.problem(testing.Case(65, 136, 72, 8, dtype), torch.device(device))
+            case = f"{device} {str(p.x.dtype).removeprefix('torch.')}"
             try:
-                ours = _run(lambda *t: lora_linear(*t, scaling=2.0), tensors)
-            except RuntimeError as error:
+                found, right = _run(p), testing.expected(p)
+                right.require("lora_linear", found)
+            except (RuntimeError, testing.WrongResult) as error:
                 yield case, False, str(error)
                 continue
-            errors = [
-                [float((g.double() - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True)]
-                for got in (ours, _run(_unfused, tensors))
-            ]
-            bounds = [2 * error + torch.finfo(dtype).eps for error in errors[1]]
-            passed = all(e <= bound for e, bound in zip(errors[0], bounds, strict=True))
-            yield case, passed, f"largest error {max(errors[0]):.1e}, unfused {max(errors[1]):.1e}"
+            ours, theirs = map(max, zip(*right.errors(found).values(), strict=True))
+            yield case, True, f"largest error {ours:.1e}, unfused {theirs:.1e}"
 
 
 def main() -> int:
