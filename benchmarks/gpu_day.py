@@ -5,8 +5,9 @@
 Each call gives every step its share of the minutes and stops it when they are over; what a step has
 is in DIR at once, and the next call goes on from there. The tests' files run side by side, and the
 tuner compiles in as many processes as there are CPUs; what is timed runs alone. Where calls run on
-fresh machines, copy the last DIR there first. Without a GPU the same steps run at tiny sizes in
-Triton's interpreter.
+fresh machines, `--state FILE` keeps DIR in one archive that goes there and comes back. A machine
+without git, environment or compiled kernels will do: the CUDA kernel is built first, where nvcc is.
+Without a GPU the same steps run at tiny sizes in Triton's interpreter.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -39,6 +41,16 @@ class Step(NamedTuple):
     environment: dict[str, str] = {}  # noqa: RUF012
 
 
+_BUILD = {"LORA_KERNELS_BUILD_CUDA": "1", "LORA_KERNELS_BUILD_CPU": "0"}
+
+
+def lacks_kernels() -> bool:
+    """Whether the CUDA kernels could be built here and are not."""
+    from lora_kernels.backends.native import extension
+
+    return shutil.which("nvcc") is not None and has_gpu() and not extension.cuda_available()
+
+
 def gpu_tests() -> list[str]:
     """Files with tests that need a GPU."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
@@ -59,14 +71,35 @@ def steps(out: Path, gpu: bool) -> list[Step]:
         "model": ("--size", "smoke", "--seconds", "0.1", "--new-tokens", "2"),
     }  # fmt: skip
     interpreter = {} if gpu else {"TRITON_INTERPRET": "1"}
+    # Few rows among the first: decoding is what a short day would lack.
+    first = ("--rows", "8192", "16", "1", "2048", "512", "64") if gpu else ()
     tests = {f"test {file}": [python, "-m", "pytest", "-q", "-m", "gpu", file]
              for file in gpu_tests()}  # fmt: skip
-    tune = [python, "-m", "lora_kernels", "tune", "--out", str(table), *timed, *small["tune"]]
+    tune = [
+        python,
+        "-m",
+        "lora_kernels",
+        "tune",
+        "--out",
+        str(table),
+        *timed,
+        *first,
+        *small["tune"],
+    ]
     layer = script("layer.py", "--out", str(out / f"layer-{kind}.json"), *timed, *small["layer"])
     model = script("model.py", "--out", str(out / f"model-{kind}.json"), *timed, *small["model"])
     report = script("report.py", "--results", str(out), "--readme", str(out / "report.md"))
+    build = [python, "setup.py", "build_ext", "--inplace"]
+    forced = [python, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu_ecosystem.py"]
     return [
-        Step(tests, 0.4, once=True),
+        *([Step({"build": build}, 0.15, once=True, environment=_BUILD)] if lacks_kernels() else []),
+        Step(tests, 0.35, once=True),
+        Step(
+            {"ecosystem, forced": forced},
+            0.4,
+            once=True,
+            environment={"LORA_KERNELS_BACKEND": "cuda"} if gpu else {},
+        ),
         *(
             Step(
                 {f"tune {dtype}": [*tune, "--dtype", dtype]},
@@ -164,6 +197,15 @@ class Day:
         return self.state.get(name, {}).get("status")
 
 
+def pack(out: Path, state: Path) -> None:
+    draft = state.with_name(state.name + ".part")
+    with tarfile.open(draft, "w:gz") as archive:
+        for path in sorted(out.iterdir()):
+            if path.resolve() not in (state.resolve(), draft.resolve()):
+                archive.add(path, path.name)
+    os.replace(draft, state)
+
+
 def install(out: Path) -> None:
     """The table where the package looks for it, so that what follows is measured with it."""
     import torch
@@ -187,10 +229,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9, help="budget of this call")
     parser.add_argument("--out", type=Path, required=True, help="folder of everything it makes")
+    parser.add_argument("--state", type=Path, help="an archive of that folder, read and written")
     parser.add_argument("--dry-run", action="store_true", help="say what would run")
     args = parser.parse_args(arguments)
     out, gpu = args.out.resolve(), has_gpu()
     out.mkdir(parents=True, exist_ok=True)
+    if args.state and args.state.exists():
+        with tarfile.open(args.state) as archive:
+            archive.extractall(out, filter="data")
     day = Day(out, args.minutes)
     planned = steps(out, gpu)
     if args.dry_run:
@@ -202,6 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         day.run(step)
         if gpu and any(name.startswith("tune") for name in step.commands):
             install(out)
+        if args.state:  # after every step: the next may outlive the machine
+            pack(out, args.state)
     print(f"{day.spent():.0f} s; everything is in {args.out}")
     return int(any(day.status(name) != 0 for step in planned for name in step.commands))
 

@@ -317,6 +317,21 @@ def test_gpu_day_keeps_to_its_budget_and_goes_on(tmp_path, monkeypatch, capsys):
     assert gpu_day.main(command) == 1
 
 
+def test_gpu_day_travels_in_one_file(tmp_path, monkeypatch, capsys):
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'a').write('x')"
+    step = gpu_day.Step({"once": [sys.executable, "-c", code]}, 0.9, once=True)
+    monkeypatch.setattr(gpu_day, "steps", lambda out, gpu: [step])
+    monkeypatch.setattr(gpu_day, "has_gpu", lambda: False)
+    state = tmp_path / "day.tar.gz"
+    for folder in ("here", "there"):  # a fresh machine the second time
+        out = str(tmp_path / folder)
+        assert gpu_day.main(["--minutes", "1", "--out", out, "--state", str(state)]) == 0
+    assert ran.read_text() == "x"
+    assert "once: done before" in capsys.readouterr().out
+    assert (tmp_path / "there" / "log.txt").exists()
+
+
 def test_gpu_day_dry_run(tmp_path, capsys):
     assert gpu_day.main(["--minutes", "9", "--out", str(tmp_path), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()

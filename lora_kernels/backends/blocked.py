@@ -65,10 +65,12 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _step(like: Tensor, width: int) -> int:
-    """How many rows of fp32 of this width are a block."""
-    budget = _CPU_BLOCK_BYTES if like.device.type == "cpu" else _ACCELERATOR_BLOCK_BYTES
-    return max(1, budget // (4 * width))
+def _step(like: Tensor, K: int, N: int = 0) -> int:
+    """How many rows are a block, whose copies are counted as fp32. An accelerator makes none of
+    what is N wide; there more blocks would read the weight more often."""
+    if like.device.type == "cpu":
+        return max(1, _CPU_BLOCK_BYTES // (4 * max(K, N)))
+    return max(1, _ACCELERATOR_BLOCK_BYTES // (4 * K))
 
 
 def _blocks(count: int, step: int) -> Iterator[slice]:
@@ -82,7 +84,7 @@ def forward(base: Dense, x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
     a, b = _adapters(x, branch)
     _, high = split(branch.scaling, x.dtype)
     y, s = x.new_empty(M, N), x.new_empty(M, a.shape[0])
-    for block in _blocks(M, _step(x, max(K, N))):
+    for block in _blocks(M, _step(x, K, N)):
         rows = x[block].to(a.dtype)
         _shrink(rows, block, a, branch, s[block])
         product = _Product(s[block].to(a.dtype), b.t(), high)
@@ -96,7 +98,7 @@ def add_branch(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
     a, b = _adapters(x, branch)
     _, high = split(branch.scaling, x.dtype)
     s = x.new_empty(M, a.shape[0])
-    for block in _blocks(M, _step(x, max(K, N))):
+    for block in _blocks(M, _step(x, K, N)):
         _shrink(x[block].to(a.dtype), block, a, branch, s[block])
         y[block] = y[block].to(a.dtype).addmm_(s[block].to(a.dtype), b.t(), alpha=high)
     return s
@@ -109,26 +111,28 @@ def backward(
     (M, N), (r, K) = dy.shape, branch.lora_a.shape
     weight = base.weight if isinstance(base, Dense) else None
     a, b = _adapters(dy, branch)
-    total, p = _sum_dtype(dy.dtype), branch.dropout_p
+    p = branch.dropout_p
     scale = keep_scale(p) if p else 1.0
     _, high = split(branch.scaling, dy.dtype)
     dx = dy.new_empty(M, K) if need.x else None
-    d_a = dy.new_zeros(r, K, dtype=total) if need.a else None
-    d_b = dy.new_zeros(r, N, dtype=total) if need.b else None
-    for block in _blocks(M, _step(dy, max(K, N))):
+    d_a = d_b = None
+    for block in _blocks(M, _step(dy, K, N)):
         rows = dy[block].to(a.dtype)
-        if d_b is not None:
-            _accumulate(d_b, s[block].t(), rows, high)
-        if dx is None and d_a is None:
+        if need.b:
+            d_b = _summed(d_b, s[block].t(), rows, high)
+        if not need.x and not need.a:
             continue
         # ds is rounded to the compute dtype, as any other backend stores it.
         ds = _scaled(rows, b, branch.scaling).to(dy.dtype).to(a.dtype)
         keep = _mask(branch, block.start, len(rows), K) if p else None
         if dx is not None:
             _multiply(rows, weight, None, _Product(ds, a, scale, keep), dx[block])
-        if d_a is not None:
+        if need.a:
             dropped = x[block] if keep is None else keep.drop(x[block])
-            _accumulate(d_a, ds.t(), dropped, scale)
+            d_a = _summed(d_a, ds.t(), dropped, scale)
+    if M == 0:  # no term
+        d_a = dy.new_zeros(r, K) if need.a else None
+        d_b = dy.new_zeros(r, N) if need.b else None
     return (
         dx,
         None if d_a is None else d_a.to(branch.lora_a.dtype),
@@ -139,14 +143,13 @@ def backward(
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """dy^T x in the weight's dtype, one strip of its rows after the other."""
     (M, N), K = dy.shape, x.shape[1]
-    total = _sum_dtype(dy.dtype)
-    step = _step(dy, max(K, N))
+    step = _step(dy, K, N)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for columns in _blocks(N, step):
-        strip = dy.new_zeros(columns.stop - columns.start, K, dtype=total)
+        strip = None
         for block in _blocks(M, step):
-            _accumulate(strip, dy[block, columns].t(), x[block], 1.0)
-        dweight[columns] = strip
+            strip = _summed(strip, dy[block, columns].t(), x[block], 1.0)
+        dweight[columns] = 0 if strip is None else strip
     return dweight
 
 
@@ -173,12 +176,19 @@ def _mixes(rows: Tensor) -> bool:
     return rows.dtype in (torch.bfloat16, torch.float16)
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """total += scale * left @ right, formed in the dtype of total."""
+def _summed(total: Tensor | None, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """total + scale * left @ right in the dtype of sums, in place; the first term where there is no
+    total yet."""
+    dtype = _sum_dtype(left.dtype)
     if left.dtype == right.dtype and _mixes(left):
-        total.add_(torch.mm(left, right, out_dtype=total.dtype), alpha=scale)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=scale)
+        product = torch.mm(left, right, out_dtype=dtype)
+        if total is None:
+            return product if scale == 1 else product.mul_(scale)
+        return total.add_(product, alpha=scale)
+    left, right = left.to(dtype), right.to(dtype)
+    if total is None:
+        return _scaled(left, right, scale)
+    return total.addmm_(left, right, alpha=scale)
 
 
 def _shrink(rows: Tensor, block: slice, lora_a: Tensor, branch: Branch, s: Tensor) -> None:
