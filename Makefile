@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test coverage codegen mutants sanitize sweep bench lint clean
+.PHONY: setup demo test coverage codegen mutants sanitize guard sweep bench lint clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,9 @@ mutants: setup
 
 sanitize: setup
 	$(PY) tests/sanitize.py $(ARGS)
+
+guard: setup
+	PYTHONPATH=tests TRITON_INTERPRET=1 $(PY) tests/guard_pages.py $(ARGS)
 
 sweep: setup
 	$(PY) tests/sweep.py $(ARGS)

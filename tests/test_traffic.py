@@ -15,8 +15,8 @@ CASES = [Case(8192, 4096, 4096, 16), Case(2048, 4096, 14336, 16), Case(512, 4096
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_no_more_bytes_than_peft(case, p):
-    """Backward drops x anew, where PEFT keeps the dropped copy since forward: a layer that is narrow
-    to that side moves a few percent more in backward, and less in both."""
+    """Backward drops x anew, where PEFT keeps the dropped copy since forward: a layer with far more
+    columns of x than of y moves a few percent more in backward, and less in both."""
     case = case._replace(dropout=p)
     ours, theirs = (traffic.count(name, case) for name in (OURS, PEFT))
     assert 0 < ours[0].bytes <= theirs[0].bytes

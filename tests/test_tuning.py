@@ -31,9 +31,10 @@ SMALL = ("--rows", "16", "--shapes", "32,32,8", "--dtype", "fp16", "--rounds", "
 
 def tune(table: Path, *options: str, plugins: Path | None = None, **variables: str):
     """The command in Triton's interpreter; what it printed."""
-    path = [str(ROOT), *(() if plugins is None else (str(plugins),))]
+    path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+    path += [] if plugins is None else [str(plugins)]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(path),
         "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **variables,
     }  # fmt: skip
     if plugins is not None:
@@ -444,7 +445,8 @@ def test_a_second_process_uses_the_table(tmp_path):
     )
 
     def plan(**variables: str) -> str:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", **variables}
+        path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
+        environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", **variables}
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.strip()
