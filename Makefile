@@ -47,7 +47,7 @@ sweep: setup
 	$(PY) tests/sweep.py $(ARGS)
 
 bench: setup
-	$(PY) benchmarks/layer.py --out bench_output/layer.json $(ARGS)
+	$(PY) -m benchmarks.layer --out bench_output/layer.json $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """GPU tests, tuner, benchmarks and report in order, within a time budget, losing nothing.
 
-    python benchmarks/gpu_day.py --minutes 9 --out DIR     # again and again with the same DIR
+    python -m benchmarks.gpu_day --minutes 9 --out DIR     # again and again with the same DIR
 
 Each call gives every step its share of the minutes and stops it when they are over; what a step has
 is in DIR at once, and the next call goes on from there. The tests' files run side by side, and the
@@ -27,7 +27,6 @@ from typing import NamedTuple
 from lora_kernels.tuning.table import replace_text
 
 ROOT = Path(__file__).parents[1]
-HERE = Path(__file__).parent
 _TRIES = 4  # a tuner that died goes on past the candidate it died in
 _TUNED = (("bf16", 0.6), ("fp16", 0.66), ("fp32", 0.7))  # and until when
 _GRACE = 5.0  # seconds for a step to notice that its minutes are over
@@ -61,7 +60,7 @@ def steps(out: Path, gpu: bool) -> list[Step]:
     python, kind = sys.executable, "gpu" if gpu else "cpu"
 
     def script(name: str, *options: str) -> list[str]:
-        return [python, str(HERE / name), *options]
+        return [python, "-m", f"benchmarks.{name}", *options]
 
     table = out / "tuned.json"
     timed = ("--minutes", "{minutes}")
@@ -86,9 +85,9 @@ def steps(out: Path, gpu: bool) -> list[Step]:
         *first,
         *small["tune"],
     ]
-    layer = script("layer.py", "--out", str(out / f"layer-{kind}.json"), *timed, *small["layer"])
-    model = script("model.py", "--out", str(out / f"model-{kind}.json"), *timed, *small["model"])
-    report = script("report.py", "--results", str(out), "--readme", str(out / "report.md"))
+    layer = script("layer", "--out", str(out / f"layer-{kind}.json"), *timed, *small["layer"])
+    model = script("model", "--out", str(out / f"model-{kind}.json"), *timed, *small["model"])
+    report = script("report", "--results", str(out), "--readme", str(out / "report.md"))
     build = [python, "setup.py", "build_ext", "--inplace"]
     forced = [python, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu_ecosystem.py"]
     return [

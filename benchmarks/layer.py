@@ -1,6 +1,6 @@
 """What a LoRA layer costs against the frozen layer and against every other way to do it today.
 
-    python benchmarks/layer.py --out benchmarks/results/layer-cpu.json     # or: make bench
+    python -m benchmarks.layer --out benchmarks/results/layer-cpu.json     # or: make bench
 
 Every peer is checked against fp64 before it is timed; a wrong one is reported and not timed. Peers
 take turns in one process, and the ratio of a peer is the median over the rounds of its time over
@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import peers
-import shapes
 import torch
-from memory import peak_bytes
-from peers import (
+from torch import Tensor
+
+from benchmarks import peers, shapes
+from benchmarks.memory import peak_bytes
+from benchmarks.peers import (
     ADDMM,
     FROZEN,
     OURS,
@@ -37,9 +38,7 @@ from peers import (
     UNFUSED,
     Peer,
 )  # fmt: skip
-from store import Results
-from torch import Tensor
-
+from benchmarks.store import Results
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.testing import DTYPES, Case, Problem, expected, is_fatal, problem

@@ -1,7 +1,7 @@
 """Randomised against exact low-rank approximation of one matrix: time, ratio and error, in one run.
 
-python benchmarks/low_rank.py                     # 4096 x 4096, k = 16; the exact SVD takes long
-python benchmarks/low_rank.py --size 512          # a quick look
+python -m benchmarks.low_rank                     # 4096 x 4096, k = 16; the exact SVD takes long
+python -m benchmarks.low_rank --size 512          # a quick look
 """
 
 import argparse

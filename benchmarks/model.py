@@ -1,6 +1,6 @@
 """End to end: a LoRA training step and batch-1 decoding of a Llama-architecture model.
 
-    python benchmarks/model.py --out benchmarks/results/model-cpu.json
+    python -m benchmarks.model --out benchmarks/results/model-cpu.json
 
 The frozen model passes gradients through without adapters of its own: what no adapter can beat.
 PEFT as it comes (fp32 adapters) and in the model's dtype, and ours, start from equal weights and
@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from memory import peak_bytes
-from peers import FROZEN, OURS, OURS_FP32, PEFT, PEFT_FP32
 from peft import LoraConfig, get_peft_model
-from store import Results
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from benchmarks.memory import peak_bytes
+from benchmarks.peers import FROZEN, OURS, OURS_FP32, PEFT, PEFT_FP32
+from benchmarks.store import Results
 from lora_kernels import apply_lora
 from lora_kernels.testing import DTYPES, WrongResult, error
 from lora_kernels.tuning.clock import Deadline, interleaved, summary

@@ -1,6 +1,6 @@
 """What the compiled CPU kernels gain: frozen layer, PEFT, ours by ATen calls, ours (fwd + bwd).
 
-    python benchmarks/native.py --out benchmarks/results/native-cpu.json
+    python -m benchmarks.native --out benchmarks/results/native-cpu.json
 
 Rounds, ratios and the check before them are those of `layer.py`. `--forced` times the kernels also
 where the library hands a call back to ATen, and `--isa` older instruction sets than this CPU's.
@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 import torch
-from layer import is_right
-from peers import FROZEN, OURS, PEFT, build
 
+from benchmarks.layer import is_right
+from benchmarks.peers import FROZEN, OURS, PEFT, build
 from lora_kernels.backends import native
 from lora_kernels.backends.native import extension
 from lora_kernels.testing import DTYPES, Case, problem

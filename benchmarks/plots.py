@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import geometric_mean
 
 import matplotlib
-import shapes
-from peers import FROZEN, OURS, PEERS
 
+from benchmarks import shapes
+from benchmarks.peers import FROZEN, OURS, PEERS
 from lora_kernels.testing import Case
 
 matplotlib.use("Agg")

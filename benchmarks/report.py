@@ -1,6 +1,6 @@
 """Result files -> the tables of the README and the plots, by one command.
 
-    python benchmarks/report.py     # benchmarks/results/*.json -> README.md, plots beside them
+    python -m benchmarks.report     # benchmarks/results/*.json -> README.md, plots beside them
 
 The tables stand between the lines `<!-- bench:cpu -->` and `<!-- /bench:cpu -->`, and the same for
 gpu; what is between them is replaced. A README that does not exist is made of the two tables.
@@ -14,11 +14,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
-import peers
-import plots
-import shapes
-from peers import ADDMM, FROZEN, OURS, PEERS, UNFUSED
-
+from benchmarks import peers, plots, shapes
+from benchmarks.peers import ADDMM, FROZEN, OURS, PEERS, UNFUSED
 from lora_kernels.testing import Case
 from lora_kernels.tuning.machine import machine_line
 

@@ -11,10 +11,10 @@ import statistics
 
 import pytest
 import torch
-from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_FUSED, build
-from report import weight_gb_s
-from shapes import decode
 
+from benchmarks.peers import ADDMM, FROZEN, OURS, PEFT, PEFT_FUSED, build
+from benchmarks.report import weight_gb_s
+from benchmarks.shapes import decode
 from lora_kernels.testing import Case, problem
 from lora_kernels.tuning.clock import graphed, interleaved
 

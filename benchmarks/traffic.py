@@ -1,6 +1,6 @@
 """What a GPU without a tuned table has to do for a call: kernels, and bytes per element of x.
 
-    python benchmarks/traffic.py [--size M K N r]
+    python -m benchmarks.traffic [--size M K N r]
 
 Counted from the calls themselves, on tensors without memory: every ATen op that is no view and
 every Triton launch, with the tensors that it reads and writes, each once. What an op reads again,
@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from typing import NamedTuple
 from unittest import mock
 
-import peers
 import torch
 import torch.nn.functional as F
-from peers import FROZEN, OURS, PEFT, UNFUSED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import peers
+from benchmarks.peers import FROZEN, OURS, PEFT, UNFUSED
 from lora_kernels.backends import blocked, masks, reference
 from lora_kernels.backends.triton import launch
 from lora_kernels.branch import Branch, Dense, Need

@@ -13,14 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-import gpu_day
-import layer
-import peers
-import report
-import shapes
-import store
-from peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
-
+from benchmarks import gpu_day, layer, peers, report, shapes, store
+from benchmarks.peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
 from lora_kernels.testing import NAMES, Case, WrongResult, expected, problem
 from lora_kernels.tuning import clock
 
@@ -335,7 +329,13 @@ def test_gpu_day_travels_in_one_file(tmp_path, monkeypatch, capsys):
 def test_gpu_day_dry_run(tmp_path, capsys):
     assert gpu_day.main(["--minutes", "9", "--out", str(tmp_path), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    scripts = ("pytest -q -m gpu", "lora_kernels tune", "layer.py", "model.py", "report.py")
+    scripts = (
+        "pytest -q -m gpu",
+        "lora_kernels tune",
+        "benchmarks.layer",
+        "benchmarks.model",
+        "benchmarks.report",
+    )
     order = [next(i for i, line in enumerate(lines) if name in line) for name in scripts]
     assert order == sorted(order)
     assert not list(tmp_path.iterdir())
@@ -346,7 +346,7 @@ def test_gpu_day_dry_run(tmp_path, capsys):
 
 
 def test_model_benchmark(tmp_path, capsys):
-    model = pytest.importorskip("model")
+    model = pytest.importorskip("benchmarks.model")
     out = tmp_path / "model-cpu.json"
     arguments = ["--size", "smoke", "--dtype", "bf16", "--seconds", "0", "--rounds", "1", "1",
                  "--new-tokens", "2", "--out", str(out)]  # fmt: skip
@@ -363,7 +363,7 @@ def test_model_benchmark(tmp_path, capsys):
 
 
 def test_model_gate_sees_a_wrong_adapter():
-    model = pytest.importorskip("model")
+    model = pytest.importorskip("benchmarks.model")
     base = model.base_model("smoke", torch.float32, CPU)
     models = {PEFT: model._peft(base, fp32=False), OURS: model._ours(base, fp32=False)}
     model.equalise(list(models.values()))

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-import gpu_day
+from benchmarks import gpu_day
 
 
 def test_the_whole_day(tmp_path, capsys):

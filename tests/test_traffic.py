@@ -4,9 +4,8 @@ import pytest
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
-import traffic
-from peers import FROZEN, OURS, PEFT
-
+from benchmarks import traffic
+from benchmarks.peers import FROZEN, OURS, PEFT
 from lora_kernels.testing import Case
 
 CASES = [Case(8192, 4096, 4096, 16), Case(2048, 4096, 14336, 16), Case(512, 4096, 1024, 64)]
