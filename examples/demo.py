@@ -46,6 +46,7 @@ from lora_kernels import (
     merge_lora,
     save_adapter,
     train_model,
+    tune,
 )
 from lora_kernels.recipes import History
 
@@ -224,6 +225,8 @@ def main() -> None:
     print("\n== 3. Freeze it, add adapters, fine-tune")
     report = apply_lora(model, RANK, alpha=ALPHA)
     print(report)
+    if device == "cuda":
+        print(tune(model, rows=[next(iter(train["code"]))["input_ids"].numel()], minutes=1))
     optimizer = adamw(model, 4e-3)
     tuned = train_model(
         model, train["code"], None, optimizer, epochs=20, max_steps=args.steps, max_grad_norm=1.0,

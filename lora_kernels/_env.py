@@ -31,5 +31,6 @@ PUBLIC_DISPATCH = _choice("LORA_KERNELS_PUBLIC_DISPATCH", ("0", "1")) == "1"
 # A tuned table, or a folder of them, before the user's and the package's; cuda/tables.py reads it.
 TUNED = os.environ.get("LORA_KERNELS_TUNED", "").strip() or None
 
-# Whether a GPU without a tuned table is said to lack one, with the command that makes it.
-TUNE = _choice("LORA_KERNELS_TUNE", ("off", "hint")) or "hint"
+# What becomes of a GPU without a tuned table: nothing, its reports and logs name the command that
+# makes one, or that is spawned too (cuda/background.py).
+TUNE = _choice("LORA_KERNELS_TUNE", ("off", "hint", "check")) or "hint"

@@ -103,6 +103,7 @@ FLOORS["backends.triton"] = {
     "specialised": 4,
 }
 FLOORS["backends.cuda"] = {
+    "background": 0,
     "plan": 0,
     "launches": 1,
     "needs": 1,

@@ -14,7 +14,7 @@ import torch
 import lora_kernels
 from lora_kernels import __main__ as command_line
 from lora_kernels import backends, tuning
-from lora_kernels.backends.cuda import choice, tables
+from lora_kernels.backends.cuda import background, choice, tables
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.testing import Case
 from lora_kernels.tuning import clock, search
@@ -133,7 +133,7 @@ plans.register(replace(plans.PLANS["aten"], name="stand_in", summary="for a test
         ("wrong", "WrongResult: stand_in: y has error"),
         ("unwritten", "WrongResult: stand_in: y has error nan"),
         ("random", "WrongResult: stand_in: other bits in run 2"),
-        ("hang", "it hung: no result in 2 s"),
+        ("hang", "it hung: no result in 8 s"),
         ("die", "the process died"),
         ("crash", "the process died"),
         ("large", "OutOfResources"),
@@ -142,7 +142,7 @@ plans.register(replace(plans.PLANS["aten"], name="stand_in", summary="for a test
 def test_a_faulty_plan_ends_in_aten(tmp_path, kind, why):
     (tmp_path / "standin.py").write_text(f"KIND = {kind!r}\n{STAND_IN}")
     path = tmp_path / "tuned.json"
-    limit = "2" if kind == "hang" else "60"
+    limit = "8" if kind == "hang" else "60"
     said = tune(path, "--dtype", "fp32", "--limit", limit, "--no-backward", plugins=tmp_path)
     table = json.loads(path.read_text())
     assert {b["plan"] for b in table["buckets"] if b["op"] == "forward"} == {"aten"}
@@ -425,6 +425,43 @@ def test_reports_say_what_serves_a_gpu(gpu, monkeypatch):
     assert "calls on the GPU" not in str(report)
     report.gpu = "calls on the GPU: x"
     assert "calls on the GPU: x" in str(report).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("setting", "rank", "spawned"), [("check", None, 1), ("check", "0", 0), ("hint", None, 0)]
+)
+def test_a_check_runs_beside_the_first_process(gpu, monkeypatch, setting, rank, spawned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tables._env, "TUNE", setting)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    commands = []
+
+    def popen(command, env, **options):
+        assert env["LORA_KERNELS_TUNE"] == "off", "it would spawn another one"
+        assert options["start_new_session"], "it outlives this process"
+        commands.append(command)
+
+    monkeypatch.setattr(background.subprocess, "Popen", popen)
+    backends._default.cache_clear()
+    try:
+        for _ in range(2):
+            assert backends.choose("cuda:0").name == "reference"
+    finally:
+        backends._default.cache_clear()
+    assert len(commands) == spawned
+    for command in commands:
+        assert command[-len(background.COMMAND) :] == list(background.COMMAND)
+
+
+def test_the_command_that_is_spawned_is_one(capsys):
+    """There is no GPU for it here, which it says."""
+    if torch.cuda.is_available():
+        pytest.skip("it would tune")
+    assert command_line.main(list(background.COMMAND[2:])) == 1
+    assert "there is no GPU here" in capsys.readouterr().err
 
 
 def test_a_second_process_uses_the_table(tmp_path):

@@ -14,7 +14,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.cuda import needs, tables
+from lora_kernels.backends.cuda import background, needs, tables
 from lora_kernels.backends.cuda.choice import choose
 from lora_kernels.backends.cuda.plan import Call, Plan, Tiles
 from lora_kernels.backends.cuda.plans import PLANS
@@ -53,6 +53,7 @@ def default(device: torch.device) -> tuple[bool, str]:
         return False, "no CUDA device here"
     absent = tables.why_none(tables.index_of(device))
     if absent is not None:
+        background.begin()
         return False, absent
     absent = needs.why_no_triton()
     return True, "tuned table of this GPU" + (f"; {absent}" if absent else "")

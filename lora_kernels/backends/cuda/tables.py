@@ -41,7 +41,7 @@ from lora_kernels.backends.device import target
 
 _logger = logging.getLogger("lora_kernels")
 TUNED = Path(__file__).parent / "tuned"
-_CURE = " (python -m lora_kernels tune makes one)" if _env.TUNE == "hint" else ""
+_CURE = " (python -m lora_kernels tune makes one)" if _env.TUNE != "off" else ""
 KIND = ("op", "dtype", "dropout")  # what of a bucket must be the call's own
 SIZES = ("M", "N", "K", "r")  # and what may be near it
 
