@@ -27,6 +27,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     path = os.environ.get("PYTHONPATH")
     environment["PYTHONPATH"] += os.pathsep + path if path else ""
+    environment["PYTHONSAFEPATH"] = "1"  # the folder that it runs in comes not before the path
     environment.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing beside it
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True

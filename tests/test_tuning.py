@@ -40,7 +40,10 @@ def tune(table: Path, *options: str, plugins: Path | None = None, **variables: s
     if plugins is not None:
         options += ("--plugins", "standin")
     command = [sys.executable, "-m", "lora_kernels", "tune", *SMALL, "--out", str(table), *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    # Elsewhere: the folder that it runs in comes before the path.
+    done = subprocess.run(
+        command, cwd=table.parent, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -485,7 +488,9 @@ def test_a_second_process_uses_the_table(tmp_path):
         path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
         environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", **variables}
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     empty = str(tmp_path / "empty")
