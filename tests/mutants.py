@@ -103,7 +103,6 @@ MUTANTS = {
     "cards: shared memory ignored": (TRITON + "tiles.py", "fitted", "> target.shared", "> 1 << 40", "codegen"),
     "cards: RTX 50 a Hopper": ("backends/device.py", "Target.has_wide_tiles", "return self.is_hopper or self.is_blackwell", "return self.arch >= 90", "codegen"),
     "cards: T4 gets Triton": ("backends/cuda/needs.py", "triton", "if not current().has_tensor_cores:", "if False:", "codegen"),
-    "gpu day: the archive is not read": ("../benchmarks/gpu_day.py", "main", "if args.state and args.state.exists():", "if False:", "benchmarks"),
     "no rows, no zeros": (BLOCKED, "backward", "d_b = dy.new_zeros(r, N) if need.b else None", "d_b = dy.new_ones(r, N) if need.b else None", "ops"),
     "forward mode not refused": (DISPATCH, "refuse_forward_mode", "if getattr(forward_ad, \"_current_level\", 0) < 0:", "if True:", "ops"),
     "flops without the branch": ("rules/flops.py", "_formula.count", "(K * N * op.has_weight + r * (K + N))", "K * N * op.has_weight", "ops"),

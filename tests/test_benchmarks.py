@@ -24,9 +24,8 @@ CASE = Case(24, 40, 56, 8, "fp32")
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    path = os.environ.get("PYTHONPATH")
-    environment["PYTHONPATH"] += os.pathsep + path if path else ""
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
     environment["PYTHONSAFEPATH"] = "1"  # the folder that it runs in comes not before the path
     environment.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing beside it
     done = subprocess.run(
