@@ -98,7 +98,7 @@ def main() -> int:
     try:
         for line in describe():
             print(line)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(f"FAILED  {error}")
         return 1
     results = list(self_check())

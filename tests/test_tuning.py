@@ -15,8 +15,9 @@ import lora_kernels
 from lora_kernels import __main__ as command_line
 from lora_kernels import backends, tuning
 from lora_kernels.backends.cuda import background, choice, tables
+from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
-from lora_kernels.testing import Case
+from lora_kernels.testing import Case, Expected
 from lora_kernels.tuning import clock, search
 from lora_kernels.tuning.table import Candidate, Table, locked, merge
 
@@ -174,6 +175,20 @@ def test_what_is_taken():
     assert search.joined(found, [5.0, 4.0, 3.0, 4.5, 3.8]) == []
     assert search.simplest(found, [5.0, 4.0, 3.0, 3.5, 3.8]) == 2
     assert search.simplest(found, [3.02, 4.0, 3.0, 3.5, 3.8]) == 0
+
+
+def test_nothing_is_taken_without_aten_beside_it(tmp_path, monkeypatch):
+    table, call = Table(tmp_path / "t.json", "G", INFO), bucket(16, "")
+    listed = [("aten", {}), ("dual", {})]
+    monkeypatch.setattr(search, "candidates", lambda call, target: listed)
+    monkeypatch.setattr(search, "works_right", lambda candidate, *_: candidate.plan == "dual")
+    monkeypatch.setattr(Table, "proves", lambda *_: True)
+    monkeypatch.setattr(search, "timed", lambda found, *_: [[1.0] for _ in found])
+    del call["plan"]
+    work = search.Work(Call(**call), list, Expected(torch.ones(1), [], []), ("y",))
+    assert search.bucket_of(work, table, 0.0, (1, 1)) is None
+    monkeypatch.setattr(search, "works_right", lambda *_: True)
+    assert search.bucket_of(work, table, 0.0, (1, 1))["plan"] == "aten"
 
 
 def test_new_memory_is_poisoned():
