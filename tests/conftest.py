@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import HealthCheck, settings
 from lora_kernels import backends
 from lora_kernels.branch import Dense
 
+# Of the benchmarks; last, as a package that mutants have changed must come before this folder's.
+sys.path.append(str(Path(__file__).parents[1]))
 __all__ = ["pytest_configure", "pytest_runtest_protocol"]  # hooks of interpreted tests
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_interpreted_*.py"]

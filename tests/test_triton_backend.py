@@ -106,6 +106,7 @@ TABLE = {
 def tuned(monkeypatch, tmp_path):
     (tmp_path / "nvidia_test_9.json").write_text(json.dumps(TABLE))
     monkeypatch.setattr(tables, "TUNED", tmp_path)
+    monkeypatch.setattr(tables, "cache_path", lambda index: tmp_path / "none of the user's")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: TABLE["gpu"])
     caches = (tables.why_none, tables.tuned, choice._choose, backends._default)
     for cached in caches:
