@@ -16,54 +16,18 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import peers
 from benchmarks.peers import FROZEN, OURS, PEFT, UNFUSED
 from lora_kernels.backends import blocked, masks, reference
 from lora_kernels.backends.triton import launch
 from lora_kernels.branch import Branch, Dense, Need
-from lora_kernels.testing import DTYPES, SCALING, Case, Problem
-
-_FREE = {
-    "aten::view", "aten::_unsafe_view", "aten::t", "aten::transpose", "aten::detach", "aten::slice",
-    "aten::select", "aten::alias", "aten::expand", "aten::permute", "aten::unsqueeze",
-    "aten::squeeze", "aten::as_strided", "aten::reshape", "aten::split", "aten::unbind",
-    "aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided",
-    "aten::new_empty_strided", "aten::_reshape_alias", "aten::lift_fresh",
-}  # fmt: skip
+from lora_kernels.testing import DTYPES, SCALING, Aten, Case, Problem
 
 
 class Traffic(NamedTuple):
     kernels: int
     bytes: int
-
-
-class Counting(TorchDispatchMode):
-    """Counts ATen's kernels, and by `launch.intercept` Triton's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = function.name().partition(".")[0]
-        if name.startswith("aten::") and name not in _FREE:
-            read = () if name.startswith("aten::new_") else tree_leaves((args, kwargs))
-            self._note(name, [*read, *tree_leaves(out)])
-        return out
-
-    def launched(self, kernel, grid, args, meta, run) -> None:
-        self._note(kernel.fn.__name__, args)
-
-    def _note(self, name: str, values: Sequence[object]) -> None:
-        tensors = {id(t): t for t in values if isinstance(t, Tensor)}.values()
-        self.seen.append((name, sum(t.numel() * t.element_size() for t in tensors)))
-
-    def total(self) -> Traffic:
-        return Traffic(len(self.seen), sum(size for _, size in self.seen))
 
 
 @contextmanager
@@ -101,9 +65,18 @@ def count(name: str, case: Case) -> tuple[Traffic, Traffic]:
     p, found = problem(case), []
 
     def counted(function: Callable[[], object]) -> object:
-        with Counting() as counting, launch.intercept(counting.launched):
+        sizes: list[int] = []
+
+        def note(name: str, values: Sequence[object]) -> None:
+            tensors = {id(t): t for t in values if isinstance(t, Tensor)}.values()
+            sizes.append(sum(t.numel() * t.element_size() for t in tensors))
+
+        def launched(kernel, grid, args, meta, run) -> None:
+            note(kernel.fn.__name__, args)
+
+        with Aten(note), launch.intercept(launched):
             result = function()
-        found.append(counting.total())
+        found.append(Traffic(len(sizes), sum(sizes)))
         return result
 
     with as_on_a_gpu():

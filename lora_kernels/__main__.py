@@ -29,8 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     tune.add_argument("--rows", nargs="+", type=int, default=tuning.ROWS, metavar="M")
     tune.add_argument("--dtype", choices=DTYPES, default="bf16")
     tune.add_argument("--minutes", type=float, default=3, help="time box; again goes on")
-    tune.add_argument("--seconds", type=float, default=0.15, help="of timing for a kind of call")
-    tune.add_argument("--rounds", type=int, nargs=2, default=(5, 100), metavar=("MIN", "MAX"))
+    tune.add_argument(
+        "--seconds", type=float, default=tuning.SECONDS, help="of timing for a kind of call"
+    )
+    tune.add_argument("--rounds", type=int, nargs=2, default=tuning.ROUNDS, metavar=("MIN", "MAX"))
     tune.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
     tune.add_argument("--limit", type=float, default=tuning.LIMIT, help="seconds of a candidate")
     tune.add_argument("--plugins", nargs="*", default=(), help="modules that register plans")

@@ -7,10 +7,13 @@ random tensors of a case, their fp64 outputs and gradients, and the library's ru
     expected(p).require("mine", [y, dx, d_a, d_b])
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 
@@ -18,6 +21,35 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALING = 2.0
 NAMES = ("y", "dx", "dA", "dB")
 _ROWS = 512
+
+
+# ATen ops that read and write nothing.
+_FREE = {
+    "view", "_unsafe_view", "t", "transpose", "detach", "slice", "select", "alias", "expand",
+    "permute", "unsqueeze", "squeeze", "as_strided", "reshape", "split", "unbind",
+    "_reshape_alias", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided",
+    "new_empty_strided",
+}  # fmt: skip
+
+
+class Aten(TorchDispatchMode):
+    """Within it, report(name, values) is called for every ATen op ("aten.mm.default") but views and
+    allocations, with what it is handed to read, the `like` of new memory aside, and what it
+    returns."""
+
+    def __init__(self, report: Callable[[str, list[Any]], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own is not typed
+        self._report = report
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        library, _, name = function.name().partition(".")[0].partition("::")
+        if library == "aten" and name not in _FREE:
+            read = [] if name.startswith("new_") else tree_leaves((args, kwargs))
+            self._report(str(function), [*read, *tree_leaves(out)])
+        return out
 
 
 class Case(NamedTuple):

@@ -7,7 +7,7 @@ array's memory, whether they read or write it; that a GEMM reads tiles again is 
 import pytest
 import torch
 from interpreted import Case, Problem, serves
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_kernels.backends import cuda as backend
 from lora_kernels.backends.cuda.choice import use_plan
@@ -15,27 +15,11 @@ from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import CARDS, assume
 from lora_kernels.backends.triton.launch import intercept
 from lora_kernels.branch import Given, Need
+from lora_kernels.testing import Aten
 
 F16, F32 = torch.float16, torch.float32
 pytestmark = pytest.mark.interpreted
 ONE_LAUNCH = ("decode", "dual", "flag")
-
-
-class _Aten(TorchDispatchMode):
-    """Reports every ATen op and the memory it is handed, allocations and views aside."""
-
-    _FREE = ("empty", "view", "t.", "transpose", "detach", "slice", "select", "alias")
-
-    def __init__(self, report) -> None:
-        super().__init__()
-        self.report = report
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = function.name().removeprefix("aten::").removeprefix("new_")
-        if not f"{name}.".startswith(self._FREE):
-            self.report(str(function), (*args, out))
-        return out
 
 
 def kernels_touching(run) -> dict[str, list[str]]:
@@ -51,7 +35,7 @@ def kernels_touching(run) -> dict[str, list[str]]:
         with _disable_current_modes():
             launch()
 
-    with intercept(record), _Aten(report):
+    with intercept(record), Aten(report):
         arrays = run()
     return {
         name: [kernel for kernel, seen in touched if array.untyped_storage().data_ptr() in seen]

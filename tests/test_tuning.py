@@ -14,12 +14,12 @@ import torch
 import lora_kernels
 from lora_kernels import __main__ as command_line
 from lora_kernels import backends, tuning
-from lora_kernels.backends.cuda import background, choice, tables
+from lora_kernels.backends.cuda import background, tables
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.testing import Case, Expected
 from lora_kernels.tuning import clock, search
-from lora_kernels.tuning.table import Candidate, Table, locked, merge
+from lora_kernels.tuning.table import BASES, Candidate, Table, locked, merge
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
@@ -259,7 +259,7 @@ def test_who_is_told_to_end_blames_no_plan(tmp_path):
 def test_only_what_a_table_lacks_is_compiled(tmp_path):
     path = tmp_path / "t.json"
     cases = [Case(16, 32, 32, 8), Case(16, 32, 32, 8, dropout=0.1)]
-    todo = [(base, case) for base in search.OPS for case in cases]
+    todo = [(base, case) for base in BASES for case in cases]
     assert search.left(todo, path) == todo
     table = Table(path, "G", INFO)
     for op in ("forward", "backward", "add"):
@@ -292,11 +292,9 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "_triton", lambda: "3")
     monkeypatch.setattr(tables._env, "TUNED", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    tables._is_sound.cache_clear()
-    choice.forget()
+    backends.forget()
     yield tmp_path
-    tables._is_sound.cache_clear()
-    choice.forget()
+    backends.forget()
 
 
 def write(path: Path, M: int) -> Path:
@@ -308,7 +306,7 @@ def write(path: Path, M: int) -> Path:
 
 
 def found_rows() -> int | None:
-    choice.forget()
+    backends.forget()
     table = tables.tuned(0)
     return None if table is None else table["buckets"][0]["M"]
 
@@ -331,7 +329,6 @@ def test_the_order_of_tables(gpu, monkeypatch, caplog):
         found_rows()
     monkeypatch.setattr(tables._env, "TUNED", None)
     cached.write_text("{}")
-    tables._is_sound.cache_clear()
     assert found_rows() == 1
     (message,) = caplog.messages
     assert str(cached) in message
@@ -433,7 +430,7 @@ def test_reports_say_what_serves_a_gpu(gpu, monkeypatch):
         assert line.startswith("calls on the GPU: reference (ATen")
         assert line.endswith("no tuned table for this GPU (python -m lora_kernels tune makes one))")
         path = write(gpu / "cache" / "lora_kernels" / "v1" / "a_card-0123456789ab.json", 2)
-        choice.forget()
+        backends.forget()
         assert backends.on_gpu([OnGpu()]) == "calls on the GPU: cuda (tuned table of this GPU)"
         first, second = tables.describe(0)
         assert str(path) in first

@@ -74,8 +74,7 @@ def register(name: str, backend: Backend) -> None:
     before those registered earlier. Raises ValueError if the name is taken."""
     if name in _ALIASES or BACKENDS.setdefault(name, backend) is not backend:
         raise ValueError(f"name: {name!r} is taken")
-    _default.cache_clear()
-    _forced.cache_clear()
+    _forget_choices()
 
 
 def known(name: str, where: str) -> str:
@@ -142,8 +141,20 @@ def on_gpu(tensors: Iterable[Tensor]) -> str:
     device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
     if device is None:
         return ""
-    choice = choose(device)
-    return f"calls on the GPU: {choice.name} ({choice.reason})"
+    chosen = choose(device)
+    return f"calls on the GPU: {chosen.name} ({chosen.reason})"
+
+
+def forget() -> None:
+    """Has all choices made anew, of tables that have changed; what has been captured or compiled
+    keeps its plans."""
+    choice.forget()
+    _forget_choices()
+
+
+def _forget_choices() -> None:
+    _default.cache_clear()
+    _forced.cache_clear()
 
 
 @cache
@@ -167,7 +178,6 @@ def _forced(device: torch.device, name: str, demand: str) -> Choice:
     return Choice(name, BACKENDS[name], f"forced by {demand}", demand)
 
 
-choice.changed += [_default.cache_clear, _forced.cache_clear]
 for _name, _backend in (("reference", reference), ("native", native), ("cuda", cuda)):
     register(_name, _backend)
 if _env.BACKEND is not None:

@@ -14,14 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.backends.cuda import choice, tables
+from lora_kernels import backends
+from lora_kernels.backends.cuda import tables
 from lora_kernels.nn import LoRALayer
 from lora_kernels.testing import DTYPES, Case
-from lora_kernels.tuning.table import Candidate, Table, locked, replace_text, to_json, touch_lock
+from lora_kernels.tuning.table import (
+    BASES,
+    Candidate,
+    locked,
+    merge,
+    replace_text,
+    to_json,
+    touch_lock,
+)
 
 ROWS = (8192, 2048, 16, 1)
 SHAPES = ((4096, 4096, 16), (14336, 4096, 16), (4096, 14336, 16))
-LIMIT = 60.0  # seconds that a candidate may take, compiling included
+LIMIT = 60.0
+SECONDS, ROUNDS = 0.15, (5, 100)
 _MOST_CRASHES = 2  # outside of any candidate
 
 
@@ -61,7 +71,10 @@ def tune(
     force: bool = False,
     out: str | os.PathLike[str] | None = None,
     plugins: Sequence[str] = (),
-    **worker: Any,
+    limit: float = LIMIT,
+    seconds: float = SECONDS,
+    rounds: tuple[int, int] = ROUNDS,
+    jobs: int = 1,
 ) -> TuningReport:
     """Proves and times the plans on this GPU, for the calls of a model, and has this process and
     later ones use what was found.
@@ -80,6 +93,9 @@ def tune(
         out: the table's file; by default that of this GPU, these versions and kernels in the
             user's cache folder, where later processes look for it.
         plugins: names of modules that register plans of their own.
+        limit: seconds that a candidate may take, compiling included, before it counts as hung.
+        seconds, rounds: of timing for a kind of call, and at least and at most how many rounds.
+        jobs: processes that compile beforehand.
 
     Raises:
         ValueError: no GPU, a model without LoRA layers, a size that is not positive.
@@ -93,27 +109,30 @@ def tune(
     for module in plugins:
         importlib.import_module(module)
     path = tables.cache_path(torch.cuda.current_device()) if out is None else Path(out)
-    todo = _todo(_cases(model, rows, shapes, dtype), backward)
+    # All of a weight first: most calls are of that kind.
+    cases = _cases(model, rows, shapes, dtype)
+    todo = [(base, case) for base in BASES for case in cases]
     if _is_first_of_node():
         with locked(path):
             if force:
                 path.unlink(missing_ok=True)
             before = _buckets(path)
-            options = {"backward": int(backward), "minutes": minutes, "plugins": plugins, **worker}
-            finished = _supervise(path, todo, options)
+            options = {
+                "backward": int(backward), "seconds": seconds, "rounds": rounds, "jobs": jobs,
+                "plugins": plugins, "todo": json.dumps(todo),
+            }  # fmt: skip
+            finished = _supervise(path, minutes, limit, options)
     else:
         before, finished = 0, True
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     if out is None:
-        choice.forget()
+        backends.forget()
     return _report(path, before, finished)
 
 
 def merge_files(one: Path, other: Path, out: Path) -> None:
     """Writes the table of two: `table.merge`."""
-    from lora_kernels.tuning.table import merge
-
     replace_text(out, to_json(merge(*map(tables.read_table, (one, other)))))
 
 
@@ -162,42 +181,37 @@ def _sizes(layer: nn.Module) -> Iterator[tuple[int, int, int, str, float]]:
                 yield a.shape[1], b.shape[0], a.shape[0], names[weight.dtype], p
 
 
-def _todo(cases: Sequence[Case], backward: bool) -> list[tuple[str, Case]]:
-    """All of a weight first: most calls are of that kind."""
-    return [(base, case) for base in ("dense", "given") for case in cases]
-
-
 def _buckets(path: Path) -> int:
     return len(tables.read_table(path)["buckets"]) if path.exists() else 0
 
 
-def _supervise(path: Path, todo: Sequence[tuple[str, Case]], options: dict[str, Any]) -> bool:
+def _supervise(path: Path, minutes: float, limit: float, options: dict[str, Any]) -> bool:
     """Workers one after the other until one ends well; whether all was done."""
-    end = time.monotonic() + 60 * options["minutes"]
-    limit = options.pop("limit", LIMIT)
+    end = time.monotonic() + 60 * minutes
+    command = [sys.executable, "-m", "lora_kernels.tuning.worker", "--out", str(path)]
+    for name, value in options.items():
+        command += [f"--{name}", *_texts(value)]
     crashes = 0
     while True:
-        options["minutes"] = max(0.0, end - time.monotonic()) / 60
-        flags = [flag for name, value in options.items() for flag in (f"--{name}", *_texts(value))]
-        command = [sys.executable, "-m", "lora_kernels.tuning.worker", *flags, "--out", str(path)]
-        child = subprocess.Popen([*command, "--todo", json.dumps(todo)])
+        minutes = max(0.0, end - time.monotonic()) / 60
+        child = subprocess.Popen([*command, "--minutes", str(minutes)])
         try:
-            status, hung = _watch(child, path, limit, max(limit, 30 * options["minutes"]))
+            status, hung = _watch(child, path, limit, max(limit, 30 * minutes))
         except BaseException:  # Ctrl-C: the candidate is not to blame
             child.terminate()
             child.wait()
             raise
         if status == 0:
             break
-        mark = json.loads(path.read_text()).get("trying") if path.exists() else None
+        content = _content(path)
+        mark = content.get("trying")
         if mark is None:
             crashes += 1
             if crashes == _MOST_CRASHES:
                 raise RuntimeError(f"tune: the worker ended with {status} twice; see its output")
             continue
         if hung:
-            content = json.loads(path.read_text())
-            content["trying"]["why"] = f"it hung: no result in {limit:g} s"
+            mark["why"] = f"it hung: no result in {limit:g} s"
             replace_text(path, to_json(content))
         candidate = Candidate(mark["plan"], mark["tiles"])
         why = "hung" if hung else f"took its process along (exit status {status})"
@@ -225,14 +239,16 @@ def _watch(
             now = None
         if now != seen:
             seen, since = now, time.monotonic()
-        elif time.monotonic() - since > (limit if _is_trying(path) else compiling + limit):
+            continue
+        idle = time.monotonic() - since
+        if idle > limit and (idle > compiling + limit or "trying" in _content(path)):
             child.kill()
             return child.wait(), True
     return child.returncode, False
 
 
-def _is_trying(path: Path) -> bool:
-    return path.exists() and "trying" in dict(json.loads(path.read_text()))
+def _content(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def _report(path: Path, before: int, finished: bool) -> TuningReport:
@@ -248,4 +264,4 @@ def _report(path: Path, before: int, finished: bool) -> TuningReport:
     return TuningReport(path, buckets, buckets - before, proven, failed, finished)
 
 
-__all__ = ["Table", "TuningReport", "merge_files", "tune"]
+__all__ = ["TuningReport", "merge_files", "tune"]

@@ -10,7 +10,7 @@ import contextlib
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,10 +37,8 @@ from lora_kernels.testing import (
     problem,
 )
 from lora_kernels.tuning.clock import interleaved, summary
-from lora_kernels.tuning.table import KEY, Candidate, Table
+from lora_kernels.tuning.table import BASES, KEY, Candidate, Table
 
-# By the base: a dense weight, or an output that is given (lora_add).
-OPS = {"dense": ("forward", "backward"), "given": ("add", "add_backward")}
 _CLOSE = 1.01  # as fast as the fastest
 _RUNS, _RUNS_COOPERATING = 5, 20
 _library = torch.ops.lora_kernels
@@ -89,7 +87,7 @@ def works(p: Problem, base: str) -> list[Work]:
         weights, runs = (), (add, add_backward)
     found = []
     for op, rows, run, names in zip(
-        OPS[base], (x, p.dy), runs, (("y",), ("dx", "dA", "dB")), strict=True
+        BASES[base], (x, p.dy), runs, (("y",), ("dx", "dA", "dB")), strict=True
     ):
         aligned = all(map(vectorises, (rows, *weights)))
         call = Call(aligned=aligned, **key_of(case, op))
@@ -251,7 +249,7 @@ def bucket_of(
         right += more
         times = timed(right, work, seconds, rounds)
     best = simplest(right, [statistics.median(spent) for spent in times])
-    plain = next((i for i, c in enumerate(right) if c.plan == "aten"), 0)
+    plain = next(i for i, candidate in enumerate(right) if candidate.plan == "aten")
     figures = summary(times[best], times[plain])
     bucket = {name: getattr(work.call, name) for name in KEY} | {"plan": right[best].plan}
     if right[best].tiles:
@@ -260,13 +258,16 @@ def bucket_of(
                      "date": str(date.today())}  # fmt: skip
 
 
+def missing(buckets: Sequence[Mapping[str, Any]], base: str, case: Case) -> list[str]:
+    """The ops of a case that no bucket is of."""
+    keys = {op: key_of(case, op).items() for op in BASES[base]}
+    return [op for op, key in keys.items() if not any(key <= b.items() for b in buckets)]
+
+
 def left(todo: Sequence[tuple[str, Case]], path: Path) -> list[tuple[str, Case]]:
     """Without the cases whose buckets the table at the path has."""
     found = tables.read_table(path)["buckets"] if path.exists() else []
-    return [
-        (base, case) for base, case in todo
-        if not all(any(key_of(case, op).items() <= b.items() for b in found) for op in OPS[base])
-    ]  # fmt: skip
+    return [(base, case) for base, case in todo if missing(found, base, case)]
 
 
 def run_part(part: str, todo: Sequence[tuple[str, Case]], device: torch.device) -> None:

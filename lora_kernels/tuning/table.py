@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from lora_kernels.backends.cuda import tables
 from lora_kernels.files import replace_atomically
 
+# By the base, a dense weight, or an output that is given (lora_add): the ops that are tuned.
+BASES = {"dense": ("forward", "backward"), "given": ("add", "add_backward")}
 KEY = ("op", "dtype", "M", "N", "K", "r", "dropout")
 _STALE = 600.0  # seconds after which a lock is nobody's
 
@@ -55,9 +57,6 @@ class Table:
 
     def write(self) -> None:
         replace_text(self.path, to_json(self.content))
-
-    def has(self, key: Mapping[str, Any]) -> bool:
-        return any(key.items() <= bucket.items() for bucket in self.content["buckets"])
 
     def interrupted(self) -> None:
         """Of a process that is told to end: the candidate is not to blame."""

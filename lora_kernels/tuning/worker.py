@@ -1,6 +1,6 @@
 """The process that runs candidates: whatever they do to it, who started it goes on.
 
-    python -m lora_kernels.tuning.worker --out TABLE --todo JSON [--part I/N]
+    python -m lora_kernels.tuning.worker --out TABLE --todo JSON ... [--part I/N]
 
 The table is on disk after every bucket; the same command goes on where the last one ended, and
 passes over the candidate in which it died. Exit status 0: all is done, or the time is over.
@@ -20,7 +20,7 @@ import torch
 from lora_kernels.testing import Case, problem
 from lora_kernels.tuning.clock import Deadline
 from lora_kernels.tuning.machine import machine
-from lora_kernels.tuning.search import OPS, bucket_of, key_of, left, run_part, works
+from lora_kernels.tuning.search import bucket_of, left, missing, run_part, works
 from lora_kernels.tuning.table import Table
 
 
@@ -40,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--todo", required=True, help="[[base, case], ...]")
-    parser.add_argument("--minutes", type=float, default=3)
-    parser.add_argument("--seconds", type=float, default=0.15)
-    parser.add_argument("--rounds", type=int, nargs=2, default=(5, 100))
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--rounds", type=int, nargs=2, required=True)
+    parser.add_argument("--jobs", type=int, required=True)
+    parser.add_argument("--backward", type=int, choices=(0, 1), required=True)
+    parser.add_argument("--plugins", nargs="*", required=True)
     parser.add_argument("--part")
-    parser.add_argument("--backward", type=int, choices=(0, 1), default=1)
-    parser.add_argument("--plugins", nargs="*", default=())
     args = parser.parse_args(arguments)
     for module in args.plugins:
         importlib.import_module(module)
@@ -71,14 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = sys.argv[1:] if arguments is None else arguments
         compile_ahead(given, args.jobs, args.minutes / 2)
     for done, (base, case) in enumerate(todo):
-        ops = [op for op in OPS[base] if args.backward or not op.endswith("backward")]
-        if all(table.has(key_of(case, op)) for op in ops):
+        lacking = missing(table.content["buckets"], base, case)
+        ops = [op for op in lacking if args.backward or not op.endswith("backward")]
+        if not ops:
             continue
         if deadline.left() <= 0:
             print(f"time is over with {len(todo) - done} cases left; run again to go on")
             break
         for work in works(problem(case, device), base):
-            if work.call.op in ops and not table.has(key_of(case, work.call.op)):
+            if work.call.op in ops:
                 bucket = bucket_of(work, table, args.seconds, tuple(args.rounds))
                 if bucket:
                     table.add(bucket)

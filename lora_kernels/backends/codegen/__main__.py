@@ -6,14 +6,14 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import triton
 
 from lora_kernels.backends import codegen
 from lora_kernels.backends.codegen import TARGETS, Kernel, compile_case, faults
-from lora_kernels.backends.codegen.cases import SHORT, analytic, cases, is_served
+from lora_kernels.backends.codegen.cases import SHORT, Case, analytic, cases, is_served
 from lora_kernels.backends.cuda import tables
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import CARDS
@@ -58,10 +58,8 @@ def matrix(found: Mapping[tuple[str, str], list[Kernel]]) -> str:
         spilling = sum(kernel.spills > 0 for kernel in kernels)
         text = f"{len(kernels)} kernels" if len(kernels) > 1 else "1 kernel"
         text += f", {spilling} spill" * bool(spilling) + f", {broken} faulty" * bool(broken)
-        return f"{text}; run on {', '.join(sorted(proven[plan]))}" if _ran(plan, card) else text
-
-    def _ran(plan: str, card: str) -> bool:
-        return card == "90" and bool(proven[plan])
+        ran = card == "90" and proven[plan]  # both cards of the tables are Hoppers
+        return f"{text}; run on {', '.join(sorted(proven[plan]))}" if ran else text
 
     plans = [name for name in PLANS if any((name, card) in found for card in CARDS)]
     lines = [f"| plan | {' | '.join(f'{NAMES[card]} ({_sm(card)})' for card in CARDS)} |"]
@@ -99,14 +97,19 @@ def main() -> int:
     found: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
     for card in options.arch or TARGETS:
         seen: set[str] = set()
-        chosen = SHORT if options.short else analytic() if options.analytic else None
-        for case in cases(TARGETS[card]) if chosen is None else chosen:
+        chosen: Iterable[Case] = SHORT
+        if not options.short:
+            chosen = analytic() if options.analytic else cases(TARGETS[card])
+        for case in chosen:
             if not re.search(options.only, str(case)) or not is_served(case, TARGETS[card]):
                 continue
             for kernel in compile_case(case, card, seen):
                 reasons = faults(kernel)
-                print(row(kernel), *(f"  FAULT: {', '.join(reasons)}" for _ in reasons[:1]))
-                sys.stdout.flush()
+                print(
+                    row(kernel),
+                    *(f"  FAULT: {', '.join(reasons)}" for _ in reasons[:1]),
+                    flush=True,
+                )
                 found[case.plan, card].append(kernel)
     if options.page:
         write_matrix(options.page, found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
 
@@ -10,9 +9,10 @@ import torch
 
 from lora_kernels import _env
 from lora_kernels.backends import forced
+from lora_kernels.backends.cuda import tables
 from lora_kernels.backends.cuda.plan import Call, Tiles
 from lora_kernels.backends.cuda.plans import PLANS, known
-from lora_kernels.backends.cuda.tables import Choice, index_of, nearest, tuned, why_none
+from lora_kernels.backends.cuda.tables import Choice, index_of, nearest, tuned
 from lora_kernels.backends.device import Target
 
 _MOST_VARIED_RANK = 128
@@ -61,15 +61,9 @@ def _choose(index: int | None, call: Call, demand: str | None) -> Choice:
 
 
 def forget() -> None:
-    """Has tables looked for and read anew; what has been captured or compiled keeps its plans."""
-    for cached in (_choose, tuned, why_none):
-        cached.cache_clear()
-    for listener in changed:
-        listener()
-
-
-# Called by `forget`: what is above and remembers a choice.
-changed: list[Callable[[], None]] = []
+    """Has plans chosen anew, and tables looked for and read."""
+    _choose.cache_clear()
+    tables.forget()
 
 
 def candidates(call: Call, target: Target) -> list[tuple[str, Tiles]]:

@@ -194,6 +194,12 @@ def why_none(index: int) -> str | None:
     return None
 
 
+def forget() -> None:
+    """Has tables looked for and read anew."""
+    for cached in (tuned, why_none, _is_sound):
+        cached.cache_clear()
+
+
 def _triton() -> str | None:
     try:
         return version("triton")
