@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lora_kernels import __version__
+
 
 def _cpu_name() -> str:
     try:
@@ -39,9 +41,8 @@ def _commit() -> str:
 
 def machine(gpu: bool) -> dict[str, Any]:
     """What a number taken on the GPU, or on the CPU, cannot be understood without."""
-    versions = {
-        name: _version(name) for name in ("torch", "triton", "peft", "transformers", "lora_kernels")
-    }
+    versions = {name: _version(name) for name in ("torch", "triton", "peft", "transformers")}
+    versions["lora_kernels"] = __version__  # the sources may not be installed
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),

@@ -106,6 +106,20 @@ def store_tile(matrix, tile, rows, cols):
 
 
 @triton.jit
+def multiply_add(left, right, acc, PRECISION: tl.constexpr):
+    """acc + left @ right, of one step of a loop.
+
+    In fp32 the sum of a step is formed by itself. One FMA after the other down a whole row has
+    four times cuBLAS's error at 4096 columns, which sums in shares.
+    """
+    if PRECISION == "ieee" and left.dtype == tl.float32:
+        # Any value but 0 keeps Triton from joining the two again; it means something in fp8 alone.
+        return acc + tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def load_seed(ptr, DROP: tl.constexpr):
     """(seed, first row, first block of columns) of x in the mask, from DROP words."""
     if DROP == 3:

@@ -20,6 +20,7 @@ from lora_kernels.backends.triton.blocks import (
     load_tile,
     load_tile_hinted,
     loop_steps,
+    multiply_add,
     store_tile,
 )
 from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
@@ -33,12 +34,13 @@ def dual_kernel(
     x, weight, a, b, bias, s, y, seed_ptr, M, N, K, r, scale, threshold,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    DROP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+    TWICE: tl.constexpr, DROP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (column tile, row tile, share of K). All products are formed transposed: the weight
     is the left operand, and s, which lies in registers, a right one, which wgmma takes from shared
     memory only. s is stored if it is not None, by the programs of column 0. With SPLIT > 1 y and s
     are shares, [SPLIT,M,N] and [SPLIT,M,r] in fp32: s B^T is the sum of its shares like the rest.
+    With TWICE each product loads x for itself, see `tiles.dual_loads_twice`.
     """
     col, row, share = tl.program_id(0) * BN, tl.program_id(1) * BM, tl.program_id(2)
     rows, cols, rank = row + tl.arange(0, BM), col + tl.arange(0, BN), tl.arange(0, R)
@@ -55,11 +57,13 @@ def dual_kernel(
         )
         x_tile = load_tile_hinted(Matrix(x, stride_xm, stride_xk, M, K), rows, ks, "evict_last", "")
         a_tile = load_tile_hinted(Matrix(a, stride_ar, stride_ak, r, K), rank, ks, "evict_last", "")
-        acc = tl.dot(w_tile, x_tile.T, acc, input_precision=PRECISION)
+        acc = multiply_add(w_tile, x_tile.T, acc, PRECISION)
+        if TWICE:  # with another hint, or the two become one again
+            x_tile = load_tile_hinted(Matrix(x, stride_xm, stride_xk, M, K), rows, ks, "", "")
         if DROP:
             x_tile = tl.where(keep_tile(seed, rows, first, threshold, BK), x_tile, 0.0)
             x_tile = x_tile.to(x.dtype.element_ty)
-        low = tl.dot(a_tile, x_tile.T, low, input_precision=PRECISION)
+        low = multiply_add(a_tile, x_tile.T, low, PRECISION)
     low *= scale
     if s is not None and col == 0:
         store_tile(Matrix(s + share.to(tl.int64) * M * r, 1, r, r, M), low, rank, rows)
@@ -105,6 +109,7 @@ def dual(
         seed, M, N, K, r, scale[0] * kept_scale, threshold,
         *x.stride(), *weight.stride(), *a.stride(), *b.stride(),
         R=tiles.dual_rank(r), BM=tile.bm, BN=tile.bn, BK=tile.bk, SPLIT=tile.split,
+        TWICE=tiles.dual_loads_twice(target(x.device), tile, r, dropout is not None),
         DROP=words(dropout), HIGH=scale[1], PRECISION=fp32_precision(),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

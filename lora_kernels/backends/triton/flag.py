@@ -24,6 +24,7 @@ from lora_kernels.backends.triton.blocks import (
     Term,
     load_tile,
     loop_steps,
+    multiply_add,
     store_tile,
     tile_order,
 )
@@ -82,10 +83,10 @@ def flag_loop(x, weight, a, place, loop):
         k = i * BK
         x_tile = read_tile(x, place.row, k, place.BM, BK)
         w_tile = read_tile(weight, place.col, k, place.BN, BK)
-        acc = tl.dot(x_tile, w_tile.T, acc, input_precision=loop.PRECISION)
+        acc = multiply_add(x_tile, w_tile.T, acc, loop.PRECISION)
         if loop.LOW:
             a_tile = read_tile(a, 0, k, loop.R, BK)
-            low = tl.dot(x_tile, a_tile.T, low, input_precision=loop.PRECISION)
+            low = multiply_add(x_tile, a_tile.T, low, loop.PRECISION)
     return acc, low
 
 

@@ -24,6 +24,7 @@ from lora_kernels.backends.triton.blocks import (
     column_halves,
     load_seed,
     loop_steps,
+    multiply_add,
     store_tile,
     tile_order,
     tile_pointers,
@@ -85,7 +86,7 @@ def pointer_loop(x, mat, place, BK: tl.constexpr, PRECISION: tl.constexpr):
         left = x.cols - i * BK
         x_values = tl.load(x_tile, mask=ks[None, :] < left, other=0.0)
         mat_values = tl.load(mat_tile, mask=ks[:, None] < left, other=0.0)
-        acc = tl.dot(x_values, mat_values, acc, input_precision=PRECISION)
+        acc = multiply_add(x_values, mat_values, acc, PRECISION)
         x_tile += step * x.stride_c
         mat_tile += step * mat.stride_r
     return acc

@@ -18,6 +18,7 @@ from lora_kernels.backends.triton.blocks import (
     load_seed,
     load_tile,
     loop_steps,
+    multiply_add,
     store_tile,
 )
 from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
@@ -43,7 +44,7 @@ def ds_db_kernel(
         cols = (share * steps + i) * BN + tl.arange(0, BN)
         dy_tile = load_tile(Matrix(dy, stride_dm, stride_dn, M, N), rows, cols)
         mat_tile = load_tile(Matrix(mat, stride_bn, stride_br, N, r), cols, rank)
-        acc = tl.dot(dy_tile, mat_tile, acc, input_precision=PRECISION)
+        acc = multiply_add(dy_tile, mat_tile, acc, PRECISION)
         db_tile = tl.dot(dy_tile.T, s_tile, input_precision=PRECISION)
         store_tile(Matrix(part_db, r, 1, N, r), db_tile, cols, rank)
     store_tile(Matrix(part_ds + share.to(tl.int64) * M * r, r, 1, M, r), acc, rows, rank)
@@ -111,7 +112,7 @@ def tall_tile(low, x, out, mask, part, PRECISION: tl.constexpr):
         if mask.DROP:
             tile = tl.where(keep_tile(seed, rows, part.col, mask.threshold, part.BC), tile, 0.0)
             tile = tile.to(x.ptr.dtype.element_ty)
-        acc = tl.dot(low_tile, tile, acc, input_precision=PRECISION)
+        acc = multiply_add(low_tile, tile, acc, PRECISION)
     if SPLIT == 1:
         store_tile(out, acc * mask.scale, rank, cols)
     else:

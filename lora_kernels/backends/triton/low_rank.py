@@ -21,6 +21,7 @@ from lora_kernels.backends.triton.blocks import (
     load_seed,
     load_tile,
     loop_steps,
+    multiply_add,
     store_tile,
 )
 from lora_kernels.backends.triton.dropout import WITHOUT, Dropout, words
@@ -58,7 +59,7 @@ def shrink_kernel(
             x_tile = tl.where(keep_tile(seed, rows, first, threshold, BK), x_tile, 0.0)
             x_tile = x_tile.to(x.dtype.element_ty)
         mat_tile = load_tile(Matrix(mat, stride_ar, stride_ak, r, K), rank, cols)
-        acc = tl.dot(mat_tile, x_tile.T, acc, input_precision=PRECISION)
+        acc = multiply_add(mat_tile, x_tile.T, acc, PRECISION)
     if SPLIT == 1:
         store_tile(Matrix(out, 1, r, r, M), acc * scale, rank, rows)
     else:

@@ -253,6 +253,17 @@ def dual_rank(r: int) -> int:
     return max(16, next_power_of_2(r))
 
 
+def dual_loads_twice(target: Target, tile: DualTile, r: int, drop: bool) -> bool:
+    """Whether the dual kernel must load x once for each of its products.
+
+    Triton 3.6 and 3.7 give a load with two different uses, by a product that reads shared memory
+    and by one that reads registers, one buffer too few for the former, which runs on while the
+    buffer is filled again: seen on an H200 as other bits in one of many runs.
+    """
+    by_weight, by_a = tile.bn >= 64, dual_rank(r) >= 64 and not drop
+    return target.has_wide_tiles and by_weight != by_a
+
+
 @_remembered
 def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bool) -> DualTile:
     """For few rows, column tiles that give every SM one; else square tiles."""
@@ -269,7 +280,7 @@ def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bo
     else:
         tile = DualTile(64, 64, 64 if R <= 64 else 32, 3, 4)
     size = tile.bk * dtype.itemsize
-    return fitted(tile, target, (tile.bm + tile.bn + R) * size, kept=tile.bm * size)
+    return fitted(tile, target, (2 * tile.bm + tile.bn + R) * size, kept=tile.bm * size)
 
 
 @_remembered
