@@ -20,13 +20,17 @@ from lora_kernels.backends.triton import launch, tiles
 ROOT = Path(__file__).parent.parent
 
 
-def test_short_check_passes():
-    """In a process of its own: it takes over Triton's driver."""
+def _environment():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("TRITON_INTERPRET", "LORA_KERNELS_BACKEND", "LORA_KERNELS_PLAN"):
         environment.pop(name, None)
+    return environment
+
+
+def test_short_check_passes():
+    """In a process of its own: it takes over Triton's driver."""
     command = [sys.executable, "-m", "lora_kernels.backends.codegen", "--short"]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(command, env=_environment(), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert {"gemm_tma_kernel", "dx_da_kernel"} <= set(run.stdout.split())
     assert "0 break a rule" in run.stdout
@@ -36,7 +40,7 @@ SOUND = codegen.Kernel(
     case="",
     target=CARDS["90"],
     name="gemm_tma_kernel",
-    constants={"BM": 128, "BN": 256, "dtype": "16 bit", "aligned": True},
+    constants={"BM": 128, "BN": 256, "dtype": "16 bit", "aligned": True, "num_stages": 3},
     registers=168,
     spills=0,
     shared=180_000,
@@ -45,6 +49,7 @@ SOUND = codegen.Kernel(
     wgmma=5,
     register_form=0,
     pending=1,
+    buffers=3,
     tcgen05=0,
     tma=6,
     cp_async=0,
@@ -71,6 +76,7 @@ def test_a_sound_kernel_breaks_no_rule():
         ({"constants": SOUND.constants | {"PDL": True}}, "overlap"),
         ({"wgmma": 0}, "no wgmma"),
         ({"pending": 0}, "wgmma serialised"),
+        ({"buffers": 2}, "too few buffers"),
         ({"target": CARDS["100"]}, "no tcgen05"),
         ({"wgmma": 0}, "no tensor cores"),
         ({"name": "gemm_kernel", "tma": 0}, "no asynchronous loads"),
@@ -83,6 +89,27 @@ def test_a_sound_kernel_breaks_no_rule():
 )
 def test_each_rule_can_fail(change, rule):
     assert rule in codegen.faults(SOUND._replace(**change))
+
+
+def test_buffers_are_counted_in_what_is_compiled():
+    """A load with two uses, as `dual` had it, gets one too few. In a process of its own."""
+    program = """
+from unittest import mock
+from lora_kernels.backends import codegen
+from lora_kernels.backends.codegen.cases import Case
+from lora_kernels.backends.triton import tiles
+
+case = Case(plan="dual", N=1024, ops=("forward",))
+for twice in (True, False):
+    with mock.patch.object(tiles, "dual_loads_twice", lambda *_: twice):
+        [kernel] = codegen.compile_case(case, "90", set())
+    print(twice, kernel.buffers, codegen.faults(kernel))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=_environment(), cwd=ROOT, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.splitlines() == ["True 3 []", "False 2 ['too few buffers']"]
 
 
 @pytest.mark.parametrize("card", CARDS)

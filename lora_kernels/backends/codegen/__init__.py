@@ -47,6 +47,7 @@ class Kernel(NamedTuple):
     wgmma: int
     register_form: int  # wgmma whose left operand lies in registers
     pending: int  # most wgmma groups left in flight by a wait
+    buffers: int | None  # fewest of a loop's that a wgmma in flight reads; None: there is none
     tcgen05: int
     tma: int
     cp_async: int
@@ -120,6 +121,7 @@ def _inspect(case: Case, target: Target, compiled: Any, constants: dict[str, Any
         # Two lists of registers: the accumulators and the left operand.
         register_form=sum(len(re.findall(r"\{[^}]*\}", text)) > 1 for text in wgmma),
         pending=max(map(int, waits), default=0),
+        buffers=_buffers(compiled.asm["ttgir"]),
         tcgen05=count(r"tcgen05\.mma"),
         tma=count(r"cp\.async\.bulk\.tensor\.\dd\.shared"),
         cp_async=count(r"cp\.async\.c[ag]"),
@@ -129,14 +131,29 @@ def _inspect(case: Case, target: Target, compiled: Any, constants: dict[str, Any
     )
 
 
+def _buffers(ttgir: str) -> int | None:
+    """The fewest buffers of those, one of which per step, from which asynchronous products read."""
+    made = dict(re.findall(r"^\s*(%\w+)(?::\d+)? = (.*)$", ttgir, re.M))
+    found = []
+    for operands in re.findall(r"warp_group_dot (%\w+), (%\w+),.*isAsync = true", ttgir):
+        for value in operands:
+            while view := re.match(r"ttg\.memdesc_\w+ (%\w+)", made.get(value, "")):
+                value = view[1]
+            shape = re.search(r"local_alloc.*memdesc<(\d+)x\d+x\d+x", made.get(value, ""))
+            found += [int(shape[1])] if shape else []
+    return min(found, default=None)
+
+
 def _inspect_amd(case: Case, target: Target, compiled: Any, constants: dict[str, Any]) -> Kernel:
     text = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:
         return sum(int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", text))
 
-    none = dict.fromkeys(("tensor_memory", "wgmma", "register_form", "pending", "tcgen05"), 0)
-    none |= dict.fromkeys(("tma", "cp_async", "waits"), 0)
+    none: dict[str, Any] = dict.fromkeys(
+        ("tensor_memory", "wgmma", "register_form", "pending", "tcgen05"), 0
+    )
+    none |= dict.fromkeys(("tma", "cp_async", "waits"), 0) | {"buffers": None}
     return Kernel(
         case=str(case),
         target=target,
@@ -171,6 +188,10 @@ def faults(kernel: Kernel) -> list[str]:
         "no TMA": not (k.name in _BY_TMA or k.constants.get("TMA")) or k.tma > 0,
         "overlap": k.waits == k.constants.get("PDL", 0),
         "no wgmma": not (full and k.target.is_hopper) or k.wgmma > 0,
+        # A loop fills the buffer of the step `num_stages - 1` on while a wgmma is in flight.
+        "too few buffers": k.pending == 0
+        or k.buffers is None
+        or k.buffers >= k.constants.get("num_stages", 1),
         "wgmma serialised": not (full and aligned and k.target.is_hopper) or k.pending >= 1,
         "no asynchronous loads": not (main and aligned and not amd) or k.tma + k.cp_async > 0,
         "no tcgen05": not (full and k.target.is_blackwell) or k.tcgen05 > 0,
