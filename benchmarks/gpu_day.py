@@ -52,8 +52,8 @@ def lacks_kernels() -> bool:
 
 def gpu_tests() -> list[str]:
     """Files with tests that need a GPU."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [f"tests/{file.name}" for file in files if "mark.gpu" in file.read_text()]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
 
 
 def steps(out: Path, gpu: bool) -> list[Step]:
@@ -89,7 +89,8 @@ def steps(out: Path, gpu: bool) -> list[Step]:
     model = script("model", "--out", str(out / f"model-{kind}.json"), *timed, *small["model"])
     report = script("report", "--results", str(out), "--readme", str(out / "report.md"))
     build = [python, "setup.py", "build_ext", "--inplace"]
-    forced = [python, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu_ecosystem.py"]
+    ecosystem = "tests/backends/cuda/test_gpu_ecosystem.py"
+    forced = [python, "-m", "pytest", "-q", "-m", "gpu", ecosystem]
     return [
         *([Step({"build": build}, 0.15, once=True, environment=_BUILD)] if lacks_kernels() else []),
         Step(tests, 0.35, once=True),

@@ -1,6 +1,7 @@
 """LoRA linear layers as one op: fused kernels behind a drop-in nn.Linear."""
 
 from lora_kernels import adapters
+from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapters import lora_parameters, lora_state_dict
 from lora_kernels.ahead import warmup
 from lora_kernels.check import AdapterReport, check_adapters
@@ -20,8 +21,6 @@ from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
 from lora_kernels.rank import low_rank_approximation
 from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model, train_model
 from lora_kernels.tuning import TuningReport, tune
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdapterReport",

@@ -44,7 +44,7 @@ KERNELS = "interpreted_plans interpreted_ops interpreted_passes"
 
 # name: (file, function or class that the text stands in, the text, what replaces it, tests that
 # should notice). None stands for what is in no function or class; files of csrc/ leave the function
-# out, the text occurs once in them. A test is tests/test_NAME.py or NAME::test.
+# out, the text occurs once in them. A test is test_NAME.py in a folder of tests, or NAME::test.
 MUTANTS = {
     "sign of ds": (REFERENCE, "_whole_backward", "if rank_first else b, branch.scaling)", "if rank_first else b, -branch.scaling)", "ops"),
     "scaling dropped in s": (REFERENCE, "forward", "x).t(), low)", "x).t(), 1)", "ops"),
@@ -509,12 +509,12 @@ EXTENSION = Extension()
 
 
 def pytest_of(test):
-    """(what pytest is to run, environment) of "name" or "name::test", tests/test_name.py. What runs
+    """(what pytest is to run, environment) of "name" or "name::test", of test_name.py. What runs
     in Triton's interpreter does so at once, not in a child, so that it stops at the first failure.
     """
     interpreted = {"TRITON_INTERPRET": "1", "LORA_KERNELS_BACKEND": "triton"}
     file, *inner = test.split("::")
-    path = TESTS / f"test_{file}.py"
+    [path] = TESTS.rglob(f"test_{file}.py")
     return "::".join([str(path), *inner]), interpreted if file.startswith("interpreted_") else {}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = ["backends/native/test_native.py", "backends/native/test_native_safety.py"]
 SOURCES = ("ops", "base", "avx2", "avx512")
 FLAGS = (
     "-std=c++20", "-g1", "-fPIC", "-fsanitize=address,undefined",
@@ -89,7 +90,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(folder, "-O1")
-        run = run_tests(folder, sys.argv[1:] or ["test_native.py", "test_native_safety.py"])
+        run = run_tests(folder, sys.argv[1:] or FILES)
     print(run.stdout + run.stderr)
     return run.returncode
 

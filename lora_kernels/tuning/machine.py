@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels import __version__
+from lora_kernels._version import __version__
 
 
 def _cpu_name() -> str:

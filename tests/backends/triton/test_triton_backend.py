@@ -20,7 +20,7 @@ from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import CARDS, assume
 from lora_kernels.branch import Branch, Dense
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 CALL = """
 import torch, lora_kernels
 x = torch.ones(2, 3)

@@ -18,7 +18,7 @@ def test_short_check_passes(tmp_path):
     assert b"__ubsan_handle" in code
     where = "import lora_kernels, sys; sys.exit(not lora_kernels.__file__.startswith(sys.argv[1]))"
     assert sanitize.python(tmp_path, "-c", where, str(tmp_path)).returncode == 0
-    selected = ["-k", " or ".join(TESTS), "test_native.py", "test_native_safety.py"]
+    selected = ["-k", " or ".join(TESTS), *sanitize.FILES]
     run = sanitize.run_tests(tmp_path, selected)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert "skipped" not in run.stdout

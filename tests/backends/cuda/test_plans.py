@@ -19,7 +19,7 @@ from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import CARDS
 from lora_kernels.backends.native import extension
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 CALL = Call("forward", "bfloat16", 8192, 4096, 4096, 16, False)
 GPU = torch.device("cuda", 0)
 

@@ -547,7 +547,7 @@ def test_bad_evaluations(message, options):
 
 def script(path):
     """The main function of a script beside the package."""
-    return runpy.run_path(str(Path(__file__).parents[1] / path))["main"]
+    return runpy.run_path(str(Path(__file__).parents[2] / path))["main"]
 
 
 def test_example_with_these_functions(tmp_path, capsys):

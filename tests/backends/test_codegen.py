@@ -17,7 +17,7 @@ from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import CARDS, assume
 from lora_kernels.backends.triton import launch, tiles
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _environment():

@@ -20,7 +20,7 @@ from lora_kernels.backends.cuda.choice import use_plan
 pytestmark = pytest.mark.gpu
 assert triton_backend  # a fixture, used by being here
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lora_kernels import apply_lora, load_adapter
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS, SAVE_EVERY = 80, 8  # so many that a slow reader still finds the workers at work
 
 

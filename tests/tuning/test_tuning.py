@@ -22,7 +22,7 @@ from lora_kernels.tuning import clock, search
 from lora_kernels.tuning.table import BASES, Candidate, Table, locked, merge
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # gluon is compiled for Hopper and bf16 alone.
 INTERPRETED = [plan for plan in PLANS if plan not in ("decode_cuda", "gluon")]
 INFO = {"versions": {}, "commit": "x"}

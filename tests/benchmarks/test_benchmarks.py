@@ -18,7 +18,7 @@ from benchmarks.peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
 from lora_kernels.testing import NAMES, Case, WrongResult, expected, problem
 from lora_kernels.tuning import clock
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CASE = Case(24, 40, 56, 8, "fp32")
 

@@ -21,7 +21,7 @@ from lora_kernels.backends.device import CARDS
 from lora_kernels.backends.native import decode, extension
 from lora_kernels.backends.scaling import split
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 CUDA = ROOT / "csrc" / "cuda"
 NVCC = shutil.which("nvcc")
 COMPILER = shutil.which("c++")
