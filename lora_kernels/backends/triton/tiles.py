@@ -287,7 +287,7 @@ def dual(target: Target, dtype: torch.dtype, M: int, N: int, r: int, aligned: bo
 def flag(target: Target, dtype: torch.dtype, M: int, N: int, r: int, tma: bool) -> GemmTile:
     """Room for the second accumulator, which the tiles of column 0 need."""
     if _is_wide(dtype):
-        return GemmTile(row_block(M, 32), 32, 16, 3, 4)
+        return GemmTile(row_block(M, 32), 32, 16, 3, 8)
     if not tma:
         return GemmTile(row_block(M, 64), 64, 32, 3, 8)
     if M <= 64:
