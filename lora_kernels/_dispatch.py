@@ -30,7 +30,10 @@ try:
         _any_requires_grad,
         _are_functorch_transforms_active,
         _AutoDispatchBelowAutograd,
+        _is_any_autocast_enabled,
+        _is_tracing,
         _len_torch_dispatch_stack,
+        _len_torch_function_stack,
     )
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd.forward_ad import _set_fwd_grad_enabled
@@ -224,6 +227,25 @@ def call_backward(name: str, *args: Any) -> Results:
     if torch.is_grad_enabled() or not PRIVATE:
         return _overload(op, args)
     return _below(op, args)
+
+
+def is_unwatched(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing would see an op on these tensors, called without gradients and not compiled:
+    what it computes is then all that matters. Written for speed."""
+    plain = _PLAIN_TYPES
+    return (
+        PRIVATE
+        and type(x) in plain
+        and type(w) in plain
+        and plain.issuperset(map(type, others))
+        and not _len_torch_dispatch_stack()
+        and not _len_torch_function_stack()
+        and not _are_functorch_transforms_active()
+        and not _is_any_autocast_enabled()
+        and not _is_tracing()
+        and not profiler._is_profiler_enabled
+        and getattr(forward_ad, "_current_level", 0) < 0
+    )
 
 
 def _below(op: Op, args: Args) -> Results:

@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ["backends/native/test_native.py", "backends/native/test_native_safety.py"]
-SOURCES = ("ops", "base", "avx2", "avx512")
+SOURCES = ("low_rank", "linear", "base", "avx2", "avx512", "avx512_bf16")
 FLAGS = (
     "-std=c++20", "-g1", "-fPIC", "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined", "-DTORCH_TARGET_VERSION=0x020b000000000000",

@@ -123,6 +123,7 @@ PREPROCESS = """case " $* " in *" -c "*) exec c++ "$@" -E -P;; esac
 while [ "$1" != -o ]; do shift; done
 echo library > "$2"
 """
+STEMS = ("low_rank", "linear", "base", "avx2", "avx512", "avx512_bf16")
 NVCC = """while [ $# -gt 0 ]; do
 case "$1" in -MF) dependencies=$2;; -o) output=$2;; esac
 shift
@@ -164,10 +165,11 @@ def test_an_editable_install_compiles_what_a_change_concerns(tmp_path):
         return {name for name, time in made(tree / "build").items() if before.get(name) != time}
 
     assert rebuilt(jobs="2") == {
-        "ops.cpp.o", "base.cpp.o", "avx2.cpp.o", "avx512.cpp.o", "decode.cu.o",
+        "low_rank.cpp.o", "linear.cpp.o", "base.cpp.o", "avx2.cpp.o", "avx512.cpp.o",
+        "avx512_bf16.cpp.o", "decode.cu.o",
     }  # fmt: skip
     assert rebuilt("csrc/cpu/low_rank.inl", jobs="1") == {
-        "base.cpp.o", "avx2.cpp.o", "avx512.cpp.o",
+        "base.cpp.o", "avx2.cpp.o", "avx512.cpp.o", "avx512_bf16.cpp.o",
     }  # fmt: skip
     library = tree / "lora_kernels" / "_native_cpu.abi3.so"
     library.write_text("of another build")
@@ -186,9 +188,9 @@ def test_without_ninja_all_is_compiled(tmp_path):
         assert lines == [WITHOUT_CUDA, WITHOUT_NINJA, built]
     calls = (tmp_path / "c++.calls").read_text().splitlines()
     sources = [word for call in calls for word in call.split() if word.endswith(".cpp")]
-    expected = [f"csrc/cpu/{stem}.cpp" for stem in ("ops", "base", "avx2", "avx512")]
+    expected = [f"csrc/cpu/{stem}.cpp" for stem in STEMS]
     assert sources == expected * 2
-    assert len(calls) == 10
+    assert len(calls) == 2 * (len(STEMS) + 1)
     assert [path.name for path in tmp_path.glob("lib/lora_kernels/*")] == ["_native_cpu.abi3.so"]
 
 

@@ -85,7 +85,7 @@ FLOORS["backends"] = {
     "codegen": 6,
     "__init__": 7,
 }
-FLOORS["backends.native"] = {"extension": 0, "decode": 1, "__init__": 2}
+FLOORS["backends.native"] = {"extension": 0, "decode": 1, "few_rows": 1, "__init__": 2}
 FLOORS["backends.triton"] = {
     "__init__": 0,
     "blocks": 0,

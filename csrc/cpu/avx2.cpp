@@ -15,6 +15,7 @@ namespace lora {
 namespace avx2 {
 
 constexpr int W = 8, kVectors = 2, kRows = 4, kPhilox = 4;
+constexpr int kFewRows = 4, kFewColumns = 3;
 typedef __m256 V;
 
 inline V load(const float* p) { return _mm256_loadu_ps(p); }
@@ -25,14 +26,31 @@ inline V load(const BFloat16* p) {
 inline V load(const Half* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
-inline void store(BFloat16* p, V v) {
+// The first `count` elements, then zeros.
+template <typename T>
+inline V load_some(const T* p, int count) {
+  if (count == W) return load(p);
+  T some[W] = {};
+  std::memcpy(static_cast<void*>(some), p, count * sizeof(T));
+  return load(some);
+}
+// To bf16, in the upper halves of the words.
+inline __m256i bits_bf16(V v) {
   const __m256i u = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7FC00000), nan);
-  r = _mm256_srli_epi32(r, 16);
+  return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7FC00000), nan);
+}
+inline V rounded_bf16(V v) {
+  return _mm256_castsi256_ps(_mm256_and_si256(bits_bf16(v), _mm256_set1_epi32(~0xFFFF)));
+}
+inline V rounded_half(V v) {
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+inline void store(BFloat16* p, V v) {
+  __m256i r = _mm256_srli_epi32(bits_bf16(v), 16);
   r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(r));
 }
@@ -79,12 +97,15 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
   std::memcpy(out, &bits, sizeof bits);
 }
 
+#include "few_rows.inl"
 #include "low_rank.inl"
 
 }  // namespace avx2
 
-extern const Kernels kAvx2 = {avx2::kTile,  avx2::kRows, avx2::load_any,
-                              avx2::shrink, avx2::outer, avx2::expand_any};
+extern const Kernels kAvx2 = {
+    avx2::kTile,    avx2::kRows,  avx2::W,     avx2::kFewColumns, false,
+    avx2::load_any, avx2::shrink, avx2::outer, avx2::expand_any,  avx2::multiply_widened,
+    avx2::combine,  avx2::kTerms};
 
 }  // namespace lora
 

@@ -5,6 +5,7 @@ namespace lora {
 namespace base {
 
 constexpr int W = 4, kVectors = 2, kRows = 4, kPhilox = 1;
+constexpr int kFewRows = 2, kFewColumns = 4;
 typedef float V __attribute__((vector_size(16)));
 
 template <typename T>
@@ -22,6 +23,20 @@ inline void store(T* p, V v) {
   for (int i = 0; i < W; ++i) p[i] = static_cast<T>(v[i]);
 }
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+// The first `count` elements, then zeros.
+template <typename T>
+inline V load_some(const T* p, int count) {
+  V v = {};
+  for (int i = 0; i < count; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+}
+template <typename T>
+inline V through(V v) {
+  for (int i = 0; i < W; ++i) v[i] = static_cast<float>(static_cast<T>(v[i]));
+  return v;
+}
+inline V rounded_bf16(V v) { return through<BFloat16>(v); }
+inline V rounded_half(V v) { return through<Half>(v); }
 inline V splat(float f) { return V{f, f, f, f}; }
 inline V fma(V a, V b, V c) { return a * b + c; }
 inline float total(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
@@ -47,11 +62,14 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
   *out = static_cast<uint8_t>(bits);
 }
 
+#include "few_rows.inl"
 #include "low_rank.inl"
 
 }  // namespace base
 
-const Kernels kBase = {base::kTile,  base::kRows, base::load_any,
-                       base::shrink, base::outer, base::expand_any};
+const Kernels kBase = {
+    base::kTile,    base::kRows,  base::W,     base::kFewColumns, false,
+    base::load_any, base::shrink, base::outer, base::expand_any,  base::multiply_widened,
+    base::combine,  base::kTerms};
 
 }  // namespace lora

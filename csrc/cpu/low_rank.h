@@ -1,4 +1,5 @@
-// The low-rank half of a LoRA layer on the CPU: what the kernels of every instruction set offer.
+// A LoRA layer on the CPU: what the kernels of every instruction set offer, the low-rank half for
+// any number of rows and the whole layer for few.
 // Nothing here knows torch. Rows are [count, columns] of any strides; "padded" buffers are fp32
 // with `pitch(columns)` floats a row, zero past the last column.
 #pragma once
@@ -25,9 +26,57 @@ struct Rows {
   int64_t column_stride;
 };
 
+// out [count, n] = scale * x matrix^T + low b^T + bias, of a matrix [n, columns] whose values are
+// rounded to `rounded`, as b's [n, ranks] are. x is in fp32, or in bf16 for kernels that take it.
+struct Product {
+  const void* x;
+  Type type;
+  int64_t count, columns, pitch;
+  const void* matrix;
+  Type matrix_type;
+  int64_t matrix_pitch;
+  Type rounded;
+  float scale;
+  const float* low;  // padded; null without a branch
+  int64_t low_pitch, ranks;
+  const void* b;
+  Type b_type;
+  int64_t b_pitch;
+  const void* bias;  // of out's type; may be null
+  const float* sum;  // [count, n], added; may be null
+  int64_t sum_pitch;
+  void* out;
+  Type out_type;
+  int64_t out_pitch;
+};
+
+// out [count, columns] = scale * x matrix (+ sum), of x [count, terms] in fp32, of any strides, and
+// a matrix [terms, columns] whose values are rounded to `rounded`.
+struct Combination {
+  const float* x;
+  int64_t x_row, x_term;
+  int64_t count, terms;
+  const void* matrix;
+  Type matrix_type;
+  int64_t matrix_pitch;
+  Type rounded;
+  float scale;
+  float* sum;  // [count, columns], overwritten; may be null for up to `terms` terms of the kernels
+  int64_t sum_pitch;
+  bool accumulate;  // whether sum counts
+  void* out;        // null: the result is left in sum
+  Type out_type;
+  int64_t out_pitch;
+};
+
 struct Kernels {
   // Padded buffers have a multiple of `columns` columns, matrices in them of `ranks` rows.
   int columns, ranks;
+
+  // Padded buffers of `multiply` have a multiple of `width` columns; it computes `few_columns` at a
+  // time. It takes x in bf16, for a matrix in bf16, where `takes_bf16`.
+  int width, few_columns;
+  bool takes_bf16;
 
   // Widens `count` rows from `first` on to the padded buffer `out`, with zeros where `dropout`
   // (may be null) drops.
@@ -47,12 +96,22 @@ struct Kernels {
   void (*expand)(const float* low, int64_t first, int64_t count, int64_t ranks, const float* matrix,
                  int64_t pitch, const float* bias, const Dropout* dropout, bool accumulate,
                  void* out, Type type, int64_t columns, int64_t row_stride);
+
+  // Columns `first` .. `last` of the product. Bits do not depend on how columns are shared out.
+  void (*multiply)(const Product& product, int64_t first, int64_t last);
+
+  // Rows `row` .. `last_row`, columns `first` .. `last`. Bits do not depend on how rows are shared
+  // out, nor columns in multiples of 16.
+  void (*combine)(const Combination& combination, int64_t row, int64_t last_row, int64_t first,
+                  int64_t last);
+  int terms;
 };
 
 extern const Kernels kBase;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 #endif
 
 }  // namespace lora

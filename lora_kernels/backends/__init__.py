@@ -20,6 +20,7 @@ from lora_kernels import _env
 from lora_kernels.backends import cuda, forced, native, reference
 from lora_kernels.backends.cuda import choice
 from lora_kernels.backends.native import extension
+from lora_kernels.backends.native.few_rows import Direct
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.branch import Base, Branch, Need
 
@@ -109,6 +110,21 @@ def serving(base: Base, rows: Tensor, branch: Branch) -> Backend:
     return backend if reason is None else reference
 
 
+def direct(device: torch.device) -> Direct | None:
+    """The one call by which the default backend of a device infers, if it has one; None where a
+    backend is forced, or the log wants to know who serves."""
+    if forced.now is not None or _logger.isEnabledFor(logging.INFO):
+        return None
+    return _direct(device)
+
+
+@cache
+def _direct(device: torch.device) -> Direct | None:
+    if _default(device).module is not native:
+        return None
+    return native.few_rows.direct()
+
+
 @cache
 def _say(name: str, why: str, device: str, dtype: torch.dtype, reason: str | None) -> None:
     served = name if reason is None else f"reference, left by {name}: {reason}"
@@ -154,6 +170,7 @@ def forget() -> None:
 
 def _forget_choices() -> None:
     _default.cache_clear()
+    _direct.cache_clear()
     _forced.cache_clear()
 
 

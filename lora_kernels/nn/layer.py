@@ -3,14 +3,14 @@
 import copy
 import functools
 import math
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels import options
 from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_type, refusal, stores
-from lora_kernels.functional import lora_linear
+from lora_kernels.functional import infer, lora_linear
 from lora_kernels.nn.pissa import INITS, Init
 from lora_kernels.nn.state import LayerState
 from lora_kernels.nn.tensors import MERGED, PISSA, note_frozen, shape_of, thaw
@@ -46,6 +46,15 @@ class LoRALayer(LayerState):
 
     # The plain layer's class.
     base_class: type[nn.Module]
+    # Whether lora_A and lora_B as they are make the product that acts.
+    _as_it_lies: ClassVar[bool]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._as_it_lies = all(
+            getattr(cls, name) is getattr(LoRALayer, name)
+            for name in ("low_rank", "matrix", "scaling")
+        )
 
     @classmethod
     def from_linear(
@@ -180,6 +189,10 @@ class LoRALayer(LayerState):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            y = self._infer(x)
+            if y is not None:
+                return y
         if self._disabled:
             return self._base_forward(x)
         if self._merged:
@@ -192,6 +205,27 @@ class LoRALayer(LayerState):
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+    def _infer(self, x: Tensor) -> Tensor | None:
+        """The forward by `functional.infer`. Parameters are read where they lie: what a hook or a
+        parametrization computes does not lie there."""
+        parameters = self._parameters
+        weight = parameters.get("weight")
+        if weight is None or not self._as_it_lies:
+            return None
+        a = b = None
+        scaling = 1.0
+        if self._disabled or self._merged:
+            if self._disabled and (self._merged or self._buffers["pissa_A"] is not None):
+                return None
+        else:
+            a, b = parameters.get("lora_A"), parameters.get("lora_B")
+            if a is None or b is None or (self.training and self.dropout):
+                return None
+            if self.alpha is not None:
+                rank = a.shape[0]
+                scaling = self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return infer(x, self._oriented(weight), a, b, parameters.get("bias"), scaling)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         """The layer without its adapter, whatever state it is in."""

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import blocked, forced
+from lora_kernels.backends import blocked, forced, reference
 from lora_kernels.backends.dropout import keep_scale, threshold
-from lora_kernels.backends.native import extension
+from lora_kernels.backends.native import extension, few_rows
 from lora_kernels.backends.native.extension import best_isa
+from lora_kernels.backends.native.few_rows import most_rows, readable
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Need
@@ -50,6 +51,20 @@ def refusal(rows: Tensor) -> str | None:
 
 def leaves(base: Base, rows: Tensor, branch: Branch) -> str | None:
     """Why ATen's calls are the better ones for a call with these rows, x or dy."""
+    if _are_few(base, rows) or _are_few(base, rows, backward=True):
+        return None  # one of both is served here, and each asks again
+    return _left(base, rows, branch)
+
+
+def _are_few(base: Base, rows: Tensor, backward: bool = False) -> bool:
+    """Whether a call has so few rows, x or dy, that one call of `few_rows` serves it."""
+    if not isinstance(base, Dense) or base.weight.dtype != rows.dtype or rows.numel() == 0:
+        return False
+    few = rows.shape[0] <= most_rows(rows.dtype, best_isa(), backward)
+    return few and few_rows.fits(base.weight)
+
+
+def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
     if rows.numel() == 0:
         return "no rows"
     if isinstance(base, Dense) and blocked.is_wide(rows):
@@ -119,6 +134,10 @@ def _dropped(branch: Branch) -> _Dropped:
 
 
 def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor, Tensor | None]:
+    if isinstance(base, Dense) and _are_few(base, x):
+        return _few_forward(base, x, branch, save_s)
+    if _left(base, x, branch) is not None:
+        return reference.forward(base, x, branch, save_s)
     low, high = split(branch.scaling, x.dtype)
     if isinstance(base, Dense):
         s = _shrink(x, branch.lora_a, low, _dropped(branch))
@@ -134,6 +153,19 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
     return y, s if save_s else None
 
 
+def _few_forward(
+    base: Dense, x: Tensor, branch: Branch, save_s: bool
+) -> tuple[Tensor, Tensor | None]:
+    drop, (low, high) = _dropped(branch), split(branch.scaling, x.dtype)
+    bias = None if base.bias is None else readable(base.bias.to(x.dtype))
+    s = x.new_empty(x.shape[0], branch.lora_a.shape[0]) if save_s else None
+    y = _ops._linear_cpu(
+        readable(x), base.weight, readable(branch.lora_a), readable(branch.lora_b), bias,
+        low * drop.scale, high, threshold(drop.p), drop.seed, best_isa(), s,
+    )  # fmt: skip
+    return y, s
+
+
 def add_(base_out: Tensor, x: Tensor, branch: Branch) -> None:
     low, high = split(branch.scaling, x.dtype)
     s = _shrink(x, branch.lora_a, low, _dropped(branch))
@@ -146,23 +178,54 @@ def add_(base_out: Tensor, x: Tensor, branch: Branch) -> None:
 
 
 def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need) -> Gradients:
+    few = _are_few(base, dy, backward=True)
+    if not few and _left(base, dy, branch) is not None:
+        return reference.backward(base, dy, x, s, branch, need)
     (N, r), K = branch.lora_b.shape, branch.lora_a.shape[1]
-    drop = _dropped(branch)
-    dx = dweight = None
+    dx = dy.new_empty(dy.shape[0], K) if need.x else None
     d_a = branch.lora_a.new_empty(r, K) if need.a else None
     d_b = branch.lora_b.new_empty(N, r) if need.b else None
+    compute = _few_backward if few else _low_rank_backward
+    compute(base, _Rows(dy, x, s), branch, (dx, d_a, d_b))
+    dweight = None
+    if need.weight and isinstance(base, Dense):
+        dweight = torch.mm(dy.t(), x).to(base.weight.dtype)
+    return dx, dweight, d_a, d_b
+
+
+class _Rows(NamedTuple):
+    """What has the rows of a backward."""
+
+    dy: Tensor
+    x: Tensor
+    s: Tensor
+
+
+_Outputs = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dA, dB, to be filled
+
+
+def _few_backward(base: Base, rows: _Rows, branch: Branch, outputs: _Outputs) -> None:
+    assert isinstance(base, Dense)
+    (dy, x, s), (_, d_a, d_b) = rows, outputs
+    drop, (_, high) = _dropped(branch), split(branch.scaling, dy.dtype)
+    _ops._linear_backward_cpu(
+        readable(dy), None if d_a is None else readable(x), base.weight, readable(branch.lora_a),
+        readable(branch.lora_b), None if d_b is None else readable(s), branch.scaling, high,
+        drop.scale, threshold(drop.p), drop.seed, best_isa(), *outputs,
+    )  # fmt: skip
+
+
+def _low_rank_backward(base: Base, rows: _Rows, branch: Branch, outputs: _Outputs) -> None:
+    (dy, x, s), (dx, d_a, d_b) = rows, outputs
+    drop = _dropped(branch)
     of_b = None if d_b is None else (s, d_b.t(), split(branch.scaling, dy.dtype)[1])
-    if need.x or need.a:
+    if dx is not None or d_a is not None:
         ds = _shrink(dy, branch.lora_b.t(), branch.scaling, gradient=of_b)
-    elif need.b:
+    elif of_b is not None:
         _read(dy, None, 1.0, _WHOLE, of_b, None)
-    if need.x:
-        dx = dy.new_empty(dy.shape[0], K)
+    if dx is not None:
         _expand(ds, branch.lora_a, dx, drop=drop)
         if isinstance(base, Dense):
             dx.addmm_(dy, base.weight.to(dy.dtype))
     if d_a is not None:
         _read(x, None, 1.0, drop, (ds, d_a, 1.0), None)
-    if need.weight and isinstance(base, Dense):
-        dweight = torch.mm(dy.t(), x).to(base.weight.dtype)
-    return dx, dweight, d_a, d_b

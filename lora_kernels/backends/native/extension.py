@@ -16,13 +16,18 @@ _CPU_SCHEMAS = (
     " int threshold, Tensor? seed, int isa, Tensor(a!)? shrunk, Tensor(b!)? gradient) -> ()",
     "_expand_cpu(Tensor low, Tensor matrix, Tensor? bias, float scale, int threshold,"
     " Tensor? seed, bool accumulate, int isa, Tensor(a!) out) -> ()",
+    "_linear_cpu(Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? bias,"
+    " float scale, float high, int threshold, Tensor? seed, int isa, Tensor(a!)? s) -> Tensor",
+    "_linear_backward_cpu(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b,"
+    " Tensor? s, float scaling, float high, float keep, int threshold, Tensor? seed, int isa,"
+    " Tensor(a!)? dx, Tensor(b!)? da, Tensor(c!)? db) -> ()",
 )
 _CUDA_SCHEMAS = (
     "_decode_cuda(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias,"
     " float scale, float high, int rows, int warps, int cluster, Tensor(a!)? s, Tensor(b!) y)"
     " -> ()",
 )
-ISA_NAMES = ("plain C++", "AVX2", "AVX-512")
+ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16")
 
 
 def _file(name: str) -> Path | None:

@@ -129,7 +129,7 @@ def test_a_new_plan_is_known_to_all(new_plan, monkeypatch, tmp_path, tabled):
             lora_linear(x.repeat(2, 1), x, x[:1], x[:, :1])
         with pytest.raises(RuntimeError, match="serves no base output that is given"):
             lora_add(x @ x.t(), x, x[:1], x[:, :1])
-    assert torch.equal(y, 2 * lora_linear(x, x, x[:1], x[:, :1]))
+    torch.testing.assert_close(y, 2 * lora_linear(x, x, x[:1], x[:, :1]))
     assert new_plan == [{"one": {"bm": 16}}]
     with pytest.raises(ValueError, match="the name 'twice' is taken"):
         plans.register(replace(PLANS["aten"], name="twice"))

@@ -1,0 +1,75 @@
+// Vectors of AVX-512 and the kernels of them; included in a namespace for each further extension.
+
+constexpr int W = 16, kVectors = 4, kRows = 4, kPhilox = 8;
+constexpr int kFewRows = 4, kFewColumns = 4;
+typedef __m512 V;
+
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline V load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline V load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline V load_some(const float* p, int count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(_bzhi_u32(~0u, count)), p);
+}
+inline V load_some(const BFloat16* p, int count) {
+  const __m256i half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(_bzhi_u32(~0u, count)), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline V load_some(const Half* p, int count) {
+  return _mm512_cvtph_ps(
+      _mm256_maskz_loadu_epi16(static_cast<__mmask16>(_bzhi_u32(~0u, count)), p));
+}
+// To bf16, in the upper halves of the words.
+inline __m512i bits_bf16(V v) {
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7FC00000));
+}
+inline V rounded_bf16(V v) {
+  return _mm512_castsi512_ps(_mm512_and_si512(bits_bf16(v), _mm512_set1_epi32(~0xFFFF)));
+}
+inline V rounded_half(V v) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+inline void store(BFloat16* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits_bf16(v), 16)));
+}
+inline void store(Half* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline V splat(float f) { return _mm512_set1_ps(f); }
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline float total(V v) { return _mm512_reduce_add_ps(v); }
+inline V keep(V v, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
+
+// Eight blocks, one in each 64-bit lane; the high halves of the counters are never read.
+inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* out) {
+  __m512i c0 =
+      _mm512_add_epi64(_mm512_set1_epi64(block), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+  __m512i c1 = _mm512_set1_epi64(m), c2 = _mm512_setzero_si512(), c3 = c2;
+  const __m512i mul0 = _mm512_set1_epi64(kMul0), mul1 = _mm512_set1_epi64(kMul1);
+  uint32_t k0 = d.key[0], k1 = d.key[1];
+  for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1) {
+    const __m512i p0 = _mm512_mul_epu32(c0, mul0), p1 = _mm512_mul_epu32(c2, mul1);
+    const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+    c0 = _mm512_xor_si512(_mm512_srli_epi64(p1, 32), _mm512_xor_si512(c1, key0));
+    c2 = _mm512_xor_si512(_mm512_srli_epi64(p0, 32), _mm512_xor_si512(c3, key1));
+    c1 = p1;
+    c3 = p0;
+  }
+  const __m512i low = _mm512_set1_epi64(0xFFFFFFFF);
+  const __m512i front = _mm512_or_si512(_mm512_and_si512(c0, low), _mm512_slli_epi64(c1, 32));
+  const __m512i back = _mm512_or_si512(_mm512_and_si512(c2, low), _mm512_slli_epi64(c3, 32));
+  const __m512i t = _mm512_set1_epi16(static_cast<short>(d.threshold));
+  const uint64_t bits = _pdep_u64(_mm512_cmpge_epu16_mask(front, t), 0x0F0F0F0F0F0F0F0FULL) |
+                        _pdep_u64(_mm512_cmpge_epu16_mask(back, t), 0xF0F0F0F0F0F0F0F0ULL);
+  std::memcpy(out, &bits, sizeof bits);
+}

@@ -1,0 +1,400 @@
+// The private CPU ops of a whole layer for few rows, forward and backward: checks, shapes and all
+// results in one call, so that a small layer costs one trip through the dispatcher. The weight is
+// read once, as it lies: rows of W are multiplied, columns combined. Tiles follow from the shapes
+// alone, so the bits of a result do not depend on the number of threads.
+#include "checks.h"
+
+namespace lora {
+namespace {
+
+constexpr int64_t kSerial = 65536;       // multiply-adds that are not worth a second thread
+constexpr int64_t kGrain = kSerial / 2;  // of a thread, at least
+
+// -------------------------------------------------------------------------------------- arguments
+
+void check_starts(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_aligned(t), name, ": must start at a multiple of its element size");
+}
+
+void check_read(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  check_size(t, name, rows, columns);
+  check_starts(t, name);
+  STD_TORCH_CHECK(columns == 1 || t.stride(1) == 1, name,
+                  ": the columns must be contiguous, got stride ", t.stride(1));
+}
+
+// What a caller owns, or memory made for it.
+struct Matrix {
+  const void* data;
+  Type type;
+  int64_t rows, columns, pitch;
+};
+
+Matrix read(const Tensor& t, const char* name, int64_t rows, int64_t columns, Type type,
+            bool or_float) {
+  check_read(t, name, rows, columns);
+  check_type(t, name, type, or_float);
+  return {t.const_data_ptr(), type_of(t, name), rows, columns, t.stride(0)};
+}
+
+// W [N,K], whose rows or whose columns are contiguous: then it is held as [K,N].
+struct Weight {
+  Matrix held;
+  bool transposed;
+};
+
+Weight read_weight(const Tensor& t, int64_t N, int64_t K, Type type) {
+  check_size(t, "weight", N, K);
+  check_starts(t, "weight");
+  check_type(t, "weight", type, false);
+  const bool rows = K == 1 || t.stride(1) == 1;
+  STD_TORCH_CHECK(rows || N == 1 || t.stride(0) == 1,
+                  "weight: the rows or the columns must be contiguous, got strides ", t.stride(0),
+                  ", ", t.stride(1));
+  if (rows) return {{t.const_data_ptr(), type, N, K, t.stride(0)}, false};
+  return {{t.const_data_ptr(), type, K, N, t.stride(1)}, true};
+}
+
+// x [..., K] as rows of one stride.
+Matrix read_rows(const Tensor& x) {
+  const int64_t d = x.dim();
+  STD_TORCH_CHECK(d >= 1, "x: must have a dimension");
+  check_tensor(x, "x", d);
+  const Type type = type_of(x, "x");
+  const int64_t K = x.size(d - 1);
+  STD_TORCH_CHECK(K >= 1, "x: must have columns");
+  check_starts(x, "x");
+  STD_TORCH_CHECK(K == 1 || x.stride(d - 1) == 1, "x: the columns must be contiguous");
+  int64_t pitch = 0, rows = 1;
+  for (int64_t i = d - 2; i >= 0; --i) {
+    const int64_t size = x.size(i);
+    if (size == 1) continue;
+    if (rows == 1) pitch = x.stride(i);
+    STD_TORCH_CHECK(pitch >= 0 && (rows == 1 || x.stride(i) == rows * pitch),
+                    "x: must view as one matrix");
+    rows *= size;
+  }
+  return {x.const_data_ptr(), type, rows, K, pitch};
+}
+
+// [..., N] for x [..., K]. By the function itself, as the dispatcher would take longer.
+Tensor empty_like_rows(const Tensor& x, int64_t N) {
+  constexpr int64_t kMost = 16;
+  const int64_t d = x.dim();
+  STD_TORCH_CHECK(d <= kMost, "x: must have at most ", kMost, " dimensions");
+  int64_t shape[kMost], strides[kMost], pitch = 1;
+  for (int64_t i = d - 1; i >= 0; --i) {
+    shape[i] = i == d - 1 ? N : x.size(i);
+    strides[i] = pitch;
+    pitch *= std::max<int64_t>(1, shape[i]);
+  }
+  int32_t dtype;
+  AtenTensorHandle y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(d, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &y));
+  return Tensor(y);
+}
+
+// Memory for the result of an op, whose columns must be contiguous.
+struct Output {
+  void* data;
+  Type type;
+  int64_t pitch;
+};
+
+Output written(Tensor& t, const char* name, int64_t rows, int64_t columns, Type type,
+               bool or_float) {
+  check_size(t, name, rows, columns);
+  check_type(t, name, type, or_float);
+  check_writable(t, name);
+  STD_TORCH_CHECK(columns == 1 || t.stride(1) == 1, name,
+                  ": the columns must be contiguous, got stride ", t.stride(1));
+  return {t.mutable_data_ptr(), type_of(t, name), t.stride(0)};
+}
+
+// --------------------------------------------------------------------------------------- products
+
+Product product_of(const Matrix& x, const Matrix& matrix, Type rounded, const Output& out) {
+  Product p = {};
+  p.x = x.data;
+  p.type = x.type;
+  p.count = x.rows;
+  p.columns = x.columns;
+  p.pitch = x.pitch;
+  p.matrix = matrix.data;
+  p.matrix_type = matrix.type;
+  p.matrix_pitch = matrix.pitch;
+  p.rounded = rounded;
+  p.scale = 1.f;
+  p.out = out.data;
+  p.out_type = out.type;
+  p.out_pitch = out.pitch;
+  return p;
+}
+
+// N is the number of the matrix's rows.
+void multiply(const Kernels& kernels, const Product& product, int64_t N) {
+  const int64_t width = kernels.few_columns, work = product.columns * product.count;
+  if (N * work < kSerial) return kernels.multiply(product, 0, N);
+  const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
+  torch::stable::parallel_for(0, (N + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
+    kernels.multiply(product, begin * width, std::min(N, end * width));
+  });
+}
+
+// x(i, t) of fp32 memory: its rows, or by swapped strides its columns.
+struct Factors {
+  const float* data;
+  int64_t row, term;
+  int64_t count, terms;
+};
+
+Combination combination_of(const Factors& x, const Matrix& matrix, Type rounded, float scale) {
+  Combination c = {};
+  c.x = x.data;
+  c.x_row = x.row;
+  c.x_term = x.term;
+  c.count = x.count;
+  c.terms = x.terms;
+  c.matrix = matrix.data;
+  c.matrix_type = matrix.type;
+  c.matrix_pitch = matrix.pitch;
+  c.rounded = rounded;
+  c.scale = scale;
+  return c;
+}
+
+void put_into(Combination& c, const Output& out) {
+  c.out = out.data;
+  c.out_type = out.type;
+  c.out_pitch = out.pitch;
+}
+
+// Threads share out the columns, or of a narrow result the rows.
+void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
+  const int64_t work = c.count * c.terms;
+  if (columns * work < kSerial) return kernels.combine(c, 0, c.count, 0, columns);
+  const int64_t width = kernels.few_columns * kernels.width, strips = (columns + width - 1) / width;
+  if (strips > 4) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
+    torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
+      kernels.combine(c, 0, c.count, begin * width, std::min(columns, end * width));
+    });
+  } else {
+    constexpr int64_t kRows = 16;
+    torch::stable::parallel_for(
+        0, (c.count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+          kernels.combine(c, begin * kRows, std::min(c.count, end * kRows), 0, columns);
+        });
+  }
+}
+
+// Rows in fp32, where they are not already.
+struct Widened {
+  Widened(const Kernels& kernels, const Matrix& from, const Dropout* dropout, bool needed)
+      : memory(needed ? from.rows * up(from.columns, kernels.columns) : 0), matrix(from) {
+    if (!needed) return;
+    matrix.data = memory.data;
+    matrix.type = Type::kFloat;
+    matrix.pitch = up(from.columns, kernels.columns);
+    kernels.load({from.data, from.type, from.columns, from.pitch, 1}, 0, from.rows, dropout,
+                 memory.data, matrix.pitch);
+  }
+  Scratch<2048> memory;
+  Matrix matrix;
+};
+
+Factors rows_of(const Matrix& m) {
+  return {static_cast<const float*>(m.data), m.pitch, 1, m.rows, m.columns};
+}
+Factors columns_of(const Matrix& m) {
+  return {static_cast<const float*>(m.data), 1, m.pitch, m.columns, m.rows};
+}
+
+// -------------------------------------------------------------------------------------------- ops
+
+// y [..., N] = x W^T + bias + scale * high * (drop(x) A^T) B^T of few rows x [..., K]; without A
+// and B the frozen layer. s [M,r], where it is given, is filled with scale * drop(x) A^T.
+Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tensor> lora_a,
+                  const std::optional<Tensor> lora_b, const std::optional<Tensor> bias,
+                  double scale, double high, int64_t threshold, const std::optional<Tensor> seed,
+                  int64_t isa, std::optional<Tensor> s) {
+  const Kernels& kernels = kernels_of(isa);
+  const Matrix rows = read_rows(x);
+  const Type type = rows.type;
+  const int64_t M = rows.rows, K = rows.columns;
+  check_tensor(weight, "weight", 2);
+  const int64_t N = weight.size(0);
+  STD_TORCH_CHECK(N >= 1, "weight: must have rows");
+  const Weight W = read_weight(weight, N, K, type);
+  STD_TORCH_CHECK(lora_a.has_value() == lora_b.has_value(), "lora_a and lora_b go together");
+  const bool branch = lora_a.has_value();
+  STD_TORCH_CHECK(branch || (!s.has_value() && !seed.has_value()), "s and seed: are of a branch");
+  int64_t r = 0;
+  Matrix A = {}, B = {};
+  if (branch) {
+    check_tensor(*lora_a, "lora_a", 2);
+    r = lora_a->size(0);
+    STD_TORCH_CHECK(r >= 1, "lora_a: must have rows");
+    A = read(*lora_a, "lora_a", r, K, type, true);
+    B = read(*lora_b, "lora_b", N, r, type, true);
+  }
+  if (bias.has_value()) {
+    check_tensor(*bias, "bias", 1);
+    STD_TORCH_CHECK(bias->size(0) == N, "bias: must have ", N, " elements, got ", bias->size(0));
+    check_starts(*bias, "bias");
+    STD_TORCH_CHECK(N == 1 || bias->stride(0) == 1, "bias: must be contiguous");
+    check_type(*bias, "bias", type, false);
+  }
+  const Output saved = s.has_value() ? written(*s, "s", M, r, type, false) : Output{};
+  const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
+  const Dropout* drop = dropout.has_value() ? &*dropout : nullptr;
+
+  Tensor y = empty_like_rows(x, N);
+  if (M == 0) return y;
+  const Output out = {y.mutable_data_ptr(), type, N};
+  // bf16 is multiplied as it is, where there are instructions for it and both sides are in bf16.
+  const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16;
+  const bool wide_x = type != Type::kFloat && (!narrow || W.transposed);
+  const bool wide_a = branch && type != Type::kFloat && (!narrow || A.type == Type::kFloat);
+  const Widened plain(kernels, rows, nullptr, wide_x || (wide_a && drop == nullptr));
+  const int64_t ranks = up(r, kernels.width);
+  Scratch<1024> low(M * ranks);
+  if (branch) {
+    const Widened dropped(kernels, rows, drop, drop != nullptr);
+    const Matrix& seen = drop != nullptr ? dropped.matrix : wide_a ? plain.matrix : rows;
+    std::fill(low.data, low.data + M * ranks, 0.f);
+    Product p = product_of(seen, A, type, {low.data, Type::kFloat, ranks});
+    p.scale = static_cast<float>(scale * high);
+    multiply(kernels, p, r);
+    for (int64_t m = 0; saved.data != nullptr && m < M; ++m)
+      write_any(low.data + m * ranks, r, static_cast<float>(1 / high), saved.data, type,
+                m * saved.pitch, 1);
+  }
+  const void* const offset = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  if (!W.transposed) {
+    Product p = product_of(wide_x ? plain.matrix : rows, W.held, type, out);
+    p.low = branch ? low.data : nullptr;
+    p.low_pitch = ranks;
+    p.ranks = r;
+    p.b = B.data;
+    p.b_type = B.type;
+    p.b_pitch = B.pitch;
+    p.bias = offset;
+    multiply(kernels, p, N);
+    return y;
+  }
+  // The branch and the bias first: the sum that columns are added to.
+  const int64_t pitch = up(N, kernels.columns);
+  Scratch<4096> sum(M * pitch);
+  Scratch<2048> wide_bias(offset != nullptr ? pitch : 0);
+  if (offset != nullptr)
+    kernels.load({offset, type, N, 0, 1}, 0, 1, nullptr, wide_bias.data, pitch);
+  Product p =
+      product_of({low.data, Type::kFloat, M, r, ranks}, B, type, {sum.data, Type::kFloat, pitch});
+  p.bias = offset != nullptr ? wide_bias.data : nullptr;
+  multiply(kernels, p, N);
+  Combination c = combination_of(rows_of(wide_x ? plain.matrix : rows), W.held, type, 1.f);
+  c.sum = sum.data;
+  c.sum_pitch = pitch;
+  c.accumulate = true;
+  put_into(c, out);
+  combine(kernels, c, N);
+  return y;
+}
+
+// With ds = scaling * dy B: dx = dy W + drop'(ds A), dA = ds^T drop(x), dB = high * dy^T s, each
+// where its output is given; keep is the factor of what dropout keeps.
+void linear_backward_cpu(const Tensor dy, const std::optional<Tensor> x, const Tensor weight,
+                         const Tensor lora_a, const Tensor lora_b, const std::optional<Tensor> s,
+                         double scaling, double high, double keep, int64_t threshold,
+                         const std::optional<Tensor> seed, int64_t isa, std::optional<Tensor> dx,
+                         std::optional<Tensor> da, std::optional<Tensor> db) {
+  const Kernels& kernels = kernels_of(isa);
+  check_matrix(dy, "dy");
+  const int64_t M = dy.size(0), N = dy.size(1);
+  const Type type = type_of(dy, "dy");
+  check_tensor(lora_a, "lora_a", 2);
+  const int64_t r = lora_a.size(0), K = lora_a.size(1);
+  STD_TORCH_CHECK(M >= 1 && N >= 1 && r >= 1 && K >= 1,
+                  "dy, lora_a: must have rows and columns, got [", M, ", ", N, "], [", r, ", ", K,
+                  "]");
+  STD_TORCH_CHECK(!da.has_value() || x.has_value(), "x: must be given for da");
+  STD_TORCH_CHECK(!db.has_value() || s.has_value(), "s: must be given for db");
+  const Matrix DY = read(dy, "dy", M, N, type, false);
+  const Weight W = read_weight(weight, N, K, type);
+  const Matrix A = read(lora_a, "lora_a", r, K, type, true);
+  const Matrix B = read(lora_b, "lora_b", N, r, type, true);
+  const Matrix X = da.has_value() ? read(*x, "x", M, K, type, false) : Matrix{};
+  const Matrix S = db.has_value() ? read(*s, "s", M, r, type, false) : Matrix{};
+  const Output DX = dx.has_value() ? written(*dx, "dx", M, K, type, false) : Output{};
+  const Output DA = da.has_value() ? written(*da, "da", r, K, type, true) : Output{};
+  const Output DB = db.has_value() ? written(*db, "db", N, r, type, true) : Output{};
+  const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
+  const Dropout* drop = dropout.has_value() ? &*dropout : nullptr;
+
+  const Widened wide(kernels, DY, nullptr, type != Type::kFloat);
+  const bool low = dx.has_value() || da.has_value();
+  const int64_t ranks = up(r, kernels.columns), pitch = up(K, kernels.columns);
+  Scratch<1024> ds(low ? M * ranks : 0);
+  const Matrix DS = {ds.data, Type::kFloat, M, r, ranks};
+  // Memory for the sums of as many terms as there are rows: none where they end in registers.
+  const auto sums = [&](int64_t count, int64_t terms, int64_t columns) {
+    return terms > kernels.terms ? count * columns : 0;
+  };
+  if (low) {
+    Combination c =
+        combination_of(rows_of(wide.matrix), B, type, static_cast<float>(scaling * keep));
+    c.sum = ds.data;
+    c.sum_pitch = ranks;
+    combine(kernels, c, r);
+  }
+  if (db.has_value()) {
+    Combination c = combination_of(columns_of(wide.matrix), S, type, static_cast<float>(high));
+    Scratch<2048> sum(sums(N, M, ranks));
+    c.sum = sum.data;
+    c.sum_pitch = ranks;
+    put_into(c, DB);
+    combine(kernels, c, r);
+  }
+  if (da.has_value()) {
+    const Widened dropped(kernels, X, drop, drop != nullptr);
+    Combination c = combination_of(columns_of(DS), dropped.matrix, Type::kFloat, 1.f);
+    Scratch<2048> sum(sums(r, M, pitch));
+    c.sum = sum.data;
+    c.sum_pitch = pitch;
+    put_into(c, DA);
+    combine(kernels, c, K);
+  }
+  if (!dx.has_value()) return;
+  Scratch<4096> sum(M * pitch);
+  Combination term = combination_of(rows_of(DS), A, type, 1.f);
+  term.sum = sum.data;
+  term.sum_pitch = pitch;
+  combine(kernels, term, K);
+  if (drop != nullptr)
+    kernels.load({sum.data, Type::kFloat, K, pitch, 1}, 0, M, drop, sum.data, pitch);
+  if (W.transposed) {
+    const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16;
+    Product p = product_of(narrow ? DY : wide.matrix, W.held, type, DX);
+    p.sum = sum.data;
+    p.sum_pitch = pitch;
+    multiply(kernels, p, K);
+  } else {
+    Combination c = combination_of(rows_of(wide.matrix), W.held, type, 1.f);
+    c.sum = sum.data;
+    c.sum_pitch = pitch;
+    c.accumulate = true;
+    put_into(c, DX);
+    combine(kernels, c, K);
+  }
+}
+
+}  // namespace
+}  // namespace lora
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("_linear_cpu", TORCH_BOX(&lora::linear_cpu));
+  m.impl("_linear_backward_cpu", TORCH_BOX(&lora::linear_backward_cpu));
+}

@@ -1,0 +1,399 @@
+"""A whole layer in one native call, and the way to it that passes the op over."""
+
+import logging
+from contextlib import contextmanager
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_native_safety import DTYPES, ISAS, SIZES, WRONG, Placed, misaligned
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_kernels import FusedLoRALinear, backends, lora_linear
+from lora_kernels.backends import dropout, use_backend
+from lora_kernels.backends.native import extension, few_rows
+from lora_kernels.backends.scaling import split
+from lora_kernels.nn.conv1d import FusedLoRAConv1D
+
+pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.status())
+OPS = torch.ops.lora_kernels
+
+
+# --------------------------------------------------------------------------------------- the kernel
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_values(data):
+    """y and s against fp64, in every layout that the kernel reads."""
+    draw = data.draw
+    sizes = st.sampled_from((*SIZES, 33, 130, 300))
+    M, K, N, r = (draw(sizes) for _ in range(4))
+    dtype, isa = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(ISAS))
+    low = draw(st.sampled_from((dtype, torch.float32)))
+    p, seed = draw(st.sampled_from((0.0, 0.0, 0.4))), draw(st.integers(-(2**40), 2**40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**30)))
+    layouts = st.sampled_from(("contiguous", "offset"))
+
+    def tensor(*shape, dtype=dtype, std=1.0, layouts=layouts):
+        values = (torch.randn(shape, generator=generator) * std).to(dtype)
+        return Placed(values, draw(layouts)).view
+
+    x = tensor(M, K, layouts=st.sampled_from(("contiguous", "offset", "expanded rows")))
+    weight, bias = tensor(N, K, std=K**-0.5), tensor(1, N)[0]
+    a, b = tensor(r, K, dtype=low, std=K**-0.5), tensor(N, r, dtype=low, std=r**-0.5)
+    scaling = draw(st.sampled_from((0.5, -3.0)))
+    scale, high = split(scaling, dtype)
+    s = Placed(torch.zeros(M, r, dtype=dtype), draw(layouts))
+    kept = oracle.keep_factor(seed, M, K, p).double()
+    given_seed = torch.tensor([seed]) if p else None
+    y = OPS._linear_cpu(
+        x, weight, a, b, bias, scale / (1 - p), high, dropout.threshold(p), given_seed, isa, s.view
+    )
+    keep_scale = dropout.keep_scale(p) if p else 1.0
+    branch = (x.double() * kept.ne(0)) @ a.to(dtype).double().T * (scale / (1 - p))
+    assert keep_scale == pytest.approx(1 / (1 - p), rel=1e-3)
+    terms = (x.double(), weight.double(), bias.double())
+    exact = F.linear(*terms) + high * branch @ b.to(dtype).double().T
+    eps = torch.finfo(dtype).eps
+    sums = F.linear(*(t.abs() for t in terms)) + exact.abs()
+    allowed = eps * exact.norm() + 2.0**-23 * sums.norm()
+    assert (y.double() - exact).norm() <= allowed
+    assert (s.view.double() - branch).norm() <= (eps + 2.0**-22) * branch.norm() + 1e-6
+    s.assert_kept()
+    plain = OPS._linear_cpu(x, weight, None, None, bias, 1.0, 1.0, 0, None, isa, None)
+    assert (plain.double() - F.linear(*terms)).norm() <= allowed
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_long_rows_stay_exact(dtype, isa):
+    """A sum over 4096 columns in a few fp32 numbers, as torch's, is off by 96 of its units."""
+    K = 1 << 12
+    x, w = torch.full((3, K), 1 / 3, dtype=dtype), torch.full((5, K), 1 / 3, dtype=dtype)
+    exact = K * float(x[0, 0]) * float(w[0, 0])
+    y = OPS._linear_cpu(x, w, None, None, None, 1.0, 1.0, 0, None, isa, None)
+    unit = max(torch.finfo(dtype).eps, 4 * 2.0**-23)
+    assert (y.double() / exact - 1).abs().max() <= unit
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_threads(dtype, isa):
+    x, w, a, b = (torch.randn(s).to(dtype) for s in ((7, 300), (1027, 300), (19, 300), (1027, 19)))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(OPS._linear_cpu(x, w, a, b, None, 2.0, 1.0, 0, None, isa, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, results[0]) for one in results)
+
+
+def rows_of(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        rows_of(6),
+        rows_of(1, 1, 6),
+        rows_of(2, 3, 6),
+        rows_of(2, 1, 3, 1, 6),
+        rows_of(5, 4, 6)[:, -1:],
+        rows_of(5, 4, 6)[:, 2],
+        rows_of(4, 12)[:, 3:9],
+        rows_of(1, 6).expand(4, 6),
+        rows_of(0, 3, 6),
+    ],
+    ids=lambda x: f"{tuple(x.shape)} {x.stride()}",
+)
+def test_any_leading_dimensions(x):
+    w, a, b = rows_of(5, 6), rows_of(2, 6), rows_of(5, 2)
+    y = OPS._linear_cpu(x, w, a, b, None, 2.0, 1.0, 0, None, 0, None)
+    assert y.shape == (*x.shape[:-1], 5)
+    assert y.device == x.device
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, F.linear(x, w) + 2 * F.linear(F.linear(x, a), b))
+
+
+GIVEN = {
+    "x": (4, 6), "weight": (5, 6), "lora_a": (2, 6), "lora_b": (5, 2), "bias": (5,), "scale": 1.0,
+    "high": 1.0, "threshold": 9, "seed": torch.tensor([3]), "isa": 0, "s": (4, 2),
+}  # fmt: skip
+
+
+def call(**changes):
+    given = {k: torch.ones(v) if isinstance(v, tuple) else v for k, v in (GIVEN | changes).items()}
+    return OPS._linear_cpu(*given.values())
+
+
+@pytest.mark.parametrize("words", WRONG)
+@pytest.mark.parametrize("name", [k for k, v in GIVEN.items() if isinstance(v, tuple)])
+def test_each_argument_is_checked_by_name(name, words):
+    if name == "x" and words == "dimension":
+        return  # any number of dimensions will do
+    call()
+    with pytest.raises(RuntimeError) as caught:
+        call(**{name: WRONG[words](torch.ones(GIVEN[name]))})
+    assert f"{name}: " in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.tensor(1.0)}, "x: must have a dimension"),
+        ({"x": (4, 0)}, "x: must have columns"),
+        ({"x": torch.ones(6, 4).t()}, "x: the columns must be contiguous"),
+        ({"x": torch.ones(3, 2, 6).transpose(0, 1)}, "x: must view as one matrix"),
+        ({"x": torch.ones((1,) * 16 + (6,)), "s": (1, 2)}, "x: must have at most 16 dimensions"),
+        ({"weight": (5, 7)}, "weight: must be [5, 6], got [5, 7]"),
+        ({"weight": (0, 6)}, "weight: must have rows"),
+        ({"weight": torch.ones(10, 12)[::2, ::2]}, "weight: the rows or the columns must be"),
+        ({"weight": torch.ones(5, 6).half()}, "weight: must have the dtype of the rows"),
+        ({"lora_a": None}, "lora_a and lora_b go together"),
+        ({"lora_a": None, "lora_b": None}, "s and seed: are of a branch"),
+        ({"lora_a": (0, 6)}, "lora_a: must have rows"),
+        ({"lora_a": (2, 7)}, "lora_a: must be [2, 6]"),
+        ({"lora_b": (4, 2)}, "lora_b: must be [5, 2]"),
+        ({"lora_b": torch.ones(2, 5).t()}, "lora_b: the columns must be contiguous"),
+        ({"bias": (4,)}, "bias: must have 5 elements, got 4"),
+        ({"bias": torch.ones(10)[::2]}, "bias: must be contiguous"),
+        ({"s": (4, 3)}, "s: must be [4, 2]"),
+        ({"s": torch.ones(2, 4).t()}, "s: the columns must be contiguous, got stride 4"),
+        ({"s": torch.ones(2).expand(4, 2)}, "s: its elements overlap"),
+        ({"isa": 9}, "isa: got 9"),
+        ({"threshold": 65536}, "threshold: must be in [0, 65536)"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_refused_before_memory_is_touched(change, words):
+    with pytest.raises(RuntimeError) as caught:
+        call(**change)
+    assert words in str(caught.value)
+
+
+# ------------------------------------------------------------------------------- past the op
+
+
+@pytest.fixture
+def passed(monkeypatch):
+    """How many calls went straight to the kernel."""
+    calls, direct = [], few_rows.direct()
+
+    def spy(*args):
+        y = direct(*args)
+        if y is not None:
+            calls.append(args)
+        return y
+
+    monkeypatch.setattr(backends, "_direct", lambda device: spy if device.type == "cpu" else None)
+    return calls
+
+
+needs_vectors = pytest.mark.skipif(
+    max(few_rows.MOST_ROWS[torch.float32][: max(ISAS) + 1]) == 0, reason="plain C++ serves no call"
+)
+
+
+def layer_and_rows(**options):
+    torch.manual_seed(0)
+    options = {"alpha": 8, "init": "random"} | options
+    return FusedLoRALinear.from_linear(nn.Linear(40, 24), 4, **options).eval(), torch.randn(
+        2, 3, 40
+    )
+
+
+def expected_of(layer, x):
+    """By the op, of the tensors that the layer computes with."""
+    with torch.enable_grad():
+        return layer(x).detach()
+
+
+@needs_vectors
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_layers_and_functions_infer_in_one_call(passed, context):
+    layer, x = layer_and_rows()
+    expected = expected_of(layer, x)
+    assert not passed
+    with context():
+        torch.testing.assert_close(layer(x), expected)
+        y = lora_linear(
+            x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, scaling=layer.scaling
+        )
+    torch.testing.assert_close(y, expected)
+    assert len(passed) == 2
+
+
+@contextmanager
+def logged():
+    logger = logging.getLogger("lora_kernels")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield
+    logger.setLevel(level)
+
+
+class Seen(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class SeenBelow(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+WATCHED = {
+    "gradients": torch.enable_grad,
+    "a forced backend": lambda: use_backend("reference"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "the profiler": torch.profiler.profile,
+    "a mode": Seen,
+    "a mode below": SeenBelow,
+    "forward mode": torch.autograd.forward_ad.dual_level,
+    "the log": logged,
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHED)
+def test_who_watches_sees_the_op(passed, watcher):
+    layer, x = layer_and_rows()
+    expected = expected_of(layer, x)
+    with torch.no_grad(), WATCHED[watcher]():
+        y = layer(x)
+        function = lora_linear(
+            x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, scaling=layer.scaling
+        )
+    assert not passed
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if watcher == "autocast" else {}
+    for each in (y, function):
+        torch.testing.assert_close(each.detach().to(expected.dtype), expected, **tolerance)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@torch.no_grad()
+def test_what_is_traced_compiled_or_no_plain_tensor(passed):
+    layer, x = layer_and_rows()
+    expected = expected_of(layer, x)
+    flat = x.flatten(0, 1)
+    assert type(layer(x.as_subclass(Subclass))) is Subclass
+    torch.testing.assert_close(torch.func.vmap(layer)(flat), expected.flatten(0, 1))
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
+    graph = torch.fx.symbolic_trace(layer)
+    assert any(node.target is lora_linear for node in graph.graph.nodes)
+    assert not [args for args in passed if type(args[0]) is not torch.Tensor]
+    with torch.device("meta"):
+        assert layer.to("meta")(torch.empty(2, 40)).shape == (2, 24)
+
+
+@needs_vectors
+@torch.no_grad()
+def test_states_of_a_layer(passed):
+    """Merged, switched off, started with PiSSA, in training: what acts, and nothing else."""
+    layer, x = layer_and_rows()
+    base, adapted = F.linear(x, layer.weight, layer.bias), expected_of(layer, x)
+    layer._disabled = True
+    torch.testing.assert_close(layer(x), base)
+    layer._disabled = False
+    layer.merge()
+    torch.testing.assert_close(layer(x), adapted)
+    assert len(passed) == 2
+    layer._disabled = True
+    torch.testing.assert_close(layer(x), base)
+    layer._disabled = False
+    layer.unmerge()
+    layer.train().dropout = 0.5
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    layer.use_rslora = True
+    torch.testing.assert_close(layer(x), expected_of(layer, x))
+    layer.alpha = None
+    torch.testing.assert_close(layer(x), expected_of(layer, x))
+    layer, x = layer_and_rows(init="pissa")
+    linear = nn.Linear(40, 24)
+    with torch.no_grad():
+        linear.weight.copy_(layer.weight + layer.scaling * layer.lora_B @ layer.lora_A)
+        linear.bias.copy_(layer.bias)
+    layer.lora_B.mul_(2)
+    torch.testing.assert_close(layer(x), expected_of(layer, x))
+    layer._disabled = True
+    torch.testing.assert_close(layer(x), linear(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor):
+        return 2 * tensor
+
+
+class Twisted(FusedLoRALinear):
+    def low_rank(self, lora_A, lora_B, **others):
+        return 3 * lora_A, lora_B
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["parametrized", "pruned", "weight norm", "twisted", "conv1d"])
+def test_parameters_that_do_not_lie_as_they_act(passed, how):
+    layer, x = layer_and_rows()
+    if how == "parametrized":
+        parametrize.register_parametrization(layer, "lora_A", Doubled())
+    elif how == "pruned":
+        prune.l1_unstructured(layer, "lora_B", 0.5)
+    elif how == "weight norm":
+        nn.utils.weight_norm(layer, "lora_A")
+        layer.lora_A_g.mul_(2)
+    elif how == "twisted":
+        layer.__class__ = Twisted
+    else:
+        pytest.importorskip("transformers")
+        from transformers.pytorch_utils import Conv1D
+
+        layer = FusedLoRAConv1D.from_linear(Conv1D(24, 40), 4, alpha=8, init="random").eval()
+    torch.testing.assert_close(layer(x), expected_of(layer, x))
+    for args in passed:  # by `lora_linear`, with what acts
+        assert args[2] is not layer._parameters.get("lora_A") or how in ("pruned", "conv1d")
+
+
+@torch.no_grad()
+def test_what_the_kernel_does_not_take_is_computed_or_refused_by_name(passed):
+    layer, x = layer_and_rows()
+    expected = expected_of(layer, x)
+    torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1))
+    torch.testing.assert_close(layer(misaligned(x).copy_(x)), expected)
+    many = x.repeat(200, 1, 1)
+    torch.testing.assert_close(layer(many), expected.repeat(200, 1, 1))
+    assert not passed or passed[0][0].shape[:2] == (3, 2)
+    torch.testing.assert_close(layer.double()(x.double()), expected.double(), rtol=1e-4, atol=1e-5)
+    layer.float()
+    with pytest.raises(ValueError, match=r"x|lora_a: expected shape"):
+        layer(torch.randn(2, 41))
+    with pytest.raises(TypeError, match="weight: expected x's dtype"):
+        layer(x.half())
+    args = (x, layer.weight, layer.lora_A, layer.lora_B, layer.bias)
+    with pytest.raises(ValueError, match="scaling: expected a finite number"):
+        lora_linear(*args, scaling=float("nan"))
+    with pytest.raises(TypeError, match="x: expected a Tensor"):
+        lora_linear(x.numpy(), *args[1:])
+    with pytest.raises(ValueError, match="dropout_p"):
+        lora_linear(*args, dropout_p=1.5)
+    y = lora_linear(*args, scaling=torch.tensor(2.0))
+    torch.testing.assert_close(y, expected)
+
+
+def test_each_dtype_has_a_number_for_each_instruction_set():
+    for dtype in DTYPES:
+        assert len(few_rows.MOST_ROWS[dtype]) == len(extension.ISA_NAMES)
+    assert few_rows.most_rows(torch.float64, 1) == 0
