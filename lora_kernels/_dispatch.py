@@ -35,6 +35,7 @@ try:
         _len_torch_dispatch_stack,
         _len_torch_function_stack,
     )
+    from torch._C._functorch import is_legacy_batchedtensor
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd.forward_ad import _set_fwd_grad_enabled
     from torch.autograd.function import _SingleLevelFunction
@@ -229,15 +230,21 @@ def call_backward(name: str, *args: Any) -> Results:
     return _below(op, args)
 
 
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of them may be asked for."""
+    return bool(_any_requires_grad(*tensors))
+
+
 def is_unwatched(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
-    """Whether nothing would see an op on these tensors, called without gradients and not compiled:
-    what it computes is then all that matters. Written for speed."""
+    """Whether nothing would see an op on these tensors, where nothing is compiled: what it computes
+    is then all that matters. Written for speed."""
     plain = _PLAIN_TYPES
     return (
         PRIVATE
         and type(x) in plain
         and type(w) in plain
         and plain.issuperset(map(type, others))
+        and not is_legacy_batchedtensor(x)  # dy of is_grads_batched
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and not _are_functorch_transforms_active()
@@ -263,6 +270,7 @@ def _is_unseen(args: Args) -> bool:
     return (
         _PLAIN_TYPES.issuperset(map(type, args))
         and not args[0].is_meta
+        and not is_legacy_batchedtensor(args[0])  # dy of is_grads_batched
         and not _len_torch_dispatch_stack()
         and not _are_functorch_transforms_active()
         and not profiler._is_profiler_enabled

@@ -1,6 +1,5 @@
 """What other libraries call: checks, autocast and flattening around the ops of `_ops`."""
 
-import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 
@@ -8,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import _checks, _dispatch, _ops, backends  # noqa: F401 _ops defines what is called
+from lora_kernels import _checks, _dispatch, _ops, direct  # noqa: F401 _ops defines what is called
 from lora_kernels._contract import DTYPES
 
 _STRIDED = torch.strided
-_NUMBERS = (float, int)
 
 
 def lora_linear(
@@ -61,11 +59,10 @@ def lora_linear(
     """
     if torch.jit.is_tracing():
         return F.linear(x, weight, bias) + _traced(x, (lora_a, lora_b), scaling, dropout_p, seed)
-    whole = type(dropout_p) in _NUMBERS and dropout_p == 0
-    if whole and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        inferred = infer(x, weight, lora_a, lora_b, bias, scaling)
-        if inferred is not None:
-            return inferred
+    if seed is None and not torch.compiler.is_compiling():
+        y = direct.linear(x, weight, bias, (lora_a, lora_b, scaling, dropout_p))
+        if y is not None:
+            return y
     if not _are_sound(x, lora_a, lora_b, weight, bias, linear=True):
         if _is_jagged(x):
             y = lora_linear(
@@ -82,31 +79,6 @@ def lora_linear(
         torch.is_grad_enabled() and lora_b.requires_grad,
     )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
-
-
-def infer(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    scaling: float | Tensor,
-) -> Tensor | None:
-    """What `lora_linear` returns without dropout, in one call of the backend, where no gradient is
-    asked for and nothing is compiled (the caller knows). None where the tensors do not fit
-    together, something would see the op, or the backend has no such call. Without lora_a and lora_b
-    it is the frozen layer's."""
-    if not _dispatch.is_unwatched(x, weight, lora_a, lora_b, bias):
-        return None
-    direct = backends.direct(x.device)
-    if direct is None or isinstance(scaling, Tensor) or type(scaling) not in _NUMBERS:
-        return None
-    if not math.isfinite(scaling):
-        return None
-    try:
-        return direct(x, weight, lora_a, lora_b, bias, scaling)
-    except RuntimeError:  # the checks by name decide
-        return None
 
 
 def lora_add(

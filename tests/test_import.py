@@ -25,6 +25,7 @@ FLOORS[""] = {
     "_dispatch": -1,
     "rules": -1,
     "_ops": 0,
+    "direct": 0.5,
     "functional": 1,
     "sharding": -2,
     "offloading": -2,

@@ -179,8 +179,11 @@ void multiply_widened(const Product& p, int64_t first, int64_t last) {
 
 // --------------------------------------------------------------------------------------- combining
 
-// Terms of a sum that are formed in registers, so many rows of the matrix are read at a time.
-constexpr int kTerms = 32;
+// Terms of a sum that are formed in registers, as many rows of the matrix are read at a time: fewer
+// where memory is waited for, more where the columns are packed.
+constexpr int kFewTerms = 16, kTerms = 32, kPackedTerms = 1024 / W;
+constexpr int kPackedRows = 17;  // from so many on
+constexpr int kAhead = 128;      // bytes
 
 template <typename T>
 inline void store_some(T* p, V v, int count) {
@@ -190,24 +193,50 @@ inline void store_some(T* p, V v, int count) {
   std::memcpy(static_cast<void*>(p), values, count * sizeof(T));
 }
 
-// Rows i .. i + kX, columns k .. k + kV * W (of the last vector `count`), terms n .. last.
+// What of the matrix is multiplied at a time: columns k .. k + kV * W (of the last vector `count`),
+// terms n .. last; where it lies, or packed.
+template <typename T>
+struct Strip {
+  const T* data;
+  int64_t pitch, k, n, last;
+  int count;
+};
+
+// Rows i .. i + kX of the result.
 template <typename T, Type kType, int kX, int kV>
-inline void combine_tile(const Combination& p, int64_t i, int64_t k, int count, int64_t n,
-                         int64_t last) {
+inline void combine_tile(const Combination& p, int64_t i, const Strip<T>& strip) {
+  const int64_t k = strip.k, n = strip.n, last = strip.last;
+  const int count = strip.count;
   V acc[kX][kV] = {};
-  const T* row = static_cast<const T*>(p.matrix) + n * p.matrix_pitch + k;
+  const T* row = strip.data;
   const float* x = p.x + i * p.x_row + n * p.x_term;
-  for (int64_t t = n; t < last; ++t, row += p.matrix_pitch, x += p.x_term) {
-    V column[kV];
+  for (int64_t t = n; t < last; ++t, row += strip.pitch, x += p.x_term) {
+    // Few rows wait for memory: the columns after these.
+    if (strip.pitch != kV * W)
 #pragma GCC unroll 8
-    for (int c = 0; c < kV; ++c)
-      column[c] = rounded<kType>(kV == 1 ? load_some(row, count) : load(row + c * W));
-    if (kX == kFewRows || kX == 1) __builtin_prefetch(reinterpret_cast<const char*>(row) + 512);
+      for (int line = 0; line < kV * W * static_cast<int>(sizeof(T)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(row + kV * W) + kAhead + line);
+    if constexpr (kX <= 2) {
+      V factor[kX];
 #pragma GCC unroll 8
-    for (int m = 0; m < kX; ++m) {
-      const V factor = splat(x[m * p.x_row]);
+      for (int m = 0; m < kX; ++m) factor[m] = splat(x[m * p.x_row]);
 #pragma GCC unroll 8
-      for (int c = 0; c < kV; ++c) acc[m][c] = fma(factor, column[c], acc[m][c]);
+      for (int c = 0; c < kV; ++c) {
+        const V column = rounded<kType>(kV == 1 ? load_some(row, count) : load(row + c * W));
+#pragma GCC unroll 8
+        for (int m = 0; m < kX; ++m) acc[m][c] = fma(factor[m], column, acc[m][c]);
+      }
+    } else {
+      V column[kV];
+#pragma GCC unroll 8
+      for (int c = 0; c < kV; ++c)
+        column[c] = rounded<kType>(kV == 1 ? load_some(row, count) : load(row + c * W));
+#pragma GCC unroll 8
+      for (int m = 0; m < kX; ++m) {
+        const V factor = splat(x[m * p.x_row]);
+#pragma GCC unroll 8
+        for (int c = 0; c < kV; ++c) acc[m][c] = fma(factor, column[c], acc[m][c]);
+      }
     }
   }
   const bool adds = p.accumulate || n > 0, ends = last == p.terms && p.out != nullptr;
@@ -232,28 +261,59 @@ inline void combine_tile(const Combination& p, int64_t i, int64_t k, int count, 
 }
 
 template <typename T, Type kType, int kV>
-inline void combine_strip(const Combination& p, int64_t i, int64_t last_row, int64_t k, int count,
-                          int64_t n, int64_t last) {
-  for (; last_row - i >= kFewRows; i += kFewRows)
-    combine_tile<T, kType, kFewRows, kV>(p, i, k, count, n, last);
-  if constexpr (kFewRows > 2)
-    for (; last_row - i >= 2; i += 2) combine_tile<T, kType, 2, kV>(p, i, k, count, n, last);
-  for (; i < last_row; ++i) combine_tile<T, kType, 1, kV>(p, i, k, count, n, last);
+inline void combine_rows(const Combination& p, int64_t i, int64_t last_row, const Strip<T>& strip) {
+  if constexpr (kV <= kFewColumns) {
+    for (; last_row - i >= kFewRows; i += kFewRows)
+      combine_tile<T, kType, kFewRows, kV>(p, i, strip);
+  }
+  for (; last_row - i >= 2; i += 2) combine_tile<T, kType, 2, kV>(p, i, strip);
+  if (i < last_row) combine_tile<T, kType, 1, kV>(p, i, strip);
+}
+
+// Packed for many rows: rows of the matrix may lie where they drive each other out of the cache.
+template <typename T, Type kType, int kV>
+inline void combine_strip(const Combination& p, int64_t row, int64_t last_row,
+                          const Strip<T>& strip) {
+  if constexpr (kV == kFewColumns) {
+    if (p.count >= kPackedRows) {
+      alignas(64) float packed[kPackedTerms * kV * W];
+      const T* from = strip.data;
+      float* to = packed;
+      for (int64_t t = strip.n; t < strip.last; ++t, from += strip.pitch, to += kV * W)
+        for (int c = 0; c < kV; ++c) {
+          __builtin_prefetch(reinterpret_cast<const char*>(from + kV * W + c * W) + kAhead);
+          store(to + c * W, rounded<kType>(load(from + c * W)));
+        }
+      return combine_rows<float, Type::kFloat, kV>(
+          p, row, last_row, {packed, kV * W, strip.k, strip.n, strip.last, strip.count});
+    }
+  }
+  combine_rows<T, kType, kV>(p, row, last_row, strip);
 }
 
 template <typename T, Type kType>
 void combine_terms(const Combination& p, int64_t row, int64_t last_row, int64_t first,
                    int64_t end) {
   constexpr int kWidth = kFewColumns * W;
+  const int64_t step = p.count >= kPackedRows             ? kPackedTerms
+                       : p.count <= 4 && p.sum != nullptr ? kFewTerms
+                                                          : kTerms;
   int64_t n = 0;
   do {
-    const int64_t last = p.terms - n < kTerms ? p.terms : n + kTerms;
+    const int64_t last = p.terms - n < step ? p.terms : n + step;
+    const T* const rows = static_cast<const T*>(p.matrix) + n * p.matrix_pitch;
+    const auto strip = [&](int64_t k, int count) {
+      return Strip<T>{rows + k, p.matrix_pitch, k, n, last, count};
+    };
     int64_t k = first;
+    if (last_row - row <= 2)
+      for (; end - k >= 2 * kWidth; k += 2 * kWidth)
+        combine_strip<T, kType, 2 * kFewColumns>(p, row, last_row, strip(k, W));
     for (; end - k >= kWidth; k += kWidth)
-      combine_strip<T, kType, kFewColumns>(p, row, last_row, k, W, n, last);
+      combine_strip<T, kType, kFewColumns>(p, row, last_row, strip(k, W));
     for (; k < end; k += W)
-      combine_strip<T, kType, 1>(p, row, last_row, k, end - k < W ? static_cast<int>(end - k) : W,
-                                 n, last);
+      combine_strip<T, kType, 1>(p, row, last_row,
+                                 strip(k, end - k < W ? static_cast<int>(end - k) : W));
     n = last;
   } while (n < p.terms);
 }

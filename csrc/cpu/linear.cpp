@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kSerial = 65536;       // multiply-adds that are not worth a second thread
 constexpr int64_t kGrain = kSerial / 2;  // of a thread, at least
+constexpr int64_t kMostDimensions = 16;
 
 // -------------------------------------------------------------------------------------- arguments
 
@@ -56,15 +57,15 @@ Weight read_weight(const Tensor& t, int64_t N, int64_t K, Type type) {
 }
 
 // x [..., K] as rows of one stride.
-Matrix read_rows(const Tensor& x) {
+Matrix read_rows(const Tensor& x, const char* name) {
   const int64_t d = x.dim();
-  STD_TORCH_CHECK(d >= 1, "x: must have a dimension");
-  check_tensor(x, "x", d);
-  const Type type = type_of(x, "x");
+  STD_TORCH_CHECK(d >= 1, name, ": must have a dimension");
+  check_tensor(x, name, d);
+  const Type type = type_of(x, name);
   const int64_t K = x.size(d - 1);
-  STD_TORCH_CHECK(K >= 1, "x: must have columns");
-  check_starts(x, "x");
-  STD_TORCH_CHECK(K == 1 || x.stride(d - 1) == 1, "x: the columns must be contiguous");
+  STD_TORCH_CHECK(K >= 1, name, ": must have columns");
+  check_starts(x, name);
+  STD_TORCH_CHECK(K == 1 || x.stride(d - 1) == 1, name, ": the columns must be contiguous");
   int64_t pitch = 0, rows = 1;
   for (int64_t i = d - 2; i >= 0; --i) {
     const int64_t size = x.size(i);
@@ -77,40 +78,51 @@ Matrix read_rows(const Tensor& x) {
   return {x.const_data_ptr(), type, rows, K, pitch};
 }
 
-// [..., N] for x [..., K]. By the function itself, as the dispatcher would take longer.
-Tensor empty_like_rows(const Tensor& x, int64_t N) {
-  constexpr int64_t kMost = 16;
-  const int64_t d = x.dim();
-  STD_TORCH_CHECK(d <= kMost, "x: must have at most ", kMost, " dimensions");
-  int64_t shape[kMost], strides[kMost], pitch = 1;
+// By the function itself, as the dispatcher would take longer.
+Tensor empty(const Tensor& like, const int64_t* shape, int64_t d) {
+  int64_t strides[kMostDimensions], pitch = 1;
   for (int64_t i = d - 1; i >= 0; --i) {
-    shape[i] = i == d - 1 ? N : x.size(i);
     strides[i] = pitch;
     pitch *= std::max<int64_t>(1, shape[i]);
   }
   int32_t dtype;
-  AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(d, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &y));
-  return Tensor(y);
+      aoti_torch_empty_strided(d, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
-// Memory for the result of an op, whose columns must be contiguous.
+// [..., columns] for x [..., K].
+Tensor empty_rows(const Tensor& x, const char* name, int64_t columns) {
+  const int64_t d = x.dim();
+  STD_TORCH_CHECK(d <= kMostDimensions, name, ": must have at most ", kMostDimensions,
+                  " dimensions");
+  int64_t shape[kMostDimensions];
+  for (int64_t i = 0; i < d; ++i) shape[i] = i == d - 1 ? columns : x.size(i);
+  return empty(x, shape, d);
+}
+
+// [rows, columns] in the dtype of `like`, of size 0 where it is not asked for.
+Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, bool asked) {
+  const int64_t shape[2] = {rows, columns}, none = 0;
+  return asked ? empty(like, shape, 2) : empty(like, &none, 1);
+}
+
+// Memory for a result, whose columns are contiguous.
 struct Output {
   void* data;
   Type type;
   int64_t pitch;
 };
 
-Output written(Tensor& t, const char* name, int64_t rows, int64_t columns, Type type,
-               bool or_float) {
+Output written(Tensor& t, const char* name, int64_t rows, int64_t columns, Type type) {
   check_size(t, name, rows, columns);
-  check_type(t, name, type, or_float);
+  check_type(t, name, type, false);
   check_writable(t, name);
   STD_TORCH_CHECK(columns == 1 || t.stride(1) == 1, name,
                   ": the columns must be contiguous, got stride ", t.stride(1));
-  return {t.mutable_data_ptr(), type_of(t, name), t.stride(0)};
+  return {t.mutable_data_ptr(), type, t.stride(0)};
 }
 
 // --------------------------------------------------------------------------------------- products
@@ -190,14 +202,19 @@ void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
   }
 }
 
+// The pitch of padded rows, none of which begin at the same place of a cache's sets.
+int64_t apart(int64_t columns, const Kernels& kernels) {
+  return up(columns, kernels.columns) + kernels.columns;
+}
+
 // Rows in fp32, where they are not already.
 struct Widened {
   Widened(const Kernels& kernels, const Matrix& from, const Dropout* dropout, bool needed)
-      : memory(needed ? from.rows * up(from.columns, kernels.columns) : 0), matrix(from) {
+      : memory(needed ? from.rows * apart(from.columns, kernels) : 0), matrix(from) {
     if (!needed) return;
     matrix.data = memory.data;
     matrix.type = Type::kFloat;
-    matrix.pitch = up(from.columns, kernels.columns);
+    matrix.pitch = apart(from.columns, kernels);
     kernels.load({from.data, from.type, from.columns, from.pitch, 1}, 0, from.rows, dropout,
                  memory.data, matrix.pitch);
   }
@@ -221,7 +238,7 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
                   double scale, double high, int64_t threshold, const std::optional<Tensor> seed,
                   int64_t isa, std::optional<Tensor> s) {
   const Kernels& kernels = kernels_of(isa);
-  const Matrix rows = read_rows(x);
+  const Matrix rows = read_rows(x, "x");
   const Type type = rows.type;
   const int64_t M = rows.rows, K = rows.columns;
   check_tensor(weight, "weight", 2);
@@ -247,11 +264,11 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
     STD_TORCH_CHECK(N == 1 || bias->stride(0) == 1, "bias: must be contiguous");
     check_type(*bias, "bias", type, false);
   }
-  const Output saved = s.has_value() ? written(*s, "s", M, r, type, false) : Output{};
+  const Output saved = s.has_value() ? written(*s, "s", M, r, type) : Output{};
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
   const Dropout* drop = dropout.has_value() ? &*dropout : nullptr;
 
-  Tensor y = empty_like_rows(x, N);
+  Tensor y = empty_rows(x, "x", N);
   if (M == 0) return y;
   const Output out = {y.mutable_data_ptr(), type, N};
   // bf16 is multiplied as it is, where there are instructions for it and both sides are in bf16.
@@ -286,7 +303,7 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
     return y;
   }
   // The branch and the bias first: the sum that columns are added to.
-  const int64_t pitch = up(N, kernels.columns);
+  const int64_t pitch = apart(N, kernels);
   Scratch<4096> sum(M * pitch);
   Scratch<2048> wide_bias(offset != nullptr ? pitch : 0);
   if (offset != nullptr)
@@ -304,39 +321,43 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
   return y;
 }
 
-// With ds = scaling * dy B: dx = dy W + drop'(ds A), dA = ds^T drop(x), dB = high * dy^T s, each
-// where its output is given; keep is the factor of what dropout keeps.
-void linear_backward_cpu(const Tensor dy, const std::optional<Tensor> x, const Tensor weight,
-                         const Tensor lora_a, const Tensor lora_b, const std::optional<Tensor> s,
-                         double scaling, double high, double keep, int64_t threshold,
-                         const std::optional<Tensor> seed, int64_t isa, std::optional<Tensor> dx,
-                         std::optional<Tensor> da, std::optional<Tensor> db) {
+// (dx [..., K], dA, dB) of dy [..., N], each of size 0 where it is not asked for. With
+// ds = scaling * dy B: dx = dy W + drop'(ds A), dA = ds^T drop(x), dB = high * dy^T s; keep is the
+// factor of what dropout keeps.
+std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
+    const Tensor dy, const std::optional<Tensor> x, const Tensor weight, const Tensor lora_a,
+    const Tensor lora_b, const std::optional<Tensor> s, double scaling, double high, double keep,
+    int64_t threshold, const std::optional<Tensor> seed, int64_t isa, bool need_x, bool need_a,
+    bool need_b) {
   const Kernels& kernels = kernels_of(isa);
-  check_matrix(dy, "dy");
-  const int64_t M = dy.size(0), N = dy.size(1);
-  const Type type = type_of(dy, "dy");
+  const Matrix DY = read_rows(dy, "dy");
+  const int64_t M = DY.rows, N = DY.columns;
+  const Type type = DY.type;
   check_tensor(lora_a, "lora_a", 2);
   const int64_t r = lora_a.size(0), K = lora_a.size(1);
-  STD_TORCH_CHECK(M >= 1 && N >= 1 && r >= 1 && K >= 1,
-                  "dy, lora_a: must have rows and columns, got [", M, ", ", N, "], [", r, ", ", K,
-                  "]");
-  STD_TORCH_CHECK(!da.has_value() || x.has_value(), "x: must be given for da");
-  STD_TORCH_CHECK(!db.has_value() || s.has_value(), "s: must be given for db");
-  const Matrix DY = read(dy, "dy", M, N, type, false);
+  STD_TORCH_CHECK(M >= 1 && r >= 1 && K >= 1, "dy, lora_a: must have rows and columns, got [", M,
+                  ", ", N, "], [", r, ", ", K, "]");
+  STD_TORCH_CHECK(!need_a || x.has_value(), "x: must be given for dA");
+  STD_TORCH_CHECK(!need_b || s.has_value(), "s: must be given for dB");
   const Weight W = read_weight(weight, N, K, type);
   const Matrix A = read(lora_a, "lora_a", r, K, type, true);
   const Matrix B = read(lora_b, "lora_b", N, r, type, true);
-  const Matrix X = da.has_value() ? read(*x, "x", M, K, type, false) : Matrix{};
-  const Matrix S = db.has_value() ? read(*s, "s", M, r, type, false) : Matrix{};
-  const Output DX = dx.has_value() ? written(*dx, "dx", M, K, type, false) : Output{};
-  const Output DA = da.has_value() ? written(*da, "da", r, K, type, true) : Output{};
-  const Output DB = db.has_value() ? written(*db, "db", N, r, type, true) : Output{};
+  const Matrix X = need_a ? read_rows(*x, "x") : Matrix{};
+  STD_TORCH_CHECK(!need_a || (X.rows == M && X.columns == K && X.type == type), "x: must be [", M,
+                  ", ", K, "] in the dtype of dy");
+  const Matrix S = need_b ? read(*s, "s", M, r, type, false) : Matrix{};
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
   const Dropout* drop = dropout.has_value() ? &*dropout : nullptr;
 
-  const Widened wide(kernels, DY, nullptr, type != Type::kFloat);
-  const bool low = dx.has_value() || da.has_value();
-  const int64_t ranks = up(r, kernels.columns), pitch = up(K, kernels.columns);
+  std::tuple<Tensor, Tensor, Tensor> results = {
+      need_x ? empty_rows(dy, "dy", K) : empty_matrix(dy, 0, 0, false),
+      empty_matrix(lora_a, r, K, need_a), empty_matrix(lora_b, N, r, need_b)};
+  const Output DX = {std::get<0>(results).mutable_data_ptr(), type, K};
+  const Output DA = {std::get<1>(results).mutable_data_ptr(), A.type, K};
+  const Output DB = {std::get<2>(results).mutable_data_ptr(), B.type, r};
+  const Widened wide(kernels, DY, nullptr, type != Type::kFloat || M > 4);
+  const bool low = need_x || need_a;
+  const int64_t ranks = up(r, kernels.columns), pitch = apart(K, kernels);
   Scratch<1024> ds(low ? M * ranks : 0);
   const Matrix DS = {ds.data, Type::kFloat, M, r, ranks};
   // Memory for the sums of as many terms as there are rows: none where they end in registers.
@@ -350,7 +371,7 @@ void linear_backward_cpu(const Tensor dy, const std::optional<Tensor> x, const T
     c.sum_pitch = ranks;
     combine(kernels, c, r);
   }
-  if (db.has_value()) {
+  if (need_b) {
     Combination c = combination_of(columns_of(wide.matrix), S, type, static_cast<float>(high));
     Scratch<2048> sum(sums(N, M, ranks));
     c.sum = sum.data;
@@ -358,7 +379,7 @@ void linear_backward_cpu(const Tensor dy, const std::optional<Tensor> x, const T
     put_into(c, DB);
     combine(kernels, c, r);
   }
-  if (da.has_value()) {
+  if (need_a) {
     const Widened dropped(kernels, X, drop, drop != nullptr);
     Combination c = combination_of(columns_of(DS), dropped.matrix, Type::kFloat, 1.f);
     Scratch<2048> sum(sums(r, M, pitch));
@@ -367,7 +388,7 @@ void linear_backward_cpu(const Tensor dy, const std::optional<Tensor> x, const T
     put_into(c, DA);
     combine(kernels, c, K);
   }
-  if (!dx.has_value()) return;
+  if (!need_x) return results;
   Scratch<4096> sum(M * pitch);
   Combination term = combination_of(rows_of(DS), A, type, 1.f);
   term.sum = sum.data;
@@ -389,6 +410,7 @@ void linear_backward_cpu(const Tensor dy, const std::optional<Tensor> x, const T
     put_into(c, DX);
     combine(kernels, c, K);
   }
+  return results;
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ from lora_kernels import _env
 from lora_kernels.backends import cuda, forced, native, reference
 from lora_kernels.backends.cuda import choice
 from lora_kernels.backends.native import extension
-from lora_kernels.backends.native.few_rows import Direct
+from lora_kernels.backends.native.few_rows import FewRows
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.branch import Base, Branch, Need
 
@@ -110,19 +110,18 @@ def serving(base: Base, rows: Tensor, branch: Branch) -> Backend:
     return backend if reason is None else reference
 
 
-def direct(device: torch.device) -> Direct | None:
-    """The one call by which the default backend of a device infers, if it has one; None where a
-    backend is forced, or the log wants to know who serves."""
+def few_rows() -> FewRows | None:
+    """The calls for few rows on the CPU, where its default backend has such; None where one is
+    forced, or the log wants to know who serves."""
     if forced.now is not None or _logger.isEnabledFor(logging.INFO):
         return None
-    return _direct(device)
+    return _few_rows()
 
 
 @cache
-def _direct(device: torch.device) -> Direct | None:
-    if _default(device).module is not native:
-        return None
-    return native.few_rows.direct()
+def _few_rows() -> FewRows | None:
+    chosen = _default(torch.device("cpu")).module
+    return native.few_rows.of_this_machine() if chosen is native else None
 
 
 @cache
@@ -170,7 +169,7 @@ def forget() -> None:
 
 def _forget_choices() -> None:
     _default.cache_clear()
-    _direct.cache_clear()
+    _few_rows.cache_clear()
     _forced.cache_clear()
 
 

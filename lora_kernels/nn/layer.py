@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import options
+from lora_kernels import direct, options
 from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_type, refusal, stores
-from lora_kernels.functional import infer, lora_linear
+from lora_kernels.functional import lora_linear
 from lora_kernels.nn.pissa import INITS, Init
 from lora_kernels.nn.state import LayerState
 from lora_kernels.nn.tensors import MERGED, PISSA, note_frozen, shape_of, thaw
@@ -189,8 +189,8 @@ class LoRALayer(LayerState):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            y = self._infer(x)
+        if not torch.compiler.is_compiling():
+            y = self._directly(x)
             if y is not None:
                 return y
         if self._disabled:
@@ -206,26 +206,26 @@ class LoRALayer(LayerState):
             dropout_p=self.dropout if self.training else 0.0,
         )
 
-    def _infer(self, x: Tensor) -> Tensor | None:
-        """The forward by `functional.infer`. Parameters are read where they lie: what a hook or a
+    def _directly(self, x: Tensor) -> Tensor | None:
+        """The forward by `direct.linear`. Parameters are read where they lie: what a hook or a
         parametrization computes does not lie there."""
         parameters = self._parameters
         weight = parameters.get("weight")
         if weight is None or not self._as_it_lies:
             return None
-        a = b = None
-        scaling = 1.0
+        pair = None
         if self._disabled or self._merged:
             if self._disabled and (self._merged or self._buffers["pissa_A"] is not None):
                 return None
         else:
-            a, b = parameters.get("lora_A"), parameters.get("lora_B")
-            if a is None or b is None or (self.training and self.dropout):
+            a, b, scaling = parameters.get("lora_A"), parameters.get("lora_B"), 1.0
+            if a is None or b is None:
                 return None
             if self.alpha is not None:
                 rank = a.shape[0]
                 scaling = self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
-        return infer(x, self._oriented(weight), a, b, parameters.get("bias"), scaling)
+            pair = (a, b, scaling, self.dropout if self.training else 0.0)
+        return direct.linear(x, self._oriented(weight), parameters.get("bias"), pair)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         """The layer without its adapter, whatever state it is in."""

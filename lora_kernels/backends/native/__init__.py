@@ -16,7 +16,7 @@ from lora_kernels.backends import blocked, forced, reference
 from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.native import extension, few_rows
 from lora_kernels.backends.native.extension import best_isa
-from lora_kernels.backends.native.few_rows import most_rows, readable
+from lora_kernels.backends.native.few_rows import FewRows, Rows, most_rows, readable
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Need
@@ -156,14 +156,13 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
 def _few_forward(
     base: Dense, x: Tensor, branch: Branch, save_s: bool
 ) -> tuple[Tensor, Tensor | None]:
-    drop, (low, high) = _dropped(branch), split(branch.scaling, x.dtype)
     bias = None if base.bias is None else readable(base.bias.to(x.dtype))
-    s = x.new_empty(x.shape[0], branch.lora_a.shape[0]) if save_s else None
-    y = _ops._linear_cpu(
-        readable(x), base.weight, readable(branch.lora_a), readable(branch.lora_b), bias,
-        low * drop.scale, high, threshold(drop.p), drop.seed, best_isa(), s,
-    )  # fmt: skip
-    return y, s
+    few = FewRows(best_isa())
+    return few.forward(readable(x), base.weight, bias, _readable(branch), save_s)
+
+
+def _readable(branch: Branch) -> Branch:
+    return branch._replace(lora_a=readable(branch.lora_a), lora_b=readable(branch.lora_b))
 
 
 def add_(base_out: Tensor, x: Tensor, branch: Branch) -> None:
@@ -181,51 +180,40 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
     few = _are_few(base, dy, backward=True)
     if not few and _left(base, dy, branch) is not None:
         return reference.backward(base, dy, x, s, branch, need)
-    (N, r), K = branch.lora_b.shape, branch.lora_a.shape[1]
-    dx = dy.new_empty(dy.shape[0], K) if need.x else None
-    d_a = branch.lora_a.new_empty(r, K) if need.a else None
-    d_b = branch.lora_b.new_empty(N, r) if need.b else None
-    compute = _few_backward if few else _low_rank_backward
-    compute(base, _Rows(dy, x, s), branch, (dx, d_a, d_b))
     dweight = None
     if need.weight and isinstance(base, Dense):
         dweight = torch.mm(dy.t(), x).to(base.weight.dtype)
+    if few:
+        assert isinstance(base, Dense)
+        rows = Rows(dy, readable(x) if need.a else None, readable(s) if need.b else None)
+        results = FewRows(best_isa()).backward(base.weight, rows, _readable(branch), need)
+    else:
+        results = _low_rank_backward(base, Rows(dy, x, s), branch, need)
+    dx, d_a, d_b = results
     return dx, dweight, d_a, d_b
 
 
-class _Rows(NamedTuple):
-    """What has the rows of a backward."""
-
-    dy: Tensor
-    x: Tensor
-    s: Tensor
-
-
-_Outputs = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dA, dB, to be filled
-
-
-def _few_backward(base: Base, rows: _Rows, branch: Branch, outputs: _Outputs) -> None:
-    assert isinstance(base, Dense)
-    (dy, x, s), (_, d_a, d_b) = rows, outputs
-    drop, (_, high) = _dropped(branch), split(branch.scaling, dy.dtype)
-    _ops._linear_backward_cpu(
-        readable(dy), None if d_a is None else readable(x), base.weight, readable(branch.lora_a),
-        readable(branch.lora_b), None if d_b is None else readable(s), branch.scaling, high,
-        drop.scale, threshold(drop.p), drop.seed, best_isa(), *outputs,
-    )  # fmt: skip
-
-
-def _low_rank_backward(base: Base, rows: _Rows, branch: Branch, outputs: _Outputs) -> None:
-    (dy, x, s), (dx, d_a, d_b) = rows, outputs
+def _low_rank_backward(
+    base: Base, rows: Rows, branch: Branch, need: Need
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy, x, s = rows
+    assert x is not None
+    assert s is not None
+    (N, r), K = branch.lora_b.shape, branch.lora_a.shape[1]
     drop = _dropped(branch)
+    dx = None
+    d_a = branch.lora_a.new_empty(r, K) if need.a else None
+    d_b = branch.lora_b.new_empty(N, r) if need.b else None
     of_b = None if d_b is None else (s, d_b.t(), split(branch.scaling, dy.dtype)[1])
-    if dx is not None or d_a is not None:
+    if need.x or need.a:
         ds = _shrink(dy, branch.lora_b.t(), branch.scaling, gradient=of_b)
-    elif of_b is not None:
+    elif need.b:
         _read(dy, None, 1.0, _WHOLE, of_b, None)
-    if dx is not None:
+    if need.x:
+        dx = dy.new_empty(dy.shape[0], K)
         _expand(ds, branch.lora_a, dx, drop=drop)
         if isinstance(base, Dense):
             dx.addmm_(dy, base.weight.to(dy.dtype))
     if d_a is not None:
         _read(x, None, 1.0, drop, (ds, d_a, 1.0), None)
+    return dx, d_a, d_b

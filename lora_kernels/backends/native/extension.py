@@ -20,7 +20,7 @@ _CPU_SCHEMAS = (
     " float scale, float high, int threshold, Tensor? seed, int isa, Tensor(a!)? s) -> Tensor",
     "_linear_backward_cpu(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b,"
     " Tensor? s, float scaling, float high, float keep, int threshold, Tensor? seed, int isa,"
-    " Tensor(a!)? dx, Tensor(b!)? da, Tensor(c!)? db) -> ()",
+    " bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
 )
 _CUDA_SCHEMAS = (
     "_decode_cuda(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias,"

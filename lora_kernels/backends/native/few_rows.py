@@ -3,33 +3,33 @@
 Up to how many is measured, `python -m benchmarks.native --few`: beyond, torch's product reuses what
 it has in registers for more rows than these kernels do. Where a CPU has no instructions for
 products of 16 bits (of fp16 nearly none has), torch forms them in fp32 too, and slower.
+
+Matrices of rows may have any number of dimensions. Nothing is checked in Python: RuntimeError says
+what the kernels do not take.
 """
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.native import extension
+from lora_kernels.backends.scaling import split
+from lora_kernels.branch import Need
 
 # By index of extension.ISA_NAMES. Without vector instructions torch's own loops are as good.
-MOST_ROWS = {
+MOST_ROWS: Mapping[torch.dtype, tuple[int, ...]] = {
     torch.float32: (0, 64, 32, 32),
     torch.bfloat16: (0, 64, 16, 16),
     torch.float16: (0, 64, 64, 64),
 }
-MOST_ROWS_BACKWARD = {
+MOST_ROWS_BACKWARD: Mapping[torch.dtype, tuple[int, ...]] = {
     torch.float32: (0, 64, 32, 32),
     torch.bfloat16: (0, 64, 8, 8),
     torch.float16: (0, 64, 64, 64),
 }
-
-# (x [..., K], weight [N, K], lora_a, lora_b, bias, scaling) -> y [..., N], as `lora_linear`'s.
-Direct = Callable[
-    [Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float], Tensor | None
-]
 
 
 def most_rows(dtype: torch.dtype, isa: int, backward: bool = False) -> int:
@@ -38,37 +38,76 @@ def most_rows(dtype: torch.dtype, isa: int, backward: bool = False) -> int:
     return table[dtype][isa] if dtype in table else 0
 
 
+class FewRows:
+    """The calls for one instruction set, an index of `extension.ISA_NAMES`."""
+
+    def __init__(self, isa: int) -> None:
+        self.isa = isa
+        self.most = {dtype: most_rows(dtype, isa) for dtype in MOST_ROWS}
+        """Rows that an inference may have, and a call with a gradient."""
+        self.most_trained = {
+            dtype: min(most, most_rows(dtype, isa, backward=True))
+            for dtype, most in self.most.items()
+        }
+        ops = torch.ops.lora_kernels
+        self.linear: Any
+        """_linear_cpu; with no seed and no s, what infers."""
+        # What the overloads call, if they still have it: their own part takes half a microsecond.
+        self.linear, self._backward = (
+            getattr(op.default, "_op", op.default)
+            for op in (ops._linear_cpu, ops._linear_backward_cpu)
+        )
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, branch: tuple[Any, ...], save_s: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(y, s) of a `Branch`."""
+        a, b, low, p, seed = branch
+        high, drops = 1.0, 0
+        if x.dtype == torch.float16:
+            low, high = split(low, x.dtype)
+        if p:
+            low, drops = low * keep_scale(p), threshold(p)
+        s = x.new_empty(x.numel() // a.shape[1], a.shape[0]) if save_s else None
+        return self.linear(x, weight, a, b, bias, low, high, drops, seed, self.isa, s), s
+
+    def backward(
+        self, weight: Tensor, rows: "Rows", branch: tuple[Any, ...], need: Need
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dA, dB), None where not needed."""
+        (dy, x, s), (a, b, scaling, p, seed), (need_x, _, need_a, need_b) = rows, branch, need
+        high = split(scaling, dy.dtype)[1] if dy.dtype == torch.float16 else 1.0
+        keep, drops = (keep_scale(p), threshold(p)) if p else (1.0, 0)
+        dx, d_a, d_b = self._backward(
+            readable(dy), x if need_a else None, weight, a, b, s if need_b else None, scaling, high,
+            keep, drops, seed, self.isa, need_x, need_a, need_b,
+        )  # fmt: skip
+        return dx if need_x else None, d_a if need_a else None, d_b if need_b else None
+
+
+class Rows(NamedTuple):
+    """What has the rows of a backward; x is read for dA, s for dB."""
+
+    dy: Tensor
+    x: Tensor | None
+    s: Tensor | None
+
+
 def readable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that the kernels can read: with contiguous rows that start at a
     multiple of their elements' size."""
-    if not _is_aligned(tensor):
+    if tensor.data_ptr() % tensor.element_size():
         return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    if tensor.dim() <= 2 and tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def fits(weight: Tensor) -> bool:
     """Whether the kernels read a weight as it lies: by rows or by columns. A copy of it would cost
     more than they gain."""
-    return 1 in weight.stride() and _is_aligned(weight)
+    return 1 in weight.stride() and weight.data_ptr() % weight.element_size() == 0
 
 
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % tensor.element_size() == 0
-
-
-@cache
-def direct() -> Direct:
-    """The call by which layers and `lora_linear` pass everything over where no gradient is asked
-    for: the arguments are not checked before, RuntimeError says that they are not such as the
-    kernel takes. None for more than a few rows."""
-    isa, overload = extension.best_isa(), torch.ops.lora_kernels._linear_cpu.default
-    linear = getattr(overload, "_op", overload)  # what the overload calls, if it still has it
-    most = {dtype: most_rows(dtype, isa) for dtype in MOST_ROWS}
-
-    def call(x: Tensor, weight: Tensor, *others: Any) -> Tensor | None:
-        if x.numel() > most.get(x.dtype, 0) * weight.shape[-1]:
-            return None
-        y: Tensor = linear(x, weight, *others, 1.0, 0, None, isa, None)
-        return y
-
-    return call
+def of_this_machine() -> FewRows:
+    return FewRows(extension.best_isa())

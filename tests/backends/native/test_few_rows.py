@@ -186,16 +186,19 @@ def test_wrong_arguments_are_refused_before_memory_is_touched(change, words):
 
 @pytest.fixture
 def passed(monkeypatch):
-    """How many calls went straight to the kernel."""
-    calls, direct = [], few_rows.direct()
+    """The arguments of the calls, forward and backward, that went straight to the kernel."""
+    calls, few = [], few_rows.of_this_machine()
 
-    def spy(*args):
-        y = direct(*args)
-        if y is not None:
+    def spied(call):
+        def spy(*args):
+            results = call(*args)
             calls.append(args)
-        return y
+            return results
 
-    monkeypatch.setattr(backends, "_direct", lambda device: spy if device.type == "cpu" else None)
+        return spy
+
+    few.linear, few._backward = spied(few.linear), spied(few._backward)
+    monkeypatch.setattr(backends, "_few_rows", lambda: few)
     return calls
 
 
@@ -214,8 +217,8 @@ def layer_and_rows(**options):
 
 def expected_of(layer, x):
     """By the op, of the tensors that the layer computes with."""
-    with torch.enable_grad():
-        return layer(x).detach()
+    with use_backend("reference"), torch.no_grad():
+        return layer(x)
 
 
 @needs_vectors
@@ -253,7 +256,6 @@ class SeenBelow(TorchDispatchMode):
 
 
 WATCHED = {
-    "gradients": torch.enable_grad,
     "a forced backend": lambda: use_backend("reference"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "the profiler": torch.profiler.profile,
@@ -387,13 +389,191 @@ def test_what_the_kernel_does_not_take_is_computed_or_refused_by_name(passed):
         lora_linear(*args, scaling=float("nan"))
     with pytest.raises(TypeError, match="x: expected a Tensor"):
         lora_linear(x.numpy(), *args[1:])
-    with pytest.raises(ValueError, match="dropout_p"):
-        lora_linear(*args, dropout_p=1.5)
+    for wrong in (1.5, float("nan"), -0.1):
+        with pytest.raises(ValueError, match="dropout_p"):
+            lora_linear(*args, dropout_p=wrong)
+    with pytest.raises(TypeError, match="dropout_p"):
+        lora_linear(*args, dropout_p="0.1")
     y = lora_linear(*args, scaling=torch.tensor(2.0))
     torch.testing.assert_close(y, expected)
 
 
+BACKWARD = {
+    "dy": (4, 5), "x": (4, 6), "weight": (5, 6), "lora_a": (2, 6), "lora_b": (5, 2), "s": (4, 2),
+    "scaling": 1.0, "high": 1.0, "keep": 1.0, "threshold": 9, "seed": torch.tensor([3]), "isa": 0,
+    "need_x": True, "need_a": True, "need_b": True,
+}  # fmt: skip
+
+
+def call_backward(**changes):
+    given = {
+        k: torch.ones(v) if isinstance(v, tuple) else v for k, v in (BACKWARD | changes).items()
+    }
+    return OPS._linear_backward_cpu(*given.values())
+
+
+@pytest.mark.parametrize("words", WRONG)
+@pytest.mark.parametrize("name", [k for k, v in BACKWARD.items() if isinstance(v, tuple)])
+def test_each_argument_of_the_backward_is_checked_by_name(name, words):
+    if name in ("dy", "x") and words == "dimension":
+        return  # any number of dimensions will do
+    call_backward()
+    with pytest.raises(RuntimeError) as caught:
+        call_backward(**{name: WRONG[words](torch.ones(BACKWARD[name]))})
+    assert f"{name}: " in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dy": (0, 5)}, "dy, lora_a: must have rows and columns, got [0, 5], [2, 6]"),
+        ({"dy": (4, 4)}, "weight: must be [4, 6]"),
+        ({"x": (3, 6)}, "x: must be [4, 6] in the dtype of dy"),
+        ({"x": torch.ones(4, 6).half()}, "x: must be [4, 6] in the dtype of dy"),
+        ({"x": None}, "x: must be given for dA"),
+        ({"s": None}, "s: must be given for dB"),
+        ({"s": (4, 3)}, "s: must be [4, 2]"),
+        ({"lora_b": (5, 3)}, "lora_b: must be [5, 2]"),
+        ({"isa": -1}, "isa: got -1"),
+    ],
+)
+def test_wrong_arguments_of_the_backward_are_refused(change, words):
+    with pytest.raises(RuntimeError) as caught:
+        call_backward(**change)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bits_of_the_gradients_do_not_depend_on_the_threads(isa, rows, transposed):
+    dy, x, w = (torch.randn(s).bfloat16() for s in ((rows, 300), (rows, 1030), (300, 1030)))
+    w = w.t().contiguous().t() if transposed else w
+    a, b, s = torch.randn(19, 1030), torch.randn(300, 19), torch.randn(rows, 19).bfloat16()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(
+                OPS._linear_backward_cpu(
+                    dy, x, w, a, b, s, 2.0, 1.0, 1.1, 6000, torch.tensor(5), isa, True, True, True
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def gradients_of(layer, x, dy, wanted=("x", "lora_A", "lora_B")):
+    """y and the gradients of these, by backward()."""
+    x = x.detach().requires_grad_("x" in wanted)
+    layer.lora_A.requires_grad_("lora_A" in wanted)
+    layer.lora_B.requires_grad_("lora_B" in wanted)
+    layer.zero_grad()
+    torch.manual_seed(3)
+    y = layer(x)
+    y.backward(dy)
+    return y.detach(), x.grad, layer.lora_A.grad, layer.lora_B.grad
+
+
+@needs_vectors
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "wanted", [("x", "lora_A", "lora_B"), ("x",), ("lora_A",), ("lora_B",), ("x", "lora_B")]
+)
+def test_a_step_of_training_in_two_calls(passed, dtype, p, wanted):
+    layer, x = layer_and_rows(dropout=p)
+    layer.to(dtype).train()
+    x, dy = x.to(dtype), torch.randn(2, 3, 24).to(dtype)
+    ours = gradients_of(layer, x, dy, wanted)
+    assert len(passed) == 2
+    with use_backend("reference"):
+        expected = gradients_of(layer, x, dy, wanted)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    for one, other in zip(ours, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, **tolerance)
+
+
+@needs_vectors
+def test_a_layer_of_transformers_trains_in_two_calls(passed):
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    layer = FusedLoRAConv1D.from_linear(Conv1D(24, 40), 4, alpha=8, init="random")
+    x, dy = torch.randn(5, 40), torch.randn(5, 24)
+    ours = gradients_of(layer, x, dy)
+    assert len(passed) == 2
+    with use_backend("reference"):
+        expected = gradients_of(layer, x, dy)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@needs_vectors
+@pytest.mark.parametrize("watcher", ["the profiler", "a mode below", "autocast"])
+def test_who_watches_a_backward_sees_the_op(passed, watcher):
+    layer, x = layer_and_rows()
+    dy = torch.randn(2, 3, 24)
+    expected = gradients_of(layer, x, dy)
+    passed.clear()
+    x = x.requires_grad_()
+    y = layer(x)
+    layer.zero_grad()
+    with WATCHED[watcher]():
+        y.backward(dy)
+    assert len(passed) == 1
+    found = (x.grad, layer.lora_A.grad, layer.lora_B.grad)
+    for one, other in zip(found, expected[1:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@needs_vectors
+def test_other_ways_to_ask_for_gradients(passed):
+    layer, x = layer_and_rows()
+    x.requires_grad_()
+    parameters = [x, layer.lora_A, layer.lora_B]
+    y = layer(x)
+    (expected,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    (of_sum,) = torch.autograd.grad(y.sum(), x, retain_graph=True)  # dy is expanded
+    torch.testing.assert_close(of_sum, expected)
+    (batched,) = torch.autograd.grad(
+        y, x, torch.ones(2, *y.shape), is_grads_batched=True, retain_graph=True
+    )
+    torch.testing.assert_close(batched, expected.expand(2, *x.shape))
+    (created,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    torch.testing.assert_close(created, expected)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        created.sum().backward()
+    with torch.autograd.graph.save_on_cpu():
+        saved = torch.autograd.grad(layer(x).sum(), parameters)
+    torch.testing.assert_close(saved[0], expected)
+    layer.lora_A.data.mul_(1)
+    y = layer(x)
+    with torch.no_grad():
+        layer.lora_A.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_base_that_trains_goes_by_the_op(passed, name):
+    layer, x = layer_and_rows()
+    getattr(layer, name).requires_grad_()
+    layer(x).sum().backward()
+    assert not passed
+    assert getattr(layer, name).grad.any()
+
+
 def test_each_dtype_has_a_number_for_each_instruction_set():
-    for dtype in DTYPES:
-        assert len(few_rows.MOST_ROWS[dtype]) == len(extension.ISA_NAMES)
+    for table in (few_rows.MOST_ROWS, few_rows.MOST_ROWS_BACKWARD):
+        for dtype in DTYPES:
+            assert len(table[dtype]) == len(extension.ISA_NAMES)
     assert few_rows.most_rows(torch.float64, 1) == 0

@@ -1,0 +1,102 @@
+"""The way past the op: a call that nobody else sees goes straight to the kernel of the whole layer.
+
+The op costs tens of microseconds of Python and dispatcher, more than a small layer computes. Here a
+call costs a look at who might listen, then one call of the backend, forward or backward. Whoever
+listens gets the op; so does every call that the kernel does not take.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import _dispatch, backends
+from lora_kernels.backends.native.few_rows import FewRows, Rows
+from lora_kernels.branch import Need
+
+_NUMBERS = (float, int)
+_FROZEN = (None, None, 1.0, 0.0)
+
+
+# lora_a, lora_b, scaling and the probability of dropout.
+Pair = tuple[Tensor, Tensor, float | Tensor, float]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair | None) -> Tensor | None:
+    """What `lora_linear` returns, or the frozen layer without a pair; the caller knows that nothing
+    is compiled. None where something might see the op, the arguments do not fit together or ask for
+    other gradients than of x and the pair, or the rows are not few.
+    """
+    a, b, scaling, p = pair or _FROZEN
+    if not _dispatch.is_unwatched(x, weight, a, b, bias) or not x.is_cpu:
+        return None
+    few = backends.few_rows()
+    if few is None or type(scaling) not in _NUMBERS or type(p) not in _NUMBERS:
+        return None
+    trains = torch.is_grad_enabled() and _dispatch.any_requires_grad(x, weight, a, b, bias)
+    most = few.most_trained if trains else few.most
+    if x.numel() > most.get(x.dtype, 0) * weight.shape[-1]:
+        return None
+    if not math.isfinite(scaling) or not 0 <= p < 1:
+        return None
+    y: Tensor
+    try:
+        if trains:
+            if a is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+                return None
+            y = _apply(few, x, weight, a, b, bias, scaling, p, _seed() if p else None)
+            return y
+        if p:
+            return few.forward(x, weight, bias, (a, b, scaling, p, _seed()), False)[0]
+        y = few.linear(x, weight, a, b, bias, scaling, 1.0, 0, None, few.isa, None)
+        return y
+    except RuntimeError:  # the checks by name say more
+        return None
+
+
+def _seed() -> Tensor:
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, few: FewRows, x: Tensor, weight: Tensor, a: Tensor, b: Tensor,
+        bias: Tensor | None, *others: Any,
+    ) -> Tensor:  # fmt: skip
+        _, _, _, need_a, need_b, *_ = ctx.needs_input_grad
+        y, s = few.forward(x, weight, bias, (a, b, *others), need_b)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if need_a else None, weight, a, b, s, others[2])
+        ctx.few, ctx.others = few, others[:2]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 9
+        x, weight, a, b, s, seed = ctx.saved_tensors
+        _, need_x, _, need_a, need_b, *_ = ctx.needs_input_grad
+        need, branch = Need(need_x, False, need_a, need_b), (a, b, *ctx.others, seed)
+        watched = torch.is_grad_enabled() or not _dispatch.is_unwatched(dy, weight, a, b, x)
+        compute = _by_op if watched else ctx.few.backward
+        dx, d_a, d_b = compute(weight, Rows(dy, x, s), branch, need)
+        return None, dx, None, d_a, d_b, None, None, None, None
+
+
+_apply: Any = _Linear.apply
+
+
+def _by_op(
+    weight: Tensor, rows: Rows, branch: tuple[Any, ...], need: Need
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients, for whoever watches a backward alone."""
+    dy, x, s = rows
+    N, K = weight.shape
+    dx, _, d_a, d_b = _dispatch.call_backward(
+        "lora_linear_backward", dy.reshape(-1, N), None if x is None else x.reshape(-1, K), weight,
+        *branch[:2], s, *branch[2:], *need,
+    )  # fmt: skip
+    dx = dx.view(*dy.shape[:-1], K) if need.x and dx is not None else None
+    return dx, d_a if need.a else None, d_b if need.b else None
