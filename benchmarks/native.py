@@ -1,87 +1,200 @@
-"""What the compiled CPU kernels gain: frozen layer, PEFT, ours by ATen calls, ours (fwd + bwd).
+"""The CPU on a grid: frozen layer, unfused torch, PEFT and ours, inference and a step of training.
 
     python -m benchmarks.native --out benchmarks/results/native-cpu.json
+    python -m benchmarks.native --few    # up to how many rows one call serves
 
-Rounds, ratios and the check before them are those of `layer.py`. `--forced` times the kernels also
-where the library hands a call back to ATen, and `--isa` older instruction sets than this CPU's.
+Every cell of M x widths x dtypes x (inference, training, training with dropout); ranks go round.
+Layers are rotated, so that their weights come from memory as in a model. Peers take turns;
+a ratio is the median over the rounds. `better` is the faster of PEFT and unfused torch.
 """
 
 import argparse
-import copy
 import json
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from benchmarks.layer import is_right
-from benchmarks.peers import FROZEN, OURS, PEFT, build
-from lora_kernels.backends import native
-from lora_kernels.backends.native import extension
-from lora_kernels.testing import DTYPES, Case, problem
-from lora_kernels.tuning.clock import interleaved, summary
+from benchmarks.peers import FROZEN, OURS, PEFT, UNFUSED, Peer, build
+from lora_kernels import backends
+from lora_kernels.backends.native import extension, few_rows
+from lora_kernels.testing import DTYPES, Case, Problem, problem
+from lora_kernels.tuning.clock import Deadline, Turn, interleaved, summary
 from lora_kernels.tuning.machine import machine, machine_line
 
-# (M, K, N, r)
-SHAPES = [
-    (1024, 2048, 2048, 16),
-    (4096, 768, 768, 8),
-    (1024, 2048, 2048, 64),
-    (64, 2048, 2048, 16),
-    (16, 2048, 2048, 16),
-]
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+WIDTHS = ((512, 512), (768, 768), (768, 3072), (3072, 768), (2048, 2048), (4096, 4096))
+RANKS = (8, 16, 32, 64, 128)
+# What is timed -> the probability of dropout; None without gradients.
+MODES = {"inference": None, "training": 0.0, "training, dropout": 0.1}
+NAMES = (FROZEN, UNFUSED, PEFT, OURS)
+_COLD_BYTES = 96 << 20  # more than the last cache of most CPUs
+_MOST_COPIES = 8
+
+
+def turn_of(peers: list[Peer], p: Problem, trains: bool) -> Turn:
+    """The same call of one layer after the other."""
+    turns = [peer.turn(p) for peer in peers]
+    at = -1
+
+    def run(mark: Callable[[], None]) -> None:
+        nonlocal at
+        at = (at + 1) % len(peers)
+        if trains:
+            return turns[at](mark)
+        with torch.no_grad():
+            peers[at].layer(p.x)
+        mark()
+
+    return run
+
+
+def cell(case: Case, mode: str, seconds: float, rounds: tuple[int, int]) -> dict:
+    """The medians of all peers, and ratios to the frozen layer."""
+    p = problem(case, torch.device("cpu"))
+    copies = math.ceil(_COLD_BYTES / (p.weight.numel() * p.weight.element_size()))
+    copies = max(1, min(copies, _MOST_COPIES))
+    trains = MODES[mode] is not None
+    turns = {}
+    for name in NAMES:
+        peers = [build(name, p) for _ in range(copies)]
+        if case.M * case.K * case.N < 1 << 30:  # the exact results of the largest take minutes
+            is_right(name, peers[0], p)
+        for peer in peers:
+            peer.layer.train(trains)
+        turns[name] = turn_of(peers, p, trains)
+    times = {
+        name: [sum(parts) for parts in of_peer]
+        for name, of_peer in interleaved(turns, p.x.device, seconds, rounds).items()
+    }
+    row = case._asdict() | {"mode": mode, "rounds": len(times[FROZEN])}
+    for name, taken in times.items():
+        row[name] = summary(taken, times[FROZEN])
+    return row
+
+
+def better(row: dict) -> float:
+    """Our time over that of the better peer."""
+    return row[OURS]["ms"] / min(row[PEFT]["ms"], row[UNFUSED]["ms"])
+
+
+def geometric(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def figures(rows: list[dict]) -> list[dict]:
+    """Of every dtype and mode: cells, geometric mean and worst against the better peer, geometric
+    mean against the frozen layer."""
+    found = []
+    for dtype, mode in product(DTYPES, MODES):
+        some = [row for row in rows if row["dtype"] == dtype and row["mode"] == mode]
+        if some:
+            found.append({"dtype": dtype, "mode": mode} | figure(some))
+    return [*found, {"dtype": "all", "mode": "all"} | figure(rows)] if rows else found
+
+
+def figure(rows: list[dict]) -> dict:
+    worst = max(rows, key=better)
+    return {
+        "cells": len(rows),
+        "better": round(geometric(map(better, rows)), 3),
+        "worst": round(better(worst), 3),
+        "worst_case": str(Case(*(worst[name] for name in Case._fields))),
+        "slower": sum(better(row) > 1.05 for row in rows),
+        "frozen": round(geometric(row[OURS]["ratio"] for row in rows), 3),
+    }
+
+
+def grid(args: argparse.Namespace) -> list[dict]:
+    """Groups of one layer in random order, rows of a group rising until a round takes too long."""
+    groups = [*product(args.dtypes, WIDTHS, MODES)]
+    random.Random(0).shuffle(groups)
+    deadline, rows, left = Deadline(args.minutes), [], 0
+    for dtype, (K, N), mode in groups:
+        for M in args.rows:
+            if deadline.left() < 0:
+                left += 1
+                continue
+            K, N = max(1, K // args.scale), max(1, N // args.scale)
+            r = RANKS[(M + K + N) // 64 % len(RANKS)]
+            row = cell(Case(M, K, N, r, dtype, MODES[mode] or 0.0), mode, args.seconds, args.rounds)
+            rows.append(row)
+            times = "  ".join(f"{name} {row[name]['ms']:.3f}" for name in NAMES)
+            case = f"{dtype} ({M},{K},{N},r={r}) {mode}"
+            print(f"{case}: {times} ms, {better(row):.2f} of the better", flush=True)
+            if sum(row[name]["ms"] for name in NAMES) > args.longest * 1e3:
+                print(f"{dtype} ({K},{N}) {mode}: more rows take too long here", flush=True)
+                break
+    if left:
+        print(f"{left} cells left out: the time is over")
+    return rows
+
+
+def few(args: argparse.Namespace) -> None:
+    """Ratios of a layer by one call and by torch's product, and where the first ceases to win."""
+    isa = extension.best_isa()
+    tables = few_rows.MOST_ROWS, few_rows.MOST_ROWS_BACKWARD
+    before = [dict(table) for table in tables]
+    sizes = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+    for dtype, mode in product(args.dtypes, ("inference", "training")):
+        last = 0
+        for M in sizes:
+            gains = []
+            for K, N in WIDTHS:
+                ratios = []
+                for most in (max(sizes), 0):
+                    for table, old in zip(tables, before, strict=True):
+                        limits = list(old[DTYPES[dtype]])
+                        limits[isa] = most
+                        table[DTYPES[dtype]] = tuple(limits)
+                    backends.forget()
+                    row = cell(Case(M, K, N, 16, dtype), mode, args.seconds, args.rounds)
+                    ratios.append(row[OURS]["ms"] / row[FROZEN]["ms"])
+                gains.append(ratios[0] / ratios[1])
+            mean = geometric(gains)
+            cells = " ".join(f"{gain:.2f}" for gain in gains)
+            print(f"{dtype} {mode} {M} rows: {mean:.2f} ({cells})", flush=True)
+            if mean > 1:
+                break
+            last = M
+        print(f"{dtype} {mode}: {last} rows on {extension.ISA_NAMES[isa]}", flush=True)
+    for table, old in zip(tables, before, strict=True):
+        table.update(old)
+    backends.forget()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="result file (JSON)")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
-    parser.add_argument("--seconds", type=float, default=8, help="time box of one case")
-    parser.add_argument("--rounds", type=int, nargs=2, default=(3, 200), metavar=("MIN", "MAX"))
-    parser.add_argument("--scale", type=int, default=1, help="divides M, K and N (for a smoke run)")
-    parser.add_argument("--forced", action="store_true", help="the kernels serve every call")
-    parser.add_argument("--isa", choices=extension.ISA_NAMES, help="this instruction set")
+    parser.add_argument("--few", action="store_true", help="measure the table of few_rows")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16", "fp16"])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="M")
+    parser.add_argument("--minutes", type=float, default=60, help="time box of the grid")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time box of one cell")
+    parser.add_argument("--longest", type=float, default=2.0, help="seconds of a round")
+    parser.add_argument("--rounds", type=int, nargs=2, default=(5, 1000), metavar=("MIN", "MAX"))
+    parser.add_argument("--scale", type=int, default=1, help="divides the widths (for a smoke run)")
     args = parser.parse_args()
+    args.rounds = tuple(args.rounds)
     if not extension.available():
         raise SystemExit(f"the compiled extension is not there: {extension.status()}")
-    if args.isa:
-        isa = min(extension.ISA_NAMES.index(args.isa), extension.best_isa())
-        native.best_isa = lambda: isa
     info = machine(gpu=False) | {"extension": extension.status()}
     print(machine_line(info), extension.status(), sep="; ", flush=True)
-    rows = []
-    for dtype in args.dtypes:
-        for dropout in args.dropout:
-            for M, K, N, r in SHAPES:
-                M, K, N = (max(1, size // args.scale) for size in (M, K, N))
-                p = problem(Case(M, K, N, r, dtype, dropout), torch.device("cpu"))
-                built = {name: build(name, p) for name in (FROZEN, PEFT, OURS)}
-                ours = built.pop(OURS)._replace(backend="native" if args.forced else None)
-                aten = ours._replace(layer=copy.deepcopy(ours.layer), backend="reference")
-                aten = aten._replace(adapters=(aten.layer.lora_A, aten.layer.lora_B))
-                for name, peer in (("ours, ATen", aten), ("ours", ours)):
-                    is_right(OURS, peer, p)
-                    built[name] = peer
-                turns = {name: peer.turn(p) for name, peer in built.items()}
-                times = {
-                    name: [sum(parts) for parts in of_peer]
-                    for name, of_peer in interleaved(
-                        turns, p.x.device, args.seconds, tuple(args.rounds)
-                    ).items()
-                }
-                case = p.case._asdict()
-                rows += [
-                    case | {"peer": name, "rounds": len(t), **summary(t, times[FROZEN])}
-                    for name, t in times.items()
-                ]
-                cells = "".join(
-                    f"  {row['peer']} {row['ratio']:.3f} [{row['p20']:.3f}, {row['p80']:.3f}]"
-                    for row in rows[1 - len(built) :]
-                )
-                print(f"{dtype} ({M},{K},{N},r={r}) p={dropout}:{cells}", flush=True)
+    if args.few:
+        return few(args)
+    rows = grid(args)
+    found = figures(rows)
+    for one in found:
+        print(json.dumps(one))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
+        result = {"machine": info, "figures": found, "rows": rows}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ Gradients = Callable[..., tuple[Tensor | None, ...]]
 _computes: dict[str, Compute] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
 # Of these types are the arguments of a call that nobody else wants to see.
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, float, int, bool, type(None)))
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = _TENSORS | {float, int, bool, type(None)}
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -238,12 +239,11 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
 def is_unwatched(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing would see an op on these tensors, where nothing is compiled: what it computes
     is then all that matters. Written for speed."""
-    plain = _PLAIN_TYPES
     return (
         PRIVATE
-        and type(x) in plain
-        and type(w) in plain
-        and plain.issuperset(map(type, others))
+        and type(x) in _TENSORS
+        and type(w) in _TENSORS
+        and _PLAIN_TYPES.issuperset(map(type, others))
         and not is_legacy_batchedtensor(x)  # dy of is_grads_batched
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()

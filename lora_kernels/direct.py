@@ -5,7 +5,7 @@ call costs a look at who might listen, then one call of the backend, forward or 
 listens gets the op; so does every call that the kernel does not take.
 """
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from lora_kernels.backends.native.few_rows import FewRows, Rows
 from lora_kernels.branch import Need
 
 _NUMBERS = (float, int)
-_FROZEN = (None, None, 1.0, 0.0)
+_LARGEST = sys.float_info.max
+_FROZEN: tuple[Tensor | None, Tensor | None, float | Tensor, float] = (None, None, 1.0, 0.0)
 
 
 # lora_a, lora_b, scaling and the probability of dropout.
@@ -28,22 +29,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair | None) ->
     is compiled. None where something might see the op, the arguments do not fit together or ask for
     other gradients than of x and the pair, or the rows are not few.
     """
-    a, b, scaling, p = pair or _FROZEN
+    a, b, scaling, p = _FROZEN if pair is None else pair
     if not _dispatch.is_unwatched(x, weight, a, b, bias) or not x.is_cpu:
         return None
     few = backends.few_rows()
     if few is None or type(scaling) not in _NUMBERS or type(p) not in _NUMBERS:
         return None
-    trains = torch.is_grad_enabled() and _dispatch.any_requires_grad(x, weight, a, b, bias)
-    most = few.most_trained if trains else few.most
-    if x.numel() > most.get(x.dtype, 0) * weight.shape[-1]:
-        return None
-    if not math.isfinite(scaling) or not 0 <= p < 1:
+    if not (abs(scaling) <= _LARGEST and 0 <= p < 1):
         return None
     y: Tensor
     try:
+        trains = torch.is_grad_enabled() and _dispatch.any_requires_grad(x, weight, a, b, bias)
+        most = few.most_trained if trains else few.most
+        if x.numel() > most.get(x.dtype, 0) * weight.shape[-1]:
+            return None
         if trains:
             if a is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+                return None
+            if x.numel() == 0:
                 return None
             y = _apply(few, x, weight, a, b, bias, scaling, p, _seed() if p else None)
             return y

@@ -170,7 +170,7 @@ def test_merged_and_disabled_layers_compile():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     first = compiled(rows(3))
     layer.merge()
-    assert torch.equal(compiled(rows(3)), layer(rows(3)))
+    torch.testing.assert_close(compiled(rows(3)), layer(rows(3)))
     layer.unmerge()
     assert torch.equal(compiled(rows(3)), first)
 

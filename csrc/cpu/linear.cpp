@@ -47,13 +47,14 @@ struct Weight {
 Weight read_weight(const Tensor& t, int64_t N, int64_t K, Type type) {
   check_size(t, "weight", N, K);
   check_starts(t, "weight");
-  check_type(t, "weight", type, false);
+  check_type(t, "weight", type, true);
+  const Type own = type_of(t, "weight");
   const bool rows = K == 1 || t.stride(1) == 1;
   STD_TORCH_CHECK(rows || N == 1 || t.stride(0) == 1,
                   "weight: the rows or the columns must be contiguous, got strides ", t.stride(0),
                   ", ", t.stride(1));
-  if (rows) return {{t.const_data_ptr(), type, N, K, t.stride(0)}, false};
-  return {{t.const_data_ptr(), type, K, N, t.stride(1)}, true};
+  if (rows) return {{t.const_data_ptr(), own, N, K, t.stride(0)}, false};
+  return {{t.const_data_ptr(), own, K, N, t.stride(1)}, true};
 }
 
 // x [..., K] as rows of one stride.
@@ -272,9 +273,9 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
   if (M == 0) return y;
   const Output out = {y.mutable_data_ptr(), type, N};
   // bf16 is multiplied as it is, where there are instructions for it and both sides are in bf16.
-  const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16;
-  const bool wide_x = type != Type::kFloat && (!narrow || W.transposed);
-  const bool wide_a = branch && type != Type::kFloat && (!narrow || A.type == Type::kFloat);
+  const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16, half = type != Type::kFloat;
+  const bool wide_x = half && (!narrow || W.transposed || W.held.type != type);
+  const bool wide_a = branch && half && (!narrow || A.type != type);
   const Widened plain(kernels, rows, nullptr, wide_x || (wide_a && drop == nullptr));
   const int64_t ranks = up(r, kernels.width);
   Scratch<1024> low(M * ranks);
@@ -397,7 +398,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   if (drop != nullptr)
     kernels.load({sum.data, Type::kFloat, K, pitch, 1}, 0, M, drop, sum.data, pitch);
   if (W.transposed) {
-    const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16;
+    const bool narrow =
+        kernels.takes_bf16 && type == Type::kBFloat16 && W.held.type == Type::kBFloat16;
     Product p = product_of(narrow ? DY : wide.matrix, W.held, type, DX);
     p.sum = sum.data;
     p.sum_pitch = pitch;

@@ -58,7 +58,9 @@ def leaves(base: Base, rows: Tensor, branch: Branch) -> str | None:
 
 def _are_few(base: Base, rows: Tensor, backward: bool = False) -> bool:
     """Whether a call has so few rows, x or dy, that one call of `few_rows` serves it."""
-    if not isinstance(base, Dense) or base.weight.dtype != rows.dtype or rows.numel() == 0:
+    if not isinstance(base, Dense) or rows.numel() == 0:
+        return False
+    if base.weight.dtype not in (rows.dtype, torch.float32):
         return False
     few = rows.shape[0] <= most_rows(rows.dtype, best_isa(), backward)
     return few and few_rows.fits(base.weight)
@@ -197,14 +199,12 @@ def _low_rank_backward(
     base: Base, rows: Rows, branch: Branch, need: Need
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dy, x, s = rows
-    assert x is not None
-    assert s is not None
     (N, r), K = branch.lora_b.shape, branch.lora_a.shape[1]
     drop = _dropped(branch)
     dx = None
     d_a = branch.lora_a.new_empty(r, K) if need.a else None
     d_b = branch.lora_b.new_empty(N, r) if need.b else None
-    of_b = None if d_b is None else (s, d_b.t(), split(branch.scaling, dy.dtype)[1])
+    of_b = None if d_b is None or s is None else (s, d_b.t(), split(branch.scaling, dy.dtype)[1])
     if need.x or need.a:
         ds = _shrink(dy, branch.lora_b.t(), branch.scaling, gradient=of_b)
     elif need.b:
@@ -214,6 +214,6 @@ def _low_rank_backward(
         _expand(ds, branch.lora_a, dx, drop=drop)
         if isinstance(base, Dense):
             dx.addmm_(dy, base.weight.to(dy.dtype))
-    if d_a is not None:
+    if d_a is not None and x is not None:
         _read(x, None, 1.0, drop, (ds, d_a, 1.0), None)
     return dx, d_a, d_b
