@@ -17,25 +17,24 @@ from lora_kernels.branch import Need
 
 _NUMBERS = (float, int)
 _LARGEST = sys.float_info.max
-_FROZEN: tuple[Tensor | None, Tensor | None, float | Tensor, float] = (None, None, 1.0, 0.0)
-
 
 # lora_a, lora_b, scaling and the probability of dropout.
-Pair = tuple[Tensor, Tensor, float | Tensor, float]
+Pair = tuple[Tensor | None, Tensor | None, float | Tensor, float]
+FROZEN: Pair = (None, None, 1.0, 0.0)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair | None) -> Tensor | None:
-    """What `lora_linear` returns, or the frozen layer without a pair; the caller knows that nothing
-    is compiled. None where something might see the op, the arguments do not fit together or ask for
-    other gradients than of x and the pair, or the rows are not few.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor | None:
+    """What `lora_linear` returns, or by the pair FROZEN the plain layer; the caller knows that
+    nothing is compiled. None where something might see the op, the arguments do not fit together or
+    ask for other gradients than of x and the pair, or the rows are not few.
     """
-    a, b, scaling, p = _FROZEN if pair is None else pair
+    a, b, scaling, p = pair
     if not _dispatch.is_unwatched(x, weight, a, b, bias) or not x.is_cpu:
         return None
     few = backends.few_rows()
     if few is None or type(scaling) not in _NUMBERS or type(p) not in _NUMBERS:
         return None
-    if not (abs(scaling) <= _LARGEST and 0 <= p < 1):
+    if isinstance(scaling, Tensor) or not (abs(scaling) <= _LARGEST and 0 <= p < 1):
         return None
     y: Tensor
     try:

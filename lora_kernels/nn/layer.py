@@ -213,7 +213,7 @@ class LoRALayer(LayerState):
         weight = parameters.get("weight")
         if weight is None or not self._as_it_lies:
             return None
-        pair = None
+        pair = direct.FROZEN
         if self._disabled or self._merged:
             if self._disabled and (self._merged or self._buffers["pissa_A"] is not None):
                 return None
