@@ -13,6 +13,7 @@ import json
 import math
 import random
 import statistics
+import timeit
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ from benchmarks.layer import is_right
 from benchmarks.peers import FROZEN, OURS, PEFT, UNFUSED, Peer, build
 from lora_kernels import backends
 from lora_kernels.backends.native import extension, few_rows
-from lora_kernels.testing import DTYPES, Case, Problem, problem
+from lora_kernels.testing import DTYPES, SCALING, Case, Problem, problem
 from lora_kernels.tuning.clock import Deadline, Turn, interleaved, summary
 from lora_kernels.tuning.machine import machine, machine_line
 
@@ -111,9 +112,13 @@ def figure(rows: list[dict]) -> dict:
 
 
 def grid(args: argparse.Namespace) -> list[dict]:
-    """Groups of one layer in random order, rows of a group rising until a round takes too long."""
-    groups = [*product(args.dtypes, WIDTHS, MODES)]
-    random.Random(0).shuffle(groups)
+    """Groups of one layer in random order, one dtype after the other; rows of a group rise until a
+    round takes too long."""
+    groups = []
+    for dtype in args.dtypes:
+        of_dtype = [*product([dtype], WIDTHS, MODES)]
+        random.Random(0).shuffle(of_dtype)
+        groups += of_dtype
     deadline, rows, left = Deadline(args.minutes), [], 0
     for dtype, (K, N), mode in groups:
         for M in args.rows:
@@ -133,6 +138,42 @@ def grid(args: argparse.Namespace) -> list[dict]:
     if left:
         print(f"{left} cells left out: the time is over")
     return rows
+
+
+def microseconds(function: Callable[[], object], calls: int = 2000) -> float:
+    """Of one call, the best of seven runs."""
+    function()
+    return round(min(timeit.repeat(function, number=calls, repeat=7)) / calls * 1e6, 1)
+
+
+class _Nothing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def latency() -> dict[str, float]:
+    """Microseconds of a 64 x 64 layer, fp32, rank 16: one row without gradients and of what they
+    are made, and forward and backward of four rows."""
+    found = {}
+    p, few = problem(Case(1, 64, 64, 16, "fp32"), torch.device("cpu")), backends.few_rows()
+    with torch.no_grad():
+        for name in NAMES:
+            layer = build(name, p).layer.eval()
+            found[f"{name}, one row"] = microseconds(lambda layer=layer: layer(p.x))
+        nothing, pair = _Nothing(), (p.a, p.b, SCALING, 0.0)
+        found["of it nn.Module's call"] = microseconds(lambda: nothing(p.x))
+        if few is not None:
+            found["of it the native op, with checks"] = microseconds(
+                lambda: few.linear(p.x, p.weight, *pair[:2], None, 1.0, 1.0, 0, None, few.isa, None)
+            )
+    p = problem(Case(4, 64, 64, 16, "fp32"), torch.device("cpu"))
+    for name in NAMES:
+        peer = build(name, p)
+        turn = peer.turn(p)
+        found[f"{name}, forward and backward of 4 rows"] = microseconds(
+            lambda turn=turn: turn(lambda: None)
+        )
+    return found
 
 
 def few(args: argparse.Namespace) -> None:
@@ -176,7 +217,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="M")
     parser.add_argument("--minutes", type=float, default=60, help="time box of the grid")
     parser.add_argument("--seconds", type=float, default=1.0, help="time box of one cell")
-    parser.add_argument("--longest", type=float, default=2.0, help="seconds of a round")
+    parser.add_argument("--longest", type=float, default=1.0, help="seconds of a round")
     parser.add_argument("--rounds", type=int, nargs=2, default=(5, 1000), metavar=("MIN", "MAX"))
     parser.add_argument("--scale", type=int, default=1, help="divides the widths (for a smoke run)")
     args = parser.parse_args()
@@ -187,13 +228,16 @@ def main() -> None:
     print(machine_line(info), extension.status(), sep="; ", flush=True)
     if args.few:
         return few(args)
+    parts = latency()
+    for name, value in parts.items():
+        print(f"{name}: {value} us", flush=True)
     rows = grid(args)
     found = figures(rows)
     for one in found:
         print(json.dumps(one))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"machine": info, "figures": found, "rows": rows}
+        result = {"machine": info, "latency": parts, "figures": found, "rows": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

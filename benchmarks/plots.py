@@ -1,6 +1,6 @@
 """The plots of a result file: ratio to the frozen layer by M, the roofline, decode."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import geometric_mean
@@ -8,13 +8,14 @@ from statistics import geometric_mean
 import matplotlib
 
 from benchmarks import shapes
-from benchmarks.peers import FROZEN, OURS, PEERS
+from benchmarks.peers import FROZEN, OURS, PEERS, PEFT, UNFUSED
 from lora_kernels.testing import Case
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+_MODES = ("#2a6fdb", "#c4533a", "#3a8f5c")
 _COLORS = {FROZEN: "#8a8f98", OURS: "#2a6fdb"}
 
 
@@ -99,6 +100,32 @@ def decode(rows: list[dict], line: str, path: Path) -> Path | None:
         return None
     axes = _axes("Few rows, forward", "rows M", "ratio to the frozen layer")
     _lines(axes, ratios)
+    return _save(axes, line, path)
+
+
+def grid_by_rows(rows: list[dict], line: str, path: Path) -> Path:
+    """Of a grid on a CPU: our time over the frozen layer's and the better peer's over it, by rows;
+    the geometric means of all layers, of the dtype with the most cells."""
+    counts = Counter(row["dtype"] for row in rows)
+    dtype = max(counts, key=counts.__getitem__)
+    ours: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    peers: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["dtype"] == dtype:
+            ours[row["mode"]][row["M"]].append(row[OURS]["ratio"])
+            better = min(row[PEFT]["ms"], row[UNFUSED]["ms"])
+            peers[row["mode"]][row["M"]].append(better / row[FROZEN]["ms"])
+    axes = _axes(f"{dtype}, geometric mean of the layers", "rows M", "ratio to the frozen layer")
+    for color, mode in zip(_MODES, ours, strict=False):
+        for ratios, style, name in ((ours, "-", "lora_kernels"), (peers, "--", "better peer")):
+            M = sorted(ratios[mode])
+            means = [geometric_mean(ratios[mode][m]) for m in M]
+            axes.plot(M, means, style, marker="o", markersize=3, color=color,
+                      label=f"{mode}: {name}")  # fmt: skip
+    axes.axhline(1, color="#8a8f98", linewidth=0.8)
+    ticks = sorted({row["M"] for row in rows})
+    axes.set_xticks(ticks, [str(m) for m in ticks])
+    axes.minorticks_off()
     return _save(axes, line, path)
 
 

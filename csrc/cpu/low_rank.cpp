@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kCacheBytes = 256 << 10;   // a block of widened rows, in a core's own cache
 constexpr int64_t kPartialBytes = 32 << 20;  // all partial sums of a gradient
-constexpr int64_t kMaxBlockRows = 64, kChunkRows = 128, kMaxChunks = 64;
+constexpr int64_t kChunkRows = 128, kMaxChunks = 64;
 
 // ----------------------------------------------------------------------------------------- packing
 
@@ -35,6 +35,22 @@ void pack(const Kernels& kernels, const Rows& from, int64_t ranks, Type type, fl
                                     for (int64_t k = 0; k < from.columns; ++k)
                                       row[k] = rounded(row[k], type);
                                 }
+                              });
+}
+
+// The same in tiles, as `expand` reads them.
+void pack_tiles(const Kernels& kernels, const Rows& from, int64_t ranks, Type type, float* out,
+                int64_t pitch) {
+  const int64_t padded = up(ranks, kernels.ranks), width = kernels.columns;
+  Buffer rows(padded * pitch);
+  pack(kernels, from, ranks, type, rows.data, pitch);
+  torch::stable::parallel_for(0, pitch / width, std::max<int64_t>(1, 32768 / (padded * width)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t tile = begin; tile < end; ++tile)
+                                  for (int64_t j = 0; j < padded; ++j)
+                                    std::memcpy(out + (tile * padded + j) * width,
+                                                rows.data + j * pitch + tile * width,
+                                                width * sizeof(float));
                               });
 }
 
@@ -82,7 +98,7 @@ void shrink_cpu(const Tensor rows, const std::optional<Tensor> matrix,
   const Rows from = view(read, "rows");
   const bool direct =
       type == Type::kFloat && drop == nullptr && from.column_stride == 1 && pitch == C;
-  const int64_t block = std::clamp<int64_t>(kCacheBytes / (4 * pitch) / 4 * 4, 4, kMaxBlockRows);
+  const int64_t block = std::clamp<int64_t>(kCacheBytes / (4 * pitch) / 4 * 4, 4, kBlockRows);
   int64_t chunk = block;
   if (low.has_value()) {
     const int64_t most = std::clamp<int64_t>(kPartialBytes / (4 * ranks * pitch), 1, kMaxChunks);
@@ -178,14 +194,14 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
   const Tensor read_low = aligned(low), read_matrix = aligned(matrix);
   const std::optional<Tensor> read_bias = aligned(bias);
   Buffer packed(ranks * pitch), offset(bias.has_value() ? pitch : 0);
-  pack(kernels, view(read_matrix, "matrix"), r, type, packed.data, pitch);
+  pack_tiles(kernels, view(read_matrix, "matrix"), r, type, packed.data, pitch);
   if (bias.has_value())
     kernels.load({read_bias->const_data_ptr(), type_of(*bias, "bias"), C, 0, read_bias->stride(0)},
                  0, 1, nullptr, offset.data, pitch);
   const Rows low_rows = view(read_low, "low");
   void* const data = out.mutable_data_ptr();
   const int64_t row_stride = out.stride(0);
-  constexpr int64_t kBlock = 32;
+  constexpr int64_t kBlock = kExpandRows;
   torch::stable::parallel_for(0, (M + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
     Buffer u(kBlock * ranks);
     for (int64_t i = begin; i < end; ++i) {
@@ -193,7 +209,7 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
       kernels.load(low_rows, first, count, nullptr, u.data, ranks);
       for (int64_t e = 0; e < count * ranks; ++e) u.data[e] *= static_cast<float>(scale);
       kernels.expand(
-          u.data, first, count, ranks, packed.data, pitch, bias.has_value() ? offset.data : nullptr,
+          u.data, first, count, ranks, packed.data, bias.has_value() ? offset.data : nullptr,
           dropout.has_value() ? &*dropout : nullptr, accumulate, data, type, C, row_stride);
     }
   });

@@ -8,6 +8,9 @@
 
 namespace lora {
 
+// Rows that the kernels take at a time.
+constexpr int kBlockRows = 64, kExpandRows = 32;
+
 enum class Type : int { kFloat, kBFloat16, kHalf };
 
 // The mask of rows whose first element is at (row, 8 * block) of the matrix that it is a mask of.
@@ -87,15 +90,16 @@ struct Kernels {
   void (*shrink)(const float* rows, int64_t row_stride, int64_t count, const float* matrix,
                  int64_t pitch, int64_t ranks, float* out);
 
-  // sum[ranks, pitch] += low [count, ranks]^T * rows [count, pitch].
+  // sum[ranks, pitch] += low [count, ranks]^T * rows [count, pitch], of at most kBlockRows rows.
   void (*outer)(const float* rows, int64_t row_stride, int64_t count, const float* low,
                 int64_t pitch, int64_t ranks, float* sum);
 
-  // Rows first .. first + count of out [., columns] = low [count, ranks] * matrix [ranks, pitch]
-  // where kept, + bias (padded, may be null) + out where `accumulate`.
-  void (*expand)(const float* low, int64_t first, int64_t count, int64_t ranks, const float* matrix,
-                 int64_t pitch, const float* bias, const Dropout* dropout, bool accumulate,
-                 void* out, Type type, int64_t columns, int64_t row_stride);
+  // Rows first .. first + count, at most kExpandRows, of out [., columns] = low [count, ranks] *
+  // matrix where kept, + bias (padded, may be null) + out where `accumulate`. The matrix comes in
+  // tiles of `columns` columns, [ranks, columns] each.
+  void (*expand)(const float* low, int64_t first, int64_t count, int64_t ranks, const float* tiles,
+                 const float* bias, const Dropout* dropout, bool accumulate, void* out, Type type,
+                 int64_t columns, int64_t row_stride);
 
   // Columns `first` .. `last` of the product. Bits do not depend on how columns are shared out.
   void (*multiply)(const Product& product, int64_t first, int64_t last);

@@ -22,8 +22,9 @@ from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Need
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Without dropout torch's own calls win below so many rows, and with 16-bit matrix instructions.
-_MIN_ROWS = 128
+# Without dropout torch's own calls win below so many rows, from such a rank on, and with 16-bit
+# matrix instructions.
+_MIN_ROWS, _MANY_RANKS = 128, 64
 
 _ops = torch.ops.lora_kernels
 
@@ -77,6 +78,8 @@ def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
         return "16 bits without dropout"
     if rows.shape[0] < _MIN_ROWS:
         return f"fewer than {_MIN_ROWS} rows without dropout"
+    if branch.lora_a.shape[0] >= _MANY_RANKS:
+        return f"a rank of {_MANY_RANKS} or more without dropout"
     return None if best_isa() > 0 else "no AVX2"
 
 

@@ -111,3 +111,15 @@ def fits(weight: Tensor) -> bool:
 
 def of_this_machine() -> FewRows:
     return FewRows(extension.best_isa())
+
+
+def describe() -> list[str]:
+    """A line for each dtype: up to how many rows one call computes a layer on this CPU."""
+    if not extension.available():
+        return []
+    isa = extension.best_isa()
+    return [
+        f"{str(dtype).removeprefix('torch.')}: up to {most_rows(dtype, isa)} in one call, backward"
+        f" up to {most_rows(dtype, isa, backward=True)}"
+        for dtype in MOST_ROWS
+    ]

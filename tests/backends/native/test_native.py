@@ -46,19 +46,21 @@ def test_calls_that_torch_wins_are_handed_back(monkeypatch):
     served = []
     monkeypatch.setattr(blocked, "_multiplies", lambda dtype: True)
     monkeypatch.setattr(native, "best_isa", lambda: 1)
-    monkeypatch.setattr(native, "_shrink", lambda *a, **k: served.append(True) or a[0][:, :2])
+    monkeypatch.setattr(native, "_shrink", lambda *a, **k: served.append(True) or a[0][:, :1])
     monkeypatch.setattr(native, "_expand", lambda *a, **k: None)
     monkeypatch.setattr(native, "most_rows", lambda *a: 0)
-    for rows, dtype, p, expected in (
-        (128, torch.float32, 0.0, True),
-        (127, torch.float32, 0.0, False),
-        (128, torch.bfloat16, 0.0, False),
-        (1, torch.bfloat16, 0.1, True),
+    for rows, rank, dtype, p, expected in (
+        (128, 2, torch.float32, 0.0, True),
+        (127, 2, torch.float32, 0.0, False),
+        (128, 63, torch.float32, 0.0, True),
+        (128, 64, torch.float32, 0.0, False),
+        (128, 2, torch.bfloat16, 0.0, False),
+        (1, 64, torch.bfloat16, 0.1, True),
     ):
         served.clear()
-        x, a, b = torch.ones(rows, 8), torch.ones(2, 8), torch.ones(4, 2)
+        x, a, b = torch.ones(rows, 8), torch.ones(rank, 8), torch.ones(4, rank)
         lora_linear(x.to(dtype), torch.ones(4, 8).to(dtype), a, b, scaling=1.0, dropout_p=p, seed=0)
-        assert bool(served) == expected, (rows, dtype, p)
+        assert bool(served) == expected, (rows, rank, dtype, p)
 
 
 # ------------------------------------------------------------------------------------------- values
