@@ -1,6 +1,6 @@
 """Runs tests of the compiled CPU kernels with those kernels under AddressSanitizer and UBSan.
 
-    python tests/sanitize.py [arguments of pytest]    # default: both files of native tests
+    python tests/sanitize.py [arguments of pytest]    # default: all files of native tests
 
 The kernels are compiled into a copy of the package in a temporary folder.
 """
@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ["backends/native/test_native.py", "backends/native/test_native_safety.py"]
+FILES = [
+    f"backends/native/test_{name}.py" for name in ("native", "native_safety", "few_rows")
+]
 SOURCES = ("low_rank", "linear", "base", "avx2", "avx512", "avx512_bf16")
 FLAGS = (
     "-std=c++20", "-g1", "-fPIC", "-fsanitize=address,undefined",

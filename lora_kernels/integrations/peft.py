@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import backends, targets
+from lora_kernels import backends, direct, targets
 from lora_kernels._contract import DTYPES
 from lora_kernels.functional import lora_add, lora_linear
 
@@ -209,8 +209,12 @@ class _Fused(_Layer):
             or self._structure(adapters) is not None
         ):
             return super().forward(x, *args, **kwargs)
-        if x.numel() <= _SMALL and x.is_cpu and not torch.compiler.is_compiling():
-            return self._small_forward(x, adapters)
+        if x.is_cpu and not torch.compiler.is_compiling():
+            y = self._directly(x, adapters)
+            if y is not None:
+                return y
+            if x.numel() <= _SMALL:
+                return self._small_forward(x, adapters)
         y = self._fused_forward(x, adapters)
         return super().forward(x, **kwargs) if y is None else y
 
@@ -223,6 +227,28 @@ class _Fused(_Layer):
                 f"{self.__dict__.pop(_WARNING)}; what lies before this layer trains wrongly",
                 stacklevel=5,
             )
+
+    def _directly(self, x: Tensor, adapters: list[str]) -> Tensor | None:
+        """Of one adapter on a plain base, in the dtypes that the op takes: past the op."""
+        if len(adapters) != 1 or not self.dense:
+            return None
+        (name,) = adapters
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]
+        A, B, dropout = (
+            modules[key]._modules[name] for key in ("lora_A", "lora_B", "lora_dropout")
+        )
+        a, b = A._parameters["weight"], B._parameters["weight"]
+        mixed = a.dtype != x.dtype
+        if B._parameters["bias"] is not None or (
+            mixed and (self.exact or a.dtype != torch.float32)
+        ):
+            return None
+        weight = base._parameters["weight"]
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        pair = (a, b, self.scaling[name], p)
+        oriented = weight.t() if type(base) is Conv1D else weight
+        return direct.linear(x, oriented, base._parameters["bias"], pair)
 
     def _small_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
         """PEFT's own calls of torch, bit for bit, without those of nn.Module."""
