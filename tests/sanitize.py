@@ -16,9 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [
-    f"backends/native/test_{name}.py" for name in ("native", "native_safety", "few_rows")
-]
+FILES = [f"backends/native/test_{name}.py" for name in ("native", "native_safety", "few_rows")]
 SOURCES = ("low_rank", "linear", "base", "avx2", "avx512", "avx512_bf16")
 FLAGS = (
     "-std=c++20", "-g1", "-fPIC", "-fsanitize=address,undefined",
