@@ -14,7 +14,7 @@ import math
 import random
 import statistics
 import timeit
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def grid(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def microseconds(function: Callable[[], object], calls: int = 2000) -> float:
+def microseconds(function: Callable[[], object], calls: int) -> float:
     """Of one call, the best of seven runs."""
     function()
     return round(min(timeit.repeat(function, number=calls, repeat=7)) / calls * 1e6, 1)
@@ -151,7 +151,7 @@ class _Nothing(torch.nn.Module):
         return x
 
 
-def latency() -> dict[str, float]:
+def latency(calls: int) -> dict[str, float]:
     """Microseconds of a 64 x 64 layer, fp32, rank 16: one row without gradients and of what they
     are made, and forward and backward of four rows."""
     found = {}
@@ -159,19 +159,22 @@ def latency() -> dict[str, float]:
     with torch.no_grad():
         for name in NAMES:
             layer = build(name, p).layer.eval()
-            found[f"{name}, one row"] = microseconds(lambda layer=layer: layer(p.x))
-        nothing, pair = _Nothing(), (p.a, p.b, SCALING, 0.0)
-        found["of it nn.Module's call"] = microseconds(lambda: nothing(p.x))
+            found[f"{name}, one row"] = microseconds(lambda layer=layer: layer(p.x), calls)
+        nothing = _Nothing()
+        found["of it nn.Module's call"] = microseconds(lambda: nothing(p.x), calls)
         if few is not None:
             found["of it the native op, with checks"] = microseconds(
-                lambda: few.linear(p.x, p.weight, *pair[:2], None, 1.0, 1.0, 0, None, few.isa, None)
+                lambda: few.linear(
+                    p.x, p.weight, p.a, p.b, None, SCALING, 1.0, 0, None, few.isa, None
+                ),
+                calls,
             )
     p = problem(Case(4, 64, 64, 16, "fp32"), torch.device("cpu"))
     for name in NAMES:
         peer = build(name, p)
         turn = peer.turn(p)
         found[f"{name}, forward and backward of 4 rows"] = microseconds(
-            lambda turn=turn: turn(lambda: None)
+            lambda turn=turn: turn(lambda: None), calls
         )
     return found
 
@@ -209,7 +212,7 @@ def few(args: argparse.Namespace) -> None:
     backends.forget()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     parser.add_argument("--few", action="store_true", help="measure the table of few_rows")
@@ -219,8 +222,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time box of one cell")
     parser.add_argument("--longest", type=float, default=1.0, help="seconds of a round")
     parser.add_argument("--rounds", type=int, nargs=2, default=(5, 1000), metavar=("MIN", "MAX"))
+    parser.add_argument("--calls", type=int, default=2000, help="calls of one timing of latency")
     parser.add_argument("--scale", type=int, default=1, help="divides the widths (for a smoke run)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.rounds = tuple(args.rounds)
     if not extension.available():
         raise SystemExit(f"the compiled extension is not there: {extension.status()}")
@@ -228,7 +232,7 @@ def main() -> None:
     print(machine_line(info), extension.status(), sep="; ", flush=True)
     if args.few:
         return few(args)
-    parts = latency()
+    parts = latency(args.calls)
     for name, value in parts.items():
         print(f"{name}: {value} us", flush=True)
     rows = grid(args)

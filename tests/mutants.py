@@ -221,7 +221,7 @@ MUTANTS = {
     "cpu: partial sums past the 16th lost": (CPU + "low_rank.cpp", "for (int64_t i = 0; i < chunks; ++i) {", "for (int64_t i = 0; i < std::min<int64_t>(chunks, 16); ++i) {", f"native::{MANY_ROWS}"),
     "cpu: scale of a gradient dropped": (CPU + "low_rank.cpp", "static_cast<float>(gradient_scale), g_data", "1.f, g_data", f"native::{LARGE}"),
     "cpu: masks of what is read wrap at row 4096": (CPU + "low_rank.inl", "static_cast<uint32_t>(first + i), strip / 8", "static_cast<uint32_t>(first + i) & 4095u, strip / 8", f"native::{MANY_ROWS}"),
-    "cpu: masks of what is written wrap at row 4096": (CPU + "low_rank.inl", "static_cast<uint32_t>(first + m + i), k / 8", "static_cast<uint32_t>(first + m + i) & 4095u, k / 8", f"native::{MANY_ROWS}"),
+    "cpu: masks of what is written wrap at row 4096": (CPU + "low_rank.inl", "static_cast<uint32_t>(first + m), k / 8", "static_cast<uint32_t>(first + m) & 4095u, k / 8", f"native::{MANY_ROWS}"),
     "cpu: rows of masks counted in 16 bits": (CPU + "low_rank.inl", "dropout.row + m,", "dropout.row + (m & 65535u),", "native::test_masks_of_as_many_rows_as_a_batch_has"),
     "cpu: the last columns of a row lost": (CPU + "few_rows.inl", "k < columns; k += O::kStep) {\n    const int count", "k + O::kStep <= columns; k += O::kStep) {\n    const int count", "few_rows::test_values"),
     "cpu: long sums not split": (CPU + "few_rows.inl", "constexpr int kShare = 32;", "constexpr int kShare = 1 << 20;", "few_rows::test_sums_of_long_rows_stay_exact"),

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-from benchmarks import gpu_day, layer, peers, report, shapes, store
+from benchmarks import gpu_day, layer, native, peers, report, shapes, store
 from benchmarks.peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
+from lora_kernels.backends.native import extension
 from lora_kernels.testing import NAMES, Case, WrongResult, expected, problem
 from lora_kernels.tuning import clock
 
@@ -193,6 +194,30 @@ def test_layer_benchmark_and_report(tmp_path, capsys):
     with pytest.raises(ValueError, match="README: expected one <!-- bench:cpu -->"):
         report.main(command)
     assert readme.read_text() == "no markers"
+
+
+@pytest.mark.skipif(not extension.available(), reason=extension.status())
+def test_native_benchmark_and_report(tmp_path, capsys):
+    out = tmp_path / "native-cpu.json"
+    native.main([
+        "--scale", "64", "--rows", "1", "4", "--seconds", "0", "--rounds", "2", "2",
+        "--dtypes", "fp32", "bf16", "--calls", "2", "--out", str(out),
+    ])  # fmt: skip
+    result = json.loads(out.read_text())
+    cells = 2 * 2 * len(native.WIDTHS) * len(native.MODES)
+    assert len(result["rows"]) == result["figures"][-1]["cells"] == cells
+    assert all(row[FROZEN]["ratio"] == 1 for row in result["rows"])
+    one = result["figures"][0]
+    some = [r for r in result["rows"] if (r["dtype"], r["mode"]) == (one["dtype"], one["mode"])]
+    ratios = [native.better(row) for row in some]
+    assert one["worst"] == pytest.approx(max(ratios), abs=1e-3)
+    assert min(ratios) < one["better"] < max(ratios)
+    readme = tmp_path / "README.md"
+    report.main(["--results", str(tmp_path), "--readme", str(readme)])
+    text = readme.read_text()
+    assert f"| all | all | {cells} | " in text
+    assert "| lora_kernels, one row | " in text
+    assert (tmp_path / "native-cpu-grid.png").stat().st_size > 10_000
 
 
 def test_time_over_leaves_cases(tmp_path, capsys):
