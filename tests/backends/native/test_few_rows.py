@@ -83,6 +83,26 @@ def test_sums_of_long_rows_stay_exact(dtype, isa):
     assert (y.double() / exact - 1).abs().max() <= unit
 
 
+@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("isa", ISAS)
+def test_masters_are_rounded_at_use(dtype, isa, rows):
+    """A difference that is lost in the rounding of the fp32 operand, or else all that is left."""
+    lost = 1 + torch.finfo(dtype).eps / 4
+    ones, zero = torch.ones(rows, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    pair, signs = torch.tensor([[lost, 1.0]]), torch.tensor([[1.0, -1.0]])
+    both = ones * signs.to(dtype)
+    options = (None, 1.0, 1.0, 0, None, isa)
+    of_a = OPS._linear_cpu(both, both[:1] * 0, pair, torch.ones(1, 1), *options, None)
+    of_b = OPS._linear_cpu(ones, zero, signs.t(), pair, *options, None)
+    of_w = OPS._linear_cpu(both, pair, None, None, *options, None)
+    gradients = OPS._linear_backward_cpu(
+        ones, None, zero, pair.t(), signs, None, 1.0, 1.0, 1.0, 0, None, isa, True, False, False
+    )
+    for out in (of_a, of_b, of_w, gradients[0]):
+        assert (out == 0).all()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_threads(dtype, isa):
