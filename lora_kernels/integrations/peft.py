@@ -86,9 +86,9 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
     rsLoRA, `lora_bias`, autocast and `adapter_names` mean what they mean in PEFT. Quantised bases
     keep their own GEMM. What the op does not cover when a layer is called (DoRA and other variants,
     hooks, parametrizations, sharded weights, submodules and tensors of other types, layouts and
-    dtypes, `torch.jit.trace`) is computed by PEFT; so, in effect, are calls of few rows on the CPU,
-    for which the layer makes PEFT's own torch calls. Call it again for layers that PEFT makes
-    later.
+    dtypes, `torch.jit.trace`) is computed by PEFT. Calls of few rows on the CPU are one native call
+    where that serves them; else the layer makes PEFT's own torch calls for a small x. Call it again
+    for layers that PEFT makes later.
 
     A base that is not a plain dense layer is tried with two rows, on a copy: where the gradient of
     its input is lost, the report names the layer, and the first call that needs it warns.
