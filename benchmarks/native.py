@@ -12,11 +12,11 @@ import argparse
 import json
 import math
 import random
-import statistics
 import timeit
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 
@@ -79,13 +79,14 @@ def cell(case: Case, mode: str, seconds: float, rounds: tuple[int, int]) -> dict
     return row
 
 
+def best_peer(row: dict) -> float:
+    """Milliseconds of the faster of PEFT and unfused torch."""
+    return min(row[PEFT]["ms"], row[UNFUSED]["ms"])
+
+
 def better(row: dict) -> float:
     """Our time over that of the better peer."""
-    return row[OURS]["ms"] / min(row[PEFT]["ms"], row[UNFUSED]["ms"])
-
-
-def geometric(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(values)
+    return row[OURS]["ms"] / best_peer(row)
 
 
 def figures(rows: list[dict]) -> list[dict]:
@@ -103,11 +104,11 @@ def figure(rows: list[dict]) -> dict:
     worst = max(rows, key=better)
     return {
         "cells": len(rows),
-        "better": round(geometric(map(better, rows)), 3),
+        "better": round(geometric_mean(map(better, rows)), 3),
         "worst": round(better(worst), 3),
         "worst_case": str(Case(*(worst[name] for name in Case._fields))),
         "slower": sum(better(row) > 1.05 for row in rows),
-        "frozen": round(geometric(row[OURS]["ratio"] for row in rows), 3),
+        "frozen": round(geometric_mean(row[OURS]["ratio"] for row in rows), 3),
     }
 
 
@@ -120,12 +121,12 @@ def grid(args: argparse.Namespace) -> list[dict]:
         random.Random(0).shuffle(of_dtype)
         groups += of_dtype
     deadline, rows, left = Deadline(args.minutes), [], 0
-    for dtype, (K, N), mode in groups:
+    for dtype, widths, mode in groups:
+        K, N = (max(1, width // args.scale) for width in widths)
         for M in args.rows:
             if deadline.left() < 0:
                 left += 1
                 continue
-            K, N = max(1, K // args.scale), max(1, N // args.scale)
             r = RANKS[(M + K + N) // 64 % len(RANKS)]
             row = cell(Case(M, K, N, r, dtype, MODES[mode] or 0.0), mode, args.seconds, args.rounds)
             rows.append(row)
@@ -184,7 +185,7 @@ def few(args: argparse.Namespace) -> None:
     isa = extension.best_isa()
     tables = few_rows.MOST_ROWS, few_rows.MOST_ROWS_BACKWARD
     before = [dict(table) for table in tables]
-    sizes = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+    sizes = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
     for dtype, mode in product(args.dtypes, ("inference", "training")):
         last = 0
         for M in sizes:
@@ -200,7 +201,7 @@ def few(args: argparse.Namespace) -> None:
                     row = cell(Case(M, K, N, 16, dtype), mode, args.seconds, args.rounds)
                     ratios.append(row[OURS]["ms"] / row[FROZEN]["ms"])
                 gains.append(ratios[0] / ratios[1])
-            mean = geometric(gains)
+            mean = geometric_mean(gains)
             cells = " ".join(f"{gain:.2f}" for gain in gains)
             print(f"{dtype} {mode} {M} rows: {mean:.2f} ({cells})", flush=True)
             if mean > 1:

@@ -8,7 +8,8 @@ from statistics import geometric_mean
 import matplotlib
 
 from benchmarks import shapes
-from benchmarks.peers import FROZEN, OURS, PEERS, PEFT, UNFUSED
+from benchmarks.native import best_peer
+from benchmarks.peers import FROZEN, OURS, PEERS
 from lora_kernels.testing import Case
 
 matplotlib.use("Agg")
@@ -46,8 +47,11 @@ def _lines(axes: Axes, ratios: dict[str, dict[int, list[float]]]) -> None:
         M = sorted(ratios[name])
         means = [geometric_mean(ratios[name][m]) for m in M]
         axes.plot(M, means, marker="o", markersize=4, label=name, color=_COLORS.get(name))
-    ticks = sorted({m for of_peer in ratios.values() for m in of_peer})
-    axes.set_xticks(ticks, [str(m) for m in ticks])
+    _ticks(axes, {m for of_peer in ratios.values() for m in of_peer})
+
+
+def _ticks(axes: Axes, rows: set[int]) -> None:
+    axes.set_xticks(sorted(rows), [str(m) for m in sorted(rows)])
     axes.minorticks_off()
 
 
@@ -113,8 +117,7 @@ def grid_by_rows(rows: list[dict], line: str, path: Path) -> Path:
     for row in rows:
         if row["dtype"] == dtype:
             ours[row["mode"]][row["M"]].append(row[OURS]["ratio"])
-            better = min(row[PEFT]["ms"], row[UNFUSED]["ms"])
-            peers[row["mode"]][row["M"]].append(better / row[FROZEN]["ms"])
+            peers[row["mode"]][row["M"]].append(best_peer(row) / row[FROZEN]["ms"])
     axes = _axes(f"{dtype}, geometric mean of the layers", "rows M", "ratio to the frozen layer")
     for color, mode in zip(_MODES, ours, strict=False):
         for ratios, style, name in ((ours, "-", "lora_kernels"), (peers, "--", "better peer")):
@@ -123,9 +126,7 @@ def grid_by_rows(rows: list[dict], line: str, path: Path) -> Path:
             axes.plot(M, means, style, marker="o", markersize=3, color=color,
                       label=f"{mode}: {name}")  # fmt: skip
     axes.axhline(1, color="#8a8f98", linewidth=0.8)
-    ticks = sorted({row["M"] for row in rows})
-    axes.set_xticks(ticks, [str(m) for m in ticks])
-    axes.minorticks_off()
+    _ticks(axes, {row["M"] for row in rows})
     return _save(axes, line, path)
 
 

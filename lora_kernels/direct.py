@@ -47,18 +47,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
                 return None
             if x.numel() == 0:
                 return None
-            y = _apply(few, x, weight, a, b, bias, scaling, p, _seed() if p else None)
+            y = _apply(few, x, weight, a, b, bias, scaling, p, draw_seed(x.device) if p else None)
             return y
         if p:
-            return few.forward(x, weight, bias, (a, b, scaling, p, _seed()), False)[0]
+            return few.forward(x, weight, bias, (a, b, scaling, p, draw_seed(x.device)), False)[0]
         y = few.linear(x, weight, a, b, bias, scaling, 1.0, 0, None, few.isa, None)
         return y
     except RuntimeError:  # the checks by name say more
         return None
 
 
-def _seed() -> Tensor:
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+def draw_seed(device: torch.device) -> Tensor:
+    """From torch's generator of the device."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 class _Linear(torch.autograd.Function):

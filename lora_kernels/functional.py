@@ -372,7 +372,7 @@ def _check_values(
     if dropout_p == 0:
         return scaling, dropout_p, None
     if seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+        seed = direct.draw_seed(device)
     elif not isinstance(seed, Tensor):
         seed = torch.tensor(seed, dtype=torch.int64, device=device)
     return scaling, dropout_p, seed

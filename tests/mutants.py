@@ -148,7 +148,7 @@ MUTANTS = {
     "compiled names in a saved base": (TRANSFORMERS, "_base_state", "state[names.join(plain.get(owner, owner), attribute)] = tensor", "state[key] = tensor", "save_pretrained"),
     "unmerged layers lost beside a final one": (TRANSFORMERS, "_save_pretrained", "    if parts:\n", "    if len(parts) == len(layers):\n", "save_pretrained"),
     "a failed rename not undone": ("files.py", "replace_together", "for path in renamed:", "for path in ():", "checkpoint"),
-    "fixed seed": (FUNCTIONAL, "_check_values", "torch.randint(2**63 - 1, (), dtype", "torch.randint(1, (), dtype", "dropout"),
+    "fixed seed": ("direct.py", "draw_seed", "torch.randint(2**63 - 1, (), dtype", "torch.randint(1, (), dtype", "dropout"),
     "autocast inside the op": (OPS, "_compute.run", "if torch.is_autocast_enabled(device):", "if False:", "functional"),
     "lora_add_ in grad mode": (FUNCTIONAL, "lora_add_", "if torch.is_grad_enabled() and any(", "if False and any(", "functional"),
     "bias dropped with few rows": (REFERENCE, "_base", "torch.addmm(bias[:, None], weight, x_t)", "torch.mm(weight, x_t)", "ops accuracy"),

@@ -4,7 +4,6 @@
 // ------------------------------------------------------------------------------------- multiplying
 
 // A sum of a long row is formed in shares of so many steps: its error is that of a short one.
-
 constexpr int kShare = 32;
 
 template <Type kType>

@@ -17,10 +17,8 @@ void check_starts(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(is_aligned(t), name, ": must start at a multiple of its element size");
 }
 
-void check_read(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
-  check_size(t, name, rows, columns);
-  check_starts(t, name);
-  STD_TORCH_CHECK(columns == 1 || t.stride(1) == 1, name,
+void check_columns(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.size(1) == 1 || t.stride(1) == 1, name,
                   ": the columns must be contiguous, got stride ", t.stride(1));
 }
 
@@ -33,7 +31,9 @@ struct Matrix {
 
 Matrix read(const Tensor& t, const char* name, int64_t rows, int64_t columns, Type type,
             bool or_float) {
-  check_read(t, name, rows, columns);
+  check_size(t, name, rows, columns);
+  check_starts(t, name);
+  check_columns(t, name);
   check_type(t, name, type, or_float);
   return {t.const_data_ptr(), type_of(t, name), rows, columns, t.stride(0)};
 }
@@ -72,8 +72,8 @@ Matrix read_rows(const Tensor& x, const char* name) {
     const int64_t size = x.size(i);
     if (size == 1) continue;
     if (rows == 1) pitch = x.stride(i);
-    STD_TORCH_CHECK(pitch >= 0 && (rows == 1 || x.stride(i) == rows * pitch),
-                    "x: must view as one matrix");
+    STD_TORCH_CHECK(pitch >= 0 && (rows == 1 || x.stride(i) == rows * pitch), name,
+                    ": must view as one matrix");
     rows *= size;
   }
   return {x.const_data_ptr(), type, rows, K, pitch};
@@ -121,8 +121,7 @@ Output written(Tensor& t, const char* name, int64_t rows, int64_t columns, Type 
   check_size(t, name, rows, columns);
   check_type(t, name, type, false);
   check_writable(t, name);
-  STD_TORCH_CHECK(columns == 1 || t.stride(1) == 1, name,
-                  ": the columns must be contiguous, got stride ", t.stride(1));
+  check_columns(t, name);
   return {t.mutable_data_ptr(), type, t.stride(0)};
 }
 

@@ -222,8 +222,7 @@ class LoRALayer(LayerState):
             if a is None or b is None:
                 return None
             if self.alpha is not None:
-                rank = a.shape[0]
-                scaling = self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
+                scaling = self.alpha / self._divisor(a.shape[0])
             pair = (a, b, scaling, self.dropout if self.training else 0.0)
         return direct.linear(x, self._oriented(weight), parameters.get("bias"), pair)
 

@@ -99,9 +99,11 @@ class LayerTensors(nn.Module):
 
     @property
     def scaling(self) -> float:
-        if self.alpha is None:
-            return 1.0
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return 1.0 if self.alpha is None else self.alpha / self._divisor(self.rank)
+
+    def _divisor(self, rank: int) -> float:
+        """What alpha is divided by, for an adapter of this rank."""
+        return math.sqrt(rank) if self.use_rslora else rank
 
     @property
     def merged(self) -> bool:
@@ -167,7 +169,7 @@ class LayerTensors(nn.Module):
             value = value.detach().to(old, copy=True).contiguous()
             setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
         if self.alpha is not None:
-            divisor = math.sqrt(rank) if self.use_rslora else rank
+            divisor = self._divisor(rank)
             alpha = scaling * divisor
             # The product is rounded; a neighbour may give the quotient back exactly.
             nearby = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))

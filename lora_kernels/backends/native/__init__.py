@@ -7,6 +7,7 @@ accumulates into that output. Calls that torch's own calls win are left to `refe
 before the one rounding.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -158,12 +159,14 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
     return y, s if save_s else None
 
 
+_calls = cache(FewRows)
+
+
 def _few_forward(
     base: Dense, x: Tensor, branch: Branch, save_s: bool
 ) -> tuple[Tensor, Tensor | None]:
     bias = None if base.bias is None else readable(base.bias.to(x.dtype))
-    few = FewRows(best_isa())
-    return few.forward(readable(x), base.weight, bias, _readable(branch), save_s)
+    return _calls(best_isa()).forward(readable(x), base.weight, bias, _readable(branch), save_s)
 
 
 def _readable(branch: Branch) -> Branch:
@@ -191,7 +194,7 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
     if few:
         assert isinstance(base, Dense)
         rows = Rows(dy, readable(x) if need.a else None, readable(s) if need.b else None)
-        results = FewRows(best_isa()).backward(base.weight, rows, _readable(branch), need)
+        results = _calls(best_isa()).backward(base.weight, rows, _readable(branch), need)
     else:
         results = _low_rank_backward(base, Rows(dy, x, s), branch, need)
     dx, d_a, d_b = results
