@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
     try:
         trains = torch.is_grad_enabled() and _dispatch.any_requires_grad(x, weight, a, b, bias)
         most = few.most_trained if trains else few.most
-        if x.numel() > most.get(x.dtype, 0) * weight.shape[-1]:
+        if x.numel() > most.get(weight.dtype, 0) * weight.shape[-1]:
             return None
         if trains:
             if a is None or weight.requires_grad or (bias is not None and bias.requires_grad):

@@ -1,4 +1,8 @@
-// AVX-512 as in avx512.cpp, and its bf16 products.
+// AVX-512 as in avx512.cpp, and its bf16 products; and where there are tiles of them, these too.
+#include <cstdlib>
+#include <memory>
+#include <new>
+
 #include "scalar.h"
 
 #if defined(__x86_64__)
@@ -6,7 +10,8 @@
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2"))), \
+    __attribute__((target(                                                                       \
+        "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c,bmi2"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
@@ -41,6 +46,24 @@ void multiply_any(const Product& p, int64_t first, int64_t last) {
                                    : multiply_widened(p, first, last);
 }
 
+#if LORA_AMX
+#include "amx.inl"
+
+// Of fewer rows a tile is mostly empty.
+constexpr int64_t kMultiplied = 2, kCombined = 5;
+
+void multiply_amx(const Product& p, int64_t first, int64_t last) {
+  const bool tiled = p.type == Type::kBFloat16 && p.count >= kMultiplied;
+  return tiled ? multiply_tiled(p, first, last) : multiply_any(p, first, last);
+}
+
+void combine_amx(const Combination& p, int64_t row, int64_t last_row, int64_t first, int64_t last) {
+  const bool tiled = p.narrow && p.matrix_type == Type::kBFloat16 && p.count >= kCombined;
+  return tiled ? combine_tiled(p, row, last_row, first, last)
+               : combine(p, row, last_row, first, last);
+}
+#endif
+
 }  // namespace avx512_bf16
 
 extern const Kernels kAvx512Bf16 = {avx512_bf16::kTile,
@@ -55,6 +78,20 @@ extern const Kernels kAvx512Bf16 = {avx512_bf16::kTile,
                                     avx512_bf16::multiply_any,
                                     avx512_bf16::combine,
                                     avx512_bf16::kTerms};
+#if LORA_AMX
+extern const Kernels kAmx = {avx512_bf16::kTile,
+                             avx512_bf16::kRows,
+                             avx512_bf16::W,
+                             avx512_bf16::kSide,
+                             true,
+                             avx512_bf16::load_any,
+                             avx512_bf16::shrink,
+                             avx512_bf16::outer,
+                             avx512_bf16::expand_any,
+                             avx512_bf16::multiply_amx,
+                             avx512_bf16::combine_amx,
+                             avx512_bf16::kTerms};
+#endif
 
 }  // namespace lora
 

@@ -16,6 +16,12 @@
 
 #include "scalar.h"
 
+#if LORA_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lora {
 
 using torch::headeronly::Layout;
@@ -48,12 +54,28 @@ inline int64_t up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+#if LORA_AMX
+// Whether there are tiles of bf16, and the system lets this process use them.
+inline bool has_amx() {
+  unsigned a, b, c, d = 0;
+  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kTiles | kBFloat16)) != 0) return false;
+  constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+}
+#endif
+
 inline int64_t best_isa() {
+#if LORA_AMX
+  static const bool amx = has_amx();
+#else
+  constexpr bool amx = false;
+#endif
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("bmi2"))
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    return !__builtin_cpu_supports("avx512bf16") ? 2 : amx ? 4 : 3;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return 1;
@@ -64,6 +86,9 @@ inline int64_t best_isa() {
 inline const Kernels& kernels_of(int64_t isa) {
   STD_TORCH_CHECK(0 <= isa && isa <= best_isa(), "isa: got ", isa, ", this CPU has 0 to ",
                   best_isa());
+#if LORA_AMX
+  if (isa == 4) return kAmx;
+#endif
 #if defined(__x86_64__)
   if (isa == 3) return kAvx512Bf16;
   if (isa == 2) return kAvx512;

@@ -155,16 +155,19 @@ void multiply(const Kernels& kernels, const Product& product, int64_t N) {
   });
 }
 
-// x(i, t) of fp32 memory: its rows, or by swapped strides its columns.
+// x(i, t) of fp32 memory: its rows, or by swapped strides its columns; `narrow` rows hold values of
+// the call's dtype.
 struct Factors {
   const float* data;
   int64_t row, term;
   int64_t count, terms;
+  bool narrow;
 };
 
 Combination combination_of(const Factors& x, const Matrix& matrix, Type rounded, float scale) {
   Combination c = {};
   c.x = x.data;
+  c.narrow = x.narrow && matrix.type == rounded;
   c.x_row = x.row;
   c.x_term = x.term;
   c.count = x.count;
@@ -187,7 +190,7 @@ void put_into(Combination& c, const Output& out) {
 void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
   const int64_t work = c.count * c.terms;
   if (columns * work < kSerial) return kernels.combine(c, 0, c.count, 0, columns);
-  const int64_t width = kernels.few_columns * kernels.width, strips = (columns + width - 1) / width;
+  const int64_t width = kernels.columns, strips = (columns + width - 1) / width;
   if (strips > 4) {
     const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
     torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
@@ -222,11 +225,11 @@ struct Widened {
   Matrix matrix;
 };
 
-Factors rows_of(const Matrix& m) {
-  return {static_cast<const float*>(m.data), m.pitch, 1, m.rows, m.columns};
+Factors rows_of(const Matrix& m, bool narrow) {
+  return {static_cast<const float*>(m.data), m.pitch, 1, m.rows, m.columns, narrow};
 }
 Factors columns_of(const Matrix& m) {
-  return {static_cast<const float*>(m.data), 1, m.pitch, m.columns, m.rows};
+  return {static_cast<const float*>(m.data), 1, m.pitch, m.columns, m.rows, false};
 }
 
 // -------------------------------------------------------------------------------------------- ops
@@ -312,7 +315,7 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
       product_of({low.data, Type::kFloat, M, r, ranks}, B, type, {sum.data, Type::kFloat, pitch});
   p.bias = offset != nullptr ? wide_bias.data : nullptr;
   multiply(kernels, p, N);
-  Combination c = combination_of(rows_of(wide_x ? plain.matrix : rows), W.held, type, 1.f);
+  Combination c = combination_of(rows_of(wide_x ? plain.matrix : rows, true), W.held, type, 1.f);
   c.sum = sum.data;
   c.sum_pitch = pitch;
   c.accumulate = true;
@@ -366,7 +369,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   };
   if (low) {
     Combination c =
-        combination_of(rows_of(wide.matrix), B, type, static_cast<float>(scaling * keep));
+        combination_of(rows_of(wide.matrix, true), B, type, static_cast<float>(scaling * keep));
     c.sum = ds.data;
     c.sum_pitch = ranks;
     combine(kernels, c, r);
@@ -390,7 +393,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   }
   if (!need_x) return results;
   Scratch<4096> sum(M * pitch);
-  Combination term = combination_of(rows_of(DS), A, type, 1.f);
+  Combination term = combination_of(rows_of(DS, false), A, type, 1.f);
   term.sum = sum.data;
   term.sum_pitch = pitch;
   combine(kernels, term, K);
@@ -404,7 +407,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     p.sum_pitch = pitch;
     multiply(kernels, p, K);
   } else {
-    Combination c = combination_of(rows_of(wide.matrix), W.held, type, 1.f);
+    Combination c = combination_of(rows_of(wide.matrix, true), W.held, type, 1.f);
     c.sum = sum.data;
     c.sum_pitch = pitch;
     c.accumulate = true;

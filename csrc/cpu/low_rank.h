@@ -6,6 +6,13 @@
 
 #include <cstdint>
 
+// Tiles of bf16 (AMX): what a compiler must know of them.
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define LORA_AMX 1
+#else
+#define LORA_AMX 0
+#endif
+
 namespace lora {
 
 // Rows that the kernels take at a time.
@@ -54,9 +61,11 @@ struct Product {
 };
 
 // out [count, columns] = scale * x matrix (+ sum), of x [count, terms] in fp32, of any strides, and
-// a matrix [terms, columns] whose values are rounded to `rounded`.
+// a matrix [terms, columns] whose values are rounded to `rounded`. Where it is `narrow`, rows of x
+// are contiguous and hold values of the matrix's type.
 struct Combination {
   const float* x;
+  bool narrow;
   int64_t x_row, x_term;
   int64_t count, terms;
   const void* matrix;
@@ -116,6 +125,9 @@ extern const Kernels kBase;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+#endif
+#if LORA_AMX
+extern const Kernels kAmx;
 #endif
 
 }  // namespace lora

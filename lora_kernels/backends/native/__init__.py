@@ -64,7 +64,7 @@ def _are_few(base: Base, rows: Tensor, backward: bool = False) -> bool:
         return False
     if base.weight.dtype not in (rows.dtype, torch.float32):
         return False
-    few = rows.shape[0] <= most_rows(rows.dtype, best_isa(), backward)
+    few = rows.shape[0] <= most_rows(base.weight.dtype, best_isa(), backward)
     return few and few_rows.fits(base.weight)
 
 

@@ -27,7 +27,7 @@ _CUDA_SCHEMAS = (
     " float scale, float high, int rows, int warps, int cluster, Tensor(a!)? s, Tensor(b!) y)"
     " -> ()",
 )
-ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16")
+ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 
 
 def _file(name: str) -> Path | None:

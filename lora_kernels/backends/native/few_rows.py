@@ -1,8 +1,9 @@
 """A whole layer in one native call, forward or backward, which reads the weight once: for few rows.
 
-Up to how many is measured, `python -m benchmarks.native --few`: beyond, torch's product reuses what
-it has in registers for more rows than these kernels do. Where a CPU has no instructions for
-products of 16 bits (of fp16 nearly none has), torch forms them in fp32 too, and slower.
+Up to how many is measured, `python -m benchmarks.native --few`, by the dtype of the weight, which
+may be fp32 under rows of 16 bits: beyond, torch's product reuses what it has in registers for more
+rows than these kernels do. Where a CPU has no instructions for products of 16 bits (of fp16 nearly
+none has), torch forms them in fp32 too, and slower.
 
 Matrices of rows may have any number of dimensions. Nothing is checked in Python: RuntimeError says
 what the kernels do not take.
@@ -18,22 +19,22 @@ from lora_kernels.backends.native import extension
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Need
 
-# By index of extension.ISA_NAMES. Without vector instructions torch's own loops are as good. The
-# backward widens bf16 to fp32, and torch does not where it has instructions for bf16.
+# By index of extension.ISA_NAMES. Without vector instructions torch's own loops are as good. But by
+# tiles the backward widens bf16 to fp32; torch does not where it has instructions for bf16.
 MOST_ROWS: dict[torch.dtype, tuple[int, ...]] = {
-    torch.float32: (0, 96, 32, 32),
-    torch.bfloat16: (0, 192, 16, 16),
-    torch.float16: (0, 192, 64, 64),
+    torch.float32: (0, 96, 64, 64, 64),
+    torch.bfloat16: (0, 192, 16, 16, 192),
+    torch.float16: (0, 192, 64, 64, 64),
 }
 MOST_ROWS_BACKWARD: dict[torch.dtype, tuple[int, ...]] = {
-    torch.float32: (0, 128, 32, 32),
-    torch.bfloat16: (0, 256, 8, 8),
-    torch.float16: (0, 256, 64, 64),
+    torch.float32: (0, 128, 64, 64, 64),
+    torch.bfloat16: (0, 256, 8, 8, 128),
+    torch.float16: (0, 256, 64, 64, 64),
 }
 
 
 def most_rows(dtype: torch.dtype, isa: int, backward: bool = False) -> int:
-    """How many rows are few; 0 for a dtype without kernels."""
+    """How many rows are few for a weight of a dtype; 0 for one without kernels."""
     table = MOST_ROWS_BACKWARD if backward else MOST_ROWS
     return table[dtype][isa] if dtype in table else 0
 

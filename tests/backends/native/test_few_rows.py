@@ -484,6 +484,15 @@ def test_bits_of_the_gradients_do_not_depend_on_the_threads(isa, rows, transpose
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+    kept = oracle.keep_factor(5, rows, 1030, 6000 / 65536).ne(0).double()
+    ds, factors = 2 * dy.double() @ b.bfloat16().double(), 1.1 * kept
+    exact = (
+        dy.double() @ w.double() + ds @ a.bfloat16().double() * factors,
+        ds.T @ (x.double() * factors),
+        dy.double().T @ s.double(),
+    )
+    for got, right, eps in zip(results[0], exact, (2.0**-8, 2.0**-22, 2.0**-22), strict=True):
+        assert (got.double() - right).norm() <= eps * right.norm()
 
 
 # ----------------------------------------------------------------------------------------- training
