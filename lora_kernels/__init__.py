@@ -15,6 +15,7 @@ from lora_kernels.convert import (
     unmerge_lora,
 )
 from lora_kernels.functional import lora_add, lora_add_, lora_linear
+from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
 from lora_kernels.integrations import transformers as _transformers
 from lora_kernels.merged import merged_state_dict
 from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
@@ -26,6 +27,7 @@ __all__ = [
     "AdapterReport",
     "FusedLoRAConv1D",
     "FusedLoRALinear",
+    "Groups",
     "LoraReport",
     "TuningReport",
     "add_adaptor_layer",
@@ -38,7 +40,9 @@ __all__ = [
     "load_adapter",
     "lora_add",
     "lora_add_",
+    "lora_add_grouped",
     "lora_linear",
+    "lora_linear_grouped",
     "lora_parameters",
     "lora_state_dict",
     "low_rank_approximation",

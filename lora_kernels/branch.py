@@ -4,7 +4,7 @@ for.
 An op is a base times a branch. A backend is three functions of these:
 
     forward(base, x, branch, save_s) -> (y, s)
-    add_(base_out, x, branch) -> None
+    add_(base_out, x, branch) -> s, whose columns past the rank, if any, mean nothing
     backward(base, dy, x, s, branch, need) -> (dx, dweight, dA, dB)
 
 of matrices x [M,K], dy and y [M,N], s [M,r]. s is None where it is not saved, a gradient where it

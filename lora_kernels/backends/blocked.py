@@ -92,6 +92,18 @@ def forward(base: Dense, x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
     return y, s
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias."""
+    (M, K), N = x.shape, weight.shape[0]
+    y = x.new_empty(M, N)
+    dtype = _compute_dtype(x)
+    for block in _blocks(M, _step(x, K, N)):
+        rows = x[block].to(dtype)
+        nothing = _Product(rows.new_empty(len(rows), 0), rows.new_empty(0, N), 1.0)
+        _multiply(rows, weight.t(), bias, nothing, y[block])
+    return y
+
+
 def add_branch(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
     """y += s B^T; returns s."""
     (M, K), N = x.shape, y.shape[1]

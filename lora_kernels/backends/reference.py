@@ -60,9 +60,9 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
     return y, s if save_s else None
 
 
-def add_(base_out: Tensor, x: Tensor, branch: Branch) -> None:
-    """Adds the low-rank branch to base_out [M,N] in place."""
-    add_branch(base_out, x, branch)
+def add_(base_out: Tensor, x: Tensor, branch: Branch) -> Tensor:
+    """Adds the low-rank branch to base_out [M,N] in place; returns s."""
+    return add_branch(base_out, x, branch)
 
 
 def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need) -> Gradients:

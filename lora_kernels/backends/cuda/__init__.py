@@ -119,9 +119,9 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
 
 
 @_on_device
-def add_(base_out: Tensor, x: Tensor, branch: Branch) -> None:
-    """Adds the low-rank branch to base_out in place."""
-    _add(base_out, x, branch, base_out)
+def add_(base_out: Tensor, x: Tensor, branch: Branch) -> Tensor:
+    """Adds the low-rank branch to base_out in place; returns s."""
+    return _add(base_out, x, branch, base_out)
 
 
 def _add(base_out: Tensor, x: Tensor, branch: Branch, out: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def _readable(branch: Branch) -> Branch:
     return branch._replace(lora_a=readable(branch.lora_a), lora_b=readable(branch.lora_b))
 
 
-def add_(base_out: Tensor, x: Tensor, branch: Branch) -> None:
+def add_(base_out: Tensor, x: Tensor, branch: Branch) -> Tensor:
     low, high = split(branch.scaling, x.dtype)
     s = _shrink(x, branch.lora_a, low, _dropped(branch))
     if base_out.stride(1) == 1 and base_out.data_ptr() % base_out.element_size() == 0:
@@ -182,6 +182,7 @@ def add_(base_out: Tensor, x: Tensor, branch: Branch) -> None:
         y = base_out.clone(memory_format=torch.contiguous_format)
         _expand(s, branch.lora_b.t(), y, high, accumulate=True)
         base_out.copy_(y)
+    return s
 
 
 def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need) -> Gradients:

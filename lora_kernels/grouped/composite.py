@@ -1,0 +1,226 @@
+"""The grouped ops, made of the calls of one group that every backend has.
+
+A shared base is one product of all rows; then each group's branch is added to its rows. Experts are
+one whole call each. What a group computes depends on its own rows and tensors alone. Beside the
+outputs there is a copy of one group's rows at a time, and none where a group's rows lie together.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels import backends, direct
+from lora_kernels.backends import blocked
+from lora_kernels.branch import Branch, Dense, Given, Need
+
+
+class Members(NamedTuple):
+    """The rows of every group: `order` and `bounds` of `Groups`, whose offsets are numbers here."""
+
+    order: Tensor | None
+    bounds: Sequence[int]
+
+    @property
+    def served(self) -> int:
+        """How many rows of a batch, the first, are anybody's or explicitly nobody's."""
+        return self.bounds[-1]
+
+    def of_groups(self) -> Iterator[tuple[int, slice]]:
+        """(group, its place in the order) of the groups that have rows."""
+        for group in range(len(self.bounds) - 2):
+            if self.bounds[group] < self.bounds[group + 1]:
+                yield group, slice(self.bounds[group], self.bounds[group + 1])
+
+    def take(self, rows: Tensor, place: slice) -> Tensor:
+        return rows[place] if self.order is None else rows[self.order[place]]
+
+    def put(self, rows: Tensor, place: slice, values: Tensor) -> None:
+        if self.order is None:
+            rows[place] = values
+        else:
+            rows.index_copy_(0, self.order[place], values)
+
+    def add(self, rows: Tensor, place: slice, values: Tensor) -> None:
+        if self.order is None:
+            rows[place] += values
+        else:
+            rows.index_add_(0, self.order[place], values)
+
+
+class Adapters(NamedTuple):
+    """What `Branch` is, of every group: seed g is of group g."""
+
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    scaling: Sequence[float]
+    dropout_p: float
+    seeds: Tensor | None
+
+    def branch(self, group: int) -> Branch:
+        seed = None if self.seeds is None else self.seeds[group]
+        a, b = self.lora_a[group], self.lora_b[group]
+        return Branch(a, b, self.scaling[group], self.dropout_p, seed)
+
+
+class Experts(NamedTuple):
+    """The bases of the groups: weight [E,N,K] and bias [E,N], expert weight_of[g] of group g."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_of: Sequence[int]
+
+    def base(self, group: int) -> Dense:
+        expert = self.weight_of[group]
+        return Dense(self.weight[expert], None if self.bias is None else self.bias[expert])
+
+
+class Needs(NamedTuple):
+    """The gradients that are asked for: of x, the weight, the bias, and of each group's pair."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    a: Sequence[bool]
+    b: Sequence[bool]
+
+    def of(self, group: int, weight: bool) -> Need:
+        return Need(self.x, weight and self.weight, self.a[group], self.b[group])
+
+
+Gradients = tuple[
+    Tensor | None, Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]
+]
+
+
+def _rows_of_s(adapters: Adapters, x: Tensor, members: Members) -> Tensor:
+    """s [M, the largest rank], whose first rows are those that have groups, in their order; what is
+    not written is zero."""
+    ranks = {a.shape[0] for a in adapters.lora_a}
+    whole = len(ranks) == 1 and members.bounds[-2] == x.shape[0]
+    return (x.new_empty if whole else x.new_zeros)(x.shape[0], max(ranks))
+
+
+def forward(
+    base: Dense | Experts | Given,
+    x: Tensor,
+    adapters: Adapters,
+    members: Members,
+    save_s: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(y [M,N], s)."""
+    s = _rows_of_s(adapters, x, members) if save_s else None
+    y = _base(base, x, members)
+    for group, place in members.of_groups():
+        some, branch = members.take(x, place), adapters.branch(group)
+        rank = branch.lora_a.shape[0]
+        if isinstance(base, Experts):
+            own = base.base(group)
+            out, low = backends.serving(own, some, branch).forward(own, some, branch, save_s)
+            members.put(y, place, out)
+        else:
+            out = members.take(y, place)
+            low = backends.serving(Given(out), some, branch).add_(out, some, branch)
+            if members.order is not None:
+                members.put(y, place, out)
+        if s is not None and low is not None:
+            s[place, :rank] = low[:, :rank]
+    return y, s
+
+
+def backward(
+    base: Dense | Experts | Given,
+    rows: tuple[Tensor, Tensor, Tensor],
+    adapters: Adapters,
+    members: Members,
+    needs: Needs,
+) -> Gradients:
+    """(dx, dweight, dbias, dA of each, dB of each) of rows (dy, x, s), None where not needed."""
+    dy, x, s = rows
+    K = adapters.lora_a[0].shape[1]
+    served = members.served
+    dx = dweight = dbias = None
+    if needs.x and isinstance(base, Dense):
+        dx = _padded(_product(dy[:served], base.weight.t(), None), dy.shape[0])
+    elif needs.x:
+        dx = dy.new_zeros(dy.shape[0], K)
+    if not isinstance(base, Given):
+        of_rows = isinstance(base, Dense)
+        if needs.weight:
+            dweight = (
+                _weight_gradient(dy[:served], x[:served], base.weight)
+                if of_rows
+                else torch.zeros_like(base.weight)
+            )
+        if needs.bias and base.bias is not None:
+            dbias = (
+                dy[:served].sum(0).to(base.bias.dtype) if of_rows else torch.zeros_like(base.bias)
+            )
+    d_as: list[Tensor | None] = _zeros(adapters.lora_a, needs.a)
+    d_bs: list[Tensor | None] = _zeros(adapters.lora_b, needs.b)
+    for group, place in members.of_groups():
+        branch, need = adapters.branch(group), needs.of(group, isinstance(base, Experts))
+        own = base.base(group) if isinstance(base, Experts) else Given(None)
+        some = members.take(dy, place)
+        of_x = members.take(x, place) if need.a or need.weight else x
+        low = s[place, : branch.lora_a.shape[0]] if need.b else s
+        if any(need):
+            backend = backends.serving(own, some, branch)
+            d_x, d_weight, d_a, d_b = backend.backward(own, some, of_x, low, branch, need)
+            if dx is not None and d_x is not None:
+                members.add(dx, place, d_x)
+            if d_a is not None:
+                d_as[group] = d_a
+            if d_b is not None:
+                d_bs[group] = d_b
+            if dweight is not None and d_weight is not None and isinstance(base, Experts):
+                dweight[base.weight_of[group]] += d_weight
+        if dbias is not None and isinstance(base, Experts):
+            dbias[base.weight_of[group]] += some.sum(0)
+    return dx, dweight, dbias, d_as, d_bs
+
+
+def _base(base: Dense | Experts | Given, x: Tensor, members: Members) -> Tensor:
+    """y of the base alone, where it is one product; zeros else, and past the served rows."""
+    if isinstance(base, Given):
+        assert base.out is not None  # of a forward
+        return base.out.clone(memory_format=torch.contiguous_format)
+    if isinstance(base, Experts):
+        return x.new_zeros(x.shape[0], base.weight.shape[1])
+    rows, weight = x[: members.served], base.weight
+    if members.bounds[-2] < members.bounds[-1]:
+        # Rows of no group have the bits of torch's own layer.
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        y = F.linear(rows, weight.to(x.dtype), bias)
+    else:
+        y = _product(rows, weight, base.bias)
+    return _padded(y, x.shape[0])
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows W^T + bias by the fastest kernel."""
+    with torch.no_grad():
+        y = direct.linear(rows, weight, bias, direct.FROZEN)
+    if y is not None:
+        return y
+    if blocked.is_wide(rows):
+        return blocked.product(rows, weight, bias)
+    return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """The rows and zeros up to so many."""
+    return rows if len(rows) == count else F.pad(rows, (0, 0, 0, count - len(rows)))
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if blocked.is_wide(dy):
+        return blocked.weight_gradient(dy, x, weight)
+    return torch.mm(dy.t(), x).to(weight.dtype)
+
+
+def _zeros(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of groups without rows, where they are asked for."""
+    return [torch.zeros_like(t) if n else None for t, n in zip(tensors, needed, strict=True)]

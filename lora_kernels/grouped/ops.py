@@ -1,0 +1,276 @@
+"""The grouped ops as torch sees them: schemas, kernels, fakes, autograd.
+
+x [M,K], y and base_out [M,N], lora_a G tensors [r_g,K], lora_b G tensors [N,r_g], seeds int64 [G];
+weight [N,K] with bias [N], or [E,N,K] with bias [E,N] and weight_of [G]. order, offsets and bounds
+are those of `Groups`; bounds may be None. s [M, the largest r] begins with the rows of groups, in
+their order; its other elements are zero.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from lora_kernels._dispatch import LIBRARY
+from lora_kernels.branch import Dense, Given
+from lora_kernels.grouped import composite
+from lora_kernels.grouped.composite import Adapters, Experts, Members, Needs
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_ADAPTERS = "Tensor[] lora_a, Tensor[] lora_b"
+_GROUPS = "Tensor? order, Tensor offsets, int[]? bounds"
+_BRANCH = "float[] scaling, float dropout_p, Tensor? seeds"
+_SCHEMAS = {
+    "lora_linear_grouped": f"(Tensor x, Tensor weight, {_ADAPTERS}, Tensor? bias, int[]? weight_of,"
+    f" {_GROUPS}, {_BRANCH}, bool save_s) -> (Tensor y, Tensor s)",
+    "lora_add_grouped": f"(Tensor base_out, Tensor x, {_ADAPTERS}, {_GROUPS}, {_BRANCH},"
+    " bool save_s) -> (Tensor y, Tensor s)",
+    "lora_linear_grouped_backward": f"(Tensor dy, Tensor x, Tensor weight, {_ADAPTERS}, Tensor?"
+    f" bias, Tensor s, int[]? weight_of, {_GROUPS}, {_BRANCH}, bool need_x, bool need_weight,"
+    " bool need_bias, bool[] need_a, bool[] need_b)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor[] da, Tensor[] db)",
+    "lora_add_grouped_backward": f"(Tensor dy, Tensor x, {_ADAPTERS}, Tensor s, {_GROUPS},"
+    f" {_BRANCH}, bool need_x, bool[] need_a, bool[] need_b)"
+    " -> (Tensor dx, Tensor[] da, Tensor[] db)",
+}
+for _name, _schema in _SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=_TAGS)
+_OPS = torch.ops.lora_kernels
+
+
+class Call(NamedTuple):
+    """What both ops have in common."""
+
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    order: Tensor | None
+    offsets: Tensor
+    bounds: Sequence[int] | None
+    scaling: list[float]
+    dropout_p: float
+    seeds: Tensor | None
+
+    def members(self, rows: Tensor) -> Members:
+        """Checked against the rows of a call: offsets are the caller's own."""
+        bounds, groups = self.bounds or self.offsets.tolist(), len(self.lora_a)
+        ordered = all(a <= b for a, b in itertools.pairwise(bounds))
+        if len(bounds) != groups + 2 or bounds[0] != 0 or not ordered:
+            raise ValueError(
+                f"offsets: expected {groups + 2} for {groups} groups, from 0 on and rising,"
+                f" got {list(bounds)}"
+            )
+        if bounds[-1] > rows.shape[0]:
+            raise ValueError(
+                f"groups: expected at most the {rows.shape[0]} rows of x, got {bounds[-1]}"
+            )
+        if self.order is not None and len(self.order) != bounds[-1]:
+            raise ValueError(f"order: expected {bounds[-1]} rows, got {len(self.order)}")
+        return Members(self.order, bounds)
+
+    def adapters(self) -> Adapters:
+        return Adapters(self.lora_a, self.lora_b, self.scaling, self.dropout_p, self.seeds)
+
+
+def _base(weight: Tensor, bias: Tensor | None, weight_of: list[int] | None) -> Dense | Experts:
+    return Dense(weight, bias) if weight.dim() == 2 else Experts(weight, bias, weight_of or [])
+
+
+def _whole(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor, or one of size 0."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _all(tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
+    return [_whole(tensor, like) for tensor, like in zip(tensors, likes, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+def _without_autocast(device: torch.device) -> torch.autocast:
+    """Dtypes are settled above the op."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, a: Any, b: Any, bias: Any, weight_of: Any, *rest: Any
+) -> Any:
+    call, save_s = Call(a, b, *rest[:-1]), rest[-1]
+    with _without_autocast(x.device):
+        y, s = composite.forward(
+            _base(weight, bias, weight_of), x, call.adapters(), call.members(x), save_s
+        )
+    return y, _whole(s, x)
+
+
+def _add(base_out: Tensor, x: Tensor, a: Any, b: Any, *rest: Any) -> Any:
+    call, save_s = Call(a, b, *rest[:-1]), rest[-1]
+    with _without_autocast(x.device):
+        y, s = composite.forward(Given(base_out), x, call.adapters(), call.members(x), save_s)
+    return y, _whole(s, x)
+
+
+def _linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, a: Any, b: Any, bias: Any, s: Tensor, *rest: Any
+) -> Any:
+    weight_of, call, needs = rest[0], Call(a, b, *rest[1:7]), Needs(*rest[7:])
+    base = _base(weight, bias, weight_of)
+    with _without_autocast(dy.device):
+        dx, dw, dbias, d_a, d_b = composite.backward(
+            base, (dy, x, s), call.adapters(), call.members(dy), needs
+        )
+    d_bias = _whole(dbias, weight if bias is None else bias)
+    return _whole(dx, dy), _whole(dw, weight), d_bias, _all(d_a, a), _all(d_b, b)
+
+
+def _add_backward(dy: Tensor, x: Tensor, a: Any, b: Any, s: Tensor, *rest: Any) -> Any:
+    call, (need_x, need_a, need_b) = Call(a, b, *rest[:6]), rest[6:]
+    needs = Needs(need_x, False, False, need_a, need_b)
+    with _without_autocast(dy.device):
+        dx, _, _, d_a, d_b = composite.backward(
+            Given(None), (dy, x, s), call.adapters(), call.members(dy), needs
+        )
+    return _whole(dx, dy), _all(d_a, a), _all(d_b, b)
+
+
+# -------------------------------------------------------------------------------------------- fakes
+
+
+def _fake_s(x: Tensor, call: Call, save_s: bool) -> Tensor:
+    if not save_s:
+        return x.new_empty(0)
+    return x.new_empty(x.shape[0], max(a.shape[0] for a in call.lora_a))
+
+
+def _fake_linear(x: Tensor, weight: Tensor, a: Any, b: Any, *rest: Any) -> Any:
+    call, save_s = Call(a, b, *rest[2:-1]), rest[-1]
+    return x.new_empty(x.shape[0], weight.shape[-2]), _fake_s(x, call, save_s)
+
+
+def _fake_add(base_out: Tensor, x: Tensor, a: Any, b: Any, *rest: Any) -> Any:
+    call, save_s = Call(a, b, *rest[:-1]), rest[-1]
+    return base_out.new_empty(base_out.shape), _fake_s(x, call, save_s)
+
+
+def _likes(tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape if need else (0,)) for t, need in zip(tensors, needs, strict=True)]
+
+
+def _fake_linear_backward(dy: Tensor, x: Tensor, weight: Tensor, a: Any, b: Any, *rest: Any) -> Any:
+    bias, (need_x, need_weight, need_bias, need_a, need_b) = rest[0], rest[-5:]
+    K = weight.shape[-1]
+    biases = weight if bias is None else bias
+    return (
+        dy.new_empty((dy.shape[0], K) if need_x else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        biases.new_empty(biases.shape if need_bias else (0,)),
+        _likes(a, need_a),
+        _likes(b, need_b),
+    )
+
+
+def _fake_add_backward(dy: Tensor, x: Tensor, a: Any, b: Any, *rest: Any) -> Any:
+    need_x, need_a, need_b = rest[-3:]
+    dx = dy.new_empty((dy.shape[0], a[0].shape[1]) if need_x else (0,))
+    return dx, _likes(a, need_a), _likes(b, need_b)
+
+
+# ----------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, rows: Tensor | None, others: Sequence[Any], call: Call, s: Tensor) -> None:
+    """others: the weight and the bias, or None."""
+    ctx.set_materialize_grads(False)
+    ctx.groups = len(call.lora_a)
+    ctx.bounds, ctx.scaling, ctx.dropout_p = call.bounds, call.scaling, call.dropout_p
+    ctx.save_for_backward(
+        rows, *others, s, call.order, call.offsets, call.seeds, *call.lora_a, *call.lora_b
+    )
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """(x, weight, bias, s, call)."""
+    x, weight, bias, s, order, offsets, seeds, *pairs = ctx.saved_tensors
+    a, b = pairs[: ctx.groups], pairs[ctx.groups :]
+    rest = (ctx.bounds, ctx.scaling, ctx.dropout_p, seeds)
+    return x, weight, bias, s, Call(a, b, order, offsets, *rest)
+
+
+def _save_linear(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, a, b, bias, ctx.weight_of, *rest = inputs
+    ctx.mark_non_differentiable(output[1])
+    reads_x = weight.requires_grad or any(one.requires_grad for one in a)
+    call = Call(a, b, *rest[:-1])
+    _save(ctx, x if reads_x else None, (weight, bias), call, output[1])
+
+
+def _save_add(ctx: Any, inputs: Any, output: Any) -> None:
+    _, x, a, b, *rest = inputs
+    ctx.mark_non_differentiable(output[1])
+    reads_x = any(one.requires_grad for one in a)
+    _save(ctx, x if reads_x else None, (None, None), Call(a, b, *rest[:-1]), output[1])
+
+
+def _given(needed: Sequence[bool], results: Sequence[Tensor]) -> list[Tensor | None]:
+    return [result if need else None for need, result in zip(needed, results, strict=True)]
+
+
+def _linear_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    need_x, need_weight, need_a, need_b, need_bias, *_rest = ctx.needs_input_grad
+    nothing = (None,) * 8
+    if dy is None:
+        return (None, None, [None] * ctx.groups, [None] * ctx.groups, None, *nothing)
+    x, weight, bias, s, call = _saved(ctx)
+    a, b, *rest = call
+    dx, dw, dbias, d_a, d_b = _OPS.lora_linear_grouped_backward(
+        dy, _whole(x, dy), weight, a, b, bias, s, ctx.weight_of, *rest,
+        need_x, need_weight, need_bias, need_a, need_b,
+    )  # fmt: skip
+    wanted = _given((need_x, need_weight, need_bias), (dx, dw, dbias))
+    return (*wanted[:2], _given(need_a, d_a), _given(need_b, d_b), wanted[2], *nothing)
+
+
+def _add_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    need_base, need_x, need_a, need_b, *_rest = ctx.needs_input_grad
+    nothing = (None,) * 7
+    if dy is None:
+        return (None, None, [None] * ctx.groups, [None] * ctx.groups, *nothing)
+    x, _, _, s, call = _saved(ctx)
+    a, b, *rest = call
+    d_x, d_a, d_b = _OPS.lora_add_grouped_backward(
+        dy, _whole(x, dy), a, b, s, *rest, need_x, need_a, need_b
+    )
+    base = dy if need_base else None
+    return (base, d_x if need_x else None, _given(need_a, d_a), _given(need_b, d_b), *nothing)
+
+
+def _refuse_double_backward(ctx: Any, *d_outputs: Any) -> NoReturn:
+    raise NotImplementedError("lora_kernels: double backward is not supported")
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+    raise NotImplementedError(
+        "lora_kernels: grouped ops under vmap are not supported; make the batch more rows"
+    )
+
+
+for _name, _kernel, _fake in (
+    ("lora_linear_grouped", _linear, _fake_linear),
+    ("lora_add_grouped", _add, _fake_add),
+    ("lora_linear_grouped_backward", _linear_backward, _fake_linear_backward),
+    ("lora_add_grouped_backward", _add_backward, _fake_add_backward),
+):
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_vmap(f"lora_kernels::{_name}", _refuse_vmap, lib=LIBRARY)
+for _name, _setup, _gradients in (
+    ("lora_linear_grouped", _save_linear, _linear_gradients),
+    ("lora_add_grouped", _save_add, _add_gradients),
+    ("lora_linear_grouped_backward", lambda ctx, inputs, output: None, _refuse_double_backward),
+    ("lora_add_grouped_backward", lambda ctx, inputs, output: None, _refuse_double_backward),
+):
+    torch.library.register_autograd(
+        f"lora_kernels::{_name}", _gradients, setup_context=_setup, lib=LIBRARY
+    )
