@@ -16,6 +16,7 @@
 namespace lora {
 namespace avx512 {
 
+#define LORA_CONVERTS_BF16 0
 #include "avx512.inl"
 #include "few_rows.inl"
 #include "low_rank.inl"

@@ -1,7 +1,8 @@
-// Vectors of AVX-512 and the kernels of them; included in a namespace for each further extension.
+// Vectors of AVX-512 and the kernels of them; included in a namespace for each further extension:
+// LORA_CONVERTS_BF16 where it rounds to bf16 (what is below all normal numbers, to zero).
 
 constexpr int W = 16, kVectors = 4, kRows = 4, kPhilox = 8;
-constexpr int kFewRows = 4, kFewColumns = 4;
+constexpr int kFewRows = 4, kFewColumns = 6;
 typedef __m512 V;
 
 inline V load(const float* p) { return _mm512_loadu_ps(p); }
@@ -39,8 +40,12 @@ inline V rounded_half(V v) {
 }
 inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 inline void store(BFloat16* p, V v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits_bf16(v), 16)));
+#if LORA_CONVERTS_BF16
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits_bf16(v), 16));
+#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 }
 inline void store(Half* p, V v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

@@ -21,6 +21,7 @@
 namespace lora {
 namespace avx512_bf16 {
 
+#define LORA_CONVERTS_BF16 1
 #include "avx512.inl"
 #include "few_rows.inl"
 #include "low_rank.inl"
@@ -90,7 +91,8 @@ extern const Kernels kAmx = {avx512_bf16::kTile,
                              avx512_bf16::expand_any,
                              avx512_bf16::multiply_amx,
                              avx512_bf16::combine_amx,
-                             avx512_bf16::kTerms};
+                             avx512_bf16::kTerms,
+                             &avx512_bf16::kTiled};
 #endif
 
 }  // namespace lora

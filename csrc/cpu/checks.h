@@ -28,15 +28,17 @@ using torch::headeronly::Layout;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Buffer {
-  explicit Buffer(int64_t count)
-      : data(static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) / 64 + 1) * 64))) {
+template <typename T>
+struct BufferOf {
+  explicit BufferOf(int64_t count)
+      : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) / 64 + 1) * 64))) {
     if (data == nullptr) throw std::bad_alloc();
   }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-  float* const data;
+  ~BufferOf() { std::free(data); }
+  BufferOf(const BufferOf&) = delete;
+  T* const data;
 };
+using Buffer = BufferOf<float>;
 
 // The same, where up to kSmall floats need no call of the allocator.
 template <int64_t kSmall>

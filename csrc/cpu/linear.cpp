@@ -186,12 +186,45 @@ void put_into(Combination& c, const Output& out) {
   c.out_pitch = out.pitch;
 }
 
-// Threads share out the columns, or of a narrow result the rows.
+// The result from sums [chunks, count, columns] of shares of the terms, and what is there.
+void gather(const Combination& c, const float* part, int64_t chunks, int64_t columns) {
+  for (int64_t m = 0; m < c.count; ++m) {
+    float* const sum = c.sum + m * c.sum_pitch;
+    if (!c.accumulate) std::fill(sum, sum + columns, 0.f);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const float* const more = part + (i * c.count + m) * columns;
+      for (int64_t k = 0; k < columns; ++k) sum[k] += more[k];
+    }
+    if (c.out != nullptr) write_any(sum, columns, 1.f, c.out, c.out_type, m * c.out_pitch, 1);
+  }
+}
+
+// Threads share out the columns; of a narrow result the rows; of few rows the terms, for each to
+// read its share of the matrix from one end to the other.
 void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
   const int64_t work = c.count * c.terms;
   if (columns * work < kSerial) return kernels.combine(c, 0, c.count, 0, columns);
   const int64_t width = kernels.columns, strips = (columns + width - 1) / width;
-  if (strips > 4) {
+  constexpr int64_t kFew = 2, kChunks = 8, kMany = 256;
+  if (c.count <= kFew && c.terms >= kMany && strips > 4) {
+    const int64_t chunk = (c.terms + kChunks - 1) / kChunks;
+    Buffer part(kChunks * c.count * columns);
+    torch::stable::parallel_for(0, kChunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Combination share = c;
+        const int64_t first = i * chunk, bytes = c.matrix_type == Type::kFloat ? 4 : 2;
+        share.x += first * c.x_term;
+        share.terms = std::clamp<int64_t>(c.terms - first, 0, chunk);
+        share.matrix = static_cast<const char*>(c.matrix) + first * c.matrix_pitch * bytes;
+        share.sum = part.data + i * c.count * columns;
+        share.sum_pitch = columns;
+        share.accumulate = false;
+        share.out = nullptr;
+        kernels.combine(share, 0, c.count, 0, columns);
+      }
+    });
+    gather(c, part.data, kChunks, columns);
+  } else if (strips > 4) {
     const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
     torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
       kernels.combine(c, 0, c.count, begin * width, std::min(columns, end * width));

@@ -9,6 +9,8 @@ namespace {
 constexpr int64_t kCacheBytes = 256 << 10;   // a block of widened rows, in a core's own cache
 constexpr int64_t kPartialBytes = 32 << 20;  // all partial sums of a gradient
 constexpr int64_t kChunkRows = 128, kMaxChunks = 64;
+constexpr int64_t kNarrowRows = 128, kNarrowChunk = 512;  // where rows are not widened
+constexpr int64_t kExpandedRows = 256;  // of a thread, at least, where it lays out the matrix
 
 // ----------------------------------------------------------------------------------------- packing
 
@@ -92,22 +94,38 @@ void shrink_cpu(const Tensor rows, const std::optional<Tensor> matrix,
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
   const Dropout* drop = dropout.has_value() ? &*dropout : nullptr;
 
-  const int64_t pitch = up(C, kernels.columns), ranks = up(r, kernels.ranks);
   const Tensor read = aligned(rows);
   const std::optional<Tensor> read_matrix = aligned(matrix), read_low = aligned(low);
   const Rows from = view(read, "rows");
+  const Narrow* const narrow =
+      type == Type::kBFloat16 && from.column_stride == 1 ? kernels.narrow : nullptr;
+  const int64_t pitch = up(C, kernels.columns);
+  const int64_t ranks = up(r, narrow != nullptr ? narrow->columns : kernels.ranks);
   const bool direct =
       type == Type::kFloat && drop == nullptr && from.column_stride == 1 && pitch == C;
-  const int64_t block = std::clamp<int64_t>(kCacheBytes / (4 * pitch) / 4 * 4, 4, kBlockRows);
+  const int64_t block = narrow != nullptr
+                            ? kNarrowRows
+                            : std::clamp<int64_t>(kCacheBytes / (4 * pitch) / 4 * 4, 4, kBlockRows);
   int64_t chunk = block;
   if (low.has_value()) {
     const int64_t most = std::clamp<int64_t>(kPartialBytes / (4 * ranks * pitch), 1, kMaxChunks);
-    chunk = up(std::max((M + most - 1) / most, kChunkRows), block);
+    const int64_t half = std::clamp(M / 2, kChunkRows, kNarrowChunk);  // of few, for two threads
+    const int64_t least = narrow != nullptr ? half : kChunkRows;
+    chunk = up(std::max((M + most - 1) / most, least), block);
   }
   const int64_t chunks = (M + chunk - 1) / chunk;
 
-  Buffer packed(matrix.has_value() ? ranks * pitch : 0);
-  if (matrix.has_value()) pack(kernels, view(*read_matrix, "matrix"), r, type, packed.data, pitch);
+  const bool wide_matrix = matrix.has_value() && narrow == nullptr;
+  Buffer packed(wide_matrix ? ranks * pitch : 0);
+  if (wide_matrix) pack(kernels, view(*read_matrix, "matrix"), r, type, packed.data, pitch);
+  const bool tiles_matrix = matrix.has_value() && narrow != nullptr;
+  BufferOf<BFloat16> tiles(tiles_matrix ? ranks * pitch : 0);
+  if (tiles_matrix) {
+    const Rows m = view(*read_matrix, "matrix");
+    const int64_t tile = narrow->columns * narrow->terms;
+    narrow->lay_out({m.data, m.type, C, r, m.column_stride, m.row_stride}, tiles.data,
+                    up(C, narrow->terms) * narrow->columns, tile);
+  }
   Buffer partial(low.has_value() ? chunks * ranks * pitch : 0);
   void* const s_data = matrix.has_value() ? shrunk->mutable_data_ptr() : nullptr;
   const int64_t s_row = matrix.has_value() ? shrunk->stride(0) : 0;
@@ -115,30 +133,64 @@ void shrink_cpu(const Tensor rows, const std::optional<Tensor> matrix,
   const Rows low_rows = low.has_value() ? view(*read_low, "low") : from;
 
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Buffer wide(direct ? 0 : block * pitch), s(block * ranks), u(block * ranks);
+    Buffer wide(direct || narrow != nullptr ? 0 : block * pitch), s(block * ranks);
+    Buffer u(block * ranks), turned(narrow != nullptr ? block * ranks : 0);
+    std::fill(turned.data, turned.data + (narrow != nullptr ? block * ranks : 0), 0.f);
+    BufferOf<BFloat16> dropped(narrow != nullptr && drop != nullptr ? block * pitch : 0);
     for (int64_t i = begin; i < end; ++i) {
       float* sum = partial.data + i * ranks * pitch;
-      if (low.has_value()) std::fill(sum, sum + ranks * pitch, 0.f);
+      if (low.has_value() && narrow == nullptr) std::fill(sum, sum + ranks * pitch, 0.f);
       const int64_t last = std::min(M, (i + 1) * chunk);
       for (int64_t first = i * chunk; first < last; first += block) {
         const int64_t count = std::min(block, last - first);
         const float* z = wide.data;
+        const BFloat16* half = dropped.data;
         int64_t stride = pitch;
         if (direct) {
           stride = from.row_stride;
           z = static_cast<const float*>(from.data) + first * stride;
-        } else {
+        } else if (narrow == nullptr) {
           kernels.load(from, first, count, drop, wide.data, pitch);
+        } else if (drop == nullptr) {
+          stride = from.row_stride;
+          half = static_cast<const BFloat16*>(from.data) + first * stride;
+        } else {
+          narrow->drop(from, first, count, *drop, dropped.data, pitch);
         }
         if (matrix.has_value()) {
-          kernels.shrink(z, stride, count, packed.data, pitch, ranks, s.data);
+          if (narrow == nullptr)
+            kernels.shrink(z, stride, count, packed.data, pitch, ranks, s.data);
+          else
+            narrow->shrink(half, stride, count, C, tiles.data, ranks, s.data);
           for (int64_t m = 0; m < count; ++m)
             write_any(s.data + m * ranks, r, static_cast<float>(scale), s_data, type,
                       (first + m) * s_row, s_column);
         }
         if (low.has_value()) {
-          kernels.load(low_rows, first, count, nullptr, u.data, ranks);
-          kernels.outer(z, stride, count, u.data, pitch, ranks, sum);
+          kernels.load(low_rows, first, count, nullptr, u.data, up(r, kernels.ranks));
+          if (narrow == nullptr) {
+            kernels.outer(z, stride, count, u.data, pitch, ranks, sum);
+          } else {
+            for (int64_t j = 0; j < r; ++j)
+              for (int64_t m = 0; m < count; ++m)
+                turned.data[j * block + m] = u.data[m * up(r, kernels.ranks) + j];
+            Combination c = {};
+            c.x = turned.data;
+            c.narrow = true;
+            c.x_row = block;
+            c.x_term = 1;
+            c.count = ranks;
+            c.terms = count;
+            c.matrix = half;
+            c.matrix_type = type;
+            c.matrix_pitch = stride;
+            c.rounded = type;
+            c.scale = 1.f;
+            c.sum = sum;
+            c.sum_pitch = pitch;
+            c.accumulate = first > i * chunk;
+            kernels.combine(c, 0, ranks, 0, C);
+          }
         }
       }
     }
@@ -193,14 +245,41 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
   const int64_t pitch = up(C, kernels.columns), ranks = up(r, kernels.ranks);
   const Tensor read_low = aligned(low), read_matrix = aligned(matrix);
   const std::optional<Tensor> read_bias = aligned(bias);
-  Buffer packed(ranks * pitch), offset(bias.has_value() ? pitch : 0);
-  pack_tiles(kernels, view(read_matrix, "matrix"), r, type, packed.data, pitch);
+  Buffer offset(bias.has_value() ? pitch : 0);
   if (bias.has_value())
     kernels.load({read_bias->const_data_ptr(), type_of(*bias, "bias"), C, 0, read_bias->stride(0)},
                  0, 1, nullptr, offset.data, pitch);
   const Rows low_rows = view(read_low, "low");
   void* const data = out.mutable_data_ptr();
   const int64_t row_stride = out.stride(0);
+  if (kernels.narrow != nullptr && type == Type::kBFloat16 && low_rows.column_stride == 1) {
+    const Narrow& narrow = *kernels.narrow;
+    const Rows m = view(read_matrix, "matrix");
+    const int64_t step = pitch * narrow.terms;
+    BufferOf<BFloat16> tiles(up(r, narrow.terms) / narrow.terms * step);
+    narrow.lay_out({m.data, m.type, r, C, m.row_stride, m.column_stride}, tiles.data,
+                   narrow.columns * narrow.terms, step);
+    const Expansion expansion = {static_cast<const BFloat16*>(low_rows.data),
+                                 low_rows.row_stride,
+                                 r,
+                                 tiles.data,
+                                 step,
+                                 static_cast<float>(scale),
+                                 bias.has_value() ? offset.data : nullptr,
+                                 dropout.has_value() ? &*dropout : nullptr,
+                                 accumulate,
+                                 static_cast<BFloat16*>(data),
+                                 row_stride,
+                                 C};
+    constexpr int64_t kRows = 16;
+    torch::stable::parallel_for(
+        0, (M + kRows - 1) / kRows, kExpandedRows / kRows, [&](int64_t begin, int64_t end) {
+          kernels.narrow->expand(expansion, begin * kRows, std::min(M, end * kRows));
+        });
+    return;
+  }
+  Buffer packed(ranks * pitch);
+  pack_tiles(kernels, view(read_matrix, "matrix"), r, type, packed.data, pitch);
   constexpr int64_t kBlock = kExpandRows;
   torch::stable::parallel_for(0, (M + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
     Buffer u(kBlock * ranks);

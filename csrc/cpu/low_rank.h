@@ -1,8 +1,11 @@
 // A LoRA layer on the CPU: what the kernels of every instruction set offer, the low-rank half for
 // any number of rows and the whole layer for few.
-// Nothing here knows torch. Rows are [count, columns] of any strides; "padded" buffers are fp32
-// with `pitch(columns)` floats a row, zero past the last column.
+// Of torch nothing is known here but its 16-bit types. Rows are [count, columns] of any strides;
+// "padded" buffers are fp32 with `pitch(columns)` floats a row, zero past the last column.
 #pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 
@@ -14,6 +17,9 @@
 #endif
 
 namespace lora {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
 
 // Rows that the kernels take at a time.
 constexpr int kBlockRows = 64, kExpandRows = 32;
@@ -81,6 +87,48 @@ struct Combination {
   int64_t out_pitch;
 };
 
+// A matrix [terms, columns] of any strides, in bf16 or fp32 to be rounded.
+struct Factor {
+  const void* data;
+  Type type;
+  int64_t terms, columns, term_stride, column_stride;
+};
+
+// Rows first .. last of out [., columns] = scale * low [., ranks] matrix [ranks, columns] where
+// kept, + bias (padded, may be null) + out where `accumulate`; the matrix is laid out by tiles.
+struct Expansion {
+  const BFloat16* low;
+  int64_t low_pitch, ranks;
+  const BFloat16* matrix;
+  int64_t step_pitch;
+  float scale;
+  const float* bias;
+  const Dropout* dropout;  // may be null
+  bool accumulate;
+  BFloat16* out;
+  int64_t out_pitch, columns;
+};
+
+// The low-rank half of rows in bf16 that are never widened, by tiles of `columns` columns and
+// `terms` terms.
+struct Narrow {
+  int columns, terms;
+
+  // Each tile of columns is `tile_pitch` after the one before, each step of terms `step_pitch`.
+  void (*lay_out)(const Factor& matrix, BFloat16* out, int64_t tile_pitch, int64_t step_pitch);
+
+  // `count` rows from `first` on with zeros where `dropout` drops, and past the last column.
+  void (*drop)(const Rows& from, int64_t first, int64_t count, const Dropout& dropout,
+               BFloat16* out, int64_t pitch);
+
+  // out[count, ranks] = rows [count, columns] * a matrix, laid out tile by tile; ranks come in
+  // whole tiles.
+  void (*shrink)(const BFloat16* rows, int64_t pitch, int64_t count, int64_t columns,
+                 const BFloat16* matrix, int64_t ranks, float* out);
+
+  void (*expand)(const Expansion& expansion, int64_t first, int64_t last);
+};
+
 struct Kernels {
   // Padded buffers have a multiple of `columns` columns, matrices in them of `ranks` rows.
   int columns, ranks;
@@ -118,6 +166,8 @@ struct Kernels {
   void (*combine)(const Combination& combination, int64_t row, int64_t last_row, int64_t first,
                   int64_t last);
   int terms;
+
+  const Narrow* narrow = nullptr;  // where there are such
 };
 
 extern const Kernels kBase;

@@ -2,17 +2,11 @@
 // what is inline here must not be compiled for a newer CPU than the one it may run on.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstring>
 
 #include "low_rank.h"
 
 namespace lora {
-
-using BFloat16 = torch::headeronly::BFloat16;
-using Half = torch::headeronly::Half;
 
 // Columns whose mask bits are made at a time: a multiple of every tile.
 constexpr int64_t kStrip = 1024;

@@ -20,7 +20,7 @@ from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Need
 
 _RANK_FIRST_ROWS = 128
-_FEW_ROWS = 64
+_FEW_ROWS = 48
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

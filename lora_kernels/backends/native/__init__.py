@@ -75,10 +75,11 @@ def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
         return "16-bit products are formed in fp32 here, and rounded once"
     if branch.dropout_p or (forced.now is not None and forced.now.backend == "native"):
         return None
-    if rows.dtype != torch.float32:
-        return "16 bits without dropout"
     if rows.shape[0] < _MIN_ROWS:
         return f"fewer than {_MIN_ROWS} rows without dropout"
+    tiles = rows.dtype == torch.bfloat16 and best_isa() >= extension.AMX
+    if rows.dtype != torch.float32 and not tiles:
+        return "16 bits without dropout"
     if branch.lora_a.shape[0] >= _MANY_RANKS:
         return f"a rank of {_MANY_RANKS} or more without dropout"
     return None if best_isa() > 0 else "no AVX2"

@@ -28,6 +28,7 @@ _CUDA_SCHEMAS = (
     " -> ()",
 )
 ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
+AMX = ISA_NAMES.index("AMX")
 
 
 def _file(name: str) -> Path | None:
