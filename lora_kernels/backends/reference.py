@@ -19,7 +19,7 @@ from lora_kernels.backends import blocked
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Need
 
-_RANK_FIRST_ROWS = 128
+_RANK_FIRST_ROWS = 512, 1024  # of 16 bits
 _FEW_ROWS = 48
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -90,12 +90,12 @@ def _whole_backward(
     base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need
 ) -> Gradients:
     dx = dweight = d_a = d_b = None
-    # CPU BLAS is several times faster with many rows if r comes first in these; both copies are
-    # rank-sized.
-    rank_first = dy.device.type == "cpu" and dy.shape[0] >= _RANK_FIRST_ROWS
+    # CPU BLAS is faster with many rows if r comes first in these; both copies are rank-sized.
+    rank_first = dy.device.type == "cpu" and dy.shape[0] >= _RANK_FIRST_ROWS[dy.dtype.itemsize == 2]
     if need.x or need.a:
         b = _as(branch.lora_b, dy)
-        ds = _scaled_product(dy, b.t().contiguous().t() if rank_first else b, branch.scaling)
+        turned = rank_first and dy.dtype.itemsize > 2
+        ds = _scaled_product(dy, b.t().contiguous().t() if turned else b, branch.scaling)
     if need.x:
         a = _as(branch.lora_a, dy)
         if isinstance(base, Dense):

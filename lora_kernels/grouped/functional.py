@@ -149,12 +149,14 @@ def _call(
         _checks.check_range(factor, 0.0)
     _checks.check_range(1.0, dropout_p)
     seeds = _seeds(seed, count, rows.device) if dropout_p else None
-    bounds = groups.bounds
-    compiled = torch.compiler.is_compiling()  # the numbers would be part of the graph
-    if bounds is not None and not compiled and not isinstance(pairs[0], _Unbound):
+    order, bounds = groups.order, None
+    if not torch.compiler.is_compiling():  # else the numbers would be part of the graph
+        bounds = groups.bounds
+        order = None if groups.in_order else order
+    if bounds is not None and not isinstance(pairs[0], _Unbound):
         pairs = _with_rows(pairs[0], bounds), _with_rows(pairs[1], bounds)
-    known = None if bounds is None or compiled else list(bounds)
-    rest = (groups.order, groups.offsets, known, factors, float(dropout_p), seeds)
+    known = None if bounds is None else list(bounds)
+    rest = (order, groups.offsets, known, factors, float(dropout_p), seeds)
     return _Call((list(pairs[0]), list(pairs[1])), rest)
 
 

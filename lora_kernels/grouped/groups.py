@@ -21,19 +21,21 @@ class Groups:
         rows: M, the number of rows of a batch that it fits, or None where rows may lie past its
             last segment.
         order: int64 [T], the rows from the first group's to the last's, then those of no group,
-            each group's in the order of the batch; None where that is the order of the batch.
+            each group's in the order of the batch; None where that is all rows as they lie.
         offsets: int64 [G + 2], where in `order` the rows of each group begin, those of no group
             begin, and all end.
         bounds: `offsets` as numbers, None where they are not known.
+        in_order: whether rows are known to lie as `order` has them.
     """
 
-    __slots__ = ("bounds", "count", "offsets", "order", "rows")
+    __slots__ = ("count", "rows", "order", "offsets", "bounds", "in_order")  # noqa: RUF023
 
     count: int
     rows: int | None
     order: Tensor | None
     offsets: Tensor
     bounds: tuple[int, ...] | None
+    in_order: bool
 
     def __init__(self) -> None:
         raise TypeError("Groups: made by from_rows, from_segments or from_names")
@@ -42,7 +44,7 @@ class Groups:
         raise AttributeError(f"Groups are immutable: {name} cannot be set")
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return _made, (self.count, self.rows, self.order, self.offsets, self.bounds)
+        return _made, tuple(getattr(self, name) for name in Groups.__slots__)
 
     def __repr__(self) -> str:
         if self.bounds is None:
@@ -78,8 +80,10 @@ class Groups:
         groups, order = torch.where(index < 0, count, index).sort(stable=True)
         edges = torch.arange(count + 2, device=index.device)
         offsets = torch.searchsorted(groups, edges)
-        bounds = tuple(offsets.tolist()) if _waits(index) else None
-        return _made(count, index.numel(), order, offsets, bounds)
+        if not _waits(index):
+            return _made(count, index.numel(), order, offsets)
+        in_order = torch.equal(order, torch.arange(len(order), device=order.device))
+        return _made(count, index.numel(), order, offsets, tuple(offsets.tolist()), in_order)
 
     @staticmethod
     def from_segments(
@@ -123,7 +127,7 @@ class Groups:
         device = lengths.device if isinstance(lengths, Tensor) else None
         rows = [g for g, length in zip(segments, given, strict=True) for _ in range(length)]
         made = Groups.from_rows(torch.tensor(rows, dtype=torch.int64, device=device), count)
-        return _made(count, None, made.order, made.offsets, made.bounds)
+        return _made(count, None, made.order, made.offsets, made.bounds, made.in_order)
 
     @staticmethod
     def from_names(
@@ -164,19 +168,14 @@ class Groups:
             return self
         order = None if self.order is None else self.order.to(device, non_blocking=True)
         offsets = self.offsets.to(device, non_blocking=True)
-        return _made(self.count, self.rows, order, offsets, self.bounds)
+        return _made(self.count, self.rows, order, offsets, self.bounds, self.in_order)
 
 
-def _made(
-    count: int,
-    rows: int | None,
-    order: Tensor | None,
-    offsets: Tensor,
-    bounds: tuple[int, ...] | None,
-) -> Groups:
+def _made(*values: object) -> Groups:
+    """Of the attributes in their order; the last two, if not given, are not known."""
     groups: Groups = object.__new__(Groups)
-    fields = {"count": count, "rows": rows, "order": order, "offsets": offsets, "bounds": bounds}
-    for name, value in fields.items():
+    values = (*values, None, False)[: len(Groups.__slots__)]
+    for name, value in zip(Groups.__slots__, values, strict=True):
         object.__setattr__(groups, name, value)
     return groups
 
@@ -192,7 +191,7 @@ def _consecutive(lengths: Tensor | Sequence[int], given: Tensor | Sequence[int])
         offsets = torch.cat([ends_there.new_zeros(1), ends_there, ends_there[-1:]])
     else:
         offsets = torch.tensor(bounds, dtype=torch.int64)
-    return _made(len(lengths), None, None, offsets, bounds)
+    return _made(len(lengths), None, None, offsets, bounds, True)
 
 
 def _check_count(count: int) -> None:

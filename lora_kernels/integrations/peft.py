@@ -9,12 +9,12 @@ Works with PEFT 0.20 to 0.21.
 import copy
 import warnings
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,6 +27,9 @@ from transformers.pytorch_utils import Conv1D
 from lora_kernels import backends, direct, targets
 from lora_kernels._contract import DTYPES
 from lora_kernels.functional import lora_add, lora_linear
+from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
+from lora_kernels.integrations import peft_experts
+from lora_kernels.integrations.peft_experts import FusedExperts
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as _Layer  # whose attributes all of them have
@@ -88,7 +91,8 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
     hooks, parametrizations, sharded weights, submodules and tensors of other types, layouts and
     dtypes, `torch.jit.trace`) is computed by PEFT. Calls of few rows on the CPU are one native call
     where that serves them; else the layer makes PEFT's own torch calls for a small x. Call it again
-    for layers that PEFT makes later.
+    for layers that PEFT makes later. Experts of Transformers' mixtures with `target_parameters` run
+    as grouped ops, where one adapter is active.
 
     A base that is not a plain dense layer is tried with two rows, on a copy: where the gradient of
     its input is lost, the report names the layer, and the first call that needs it warns.
@@ -108,8 +112,18 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
     if not isinstance(exact, bool):
         raise TypeError(f"exact: expected a bool, got {type(exact).__name__}")
     report = PeftReport()
+    inner: dict[int, str | None] = {}  # wrappers within others, which compute for them
     for name, layer in peft_model.named_modules():
         if not isinstance(layer, LoraLayer):
+            continue
+        if isinstance(layer, ParamWrapper):
+            reason = inner.pop(id(layer)) if id(layer) in inner else peft_experts.fuse(layer)
+            if isinstance(layer.base_layer, ParamWrapper):
+                inner[id(layer.base_layer)] = reason
+            if reason is None:
+                report.fused.append(name)
+            else:
+                report.left[name] = reason
             continue
         reason = _fuse(layer, exact)
         if isinstance(layer, _Fused) and (lost := _lost_gradient(layer)) is not None:
@@ -129,7 +143,7 @@ def unfuse_peft(peft_model: nn.Module) -> None:
     """Gives every layer that `fuse_peft` moved back to PEFT. TypeError: not a module."""
     _require_module(peft_model)
     for layer in peft_model.modules():
-        if isinstance(layer, _Fused):
+        if isinstance(layer, (_Fused, FusedExperts)):
             layer.__class__ = layer.peft_class  # type: ignore[assignment]  # PEFT's again
             layer.__dict__.pop(_WARNING, None)
 
@@ -276,32 +290,19 @@ class _Fused(_Layer):
     def _fused_forward(self, x: Tensor, adapters: list[str]) -> Tensor | None:
         """None where the dtypes at hand, or the scaling, are not the op's."""
         modules: dict[str, Any] = self._modules
-        base, lora_A, lora_B, dropouts = (
-            modules[key] for key in ("base_layer", "lora_A", "lora_B", "lora_dropout")
-        )
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if x.dtype not in DTYPES or (autocast and x.dtype == torch.float64):
+        base, lora_A, lora_B = (modules[key] for key in ("base_layer", "lora_A", "lora_B"))
+        if not self._has_dtypes_of_the_op(x, adapters):
             return None
-        if self.dense and base.weight.dtype != x.dtype and not autocast:
+        if not all(_takes(self.scaling[name], x) for name in adapters):
             return None
-        for name in adapters:
-            low = lora_A[name].weight.dtype
-            rounded = low == torch.float32 and dtype in _HALF
-            cast = autocast and low != torch.float64
-            if not (low == dtype or cast or (rounded and not self.exact)):
-                return None
-            if not _takes(self.scaling[name], x):
-                return None
         y = None
         if not self.dense:
             y = base(x)
-            if y.dtype != dtype or y.shape[:-1] != x.shape[:-1]:
+            if y.dtype != _computed_in(x) or y.shape[:-1] != x.shape[:-1]:
                 return None
         for name in adapters:
             A, B, scaling = lora_A[name].weight, lora_B[name], self.scaling[name]
-            dropout = dropouts[name]
-            p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+            p = self._drops(name)
             bias = None if B.bias is None else B.bias * scaling
             options = {"scaling": scaling, "dropout_p": p}
             if y is None:
@@ -315,6 +316,77 @@ class _Fused(_Layer):
                 y = lora_add(y, x, A, B.weight, **options)
                 y = y if bias is None else y + bias.to(y.dtype)
         return y
+
+    def _has_dtypes_of_the_op(self, x: Tensor, adapters: list[str]) -> bool:
+        autocast, dtype = torch.is_autocast_enabled(x.device.type), _computed_in(x)
+        if x.dtype not in DTYPES or (autocast and x.dtype == torch.float64):
+            return False
+        base: Any = self._modules["base_layer"]
+        if self.dense and base.weight.dtype != x.dtype and not autocast:
+            return False
+        for name in adapters:
+            halves: Any = self.lora_A
+            low = halves[name].weight.dtype
+            rounded = low == torch.float32 and dtype in _HALF and not self.exact
+            cast = autocast and low != torch.float64
+            if low != dtype and not cast and not rounded:
+                return False
+        return True
+
+    def _drops(self, adapter: str) -> float:
+        """The probability with which an adapter drops now."""
+        dropout = self._modules["lora_dropout"]._modules[adapter]  # type: ignore[union-attr]
+        return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+    def _mixed_batch_forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> Tensor:
+        """Of `adapter_names`, which PEFT's forward has checked: one adapter of each sample."""
+        others = args or any(value is not None for value in kwargs.values())
+        y = None if others else self._grouped(x, tuple(adapter_names))
+        if y is not None:
+            return y
+        mixed: Tensor = super()._mixed_batch_forward(
+            x, *args, adapter_names=adapter_names, **kwargs
+        )
+        return mixed
+
+    def _grouped(self, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+        """None where the op does not cover what is there."""
+        lora_A, lora_B = self.lora_A, self.lora_B
+        here = tuple(name if name in lora_A else None for name in names)
+        adapters = list(dict.fromkeys(name for name in here if name is not None))
+        if (
+            torch.compiler.is_compiling()
+            or type(x) not in _PLAIN
+            or x.layout is not torch.strided
+            or x.dim() < 2
+            or not adapters
+            or _has_any_global_hook()
+            or self._structure(adapters) is not None
+        ):
+            return None
+        drops = {self._drops(name) for name in adapters}
+        scaling = [self.scaling[name] for name in adapters]
+        if (
+            not self._has_dtypes_of_the_op(x, adapters)
+            or len(drops) != 1
+            or any(lora_B[name].bias is not None for name in adapters)
+            or any(type(one) not in (float, int) for one in scaling)
+        ):
+            return None
+        groups = _groups(here, x.shape[1:-1].numel(), str(x.device))
+        halves: tuple[Any, Any] = (lora_A, lora_B)
+        a, b = ([half[name].weight for name in adapters] for half in halves)
+        options: dict[str, Any] = {"scaling": scaling, "dropout_p": drops.pop()}
+        base: Any = self.base_layer
+        if self.dense:
+            weight = base.weight.t() if type(base) is Conv1D else base.weight
+            return lora_linear_grouped(x, weight, a, b, groups, base.bias, **options)
+        y = base(x)
+        if y.dtype != _computed_in(x) or y.shape[:-1] != x.shape[:-1]:
+            return None
+        return lora_add_grouped(y, x, a, b, groups, **options)
 
     def objection(self) -> str | None:
         """Why PEFT computes this layer as it is now; None where the op does."""
@@ -363,6 +435,19 @@ def _fused_class(cls: type[LoraLayer], exact: bool) -> type[_Layer]:
         "__doc__": _Fused.__doc__, "__module__": __name__,
     }  # fmt: skip
     return type(f"Fused{cls.__name__}", (_Fused, cls), members)
+
+
+@lru_cache(maxsize=8)
+def _groups(names: tuple[str | None, ...], rows: int, device: str) -> Groups:
+    """Of samples of so many rows, each of one adapter, in the order in which these appear; all
+    layers of a model have the same."""
+    table = list(dict.fromkeys(name for name in names if name is not None))
+    return Groups.from_names(names, table, rows).to(device)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def _empty(cls: type[_Layer], exact: bool) -> _Layer:

@@ -22,14 +22,14 @@ from lora_kernels.branch import Need
 # By index of extension.ISA_NAMES. Without vector instructions torch's own loops are as good. But by
 # tiles the backward widens bf16 to fp32; torch does not where it has instructions for bf16.
 MOST_ROWS: dict[torch.dtype, tuple[int, ...]] = {
-    torch.float32: (0, 96, 64, 64, 64),
+    torch.float32: (0, 96, 48, 48, 48),
     torch.bfloat16: (0, 192, 16, 16, 192),
-    torch.float16: (0, 192, 64, 64, 64),
+    torch.float16: (0, 192, 48, 48, 48),
 }
 MOST_ROWS_BACKWARD: dict[torch.dtype, tuple[int, ...]] = {
-    torch.float32: (0, 128, 64, 64, 64),
+    torch.float32: (0, 128, 48, 48, 48),
     torch.bfloat16: (0, 256, 8, 8, 128),
-    torch.float16: (0, 256, 64, 64, 64),
+    torch.float16: (0, 256, 48, 48, 48),
 }
 
 
