@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.memory import peak_bytes
 from lora_kernels import Groups, lora_linear, lora_linear_grouped
 from lora_kernels.testing import DTYPES
 from lora_kernels.tuning.clock import Deadline, Turn, interleaved, summary
@@ -186,17 +187,9 @@ def experts(case: Mixture) -> dict[str, Turn]:
 # ----------------------------------------------------------------------------------------- measured
 
 
-def peak_bytes(run: Turn) -> int:
-    """The most memory that tensors of one turn take at a time."""
-    activity = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity], profile_memory=True) as profile:
-        run(lambda: None)
-    now = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+def peak(run: Turn) -> float:
+    """MiB that one turn takes at most beside what was there."""
+    return round(peak_bytes(lambda: run(lambda: None), torch.device("cpu")) / 2**20, 1)
 
 
 def measured(turns: dict[str, Turn], base: str, args: argparse.Namespace) -> dict:
@@ -208,7 +201,7 @@ def measured(turns: dict[str, Turn], base: str, args: argparse.Namespace) -> dic
     }
     row = {"rounds": len(times[base])}
     for name, taken in times.items():
-        row[name] = summary(taken, times[base]) | {"peak_mib": peak_bytes(turns[name]) / 2**20}
+        row[name] = summary(taken, times[base]) | {"peak_mib": peak(turns[name])}
     return row
 
 

@@ -20,7 +20,7 @@ from lora_kernels.backends.native.extension import best_isa
 from lora_kernels.backends.native.few_rows import FewRows, Rows, most_rows, readable
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
-from lora_kernels.branch import Base, Branch, Dense, Need
+from lora_kernels.branch import Base, Branch, Dense, Given, Need
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Without dropout torch's own calls win below so many rows, from such a rank on, and with 16-bit
@@ -75,12 +75,12 @@ def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
         return "16-bit products are formed in fp32 here, and rounded once"
     if branch.dropout_p or (forced.now is not None and forced.now.backend == "native"):
         return None
-    if rows.shape[0] < _MIN_ROWS:
-        return f"fewer than {_MIN_ROWS} rows without dropout"
     tiles = rows.dtype == torch.bfloat16 and best_isa() >= extension.AMX
+    if rows.shape[0] < _MIN_ROWS and not tiles:
+        return f"fewer than {_MIN_ROWS} rows without dropout"
     if rows.dtype != torch.float32 and not tiles:
         return "16 bits without dropout"
-    if branch.lora_a.shape[0] >= _MANY_RANKS:
+    if branch.lora_a.shape[0] >= _MANY_RANKS and not (tiles and isinstance(base, Given)):
         return f"a rank of {_MANY_RANKS} or more without dropout"
     return None if best_isa() > 0 else "no AVX2"
 
