@@ -38,6 +38,7 @@ PLANS, KERNEL_OPS = "interpreted_plans", "interpreted_ops"
 MANY_ROWS = "test_sums_over_as_many_rows_as_a_batch_has"
 MANY_BLOCKS = "test_sums_over_many_blocks"
 LARGE = "test_large_values_in_fp16"
+GROUPED = "grouped/composite.py"
 INTEGRATION, TRANSFORMERS = "integrations/peft.py", "integrations/transformers.py"
 RECIPES = "recipes/"
 KERNELS = "interpreted_plans interpreted_ops interpreted_passes"
@@ -46,10 +47,10 @@ KERNELS = "interpreted_plans interpreted_ops interpreted_passes"
 # should notice). None stands for what is in no function or class; files of csrc/ leave the function
 # out, the text occurs once in them. A test is test_NAME.py in a folder of tests, or NAME::test.
 MUTANTS = {
-    "sign of ds": (REFERENCE, "_whole_backward", "if rank_first else b, branch.scaling)", "if rank_first else b, -branch.scaling)", "ops"),
+    "sign of ds": (REFERENCE, "_whole_backward", "if turned else b, branch.scaling)", "if turned else b, -branch.scaling)", "ops"),
     "scaling dropped in s": (REFERENCE, "forward", "x).t(), low)", "x).t(), 1)", "ops"),
     "scaling dropped in s of lora_add": (REFERENCE, "add_branch", "x).t(), low)", "x).t(), 1)", "ops"),
-    "scaling dropped in ds": (REFERENCE, "_whole_backward", "if rank_first else b, branch.scaling)", "if rank_first else b, 1.0)", "ops"),
+    "scaling dropped in ds": (REFERENCE, "_whole_backward", "if turned else b, branch.scaling)", "if turned else b, 1.0)", "ops"),
     "scaling dropped in blocked ds": (BLOCKED, "backward", "_scaled(rows, b, branch.scaling)", "_scaled(rows, b, 1.0)", "ops"),
     "1/(1-p) missing in s": (BLOCKED, "_shrink", "scaling * keep_scale(branch.dropout_p)", "scaling", "dropout"),
     "1/(1-p) missing in backward": (BLOCKED, "backward", "scale = keep_scale(p) if p else 1.0", "scale = 1.0", "dropout"),
@@ -219,7 +220,7 @@ MUTANTS = {
     "training silent about idle adapters": ("recipes/training.py", "_step", "_warn_of_idle_adapters(model, optimizer)\n    scaler", "pass\n    scaler", "check"),
     "training warns at every step": ("recipes/training.py", "train_model", "first=len(history) == begun", "first=True", "check"),
     "cpu: partial sums past the 16th lost": (CPU + "low_rank.cpp", "for (int64_t i = 0; i < chunks; ++i) {", "for (int64_t i = 0; i < std::min<int64_t>(chunks, 16); ++i) {", f"native::{MANY_ROWS}"),
-    "cpu: scale of a gradient dropped": (CPU + "low_rank.cpp", "static_cast<float>(gradient_scale), g_data", "1.f, g_data", f"native::{LARGE}"),
+    "cpu: scale of a gradient dropped": (CPU + "low_rank.cpp", "width, p.gradient_scale, p.gradient.data", "width, 1.f, p.gradient.data", f"native::{LARGE}"),
     "cpu: masks of what is read wrap at row 4096": (CPU + "low_rank.inl", "static_cast<uint32_t>(first + i), strip / 8", "static_cast<uint32_t>(first + i) & 4095u, strip / 8", f"native::{MANY_ROWS}"),
     "cpu: masks of what is written wrap at row 4096": (CPU + "low_rank.inl", "static_cast<uint32_t>(first + m), k / 8", "static_cast<uint32_t>(first + m) & 4095u, k / 8", f"native::{MANY_ROWS}"),
     "cpu: rows of masks counted in 16 bits": (CPU + "low_rank.inl", "dropout.row + m,", "dropout.row + (m & 65535u),", "native::test_masks_of_as_many_rows_as_a_batch_has"),
@@ -229,6 +230,16 @@ MUTANTS = {
     "cpu: power of two left in s": (CPU + "linear.cpp", "static_cast<float>(1 / high)", "1.f", "few_rows::test_values"),
     "cpu: factor of dropout lost in ds": (CPU + "linear.cpp", "static_cast<float>(scaling * keep)", "static_cast<float>(scaling)", "few_rows::test_a_step_of_training_in_two_calls"),
     "cpu: mask lost in dx": (CPU + "linear.cpp", "0, M, drop, sum.data, pitch)", "0, M, nullptr, sum.data, pitch)", "few_rows::test_a_step_of_training_in_two_calls"),
+    "grouped: rows of another group": (GROUPED, "Members.take", "rows[self.order[place]]", "rows[place]", "grouped"),
+    "grouped: one seed for all": (GROUPED, "Adapters.branch", "self.seeds[group]", "self.seeds[0]", "grouped"),
+    "grouped: rows past all read": (GROUPED, "_base", "x[: members.served]", "x", "grouped"),
+    "grouped: rows of nobody by another kernel": (GROUPED, "_base", "if members.bounds[-2] < members.bounds[-1]:", "if False:", "few_rows grouped"),
+    "grouped: one weight of two tenants": (GROUPED, "Experts.base", "self.weight_of[group]", "group % len(self.weight)", "grouped"),
+    "grouped: groups without rows moved": ("grouped/functional.py", "_with_rows", "t if bounds[i] < bounds[i + 1] or not t.requires_grad else t.detach()", "t", "grouped"),
+    "cpu: the mask of a group from its first row in the batch": (CPU + "grouped.cpp", "threshold, 0, 0};", "threshold, static_cast<uint32_t>(bounds[g]), 0};", "grouped native_grouped"),
+    "cpu: rows of a group not written back": (CPU + "grouped.cpp", "    out.put(groups, g, y);", "", "grouped native_grouped"),
+    "experts: adapters of PEFT by another expert": ("integrations/peft_experts.py", "_adapter", "B.view(B.shape[0], -1, E).permute(2, 0, 1)", "B.view(B.shape[0], E, -1).permute(1, 0, 2)", "experts"),
+    "mixed batches: one adapter for all": (INTEGRATION, "_Fused._grouped", "name if name in lora_A else None for name in names", "names[0] if name in lora_A else None for name in names", "mixed_batches"),
     "direct: the profiler unseen": ("_dispatch.py", "is_unwatched", "not profiler._is_profiler_enabled", "True", "few_rows::test_who_watches_sees_the_op"),
     "direct: modes unseen": ("_dispatch.py", "is_unwatched", "not _len_torch_function_stack()", "True", "few_rows::test_who_watches_sees_the_op"),
     "direct: modes below unseen": ("_dispatch.py", "is_unwatched", "not _len_torch_dispatch_stack()", "True", "few_rows::test_who_watches_sees_the_op"),
@@ -341,9 +352,9 @@ MUTANTS = {
     "trace forgets the seed": (FUNCTIONAL, "_traced", "if dropout_p and seed is not None:", "if False:", "functional"),
     "fused PEFT: sparse x taken": (INTEGRATION, "_Fused.forward", "or x.layout is not torch.strided", "", "integrations_peft"),
     "fused PEFT: nested x taken": (INTEGRATION, "_Fused.forward", "or x.is_nested", "", "integrations_peft"),
-    "fused PEFT: complex x taken": (INTEGRATION, "_Fused._fused_forward", "x.dtype not in DTYPES or ", "", "integrations_peft"),
+    "fused PEFT: complex x taken": (INTEGRATION, "_Fused._has_dtypes_of_the_op", "x.dtype not in DTYPES or ", "", "integrations_peft"),
     "fused PEFT: sparse weight taken": (INTEGRATION, "_module_objection", "types is not None and parameter.layout is not torch.strided", "False", "integrations_peft"),
-    "fused PEFT: fp64 adapters under autocast": (INTEGRATION, "_Fused._fused_forward", "cast = autocast and low != torch.float64", "cast = autocast", "integrations_peft"),
+    "fused PEFT: fp64 adapters under autocast": (INTEGRATION, "_Fused._has_dtypes_of_the_op", "cast = autocast and low != torch.float64", "cast = autocast", "integrations_peft"),
     "resume: Python's generator not restored": (RECIPES + "resume.py", "_set_random", "    random.setstate(state[\"python\"])\n", "", "resume"),
     "resume: the loader's generator not restored": (RECIPES + "resume.py", "_set_random", "        generator.set_state(value)\n", "        pass\n", "resume"),
     "resume: the epoch in another order": (RECIPES + "resume.py", "_seek", "    _set_random(epoch_random, loader)\n", "", "resume"),

@@ -88,7 +88,9 @@ FLOORS["backends"] = {
     "codegen": 6,
     "__init__": 7,
 }
-FLOORS["backends.native"] = {"extension": 0, "decode": 1, "few_rows": 1, "__init__": 2}
+FLOORS["backends.native"] = {
+    "extension": 0, "decode": 1, "few_rows": 1, "grouped": 1.5, "__init__": 2,
+}  # fmt: skip
 FLOORS["backends.triton"] = {
     "__init__": 0,
     "blocks": 0,

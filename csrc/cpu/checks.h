@@ -14,6 +14,7 @@
 #include <new>
 #include <optional>
 
+#include "passes.h"
 #include "scalar.h"
 
 #if LORA_AMX
@@ -186,6 +187,10 @@ inline std::optional<Dropout> dropout_of(int64_t threshold, const std::optional<
 
 inline Rows view(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), type_of(t, name), t.size(1), t.stride(0), t.stride(1)};
+}
+
+inline Result result(Tensor& t, const char* name) {
+  return {t.mutable_data_ptr(), type_of(t, name), t.stride(0), t.stride(1)};
 }
 
 // out = scale * values, rounded to `type`, in the caller's memory.

@@ -2,6 +2,7 @@
 // threads. Chunks follow from the shapes alone, so the bits of a result do not depend on the number
 // of threads.
 #include "checks.h"
+#include "passes.h"
 
 namespace lora {
 namespace {
@@ -56,6 +57,178 @@ void pack_tiles(const Kernels& kernels, const Rows& from, int64_t ranks, Type ty
                               });
 }
 
+}  // namespace
+
+// -------------------------------------------------------------------------------------------
+// passes
+
+void shrink(const Kernels& kernels, const Shrinking& p) {
+  const Rows& from = p.rows;
+  const Type type = from.type;
+  const int64_t M = p.count, C = from.columns, r = p.ranks;
+  const Dropout* const drop = p.dropout;
+  const Narrow* const narrow =
+      type == Type::kBFloat16 && from.column_stride == 1 ? kernels.narrow : nullptr;
+  const int64_t pitch = up(C, kernels.columns);
+  const int64_t ranks = up(r, narrow != nullptr ? narrow->columns : kernels.ranks);
+  const bool direct =
+      type == Type::kFloat && drop == nullptr && from.column_stride == 1 && pitch == C;
+  const int64_t block = narrow != nullptr
+                            ? kNarrowRows
+                            : std::clamp<int64_t>(kCacheBytes / (4 * pitch) / 4 * 4, 4, kBlockRows);
+  int64_t chunk = block;
+  if (p.low != nullptr) {
+    const int64_t most = std::clamp<int64_t>(kPartialBytes / (4 * ranks * pitch), 1, kMaxChunks);
+    const int64_t half = std::clamp(M / 2, kChunkRows, kNarrowChunk);  // of few, for two threads
+    const int64_t least = narrow != nullptr ? half : kChunkRows;
+    chunk = up(std::max((M + most - 1) / most, least), block);
+  }
+  const int64_t chunks = (M + chunk - 1) / chunk;
+
+  const bool wide_matrix = p.matrix != nullptr && narrow == nullptr;
+  Buffer packed(wide_matrix ? ranks * pitch : 0);
+  if (wide_matrix) pack(kernels, *p.matrix, r, type, packed.data, pitch);
+  const bool tiles_matrix = p.matrix != nullptr && narrow != nullptr;
+  BufferOf<BFloat16> tiles(tiles_matrix ? ranks * pitch : 0);
+  if (tiles_matrix) {
+    const Rows& m = *p.matrix;
+    const int64_t tile = narrow->columns * narrow->terms;
+    narrow->lay_out({m.data, m.type, C, r, m.column_stride, m.row_stride}, tiles.data,
+                    up(C, narrow->terms) * narrow->columns, tile);
+  }
+  Buffer partial(p.low != nullptr ? chunks * ranks * pitch : 0);
+  const Rows& low_rows = p.low != nullptr ? *p.low : from;
+
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    Buffer wide(direct || narrow != nullptr ? 0 : block * pitch), s(block * ranks);
+    Buffer u(block * ranks), turned(narrow != nullptr ? block * ranks : 0);
+    std::fill(turned.data, turned.data + (narrow != nullptr ? block * ranks : 0), 0.f);
+    BufferOf<BFloat16> dropped(narrow != nullptr && drop != nullptr ? block * pitch : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      float* sum = partial.data + i * ranks * pitch;
+      if (p.low != nullptr && narrow == nullptr) std::fill(sum, sum + ranks * pitch, 0.f);
+      const int64_t last = std::min(M, (i + 1) * chunk);
+      for (int64_t first = i * chunk; first < last; first += block) {
+        const int64_t count = std::min(block, last - first);
+        const float* z = wide.data;
+        const BFloat16* half = dropped.data;
+        int64_t stride = pitch;
+        if (direct) {
+          stride = from.row_stride;
+          z = static_cast<const float*>(from.data) + first * stride;
+        } else if (narrow == nullptr) {
+          kernels.load(from, first, count, drop, wide.data, pitch);
+        } else if (drop == nullptr) {
+          stride = from.row_stride;
+          half = static_cast<const BFloat16*>(from.data) + first * stride;
+        } else {
+          narrow->drop(from, first, count, *drop, dropped.data, pitch);
+        }
+        if (p.matrix != nullptr) {
+          if (narrow == nullptr)
+            kernels.shrink(z, stride, count, packed.data, pitch, ranks, s.data);
+          else
+            narrow->shrink(half, stride, count, C, tiles.data, ranks, s.data);
+          for (int64_t m = 0; m < count; ++m)
+            write_any(s.data + m * ranks, r, p.scale, p.shrunk.data, type,
+                      (first + m) * p.shrunk.row_stride, p.shrunk.column_stride);
+        }
+        if (p.low != nullptr) {
+          kernels.load(low_rows, first, count, nullptr, u.data, up(r, kernels.ranks));
+          if (narrow == nullptr) {
+            kernels.outer(z, stride, count, u.data, pitch, ranks, sum);
+          } else {
+            for (int64_t j = 0; j < r; ++j)
+              for (int64_t m = 0; m < count; ++m)
+                turned.data[j * block + m] = u.data[m * up(r, kernels.ranks) + j];
+            Combination c = {};
+            c.x = turned.data;
+            c.narrow = true;
+            c.x_row = block;
+            c.x_term = 1;
+            c.count = ranks;
+            c.terms = count;
+            c.matrix = half;
+            c.matrix_type = type;
+            c.matrix_pitch = stride;
+            c.rounded = type;
+            c.scale = 1.f;
+            c.sum = sum;
+            c.sum_pitch = pitch;
+            c.accumulate = first > i * chunk;
+            kernels.combine(c, 0, ranks, 0, C);
+          }
+        }
+      }
+    }
+  });
+  if (p.low == nullptr) return;
+
+  constexpr int64_t kWidth = 64;
+  torch::stable::parallel_for(0, (C + kWidth - 1) / kWidth, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t k = strip * kWidth, width = std::min(kWidth, C - k);
+      for (int64_t j = 0; j < r; ++j) {
+        float sum[kWidth] = {};
+        for (int64_t i = 0; i < chunks; ++i) {
+          const float* part = partial.data + (i * ranks + j) * pitch + k;
+          for (int64_t c = 0; c < width; ++c) sum[c] += part[c];
+        }
+        write_any(sum, width, p.gradient_scale, p.gradient.data, p.gradient.type,
+                  j * p.gradient.row_stride + k * p.gradient.column_stride,
+                  p.gradient.column_stride);
+      }
+    }
+  });
+}
+
+void expand(const Kernels& kernels, const Expanding& p) {
+  const Type type = p.out.type;
+  const int64_t M = p.count, C = p.matrix.columns, r = p.ranks;
+  const int64_t pitch = up(C, kernels.columns), ranks = up(r, kernels.ranks);
+  if (kernels.narrow != nullptr && type == Type::kBFloat16 && p.low.column_stride == 1) {
+    const Narrow& narrow = *kernels.narrow;
+    const Rows& m = p.matrix;
+    const int64_t step = pitch * narrow.terms;
+    BufferOf<BFloat16> tiles(up(r, narrow.terms) / narrow.terms * step);
+    narrow.lay_out({m.data, m.type, r, C, m.row_stride, m.column_stride}, tiles.data,
+                   narrow.columns * narrow.terms, step);
+    const Expansion expansion = {static_cast<const BFloat16*>(p.low.data),
+                                 p.low.row_stride,
+                                 r,
+                                 tiles.data,
+                                 step,
+                                 p.scale,
+                                 p.bias,
+                                 p.dropout,
+                                 p.accumulate,
+                                 static_cast<BFloat16*>(p.out.data),
+                                 p.out.row_stride,
+                                 C};
+    constexpr int64_t kRows = 16;
+    torch::stable::parallel_for(
+        0, (M + kRows - 1) / kRows, kExpandedRows / kRows, [&](int64_t begin, int64_t end) {
+          kernels.narrow->expand(expansion, begin * kRows, std::min(M, end * kRows));
+        });
+    return;
+  }
+  Buffer packed(ranks * pitch);
+  pack_tiles(kernels, p.matrix, r, type, packed.data, pitch);
+  constexpr int64_t kBlock = kExpandRows;
+  torch::stable::parallel_for(0, (M + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    Buffer u(kBlock * ranks);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kBlock, count = std::min(kBlock, M - first);
+      kernels.load(p.low, first, count, nullptr, u.data, ranks);
+      for (int64_t e = 0; e < count * ranks; ++e) u.data[e] *= p.scale;
+      kernels.expand(u.data, first, count, ranks, packed.data, p.bias, p.dropout, p.accumulate,
+                     p.out.data, type, C, p.out.row_stride);
+    }
+  });
+}
+
+namespace {
+
 // --------------------------------------------------------------------------------------------- ops
 
 int64_t cpu_isa() { return best_isa(); }
@@ -96,125 +269,17 @@ void shrink_cpu(const Tensor rows, const std::optional<Tensor> matrix,
 
   const Tensor read = aligned(rows);
   const std::optional<Tensor> read_matrix = aligned(matrix), read_low = aligned(low);
-  const Rows from = view(read, "rows");
-  const Narrow* const narrow =
-      type == Type::kBFloat16 && from.column_stride == 1 ? kernels.narrow : nullptr;
-  const int64_t pitch = up(C, kernels.columns);
-  const int64_t ranks = up(r, narrow != nullptr ? narrow->columns : kernels.ranks);
-  const bool direct =
-      type == Type::kFloat && drop == nullptr && from.column_stride == 1 && pitch == C;
-  const int64_t block = narrow != nullptr
-                            ? kNarrowRows
-                            : std::clamp<int64_t>(kCacheBytes / (4 * pitch) / 4 * 4, 4, kBlockRows);
-  int64_t chunk = block;
-  if (low.has_value()) {
-    const int64_t most = std::clamp<int64_t>(kPartialBytes / (4 * ranks * pitch), 1, kMaxChunks);
-    const int64_t half = std::clamp(M / 2, kChunkRows, kNarrowChunk);  // of few, for two threads
-    const int64_t least = narrow != nullptr ? half : kChunkRows;
-    chunk = up(std::max((M + most - 1) / most, least), block);
-  }
-  const int64_t chunks = (M + chunk - 1) / chunk;
-
-  const bool wide_matrix = matrix.has_value() && narrow == nullptr;
-  Buffer packed(wide_matrix ? ranks * pitch : 0);
-  if (wide_matrix) pack(kernels, view(*read_matrix, "matrix"), r, type, packed.data, pitch);
-  const bool tiles_matrix = matrix.has_value() && narrow != nullptr;
-  BufferOf<BFloat16> tiles(tiles_matrix ? ranks * pitch : 0);
-  if (tiles_matrix) {
-    const Rows m = view(*read_matrix, "matrix");
-    const int64_t tile = narrow->columns * narrow->terms;
-    narrow->lay_out({m.data, m.type, C, r, m.column_stride, m.row_stride}, tiles.data,
-                    up(C, narrow->terms) * narrow->columns, tile);
-  }
-  Buffer partial(low.has_value() ? chunks * ranks * pitch : 0);
-  void* const s_data = matrix.has_value() ? shrunk->mutable_data_ptr() : nullptr;
-  const int64_t s_row = matrix.has_value() ? shrunk->stride(0) : 0;
-  const int64_t s_column = matrix.has_value() ? shrunk->stride(1) : 0;
-  const Rows low_rows = low.has_value() ? view(*read_low, "low") : from;
-
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Buffer wide(direct || narrow != nullptr ? 0 : block * pitch), s(block * ranks);
-    Buffer u(block * ranks), turned(narrow != nullptr ? block * ranks : 0);
-    std::fill(turned.data, turned.data + (narrow != nullptr ? block * ranks : 0), 0.f);
-    BufferOf<BFloat16> dropped(narrow != nullptr && drop != nullptr ? block * pitch : 0);
-    for (int64_t i = begin; i < end; ++i) {
-      float* sum = partial.data + i * ranks * pitch;
-      if (low.has_value() && narrow == nullptr) std::fill(sum, sum + ranks * pitch, 0.f);
-      const int64_t last = std::min(M, (i + 1) * chunk);
-      for (int64_t first = i * chunk; first < last; first += block) {
-        const int64_t count = std::min(block, last - first);
-        const float* z = wide.data;
-        const BFloat16* half = dropped.data;
-        int64_t stride = pitch;
-        if (direct) {
-          stride = from.row_stride;
-          z = static_cast<const float*>(from.data) + first * stride;
-        } else if (narrow == nullptr) {
-          kernels.load(from, first, count, drop, wide.data, pitch);
-        } else if (drop == nullptr) {
-          stride = from.row_stride;
-          half = static_cast<const BFloat16*>(from.data) + first * stride;
-        } else {
-          narrow->drop(from, first, count, *drop, dropped.data, pitch);
-        }
-        if (matrix.has_value()) {
-          if (narrow == nullptr)
-            kernels.shrink(z, stride, count, packed.data, pitch, ranks, s.data);
-          else
-            narrow->shrink(half, stride, count, C, tiles.data, ranks, s.data);
-          for (int64_t m = 0; m < count; ++m)
-            write_any(s.data + m * ranks, r, static_cast<float>(scale), s_data, type,
-                      (first + m) * s_row, s_column);
-        }
-        if (low.has_value()) {
-          kernels.load(low_rows, first, count, nullptr, u.data, up(r, kernels.ranks));
-          if (narrow == nullptr) {
-            kernels.outer(z, stride, count, u.data, pitch, ranks, sum);
-          } else {
-            for (int64_t j = 0; j < r; ++j)
-              for (int64_t m = 0; m < count; ++m)
-                turned.data[j * block + m] = u.data[m * up(r, kernels.ranks) + j];
-            Combination c = {};
-            c.x = turned.data;
-            c.narrow = true;
-            c.x_row = block;
-            c.x_term = 1;
-            c.count = ranks;
-            c.terms = count;
-            c.matrix = half;
-            c.matrix_type = type;
-            c.matrix_pitch = stride;
-            c.rounded = type;
-            c.scale = 1.f;
-            c.sum = sum;
-            c.sum_pitch = pitch;
-            c.accumulate = first > i * chunk;
-            kernels.combine(c, 0, ranks, 0, C);
-          }
-        }
-      }
-    }
-  });
-  if (!low.has_value()) return;
-
-  const Type gradient_type = type_of(*gradient, "gradient");
-  void* const g_data = gradient->mutable_data_ptr();
-  const int64_t g_row = gradient->stride(0), g_column = gradient->stride(1);
-  constexpr int64_t kWidth = 64;
-  torch::stable::parallel_for(0, (C + kWidth - 1) / kWidth, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip) {
-      const int64_t k = strip * kWidth, width = std::min(kWidth, C - k);
-      for (int64_t j = 0; j < r; ++j) {
-        float sum[kWidth] = {};
-        for (int64_t i = 0; i < chunks; ++i) {
-          const float* part = partial.data + (i * ranks + j) * pitch + k;
-          for (int64_t c = 0; c < width; ++c) sum[c] += part[c];
-        }
-        write_any(sum, width, static_cast<float>(gradient_scale), g_data, gradient_type,
-                  j * g_row + k * g_column, g_column);
-      }
-    }
-  });
+  const Rows m = matrix.has_value() ? view(*read_matrix, "matrix") : Rows{};
+  const Rows l = low.has_value() ? view(*read_low, "low") : Rows{};
+  Shrinking p = {view(read, "rows"), M, r};
+  p.matrix = matrix.has_value() ? &m : nullptr;
+  p.low = low.has_value() ? &l : nullptr;
+  p.scale = static_cast<float>(scale);
+  p.gradient_scale = static_cast<float>(gradient_scale);
+  p.dropout = drop;
+  if (matrix.has_value()) p.shrunk = result(*shrunk, "shrunk");
+  if (low.has_value()) p.gradient = result(*gradient, "gradient");
+  shrink(kernels, p);
 }
 
 // out [M,C] = scale * drop'(low [M,r] matrix [r,C]) + bias + out where `accumulate`.
@@ -242,56 +307,20 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
   }
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
 
-  const int64_t pitch = up(C, kernels.columns), ranks = up(r, kernels.ranks);
   const Tensor read_low = aligned(low), read_matrix = aligned(matrix);
   const std::optional<Tensor> read_bias = aligned(bias);
+  const int64_t pitch = up(C, kernels.columns);
   Buffer offset(bias.has_value() ? pitch : 0);
   if (bias.has_value())
     kernels.load({read_bias->const_data_ptr(), type_of(*bias, "bias"), C, 0, read_bias->stride(0)},
                  0, 1, nullptr, offset.data, pitch);
-  const Rows low_rows = view(read_low, "low");
-  void* const data = out.mutable_data_ptr();
-  const int64_t row_stride = out.stride(0);
-  if (kernels.narrow != nullptr && type == Type::kBFloat16 && low_rows.column_stride == 1) {
-    const Narrow& narrow = *kernels.narrow;
-    const Rows m = view(read_matrix, "matrix");
-    const int64_t step = pitch * narrow.terms;
-    BufferOf<BFloat16> tiles(up(r, narrow.terms) / narrow.terms * step);
-    narrow.lay_out({m.data, m.type, r, C, m.row_stride, m.column_stride}, tiles.data,
-                   narrow.columns * narrow.terms, step);
-    const Expansion expansion = {static_cast<const BFloat16*>(low_rows.data),
-                                 low_rows.row_stride,
-                                 r,
-                                 tiles.data,
-                                 step,
-                                 static_cast<float>(scale),
-                                 bias.has_value() ? offset.data : nullptr,
-                                 dropout.has_value() ? &*dropout : nullptr,
-                                 accumulate,
-                                 static_cast<BFloat16*>(data),
-                                 row_stride,
-                                 C};
-    constexpr int64_t kRows = 16;
-    torch::stable::parallel_for(
-        0, (M + kRows - 1) / kRows, kExpandedRows / kRows, [&](int64_t begin, int64_t end) {
-          kernels.narrow->expand(expansion, begin * kRows, std::min(M, end * kRows));
-        });
-    return;
-  }
-  Buffer packed(ranks * pitch);
-  pack_tiles(kernels, view(read_matrix, "matrix"), r, type, packed.data, pitch);
-  constexpr int64_t kBlock = kExpandRows;
-  torch::stable::parallel_for(0, (M + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
-    Buffer u(kBlock * ranks);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * kBlock, count = std::min(kBlock, M - first);
-      kernels.load(low_rows, first, count, nullptr, u.data, ranks);
-      for (int64_t e = 0; e < count * ranks; ++e) u.data[e] *= static_cast<float>(scale);
-      kernels.expand(
-          u.data, first, count, ranks, packed.data, bias.has_value() ? offset.data : nullptr,
-          dropout.has_value() ? &*dropout : nullptr, accumulate, data, type, C, row_stride);
-    }
-  });
+  Expanding p = {view(read_low, "low"), view(read_matrix, "matrix"), M, r};
+  p.bias = bias.has_value() ? offset.data : nullptr;
+  p.scale = static_cast<float>(scale);
+  p.dropout = dropout.has_value() ? &*dropout : nullptr;
+  p.accumulate = accumulate;
+  p.out = result(out, "out");
+  expand(kernels, p);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 """The grouped ops, made of the calls of one group that every backend has.
 
-A shared base is one product of all rows; then each group's branch is added to its rows. Experts are
-one whole call each. What a group computes depends on its own rows and tensors alone. Beside the
-outputs there is a copy of one group's rows at a time, and none where a group's rows lie together.
+A shared base is one product of all rows; then each group's branch is added to its rows, on the CPU
+those of many groups by one native call. Experts are one whole call each. What a group computes
+depends on its own rows and tensors alone. Beside the outputs there is a copy of one group's rows at
+a time, and none where a group's rows lie together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from lora_kernels import backends, direct
 from lora_kernels.backends import blocked
+from lora_kernels.backends.native import grouped as native
 from lora_kernels.branch import Branch, Dense, Given, Need
 
 
@@ -113,6 +115,9 @@ def forward(
     """(y [M,N], s)."""
     s = _rows_of_s(adapters, x, members) if save_s else None
     y = _base(base, x, members)
+    if not isinstance(base, Experts) and native.serves(x, members.bounds):
+        native.add_(y, x, native.Branches(*adapters, *members), s)
+        return y, s
     for group, place in members.of_groups():
         some, branch = members.take(x, place), adapters.branch(group)
         rank = branch.lora_a.shape[0]
@@ -145,7 +150,8 @@ def backward(
     if needs.x and isinstance(base, Dense):
         dx = _padded(_product(dy[:served], base.weight.t(), None), dy.shape[0])
     elif needs.x:
-        dx = dy.new_zeros(dy.shape[0], K)
+        whole = isinstance(base, Experts) and members.bounds[-2] == dy.shape[0]
+        dx = (dy.new_empty if whole else dy.new_zeros)(dy.shape[0], K)
     if not isinstance(base, Given):
         of_rows = isinstance(base, Dense)
         if needs.weight:
@@ -160,6 +166,9 @@ def backward(
             )
     d_as: list[Tensor | None] = _zeros(adapters.lora_a, needs.a)
     d_bs: list[Tensor | None] = _zeros(adapters.lora_b, needs.b)
+    if not isinstance(base, Experts) and native.serves(dy, members.bounds):
+        native.backward(dx, rows, native.Branches(*adapters, *members), (d_as, d_bs))
+        return dx, dweight, dbias, d_as, d_bs
     for group, place in members.of_groups():
         branch, need = adapters.branch(group), needs.of(group, isinstance(base, Experts))
         own = base.base(group) if isinstance(base, Experts) else Given(None)
@@ -170,7 +179,7 @@ def backward(
             backend = backends.serving(own, some, branch)
             d_x, d_weight, d_a, d_b = backend.backward(own, some, of_x, low, branch, need)
             if dx is not None and d_x is not None:
-                members.add(dx, place, d_x)
+                (members.put if isinstance(base, Experts) else members.add)(dx, place, d_x)
             if d_a is not None:
                 d_as[group] = d_a
             if d_b is not None:
@@ -188,7 +197,8 @@ def _base(base: Dense | Experts | Given, x: Tensor, members: Members) -> Tensor:
         assert base.out is not None  # of a forward
         return base.out.clone(memory_format=torch.contiguous_format)
     if isinstance(base, Experts):
-        return x.new_zeros(x.shape[0], base.weight.shape[1])
+        whole = members.bounds[-2] == x.shape[0]
+        return (x.new_empty if whole else x.new_zeros)(x.shape[0], base.weight.shape[1])
     rows, weight = x[: members.served], base.weight
     if members.bounds[-2] < members.bounds[-1]:
         # Rows of no group have the bits of torch's own layer.
