@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from benchmarks import peers, plots, shapes
+from benchmarks import grouped, peers, plots, shapes
 from benchmarks.peers import ADDMM, FROZEN, OURS, PEERS, UNFUSED
 from lora_kernels.testing import Case
 from lora_kernels.tuning.machine import machine_line
@@ -295,6 +295,54 @@ def grid_section(grids: Iterable[Grid]) -> str:
     return "\n".join(lines).strip()
 
 
+def load_groups(folder: Path) -> list[Document]:
+    """The files of `grouped.py`."""
+    contents = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return [
+        Document(path, content["machine"], content["rows"])
+        for path, content in contents.items()
+        if any("kind" in row for row in content.get("rows", ()))
+    ]
+
+
+def groups_section(documents: Iterable[Document]) -> str:
+    """What many adapters in one batch cost, each under its machine line."""
+    lines: list[str] = []
+    for document in documents:
+        batches, mixtures = [], []
+        for row in document.rows:
+            names = [name for name, value in row.items() if isinstance(value, dict)]
+            first, *others = names
+            ratios = {name: f"{row[name]['ratio']:.2f}×" for name in others}
+            peaks = " / ".join(f"{row[name]['peak_mib']:.0f}" for name in names)
+            time = f"{row[first]['ms']:.3g} ms"
+            if row["kind"] == "experts":
+                known = [ratios.get(name, "–") for name in (grouped.OURS, grouped.PEFT,
+                                                            grouped.GROUPED_MM)]  # fmt: skip
+                mixtures.append([row["dtype"], str(row["r"]), time, *known, peaks])
+            elif row["r"] == grouped.RANKS[0] and row["G"] > 1 and row["M"] <= 512:
+                what = "both" if row["trains"] else "forward"
+                known = [ratios[name] for name in (grouped.OURS, grouped.LOOP, grouped.PEFT)]
+                batches.append([row["dtype"], str(row["M"]), str(row["r"]), str(row["G"]), what,
+                                time, *known])  # fmt: skip
+        lines += [
+            "Rows of G adapters in one batch, K = N = 1024, forward and backward or forward alone;"
+            " ratios to one adapter for all rows (`benchmarks/grouped.py`; r = 64, G = 1 and"
+            " M = 4096 in the file).",
+            "",
+            *markdown(["dtype", "M", "r", "G", "pass", grouped.ONE, grouped.OURS, grouped.LOOP,
+                       "PEFT, `adapter_names`"], batches),
+            "Eight experts, two of each of 1024 tokens, 512 to 1024 wide, forward and backward;"
+            " ratios to the experts without adapters.",
+            "",
+            *markdown(["dtype", "r", grouped.FROZEN, grouped.OURS, "PEFT, `target_parameters`",
+                       "torch's grouped_mm", "peak MiB, in this order"], mixtures),
+            f"`{document.path.name}`: {machine_line(document.machine)}",
+            "",
+        ]  # fmt: skip
+    return "\n".join(lines).strip()
+
+
 def insert(text: str, name: str, body: str) -> str:
     """The text with what stands between the two markers of `name` replaced."""
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
@@ -311,6 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plots", type=Path, help="folder of the plots (that of the results)")
     args = parser.parse_args(arguments)
     documents, grids = load(args.results), load_grids(args.results)
+    groups = load_groups(args.results)
     names = ("cpu", "gpu")
     text = "\n\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->" for name in names) + "\n"
     if args.readme.exists():
@@ -321,6 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         body = section(kind)
         if grids and not on_gpu:
             body = "\n\n".join([grid_section(grids), *([] if body == NOTHING else [body])])
+        if groups and not on_gpu:
+            body = "\n\n".join([*([] if body == NOTHING else [body]), groups_section(groups)])
         text = insert(text, name, body)
     args.readme.write_text(text)
     print(args.readme)

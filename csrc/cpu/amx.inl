@@ -212,9 +212,6 @@ void put_row(const Product& p, int64_t m, int64_t n, V v, int count) {
 void multiply_tiled(const Product& p, int64_t first, int64_t last) {
   const int64_t tiles = (p.count + kSide - 1) / kSide, rows = tiles * kSide;
   const int64_t steps = (p.columns + kStepTerms - 1) / kStepTerms;
-  const Memory<BFloat16> right = memory_of<BFloat16>(tiles * steps * kSide * kStepTerms);
-  lay_out({p.x, Type::kBFloat16, p.columns, p.count, 1, p.pitch}, right.get(),
-          steps * kSide * kStepTerms, kSide * kStepTerms);
   const int64_t ranks = p.low != nullptr ? p.ranks : 0;
   const Memory<float> low = memory_of<float>(ranks * rows), b = memory_of<float>(ranks + W);
   for (int64_t j = 0; j < ranks; ++j)
@@ -240,7 +237,7 @@ void multiply_tiled(const Product& p, int64_t first, int64_t last) {
         }
         for (int t = 0; t < kMostTiles; ++t) store(sums[t][i], part[t]);
       }
-      const BFloat16* const from = right.get() + tile * steps * kSide * kStepTerms;
+      const BFloat16* const from = p.tiles + tile * steps * kSide * kStepTerms;
       multiply_some(here, p, n, count, from, steps, &sums[0][0][0]);
       for (int64_t m = tile * kSide; m < p.count && m < (tile + here) * kSide; ++m) {
         const V v = _mm512_i32gather_ps(turned, &sums[m / kSide - tile][0][m % kSide], 4);
@@ -380,12 +377,12 @@ void combine_tiled(const Combination& p, int64_t row, int64_t last_row, int64_t 
           for (int i = 0; i < kSide && m + i < last_row; ++i)
             for (int64_t c = 0; c < columns; c += W) {
               const int some = columns - c < W ? static_cast<int>(columns - c) : W;
-              float* const sum = p.sum + (m + i) * p.sum_pitch + k + c;
+              const int64_t in_sum = (m + i) * p.sum_pitch + k + c;
               const int64_t at = (m + i) * p.out_pitch + k + c;
               const V made = load(&sums[i][c]);
-              const V v = adds ? fma(scale, made, load_some(sum, some)) : scale * made;
+              const V v = adds ? fma(scale, made, load_some(p.sum + in_sum, some)) : scale * made;
               if (!ends)
-                store_some(sum, v, some);
+                store_some(p.sum + in_sum, v, some);
               else if (p.out_type == Type::kFloat)
                 store_some(static_cast<float*>(p.out) + at, v, some);
               else
@@ -516,4 +513,8 @@ void expand_tiled(const Expansion& p, int64_t first, int64_t last) {
   }
 }
 
-constexpr Narrow kTiled = {kSide, kStepTerms, lay_out, drop, shrink_tiled, expand_tiled};
+// Of fewer rows a tile is mostly empty.
+constexpr int kMultiplied = 2, kCombined = 5;
+
+constexpr Narrow kTiled = {kSide, kStepTerms,   kMultiplied, lay_out,
+                           drop,  shrink_tiled, expand_tiled};

@@ -50,12 +50,8 @@ void multiply_any(const Product& p, int64_t first, int64_t last) {
 #if LORA_AMX
 #include "amx.inl"
 
-// Of fewer rows a tile is mostly empty.
-constexpr int64_t kMultiplied = 2, kCombined = 5;
-
 void multiply_amx(const Product& p, int64_t first, int64_t last) {
-  const bool tiled = p.type == Type::kBFloat16 && p.count >= kMultiplied;
-  return tiled ? multiply_tiled(p, first, last) : multiply_any(p, first, last);
+  return p.tiles != nullptr ? multiply_tiled(p, first, last) : multiply_any(p, first, last);
 }
 
 void combine_amx(const Combination& p, int64_t row, int64_t last_row, int64_t first, int64_t last) {

@@ -145,14 +145,35 @@ Product product_of(const Matrix& x, const Matrix& matrix, Type rounded, const Ou
   return p;
 }
 
-// N is the number of the matrix's rows.
-void multiply(const Kernels& kernels, const Product& product, int64_t N) {
+// Threads share out the rows of the matrix, N of them.
+void share(const Kernels& kernels, const Product& product, int64_t N) {
   const int64_t width = kernels.few_columns, work = product.columns * product.count;
   if (N * work < kSerial) return kernels.multiply(product, 0, N);
   const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
   torch::stable::parallel_for(0, (N + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
     kernels.multiply(product, begin * width, std::min(N, end * width));
   });
+}
+
+// N is the number of the matrix's rows.
+void multiply(const Kernels& kernels, const Product& product, int64_t N) {
+  const Narrow* const narrow = kernels.narrow;
+  if (narrow == nullptr || product.type != Type::kBFloat16 || product.count < narrow->least_rows)
+    return share(kernels, product, N);
+  const int64_t side = narrow->columns, tile = up(product.columns, narrow->terms) * side;
+  const int64_t tiles = (product.count + side - 1) / side;
+  const BFloat16* const x = static_cast<const BFloat16*>(product.x);
+  BufferOf<BFloat16> laid_out(tiles * tile);
+  torch::stable::parallel_for(
+      0, tiles, std::max<int64_t>(1, kGrain / tile), [&](int64_t begin, int64_t end) {
+        const int64_t m = begin * side, rows = std::min(product.count, end * side) - m;
+        narrow->lay_out(
+            {x + m * product.pitch, product.type, product.columns, rows, 1, product.pitch},
+            laid_out.data + begin * tile, tile, side * narrow->terms);
+      });
+  Product p = product;
+  p.tiles = laid_out.data;
+  share(kernels, p, N);
 }
 
 // x(i, t) of fp32 memory: its rows, or by swapped strides its columns; `narrow` rows hold values of

@@ -64,6 +64,7 @@ struct Product {
   void* out;
   Type out_type;
   int64_t out_pitch;
+  const BFloat16* tiles;  // x laid out, where the kernels multiply by tiles
 };
 
 // out [count, columns] = scale * x matrix (+ sum), of x [count, terms] in fp32, of any strides, and
@@ -113,6 +114,9 @@ struct Expansion {
 // `terms` terms.
 struct Narrow {
   int columns, terms;
+
+  // `multiply` takes x in bf16 of so many rows or more laid out: its rows are the columns.
+  int least_rows;
 
   // Each tile of columns is `tile_pitch` after the one before, each step of terms `step_pitch`.
   void (*lay_out)(const Factor& matrix, BFloat16* out, int64_t tile_pitch, int64_t step_pitch);

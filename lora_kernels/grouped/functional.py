@@ -64,6 +64,7 @@ def lora_linear_grouped(
     """
     pairs = _pairs(lora_a, lora_b)
     K = _columns(x)
+    _require_tensors({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     experts = weight.dim() == 3
     if weight.dim() not in (2, 3) or weight.shape[-1] != K:
         raise ValueError(
@@ -105,6 +106,7 @@ def lora_add_grouped(
     and lora_b) are those of `lora_linear_grouped`.
     """
     pairs = _pairs(lora_a, lora_b)
+    _require_tensors({"base_out": base_out})
     K, N = _columns(x), base_out.shape[-1] if base_out.dim() else 0
     _check_pairs(pairs, groups, K, N)
     if base_out.shape[:-1] != x.shape[:-1]:
@@ -174,7 +176,15 @@ def _pairs(lora_a: Stack, lora_b: Stack) -> tuple[list[Tensor], list[Tensor]]:
         _Unbound(stack.unbind(0)) if isinstance(stack, Tensor) else list(stack)
         for stack in (lora_a, lora_b)
     )
+    for name, tensors in (("lora_a", a), ("lora_b", b)):
+        _require_tensors({f"{name}[{g}]": tensor for g, tensor in enumerate(tensors)})
     return a, b
+
+
+def _require_tensors(given: dict[str, Tensor]) -> None:
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
 
 
 def _with_rows(tensors: list[Tensor], bounds: Sequence[int]) -> list[Tensor]:
@@ -191,8 +201,7 @@ def _saves(call: _Call) -> bool:
 
 
 def _columns(x: Tensor) -> int:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    _require_tensors({"x": x})
     _checks.check_layout("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape [..., K] with K >= 1, got {_shape(x)}")

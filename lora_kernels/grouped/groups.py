@@ -1,7 +1,7 @@
 """Which rows belong to which group: one value that is made once a batch and read by every layer."""
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NoReturn
 
 import torch
@@ -49,7 +49,7 @@ class Groups:
     def __repr__(self) -> str:
         if self.bounds is None:
             return f"Groups(count={self.count}, rows={self.rows}, device={self.offsets.device})"
-        sizes = [end - begin for begin, end in zip(self.bounds, self.bounds[1:])]  # noqa: B905
+        sizes = [end - begin for begin, end in pairwise(self.bounds)]
         return f"Groups(rows of each={sizes[:-1]}, of none={sizes[-1]})"
 
     @staticmethod

@@ -8,6 +8,7 @@ their order; its other elements are zero.
 
 import itertools
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,6 +18,7 @@ from lora_kernels._dispatch import LIBRARY
 from lora_kernels.branch import Dense, Given
 from lora_kernels.grouped import composite
 from lora_kernels.grouped.composite import Adapters, Experts, Members, Needs
+from lora_kernels.rules import flops
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _ADAPTERS = "Tensor[] lora_a, Tensor[] lora_b"
@@ -256,12 +258,63 @@ def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
     )
 
 
-for _name, _kernel, _fake in (
-    ("lora_linear_grouped", _linear, _fake_linear),
-    ("lora_add_grouped", _add, _fake_add),
-    ("lora_linear_grouped_backward", _linear_backward, _fake_linear_backward),
-    ("lora_add_grouped_backward", _add_backward, _fake_add_backward),
+# -------------------------------------------------------------------------------------------- flops
+
+
+def _ranks(a: Any, bounds: Sequence[int] | None, rows: int) -> int:
+    """Of every row the rank of its group, in all; where they are not known, as if all had the
+    first."""
+    if bounds is None:
+        return int(rows * a[0][0])
+    sizes = (end - begin for begin, end in pairwise(bounds))
+    return sum(size * shape[0] for size, shape in zip(sizes, a, strict=False))
+
+
+def _linear_flops(x: Any, weight: Any, a: Any, b: Any, *rest: Any, **_: object) -> int:
+    bounds, (M, K), N = rest[4], x, weight[-2]
+    flops: int = 2 * (M * K * N + _ranks(a, bounds, M) * (K + N))
+    return flops
+
+
+def _add_flops(base_out: Any, x: Any, a: Any, b: Any, *rest: Any, **_: object) -> int:
+    (M, N), K = base_out, x[1]
+    flops: int = 2 * _ranks(a, rest[2], M) * (K + N)
+    return flops
+
+
+def _linear_backward_flops(
+    dy: Any, x: Any, weight: Any, a: Any, b: Any, *rest: Any, **_: object
+) -> int:
+    (M, N), K, needs = dy, weight[-1], Needs(*rest[-5:])
+    ranks = _ranks(a, rest[5], M)
+    flops: int = 2 * (M * K * N * (needs.x + needs.weight) + ranks * _branch_flops(needs, K, N))
+    return flops
+
+
+def _add_backward_flops(dy: Any, x: Any, a: Any, b: Any, *rest: Any, **_: object) -> int:
+    (M, N), K, (need_x, need_a, need_b) = dy, a[0][1], rest[-3:]
+    needs = Needs(need_x, False, False, need_a, need_b)
+    return 2 * _ranks(a, rest[3], M) * _branch_flops(needs, K, N)
+
+
+def _branch_flops(needs: Needs, K: int, N: int) -> int:
+    """For each rank of each row, were the same asked for of all groups."""
+    a, b = any(needs.a), any(needs.b)
+    return N * (needs.x or a) + K * needs.x + K * a + N * b
+
+
+for _name, _kernel, _fake, _flops in (
+    ("lora_linear_grouped", _linear, _fake_linear, _linear_flops),
+    ("lora_add_grouped", _add, _fake_add, _add_flops),
+    (
+        "lora_linear_grouped_backward",
+        _linear_backward,
+        _fake_linear_backward,
+        _linear_backward_flops,
+    ),
+    ("lora_add_grouped_backward", _add_backward, _fake_add_backward, _add_backward_flops),
 ):
+    flops.add(_name, _flops)
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=LIBRARY)
     torch.library.register_vmap(f"lora_kernels::{_name}", _refuse_vmap, lib=LIBRARY)

@@ -17,6 +17,8 @@ import torch
 from lora_kernels._contract import OPS, Op
 
 _COUNTER = "torch.utils.flop_counter"
+# Of ops beside those of the contract, for a counter that is not there yet.
+_more: dict[str, Callable[..., int]] = {}
 
 
 def _formula(op: Op) -> Callable[..., int]:
@@ -42,9 +44,20 @@ def register() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
+def add(name: str, formula: Callable[..., int]) -> None:
+    """The flops of another op, by the shapes of its tensors, now or once there is a counter."""
+    if _COUNTER in sys.modules:
+        counter: Any = sys.modules[_COUNTER]
+        counter.register_flop_formula(getattr(torch.ops.lora_kernels, name))(formula)
+    else:
+        _more[name] = formula
+
+
 def _fill(counter: ModuleType) -> None:
     for name, op in OPS.items():
         counter.register_flop_formula(getattr(torch.ops.lora_kernels, name))(_formula(op))
+    for name, formula in _more.items():
+        counter.register_flop_formula(getattr(torch.ops.lora_kernels, name))(formula)
 
 
 class _Finder(MetaPathFinder):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-from benchmarks import gpu_day, layer, native, peers, report, shapes, store
+from benchmarks import gpu_day, grouped, layer, native, peers, report, shapes, store
 from benchmarks.peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
 from lora_kernels.backends.native import extension
 from lora_kernels.testing import NAMES, Case, WrongResult, expected, problem
@@ -218,6 +218,23 @@ def test_native_benchmark_and_report(tmp_path, capsys):
     assert f"| all | all | {cells} | " in text
     assert "| lora_kernels, one row | " in text
     assert (tmp_path / "native-cpu-grid.png").stat().st_size > 10_000
+
+
+def test_grouped_benchmark_and_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grouped, "WIDTHS", (24, 16))
+    monkeypatch.setattr(grouped, "TOKENS", 24)
+    monkeypatch.setattr(grouped, "EXPERT_WIDTHS", (16, 24))
+    out = tmp_path / "grouped-cpu.json"
+    arguments = ["--rows", "16", "512", "--tenants", "1", "4", "--dtypes", "fp32", "bf16"]
+    grouped.main([*arguments, "--seconds", "0", "--rounds", "1", "1", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 * (2 + 2 * 2 + 2 * 2 * 2)
+    assert all(row[grouped.ONE]["ratio"] == 1 for row in rows if row["kind"] == "tenants")
+    readme = tmp_path / "README.md"
+    report.main(["--results", str(tmp_path), "--readme", str(readme)])
+    text = readme.read_text()
+    assert "| fp32 | 512 | 8 | 4 | both | " in text
+    assert "| bf16 | 64 | " in text
 
 
 def test_time_over_leaves_cases(tmp_path, capsys):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import Groups, lora_add_grouped, lora_linear, lora_linear_grouped
 from lora_kernels.testing import Aten
@@ -469,6 +470,19 @@ def test_double_backward_and_vmap_are_refused():
         torch.vmap(lambda x: made.call((x, *leaves[1:])))(made.x[None])
 
 
+@pytest.mark.parametrize("experts", [0, 3])
+def test_flops(experts):
+    made = batch(INDEX, experts=experts, ranks=(2, 3, 4))
+    leaves = made.leaves()
+    M, K, N, ranks = 13, 24, 20, 5 * 2 + 2 * 3 + 4 * 4
+    with FlopCounterMode(display=False) as counter:
+        y = made.call(leaves)
+        assert counter.get_total_flops() == 2 * (M * K * N + ranks * (K + N))
+        y.sum().backward()
+    expected = 2 * (3 * M * K * N + ranks * (K + N) + ranks * 2 * (K + N))
+    assert counter.get_total_flops() == expected
+
+
 def test_a_module_with_an_optimizer():
     class Tenants(nn.Module):
         def __init__(self):
@@ -625,6 +639,8 @@ WRONG = {
     "groups elsewhere": (
         {"groups": Groups.from_rows(INDEX, 3).to("meta")}, ValueError, "move them with groups.to"
     ),
+    "no tensor": ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
+    "no tensors": ({"a": [None] * 3}, TypeError, "lora_a[0]: expected a Tensor, got NoneType"),
     "sparse": ({"x": randn(13, 24).to_sparse()}, ValueError, "x: expected a dense tensor"),
 }  # fmt: skip
 

@@ -568,6 +568,16 @@ def test_example_with_the_trainer(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_example_of_a_service(tmp_path, capsys):
+    times = script("examples/serve_adapters.py")(
+        ["--users", "3", "--room", "2", "--requests", "4", "--batch-size", "2", "--tokens", "3",
+         "--width", "32", "--steps", "2", "--output", str(tmp_path)]
+    )  # fmt: skip
+    assert set(times) == {"fused", "PEFT", "merged"}
+    assert "answers equal to those PEFT's own: 4 of 4" in capsys.readouterr().out
+    assert (tmp_path / "user2" / "adapter_model.safetensors").exists()
+
+
 def test_benchmark_of_low_rank(tmp_path, capsys):
     file = tmp_path / "result.json"
     result = script("benchmarks/low_rank.py")(

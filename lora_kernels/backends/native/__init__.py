@@ -17,7 +17,7 @@ from lora_kernels.backends import blocked, forced, reference
 from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.native import extension, few_rows
 from lora_kernels.backends.native.extension import best_isa
-from lora_kernels.backends.native.few_rows import FewRows, Rows, most_rows, readable
+from lora_kernels.backends.native.few_rows import FewRows, Rows, are_few, readable
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Given, Need
@@ -64,7 +64,7 @@ def _are_few(base: Base, rows: Tensor, backward: bool = False) -> bool:
         return False
     if base.weight.dtype not in (rows.dtype, torch.float32):
         return False
-    few = rows.shape[0] <= most_rows(base.weight.dtype, best_isa(), backward)
+    few = are_few(rows.shape[0], base.weight, best_isa(), backward)
     return few and few_rows.fits(base.weight)
 
 

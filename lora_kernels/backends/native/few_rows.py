@@ -33,8 +33,17 @@ MOST_ROWS_BACKWARD: dict[torch.dtype, tuple[int, ...]] = {
 }
 
 
+# A layer so small is bound by the host, which one call keeps less busy: so many times as many.
+SMALL = 1 << 20  # elements of the weight
+FACTOR_OF_SMALL: dict[torch.dtype, tuple[int, ...]] = {
+    torch.float32: (1, 1, 2, 2, 2),
+    torch.bfloat16: (1, 1, 1, 1, 1),
+    torch.float16: (1, 1, 2, 2, 2),
+}
+
+
 def most_rows(dtype: torch.dtype, isa: int, backward: bool = False) -> int:
-    """How many rows are few for a weight of a dtype; 0 for one without kernels."""
+    """How many rows are few for a weight of a dtype, not a small one; 0 without kernels."""
     table = MOST_ROWS_BACKWARD if backward else MOST_ROWS
     return table[dtype][isa] if dtype in table else 0
 
@@ -44,6 +53,7 @@ class FewRows:
 
     def __init__(self, isa: int) -> None:
         self.isa = isa
+        self.factor_of_small = {dtype: of_isa[isa] for dtype, of_isa in FACTOR_OF_SMALL.items()}
         self.most = {dtype: most_rows(dtype, isa) for dtype in MOST_ROWS}
         """Rows that an inference may have, and a call with a gradient."""
         self.most_trained = {
@@ -102,6 +112,14 @@ def readable(tensor: Tensor) -> Tensor:
     if tensor.dim() <= 2 and tensor.stride(-1) == 1:
         return tensor
     return tensor.contiguous()
+
+
+def are_few(rows: int, weight: Tensor, isa: int, backward: bool = False) -> bool:
+    """Whether so many rows are few for a weight."""
+    most = most_rows(weight.dtype, isa, backward)
+    if most and weight.numel() <= SMALL:
+        most *= FACTOR_OF_SMALL[weight.dtype][isa]
+    return rows <= most
 
 
 def fits(weight: Tensor) -> bool:

@@ -602,7 +602,18 @@ def test_a_base_that_trains_goes_by_the_op(passed, name):
 
 
 def test_each_dtype_has_a_number_for_each_instruction_set():
-    for table in (few_rows.MOST_ROWS, few_rows.MOST_ROWS_BACKWARD):
+    tables = few_rows.MOST_ROWS, few_rows.MOST_ROWS_BACKWARD, few_rows.FACTOR_OF_SMALL
+    for table in tables:
         for dtype in DTYPES:
             assert len(table[dtype]) == len(extension.ISA_NAMES)
     assert few_rows.most_rows(torch.float64, 1) == 0
+
+
+def test_small_weights_have_more_rows_that_are_few():
+    large, small = torch.empty(2048, 1024), torch.empty(1024, 1024)
+    most = few_rows.most_rows(torch.float32, 2)
+    assert few_rows.are_few(most, large, 2)
+    assert not few_rows.are_few(most + 1, large, 2)
+    assert few_rows.are_few(2 * most, small, 2)
+    assert not few_rows.are_few(2 * most + 1, small, 2)
+    assert not few_rows.are_few(1, small.double(), 2)

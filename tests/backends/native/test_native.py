@@ -24,7 +24,7 @@ def isa(request, monkeypatch, entering):
     products."""
     entering(use_backend("native"))
     monkeypatch.setattr(native, "best_isa", lambda: request.param)
-    monkeypatch.setattr(native, "most_rows", lambda *a: 0)
+    monkeypatch.setattr(native, "are_few", lambda *a: False)
     monkeypatch.setattr(blocked, "_multiplies", lambda dtype: True)
     return request.param
 
@@ -32,7 +32,7 @@ def isa(request, monkeypatch, entering):
 @pytest.fixture(params=(0, 10**6), ids=("low rank alone", "whole layer"))
 def few(request, isa, monkeypatch):
     """Whether one call computes the layer."""
-    monkeypatch.setattr(native, "most_rows", lambda *a: request.param)
+    monkeypatch.setattr(native, "are_few", lambda *a: bool(request.param))
     return request.param
 
 
@@ -48,7 +48,7 @@ def test_calls_that_torch_wins_are_handed_back(monkeypatch):
     monkeypatch.setattr(native, "best_isa", lambda: 1)
     monkeypatch.setattr(native, "_shrink", lambda *a, **k: served.append(True) or a[0][:, :1])
     monkeypatch.setattr(native, "_expand", lambda *a, **k: None)
-    monkeypatch.setattr(native, "most_rows", lambda *a: 0)
+    monkeypatch.setattr(native, "are_few", lambda *a: False)
     for rows, rank, dtype, p, expected in (
         (128, 2, torch.float32, 0.0, True),
         (127, 2, torch.float32, 0.0, False),

@@ -185,7 +185,7 @@ def test_public_op_with_mixed_layouts(add, monkeypatch, entering):
         isa = draw(st.sampled_from(ISAS))
         monkeypatch.setattr(native, "best_isa", lambda: isa)
         most = draw(st.sampled_from((0, 10**6)))
-        monkeypatch.setattr(native, "most_rows", lambda *a: most)
+        monkeypatch.setattr(native, "are_few", lambda *a: bool(most))
         case = oracle.Case(
             *(draw(st.sampled_from((*SIZES, 130))) for _ in range(4)),
             dtype=draw(st.sampled_from(DTYPES)),
@@ -240,7 +240,7 @@ def test_what_is_read_may_start_anywhere(dtype, isa, p, monkeypatch, entering):
     entering(use_backend("native"))
     monkeypatch.setattr(blocked, "_multiplies", lambda dtype: True)
     monkeypatch.setattr(native, "best_isa", lambda: isa)
-    monkeypatch.setattr(native, "most_rows", lambda *a: 0)
+    monkeypatch.setattr(native, "are_few", lambda *a: False)
     generator = torch.Generator().manual_seed(3)
     shapes = {"x": (130, 24), "lora_a": (3, 24), "lora_b": (10, 3), "base_out": (130, 10)}
     given = {k: torch.randn(v, generator=generator).to(dtype) for k, v in shapes.items()}
