@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_kernels import _checks
+from lora_kernels import _checks, _dispatch
 from lora_kernels._contract import DTYPES
 from lora_kernels.direct import draw_seed
-from lora_kernels.grouped import ops  # noqa: F401 defines what is called
+from lora_kernels.grouped import ops
 from lora_kernels.grouped.groups import Groups
 
 _OPS = torch.ops.lora_kernels
@@ -82,9 +82,17 @@ def lora_linear_grouped(
     _check_dtypes(x, pairs, {"weight": weight, "bias": bias}, autocast)
     rows = x.reshape(-1, K)
     call = _call(pairs, groups, rows, (scaling, dropout_p, seed))
-    y: Tensor = _OPS.lora_linear_grouped(
-        rows, weight, *call.pairs, bias, of_groups, *call.rest, _saves(call)
-    )[0]
+    arguments: tuple[Any, ...] = (
+        rows,
+        weight,
+        *call.pairs,
+        bias,
+        of_groups,
+        *call.rest,
+        _saves(call),
+    )
+    unseen = _is_unseen(call, rows, weight, bias)
+    y: Tensor = (ops.linear if unseen else _OPS.lora_linear_grouped)(*arguments)[0]
     return y.view(*x.shape[:-1], N)
 
 
@@ -118,9 +126,10 @@ def lora_add_grouped(
     _check_dtypes(x, pairs, {"base_out": base_out}, False)
     rows = x.reshape(-1, K)
     call = _call(pairs, groups, rows, (scaling, dropout_p, seed))
-    y: Tensor = _OPS.lora_add_grouped(
-        base_out.reshape(-1, N), rows, *call.pairs, *call.rest, _saves(call)
-    )[0]
+    base_rows = base_out.reshape(-1, N)
+    arguments: tuple[Any, ...] = (base_rows, rows, *call.pairs, *call.rest, _saves(call))
+    unseen = _is_unseen(call, rows, base_rows, None)
+    y: Tensor = (ops.add if unseen else _OPS.lora_add_grouped)(*arguments)[0]
     return y.view(base_out.shape)
 
 
@@ -198,6 +207,16 @@ def _with_rows(tensors: list[Tensor], bounds: Sequence[int]) -> list[Tensor]:
 
 def _saves(call: _Call) -> bool:
     return torch.is_grad_enabled() and any(b.requires_grad for b in call.pairs[1])
+
+
+def _is_unseen(call: _Call, x: Tensor, base: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing would see the op, so that what it computes is all that matters."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    tensors = (*call.pairs[0], *call.pairs[1], bias)
+    if torch.is_grad_enabled() and _dispatch.any_requires_grad(x, base, *tensors):
+        return False
+    return _dispatch.is_unwatched(x, base, *tensors)
 
 
 def _columns(x: Tensor) -> int:

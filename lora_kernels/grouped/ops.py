@@ -96,9 +96,7 @@ def _without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _linear(
-    x: Tensor, weight: Tensor, a: Any, b: Any, bias: Any, weight_of: Any, *rest: Any
-) -> Any:
+def linear(x: Tensor, weight: Tensor, a: Any, b: Any, bias: Any, weight_of: Any, *rest: Any) -> Any:
     call, save_s = Call(a, b, *rest[:-1]), rest[-1]
     with _without_autocast(x.device):
         y, s = composite.forward(
@@ -107,7 +105,7 @@ def _linear(
     return y, _whole(s, x)
 
 
-def _add(base_out: Tensor, x: Tensor, a: Any, b: Any, *rest: Any) -> Any:
+def add(base_out: Tensor, x: Tensor, a: Any, b: Any, *rest: Any) -> Any:
     call, save_s = Call(a, b, *rest[:-1]), rest[-1]
     with _without_autocast(x.device):
         y, s = composite.forward(Given(base_out), x, call.adapters(), call.members(x), save_s)
@@ -304,8 +302,8 @@ def _branch_flops(needs: Needs, K: int, N: int) -> int:
 
 
 for _name, _kernel, _fake, _flops in (
-    ("lora_linear_grouped", _linear, _fake_linear, _linear_flops),
-    ("lora_add_grouped", _add, _fake_add, _add_flops),
+    ("lora_linear_grouped", linear, _fake_linear, _linear_flops),
+    ("lora_add_grouped", add, _fake_add, _add_flops),
     (
         "lora_linear_grouped_backward",
         _linear_backward,
