@@ -117,6 +117,20 @@ def test_bits_do_not_depend_on_the_threads(dtype, isa):
     assert all(torch.equal(one, results[0]) for one in results)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_columns_of_a_large_weight(dtype, isa, rows):
+    """Held by columns: of one or two rows the terms are shared out, of more the columns."""
+    x, held = (torch.randn(s).to(dtype) for s in ((rows, 700), (700, 1100)))
+    a, b, bias = (torch.randn(s).to(dtype) for s in ((8, 700), (1100, 8), (1100,)))
+    y = OPS._linear_cpu(x, held.t(), a, b, bias, 0.5, 1.0, 0, None, isa, None)
+    wide = [t.double() for t in (x, held, a, b, bias)]
+    exact = wide[0] @ wide[1] + 0.5 * wide[0] @ wide[2].T @ wide[3].T + wide[4]
+    eps = max(torch.finfo(dtype).eps, 2.0**-21)
+    assert (y.double() - exact).norm() <= eps * exact.norm()
+
+
 def rows_of(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
