@@ -1,7 +1,7 @@
 // Included after few_rows.inl: the same products in bf16 by tiles of 16 x 16 sums in fp32, 32 terms
 // a step. A tile has 16 rows of 64 bytes: 32 terms, or 16 columns of two terms each, or 16 sums.
 
-constexpr int kSide = 16, kStepTerms = 32, kTileBytes = 1024;
+constexpr int kSide = 16, kStepTerms = 32;
 constexpr int kMostTiles = 4;  // of sums, beside one for each factor
 // A matrix that is combined is read by so many rows and columns at a time, each row in one run.
 constexpr int64_t kBlockTerms = 128, kBlockColumns = 512;
@@ -77,8 +77,7 @@ struct Square {
   alignas(64) BFloat16 copy[kSide * kStepTerms];
 };
 
-// ------------------------------------------------------------------------------------ right
-// factors
+// ---------------------------------------------------------------------------------- right factors
 
 alignas(64) constexpr uint16_t kInTurn[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                               21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
