@@ -140,6 +140,22 @@ def _check_other_dtype(first: str, dtype: torch.dtype, key: str, tensor: Tensor)
         raise TypeError(f"{key}: expected {expected}, got {tensor.dtype}")
 
 
+def under_autocast(x: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], bool]:
+    """x in the autocast dtype where autocast is on, which the last says; fp32 adapters stay, an op
+    rounds them at use."""
+    device = x.device.type
+    if (
+        x.is_meta
+        or not torch.is_autocast_enabled(device)
+        or not x.is_floating_point()
+        or x.dtype == torch.float64
+    ):
+        return x, list(adapters), False
+    dtype = torch.get_autocast_dtype(device)
+    half = (torch.float16, torch.bfloat16)
+    return x.to(dtype), [t.to(dtype) if t.dtype in half else t for t in adapters], True
+
+
 def check_range(scaling: float, dropout_p: float) -> None:
     if not abs(scaling) <= sys.float_info.max:
         raise ValueError(f"scaling: expected a finite number, got {scaling}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _dispatch, backends
-from lora_kernels.backends.native.few_rows import SMALL, FewRows, Rows
+from lora_kernels.backends.native.few_rows import FewRows, Rows
 from lora_kernels.branch import Need
 
 _NUMBERS = (float, int)
@@ -39,10 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
     y: Tensor
     try:
         trains = torch.is_grad_enabled() and _dispatch.any_requires_grad(x, weight, a, b, bias)
-        most = (few.most_trained if trains else few.most).get(weight.dtype, 0)
-        if most and weight.numel() <= SMALL:
-            most *= few.factor_of_small[weight.dtype]
-        if x.numel() > most * weight.shape[-1]:
+        if x.numel() > few.most(weight, trains) * weight.shape[-1]:
             return None
         if trains:
             if a is None or weight.requires_grad or (bias is not None and bias.requires_grad):

@@ -248,7 +248,7 @@ def _check_linear(
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias: expected shape [N] = [{N}], got {_shape(bias)}")
     # The op rounds a weight of another dtype at use, so autocast leaves no copy of it behind.
-    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
+    x, (lora_a, lora_b), autocast = _checks.under_autocast(x, (lora_a, lora_b))
     _check_dtypes(x, lora_a, lora_b, {"weight": weight, "bias": bias}, autocast)
     _check_devices(x.device, tensors)
     return x, lora_a, lora_b
@@ -267,7 +267,7 @@ def _check_add(
             f"base_out: expected shape {tuple(expected)} for x {_shape(x)} and"
             f" lora_b {_shape(lora_b)}, got {_shape(base_out)}"
         )
-    x, lora_a, lora_b, autocast = _autocast(x, lora_a, lora_b)
+    x, (lora_a, lora_b), autocast = _checks.under_autocast(x, (lora_a, lora_b))
     if autocast and base_out.is_floating_point() and base_out.dtype != torch.float64:
         base_out = base_out.to(x.dtype)
     _check_dtypes(x, lora_a, lora_b, {"base_out": base_out}, autocast=False)
@@ -303,23 +303,6 @@ def _check_branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[int, int]:
             f" got {_shape(lora_b)}"
         )
     return rank, K
-
-
-def _autocast(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """x in the autocast dtype where autocast is on; fp32 adapters stay, the op rounds them at
-    use."""
-    device = x.device.type
-    if (
-        x.is_meta
-        or not torch.is_autocast_enabled(device)
-        or not x.is_floating_point()
-        or x.dtype == torch.float64
-    ):
-        return x, lora_a, lora_b, False
-    dtype = torch.get_autocast_dtype(device)
-    half = (torch.float16, torch.bfloat16)
-    lora_a, lora_b = (t.to(dtype) if t.dtype in half else t for t in (lora_a, lora_b))
-    return x.to(dtype), lora_a, lora_b, True
 
 
 def _check_dtypes(

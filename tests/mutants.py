@@ -253,7 +253,7 @@ MUTANTS = {
     "native: power of two dropped in place": (NATIVE, "add_", "base_out, high, accumulate", "base_out, 1.0, accumulate", "native::test_in_place_on_any_strides"),
     "native: power of two dropped in place, on strides": (NATIVE, "add_", "y, high, accumulate", "y, 1.0, accumulate", "native::test_in_place_on_any_strides"),
     "native: power of two dropped in dB": (NATIVE, "_low_rank_backward", "split(branch.scaling, dy.dtype)[1]", "1.0", f"native::{LARGE}"),
-    "native: fp64 taken": (NATIVE, None, "torch.bfloat16, torch.float16)", "torch.bfloat16, torch.float16, torch.float64)", "native"),
+    "native: fp64 taken": ("backends/native/extension.py", None, "torch.bfloat16, torch.float16)", "torch.bfloat16, torch.float16, torch.float64)", "native"),
     "scaling: fp16 not split": (SCALING, "split", "dtype != torch.float16 or", "True or", f"accuracy::{LARGE}"),
     "scaling: negative ones not split": (SCALING, "split", "abs(scaling) <= 1", "scaling <= 1", f"accuracy::{LARGE}"),
     "scaling: other dtypes split": (SCALING, "split", "dtype != torch.float16", "dtype == torch.float64", "scaling"),

@@ -130,6 +130,15 @@ inline void check_size(const Tensor& t, const char* name, int64_t rows, int64_t 
                   columns, "], got [", t.size(0), ", ", t.size(1), "]");
 }
 
+inline void check_starts(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_aligned(t), name, ": must start at a multiple of its element size");
+}
+
+inline void check_columns(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.size(1) == 1 || t.stride(1) == 1, name,
+                  ": the columns must be contiguous, got stride ", t.stride(1));
+}
+
 inline Type type_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:

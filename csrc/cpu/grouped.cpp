@@ -81,8 +81,8 @@ void for_each(const Groups& groups, const Of& of) {
 void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns, Type type) {
   check_size(t, name, rows, columns);
   check_type(t, name, type, false);
-  STD_TORCH_CHECK(is_aligned(t), name, ": must start at a multiple of its element size");
-  STD_TORCH_CHECK(columns == 1 || t.stride(1) == 1, name, ": the columns must be contiguous");
+  check_starts(t, name);
+  check_columns(t, name);
 }
 
 Groups groups_of(const Kernels& kernels, Type type, int64_t rows, std::vector<int64_t> bounds,

@@ -13,15 +13,6 @@ constexpr int64_t kMostDimensions = 16;
 
 // -------------------------------------------------------------------------------------- arguments
 
-void check_starts(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(is_aligned(t), name, ": must start at a multiple of its element size");
-}
-
-void check_columns(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.size(1) == 1 || t.stride(1) == 1, name,
-                  ": the columns must be contiguous, got stride ", t.stride(1));
-}
-
 // What a caller owns, or memory made for it.
 struct Matrix {
   const void* data;

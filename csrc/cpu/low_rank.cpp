@@ -298,8 +298,7 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
   check_type(low, "low", type, false);
   check_type(matrix, "matrix", type, true);
   check_writable(out, "out");
-  STD_TORCH_CHECK(C == 1 || out.stride(1) == 1, "out: the columns must be contiguous, got stride ",
-                  out.stride(1));
+  check_columns(out, "out");
   if (bias.has_value()) {
     check_tensor(*bias, "bias", 1);
     STD_TORCH_CHECK(bias->size(0) == C, "bias: must have ", C, " elements, got ", bias->size(0));

@@ -30,6 +30,10 @@ class Members(NamedTuple):
         """How many rows of a batch, the first, are anybody's or explicitly nobody's."""
         return self.bounds[-1]
 
+    def are_all(self, rows: Tensor) -> bool:
+        """Whether each of these rows has a group."""
+        return self.bounds[-2] == rows.shape[0]
+
     def of_groups(self) -> Iterator[tuple[int, slice]]:
         """(group, its place in the order) of the groups that have rows."""
         for group in range(len(self.bounds) - 2):
@@ -101,8 +105,7 @@ def _rows_of_s(adapters: Adapters, x: Tensor, members: Members) -> Tensor:
     """s [M, the largest rank], whose first rows are those that have groups, in their order; what is
     not written is zero."""
     ranks = {a.shape[0] for a in adapters.lora_a}
-    whole = len(ranks) == 1 and members.bounds[-2] == x.shape[0]
-    return (x.new_empty if whole else x.new_zeros)(x.shape[0], max(ranks))
+    return _to_fill(x, max(ranks), len(ranks) == 1 and members.are_all(x))
 
 
 def forward(
@@ -150,20 +153,16 @@ def backward(
     if needs.x and isinstance(base, Dense):
         dx = _padded(_product(dy[:served], base.weight.t(), None), dy.shape[0])
     elif needs.x:
-        whole = isinstance(base, Experts) and members.bounds[-2] == dy.shape[0]
-        dx = (dy.new_empty if whole else dy.new_zeros)(dy.shape[0], K)
-    if not isinstance(base, Given):
-        of_rows = isinstance(base, Dense)
+        dx = _to_fill(dy, K, isinstance(base, Experts) and members.are_all(dy))
+    if isinstance(base, Dense):
         if needs.weight:
-            dweight = (
-                _weight_gradient(dy[:served], x[:served], base.weight)
-                if of_rows
-                else torch.zeros_like(base.weight)
-            )
+            dweight = _weight_gradient(dy[:served], x[:served], base.weight)
         if needs.bias and base.bias is not None:
-            dbias = (
-                dy[:served].sum(0).to(base.bias.dtype) if of_rows else torch.zeros_like(base.bias)
-            )
+            dbias = dy[:served].sum(0).to(base.bias.dtype)
+    elif isinstance(base, Experts):
+        dweight = torch.zeros_like(base.weight) if needs.weight else None
+        if needs.bias and base.bias is not None:
+            dbias = torch.zeros_like(base.bias)
     d_as: list[Tensor | None] = _zeros(adapters.lora_a, needs.a)
     d_bs: list[Tensor | None] = _zeros(adapters.lora_b, needs.b)
     if not isinstance(base, Experts) and native.serves(dy, members.bounds):
@@ -197,8 +196,7 @@ def _base(base: Dense | Experts | Given, x: Tensor, members: Members) -> Tensor:
         assert base.out is not None  # of a forward
         return base.out.clone(memory_format=torch.contiguous_format)
     if isinstance(base, Experts):
-        whole = members.bounds[-2] == x.shape[0]
-        return (x.new_empty if whole else x.new_zeros)(x.shape[0], base.weight.shape[1])
+        return _to_fill(x, base.weight.shape[1], members.are_all(x))
     rows, weight = x[: members.served], base.weight
     if members.bounds[-2] < members.bounds[-1]:
         # Rows of no group have the bits of torch's own layer.
@@ -207,6 +205,11 @@ def _base(base: Dense | Experts | Given, x: Tensor, members: Members) -> Tensor:
     else:
         y = _product(rows, weight, base.bias)
     return _padded(y, x.shape[0])
+
+
+def _to_fill(rows: Tensor, columns: int, whole: bool) -> Tensor:
+    """As many rows, which the groups will fill as a whole; else of zeros."""
+    return (rows.new_empty if whole else rows.new_zeros)(rows.shape[0], columns)
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -78,7 +78,7 @@ def lora_linear_grouped(
     of_groups = _weight_of(weight_of, weight.shape[0], groups.count) if experts else None
     if weight_of is not None and not experts:
         raise ValueError(f"weight_of: expected None for one weight {_shape(weight)}")
-    x, autocast = _autocast(x)
+    x, pairs, autocast = _under_autocast(x, pairs)
     _check_dtypes(x, pairs, {"weight": weight, "bias": bias}, autocast)
     rows = x.reshape(-1, K)
     call = _call(pairs, groups, rows, (scaling, dropout_p, seed))
@@ -91,6 +91,7 @@ def lora_linear_grouped(
         *call.rest,
         _saves(call),
     )
+    _refuse_forward_mode(call, rows, weight, bias)
     unseen = _is_unseen(call, rows, weight, bias)
     y: Tensor = (ops.linear if unseen else _OPS.lora_linear_grouped)(*arguments)[0]
     return y.view(*x.shape[:-1], N)
@@ -121,13 +122,14 @@ def lora_add_grouped(
         raise ValueError(
             f"base_out: expected the leading dimensions of x {_shape(x)}, got {_shape(base_out)}"
         )
-    x, autocast = _autocast(x)
+    x, pairs, autocast = _under_autocast(x, pairs)
     base_out = base_out.to(x.dtype) if autocast and base_out.is_floating_point() else base_out
     _check_dtypes(x, pairs, {"base_out": base_out}, False)
     rows = x.reshape(-1, K)
     call = _call(pairs, groups, rows, (scaling, dropout_p, seed))
     base_rows = base_out.reshape(-1, N)
     arguments: tuple[Any, ...] = (base_rows, rows, *call.pairs, *call.rest, _saves(call))
+    _refuse_forward_mode(call, rows, base_rows)
     unseen = _is_unseen(call, rows, base_rows, None)
     y: Tensor = (ops.add if unseen else _OPS.lora_add_grouped)(*arguments)[0]
     return y.view(base_out.shape)
@@ -209,6 +211,11 @@ def _saves(call: _Call) -> bool:
     return torch.is_grad_enabled() and any(b.requires_grad for b in call.pairs[1])
 
 
+def _refuse_forward_mode(call: _Call, *others: Tensor | None) -> None:
+    if not torch.compiler.is_compiling():
+        _dispatch.refuse_forward_mode((*others, *call.pairs[0], *call.pairs[1]))
+
+
 def _is_unseen(call: _Call, x: Tensor, base: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing would see the op, so that what it computes is all that matters."""
     if torch.compiler.is_compiling() or x.is_meta:
@@ -262,13 +269,12 @@ def _weight_of(weight_of: Sequence[int] | None, experts: int, groups: int) -> li
     return found
 
 
-def _autocast(x: Tensor) -> tuple[Tensor, bool]:
-    device = x.device.type
-    if x.is_meta or not x.is_floating_point() or x.dtype == torch.float64:
-        return x, False
-    if not torch.is_autocast_enabled(device):
-        return x, False
-    return x.to(torch.get_autocast_dtype(device)), True
+def _under_autocast(
+    x: Tensor, pairs: tuple[list[Tensor], list[Tensor]]
+) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]], bool]:
+    a, b = pairs
+    x, cast, autocast = _checks.under_autocast(x, [*a, *b])
+    return x, (type(a)(cast[: len(a)]), type(b)(cast[len(a) :])), autocast
 
 
 def _check_dtypes(

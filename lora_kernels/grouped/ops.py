@@ -6,7 +6,6 @@ are those of `Groups`; bounds may be None. s [M, the largest r] begins with the 
 their order; its other elements are zero.
 """
 
-import itertools
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from lora_kernels._dispatch import LIBRARY
+from lora_kernels._dispatch import LIBRARY, refuse_forward_mode
 from lora_kernels.branch import Dense, Given
 from lora_kernels.grouped import composite
 from lora_kernels.grouped.composite import Adapters, Experts, Members, Needs
@@ -57,7 +56,7 @@ class Call(NamedTuple):
     def members(self, rows: Tensor) -> Members:
         """Checked against the rows of a call: offsets are the caller's own."""
         bounds, groups = self.bounds or self.offsets.tolist(), len(self.lora_a)
-        ordered = all(a <= b for a, b in itertools.pairwise(bounds))
+        ordered = all(a <= b for a, b in pairwise(bounds))
         if len(bounds) != groups + 2 or bounds[0] != 0 or not ordered:
             raise ValueError(
                 f"offsets: expected {groups + 2} for {groups} groups, from 0 on and rising,"
@@ -98,6 +97,7 @@ def _without_autocast(device: torch.device) -> torch.autocast:
 
 def linear(x: Tensor, weight: Tensor, a: Any, b: Any, bias: Any, weight_of: Any, *rest: Any) -> Any:
     call, save_s = Call(a, b, *rest[:-1]), rest[-1]
+    refuse_forward_mode((x, weight, bias, *a, *b))
     with _without_autocast(x.device):
         y, s = composite.forward(
             _base(weight, bias, weight_of), x, call.adapters(), call.members(x), save_s
@@ -107,6 +107,7 @@ def linear(x: Tensor, weight: Tensor, a: Any, b: Any, bias: Any, weight_of: Any,
 
 def add(base_out: Tensor, x: Tensor, a: Any, b: Any, *rest: Any) -> Any:
     call, save_s = Call(a, b, *rest[:-1]), rest[-1]
+    refuse_forward_mode((base_out, x, *a, *b))
     with _without_autocast(x.device):
         y, s = composite.forward(Given(base_out), x, call.adapters(), call.members(x), save_s)
     return y, _whole(s, x)

@@ -50,11 +50,13 @@ class FusedExperts(_Wrapper):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         routing = _routing(*args, **{k: v for k, v in kwargs.items() if k != "adapter_names"})
-        if routing is None or self.objection() is not None or not _takes(self, x):
-            y = super().forward(x, *args, **kwargs)
-            return y
-        adapters = {w.parameter_name: _adapter(w) for w in _wrappers(self)}
-        return forward(self.get_base_layer(), x, routing, adapters)
+        if routing is not None and self.objection() is None:
+            experts = self.get_base_layer()
+            adapters = {w.parameter_name: _adapter(w) for w in _wrappers(self)}
+            if _takes(experts, x, adapters):
+                return forward(experts, x, routing, adapters)
+        y = super().forward(x, *args, **kwargs)
+        return y
 
     def objection(self) -> str | None:
         """Why PEFT computes these experts as they are now; None where the op does."""
@@ -179,15 +181,16 @@ def _routing(
     return top_k_index, top_k_weights
 
 
-def _takes(wrapper: Any, x: Tensor) -> bool:
+def _takes(experts: nn.Module, x: Tensor, adapters: dict[str, Adapter]) -> bool:
     """Whether the op takes x with these weights and adapters, which are rounded to the weight's
     dtype, as PEFT does."""
-    dtype = getattr(wrapper.get_base_layer(), wrapper.parameter_name).dtype
-    pairs = [half for w in _wrappers(wrapper) for half in (_adapter(w).a, _adapter(w).b)]
-    fits = all(half.dtype in (dtype, torch.float32) for half in pairs)
+    for name, adapter in adapters.items():
+        dtype = getattr(experts, name).dtype
+        if any(half.dtype not in (dtype, torch.float32) for half in adapter[:2]):
+            return False
     plain = type(x) in _PLAIN and x.dim() == 2 and x.layout is torch.strided
     autocast = torch.is_autocast_enabled(x.device.type)
-    return plain and fits and not autocast and x.is_floating_point()
+    return plain and not autocast and x.is_floating_point()
 
 
 @cache

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -458,6 +459,36 @@ def test_under_autocast():
     narrow = copy.copy(made)
     narrow.x, narrow.weight, narrow.bias = (t.bfloat16() for t in (made.x, made.weight, made.bias))
     assert torch.equal(y, narrow.call(narrow.leaves()))
+
+
+def test_half_adapters_under_autocast():
+    """Of another 16 bits than autocast's: cast, as `lora_linear` casts them."""
+    made = batch(INDEX, adapter_dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = made.call(made.leaves())
+    cast = copy.copy(made)
+    cast.a, cast.b = ([t.bfloat16() for t in ts] for ts in (made.a, made.b))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(y, cast.call(cast.leaves()))
+
+
+@pytest.mark.parametrize("which", ["x", "lora_a"])
+def test_forward_mode_is_refused(which):
+    made = batch(INDEX)
+    base = F.linear(made.x, made.weight)
+    rest = (None, made.groups.order, made.groups.offsets, None, [1.0] * 3, 0.0, None, False)
+    with forward_ad.dual_level():
+        x, a = made.x, made.a
+        if which == "x":
+            x = forward_ad.make_dual(x, x)
+        else:
+            a = [forward_ad.make_dual(a[0], a[0]), *a[1:]]
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            lora_linear_grouped(x, made.weight, a, made.b, made.groups)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            lora_add_grouped(base, x, a, made.b, made.groups)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            OPS.lora_linear_grouped(x, made.weight, a, made.b, None, *rest)
 
 
 def test_double_backward_and_vmap_are_refused():

@@ -22,7 +22,6 @@ from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Given, Need
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Without dropout torch's own calls win below so many rows, from such a rank on, and with 16-bit
 # matrix instructions.
 _MIN_ROWS, _MANY_RANKS = 128, 64
@@ -46,7 +45,7 @@ def default(device: torch.device) -> tuple[bool, str]:
 
 def refusal(rows: Tensor) -> str | None:
     """Why the kernels cannot serve a call with such rows, x or dy."""
-    if rows.dtype not in _DTYPES:
+    if rows.dtype not in extension.DTYPES:
         return f"its kernels compute in float32, bfloat16 and float16, got {rows.dtype}"
     return None
 

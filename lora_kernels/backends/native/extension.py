@@ -35,6 +35,7 @@ _CUDA_SCHEMAS = (
 )
 ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 AMX = ISA_NAMES.index("AMX")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of rows, on the CPU
 
 
 def _file(name: str) -> Path | None:

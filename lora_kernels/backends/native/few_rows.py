@@ -31,10 +31,8 @@ MOST_ROWS_BACKWARD: dict[torch.dtype, tuple[int, ...]] = {
     torch.bfloat16: (0, 256, 8, 8, 128),
     torch.float16: (0, 256, 48, 48, 48),
 }
-
-
 # A layer so small is bound by the host, which one call keeps less busy: so many times as many.
-SMALL = 1 << 20  # elements of the weight
+_SMALL = 1 << 20  # elements of the weight
 FACTOR_OF_SMALL: dict[torch.dtype, tuple[int, ...]] = {
     torch.float32: (1, 1, 2, 2, 2),
     torch.bfloat16: (1, 1, 1, 1, 1),
@@ -53,12 +51,11 @@ class FewRows:
 
     def __init__(self, isa: int) -> None:
         self.isa = isa
-        self.factor_of_small = {dtype: of_isa[isa] for dtype, of_isa in FACTOR_OF_SMALL.items()}
-        self.most = {dtype: most_rows(dtype, isa) for dtype in MOST_ROWS}
-        """Rows that an inference may have, and a call with a gradient."""
-        self.most_trained = {
+        self._factor_of_small = {dtype: of_isa[isa] for dtype, of_isa in FACTOR_OF_SMALL.items()}
+        self._most = {dtype: most_rows(dtype, isa) for dtype in MOST_ROWS}
+        self._most_trained = {
             dtype: min(most, most_rows(dtype, isa, backward=True))
-            for dtype, most in self.most.items()
+            for dtype, most in self._most.items()
         }
         ops = torch.ops.lora_kernels
         self.linear: Any
@@ -68,6 +65,11 @@ class FewRows:
             getattr(op.default, "_op", op.default)
             for op in (ops._linear_cpu, ops._linear_backward_cpu)
         )
+
+    def most(self, weight: Tensor, trains: bool) -> int:
+        """How many rows a call may have, one with a gradient where it trains."""
+        most = (self._most_trained if trains else self._most).get(weight.dtype, 0)
+        return most * self._factor_of_small[weight.dtype] if most and is_small(weight) else most
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, branch: tuple[Any, ...], save_s: bool
@@ -117,9 +119,13 @@ def readable(tensor: Tensor) -> Tensor:
 def are_few(rows: int, weight: Tensor, isa: int, backward: bool = False) -> bool:
     """Whether so many rows are few for a weight."""
     most = most_rows(weight.dtype, isa, backward)
-    if most and weight.numel() <= SMALL:
+    if most and is_small(weight):
         most *= FACTOR_OF_SMALL[weight.dtype][isa]
     return rows <= most
+
+
+def is_small(weight: Tensor) -> bool:
+    return weight.numel() <= _SMALL
 
 
 def fits(weight: Tensor) -> bool:

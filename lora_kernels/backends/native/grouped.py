@@ -17,7 +17,6 @@ from lora_kernels.backends.native import extension
 from lora_kernels.backends.native.few_rows import readable
 from lora_kernels.backends.scaling import split
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Groups of more rows than this on average are better served one by one: by all threads, and without
 # dropout by torch's own products.
 _MOST_ROWS = 256
@@ -38,9 +37,6 @@ class Branches(NamedTuple):
         """The adapters where the kernels can read them."""
         return [_aligned(t) for t in self.lora_a], [_aligned(t) for t in self.lora_b]
 
-    def rows(self) -> tuple[Tensor | None, list[int]]:
-        return self.order, list(self.bounds)
-
     def mask(self) -> tuple[int, Tensor | None, int]:
         p = self.dropout_p
         return threshold(p) if p else 0, self.seeds if p else None, extension.best_isa()
@@ -52,7 +48,7 @@ class Branches(NamedTuple):
 
 def serves(rows: Tensor, bounds: Sequence[int]) -> bool:
     """Whether one call is the better one for these rows, x or dy."""
-    if not rows.is_cpu or rows.dtype not in _DTYPES or not extension.available():
+    if not rows.is_cpu or rows.dtype not in extension.DTYPES or not extension.available():
         return False
     if forced.now is not None and forced.now.backend != "native":
         return False
@@ -65,7 +61,7 @@ def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
     splits = [split(scaling, x.dtype) for scaling in branches.scaling]
     drops, seeds, isa = branches.mask()
     torch.ops.lora_kernels._add_grouped_cpu(
-        y, readable(x), *branches.given(), *branches.rows(),
+        y, readable(x), *branches.given(), branches.order, list(branches.bounds),
         [low * branches.keep for low, _ in splits], [high for _, high in splits], drops, seeds, isa,
         s,
     )  # fmt: skip
@@ -86,7 +82,8 @@ def backward(
     nothing = dy.new_empty(0)
     torch.ops.lora_kernels._backward_grouped_cpu(
         dx, readable(dy), readable(x) if any(t is not None for t in d_a) else None,
-        *branches.given(), s if any(t is not None for t in d_b) else None, *branches.rows(),
+        *branches.given(), s if any(t is not None for t in d_b) else None,
+        branches.order, list(branches.bounds),
         list(branches.scaling), highs, branches.keep, drops, seeds, isa,
         [nothing if t is None else t for t in d_a], [nothing if t is None else t for t in d_b],
     )  # fmt: skip
