@@ -46,7 +46,7 @@ def train(model: torch.nn.Module, text: str, steps: int, rate: float) -> float:
         loss.backward()
         optimizer.step()
     model.eval()
-    return float(loss)
+    return loss.item()
 
 
 def make_base(width: int, steps: int) -> LlamaForCausalLM:

@@ -2,12 +2,13 @@
 
 from lora_kernels import adapters
 from lora_kernels._version import __version__ as __version__
-from lora_kernels.adapters import lora_parameters, lora_state_dict
+from lora_kernels.adapters import adapter_names, lora_parameters, lora_state_dict
 from lora_kernels.ahead import warmup
 from lora_kernels.check import AdapterReport, check_adapters
 from lora_kernels.checkpoint import load_adapter, save_adapter
 from lora_kernels.convert import (
     LoraReport,
+    add_adapter,
     apply_lora,
     disable_adapters,
     merge_lora,
@@ -21,6 +22,7 @@ from lora_kernels.merged import merged_state_dict
 from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
 from lora_kernels.rank import low_rank_approximation
 from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model, train_model
+from lora_kernels.several import adapter_rows, delete_adapter, set_adapter
 from lora_kernels.tuning import TuningReport, tune
 
 __all__ = [
@@ -30,10 +32,14 @@ __all__ = [
     "Groups",
     "LoraReport",
     "TuningReport",
+    "adapter_names",
+    "adapter_rows",
+    "add_adapter",
     "add_adaptor_layer",
     "adjust_rank",
     "apply_lora",
     "check_adapters",
+    "delete_adapter",
     "disable_adapters",
     "evaluate_model",
     "fuse_peft",
@@ -51,6 +57,7 @@ __all__ = [
     "register_fused_lora",
     "remove_lora",
     "save_adapter",
+    "set_adapter",
     "train_model",
     "tune",
     "unfuse_peft",

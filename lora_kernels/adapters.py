@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lora_kernels import names
 from lora_kernels.bypass import update_fast_paths
-from lora_kernels.nn import LoRALayer
-from lora_kernels.nn.tensors import PISSA, note_frozen, thaw
+from lora_kernels.nn import LoRALayer, NamedAdapter
+from lora_kernels.nn.tensors import PISSA, Factors, note_frozen, thaw
 from lora_kernels.offloading import OFFLOADED, is_offloaded, present
 from lora_kernels.sharding import is_sharded
 
@@ -118,17 +118,61 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in found.items() if t is not None and n not in passing}
 
 
-def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+def lora_parameters(model: nn.Module, *, adapter: str | None = None) -> Iterator[nn.Parameter]:
     """What to give an optimizer: lora_A and lora_B of every layer, then the modules trained in
-    full.
+    full; or lora_A and lora_B of the adapter of this name alone.
 
     Where pruning or a parametrization computes lora_A or lora_B, the parameters it computes them
-    from. ValueError: accelerate has offloaded them.
+    from. ValueError: accelerate has offloaded them, or no adapter has this name.
     """
+    if adapter is not None:
+        require_name(model, adapter)
     require_loaded(model)
     for _, layer in lora_layers(model):
-        yield from layer.factor_parameters()
-    yield from saved_parameters(model)
+        for name in layer.names:
+            if adapter in (None, name):
+                yield from layer.adapter(name).factor_parameters()
+    if adapter is None:
+        yield from saved_parameters(model)
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's adapters, in the order in which its layers have them."""
+    return tuple(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.names))
+
+
+def require_name(model: nn.Module, adapter: object) -> None:
+    """ValueError for a name that no adapter of the model has; it lists those that there are."""
+    known = adapter_names(model)
+    if adapter not in known:
+        there = ", ".join(map(repr, known)) or "none"
+        raise ValueError(f"adapter: got {adapter!r}, the model's adapters are {there}")
+
+
+def choose(model: nn.Module, adapter: str | None) -> str:
+    """The adapter of this name; by default the only one, or the only one in use. ValueError where
+    there is no such one."""
+    if adapter is not None:
+        require_name(model, adapter)
+        return adapter
+    known = adapter_names(model)
+    active = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.active)
+    found = known if len(known) == 1 else tuple(active)
+    if len(found) != 1:
+        in_use = ", ".join(map(repr, active)) or "none"
+        raise ValueError(
+            f"adapter: the model has {', '.join(map(repr, known))}, in use {in_use}; name one"
+        )
+    return found[0]
+
+
+def adapters_of(model: nn.Module, adapter: str) -> dict[str, tuple[LoRALayer, Factors]]:
+    """name of the layer -> (the layer, its adapter of this name), where it has it."""
+    return {
+        name: (layer, layer.adapter(adapter))
+        for name, layer in lora_layers(model)
+        if adapter in layer.names
+    }
 
 
 def require_loaded(model: nn.Module, layers: bool = True) -> None:
@@ -151,7 +195,11 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for _, name, module in names.keyed_modules(model):
         if isinstance(module, LoRALayer):
             with present(module):
-                tensors = {key: module.factor(key) for key in module.adapter_parameters}
+                tensors: dict[str, Tensor | None] = {
+                    module.prefix(adapter) + key: module.adapter(adapter).factor(key)
+                    for adapter in module.names
+                    for key in module.adapter(adapter).adapter_parameters
+                }
             tensors |= {key: getattr(module, key) for key in PISSA}
             found = {names.join(name, k): t.detach() for k, t in tensors.items() if t is not None}
             state |= found
@@ -165,6 +213,26 @@ def require_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no LoRA layer; call apply_lora first")
     return layers
+
+
+def attach_other(
+    model: nn.Module,
+    adapter: str,
+    prepared: Mapping[nn.Module, LoRALayer | NamedAdapter],
+    trainable: set[nn.Parameter],
+) -> None:
+    """Gives layers of a model that has adapters one more, which is not in use; what else is trained
+    stays as it is."""
+    for module, other in prepared.items():
+        if isinstance(other, NamedAdapter):
+            assert isinstance(module, LoRALayer)  # for which it was prepared
+            module.put_other(adapter, other)
+        else:
+            other.activate(())
+            note_frozen(module, {name for name, p in module._parameters.items() if p in trainable})
+            other.move_into(module)
+    update_fast_paths(model)
+    _guard_embeddings(model)
 
 
 def attach(

@@ -15,11 +15,19 @@ from torch import Tensor, nn
 from lora_kernels import adapters, formats, names, peft_targets, targets
 from lora_kernels.adapter_files import DIGEST, digest, naming, shown
 from lora_kernels.adapters import lora_layers
-from lora_kernels.bases import features
+from lora_kernels.bases import computed, features
 from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
 from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
-from lora_kernels.nn import AdapterOptions, LoRALayer, layer_class
+from lora_kernels.nn import (
+    DEFAULT,
+    AdapterOptions,
+    LoRALayer,
+    NamedAdapter,
+    check_name,
+    layer_class,
+)
+from lora_kernels.nn.tensors import FACTORS, Factors
 from lora_kernels.peft_config import PREFIX, Config
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 
@@ -28,7 +36,11 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, base_model: str | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Writes the adapter of a model in PEFT's format; PEFT's `PeftModel.from_pretrained` reads it.
 
@@ -45,25 +57,32 @@ def save_adapter(
         directory: made if missing.
         base_model: name or path of the base, for the config; the model's own `name_or_path` by
             default.
+        adapter: the name of one of several; by default the only one, or the only one in use.
 
     Raises:
-        ValueError: the model has no LoRA layer. RuntimeError: it was merged with keep_base=False.
+        ValueError: the model has no LoRA layer, or several adapters and none is named, or none of
+            this name. RuntimeError: it was merged with keep_base=False.
     """
     model = names.unwrapped(model)
     layers = adapters.require_layers(model)
     for name, layer in layers:
         if layer._merged == "final":
             raise RuntimeError(f"{name}: merged with keep_base=False, there is no adapter to save")
+    chosen = adapters.choose(model, adapter)
     _warn_of_unsaved(model)
-    factors = {name: layer.delta_factors() for name, layer in layers}
-    write_files(model, Path(directory), factors, base_model)
+    factors = {
+        name: layer.delta_factors() if one is layer else one.factors()
+        for name, (layer, one) in adapters.adapters_of(model, chosen).items()
+    }
+    write_files(model, Path(directory), factors, base_model, adapter=chosen)
 
 
 def _warn_of_unsaved(model: nn.Module) -> None:
     """Names the parameters that train and are no part of the adapter."""
     saved = set(adapters.saved_parameters(model))
     for _, layer in lora_layers(model):
-        saved.update(layer.factor_parameters())
+        for adapter in layer.names:
+            saved.update(layer.adapter(adapter).factor_parameters())
     left_out = [
         names.join(name, attribute)
         for name, module in names.named_modules(model)
@@ -87,9 +106,10 @@ def write_files(
     factors: Mapping[str, Sequence[Tensor]],
     base_model: str | None,
     given: Mapping[str, Tensor] | None = None,
+    adapter: str = DEFAULT,
 ) -> None:
-    """Writes both files, with the layers of `factors`, by name. Of what is `given`, by its name in
-    the model, those tensors; the model's own otherwise."""
+    """Writes both files of an adapter, with the layers of `factors`, by name. Of what is `given`,
+    by its name in the model, those tensors; the model's own otherwise."""
     from safetensors.torch import save
 
     tensors = {}
@@ -108,9 +128,12 @@ def write_files(
     }
     if sharded and dist.get_rank() != 0:
         return
-    config = _config(model, {name: a.shape[0] for name, (a, _) in factors.items()}, base_model)
+    of_layers = adapters.adapters_of(model, adapter)
+    found = {name: one for name, (_, one) in of_layers.items() if name in factors}
+    config = _config(model, found, {n: a.shape[0] for n, (a, _) in factors.items()})
+    config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
     peft_targets.warn_of_differences(model, config, tensors)
-    dropouts = {layer.dropout for name, layer in lora_layers(model) if name in factors}
+    dropouts = {one.dropout for one in found.values()}
     if config["target_parameters"] and any(dropouts):
         warnings.warn(
             "lora_dropout: written as 0, PEFT has none for layers that it takes for experts"
@@ -127,15 +150,17 @@ def write_files(
     })  # fmt: skip
 
 
-def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> dict[str, Any]:
-    """PEFT's LoraConfig as JSON; layers that differ from the first go to rank_pattern,
-    alpha_pattern."""
-    layers = {name: layer for name, layer in lora_layers(model) if name in ranks}
+def _config(
+    model: nn.Module, layers: Mapping[str, Factors], ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """PEFT's LoraConfig as JSON, of one adapter of each layer and the ranks that are written;
+    layers that differ from the first go to rank_pattern, alpha_pattern."""
     first = next(iter(layers))
     rslora = layers[first].use_rslora and all(
-        layer.use_rslora and layer.alpha is not None and layer.pissa_A is None
-        for layer in layers.values()
+        layer.use_rslora and layer.alpha is not None and ranks[name] == layer.rank
+        for name, layer in layers.items()
     )
+    turned = {name for name, layer in lora_layers(model) if layer.fan_in_fan_out}
 
     def alpha(name: str) -> float:
         """The alpha from which PEFT computes the layer's scaling."""
@@ -155,9 +180,8 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
 
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model or getattr(model, "name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "fan_in_fan_out": not turned.isdisjoint(layers),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha(first),
@@ -182,10 +206,14 @@ def _config(model: nn.Module, ranks: dict[str, int], base_model: str | None) -> 
 
 @torch.no_grad()
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = False
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    strict: bool = False,
+    adapter: str | None = None,
 ) -> None:
     """Reads an adapter's files into a model: into its LoRA layers, or into a model that has none
-    yet.
+    yet; or as one of several, with a name.
 
     Everything is checked first; on an error nothing in the model has changed. A model that has its
     LoRA layers may be sharded: every rank reads the files and takes its part.
@@ -199,6 +227,8 @@ def load_adapter(
             (adapters.safetensors); or a file of Diffusers or kohya, or a directory with
             pytorch_lora_weights.safetensors, of which a model takes its own part.
         strict: what is not loaded is an error.
+        adapter: the name of the adapter that takes what is read; a new one is added to those of the
+            model, which go on being used. By default the only one, "default" if there is none.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -209,17 +239,31 @@ def load_adapter(
     model = names.unwrapped(model)
     targets.require_no_peft(model)
     targets.require_shapes(model)
-    adapter = formats.read(Path(directory), model)
-    with adapters.all_or_nothing(model) as before, naming(adapter.file):
-        _load(model, adapter, strict, before)
+    known = adapters.adapter_names(model)
+    if adapter is None and len(known) > 1:
+        raise ValueError(
+            f"adapter: the model has several, {', '.join(map(repr, known))}; name one of them, or"
+            " a new one"
+        )
+    name = next(iter(known), DEFAULT) if adapter is None else check_name(adapter)
+    read = formats.read(Path(directory), model)
+    with adapters.all_or_nothing(model) as before, naming(read.file):
+        _load(model, name, read, strict, before)
 
 
 def _load(
-    model: nn.Module, adapter: formats.Adapter, strict: bool, before: adapters.Before
+    model: nn.Module, adapter: str, read: formats.Adapter, strict: bool, before: adapters.Before
 ) -> None:
-    config, left_out = adapter.config, list(adapter.left_out)
-    pairs, saved = _sort(model, adapter, left_out)
-    present = dict(lora_layers(model))
+    config, left_out = read.config, list(read.left_out)
+    pairs, saved = _sort(model, adapter, read, left_out)
+    others = dict(lora_layers(model))
+    present = adapters.adapters_of(model, adapter)
+    further = bool(others) and not present
+    if further and saved:
+        raise ValueError(
+            f"{targets.summary(saved)}: trained in full, which all adapters of a model share; load"
+            " this adapter as the model's first"
+        )
     if present and set(present) != set(pairs):
         extra = [name for name in pairs if name not in present]
         for name in [name for name in extra if _is_idle(pairs[name])]:
@@ -245,31 +289,37 @@ def _load(
             f" {past[modules[idle[0]]]}; check_adapters(model, ...) with a batch tells",
             stacklevel=4,
         )
-    layers: dict[nn.Module, LoRALayer] = {}
+    made: dict[nn.Module, LoRALayer | NamedAdapter] = {}
     values = {}
     for name, (A, B) in pairs.items():
         rank, alpha, use_rslora = config.layer(name)
         _check_pair(name, modules[name], A, B, rank, config.origin)
         base = modules[name]
+        options = AdapterOptions(rank, use_rslora=use_rslora, name=adapter)
         if name in present:
-            layer = present[name]
-            _check_present(name, layer, A)
-            before.keep(layer.lora_A)
-            before.keep(layer.lora_B)
+            layer, one = present[name]
+            _check_present(name, layer, one, A)
+            before.keep(one.lora_A)
+            before.keep(one.lora_B)
+        elif isinstance(base, LoRALayer):
+            made[base] = base.prepare_other(options)
         else:
-            made = AdapterOptions(rank, use_rslora=use_rslora)
-            layer = layers[base] = layer_class(base)._prepare(base, made)
+            made[base] = layer_class(base)._prepare(base, options)
         values[name] = (base, A, B, alpha, use_rslora)
 
-    if layers or saved_modules:
+    if further:
+        adapters.attach_other(model, adapter, made, before.trainable)
+    elif made or saved_modules:
+        layers = {base: one for base, one in made.items() if isinstance(one, LoRALayer)}
         adapters.attach(model, layers, saved_modules, before.trainable)
     adapters.guard(model)
     for module, A, B, alpha, use_rslora in values.values():
         assert isinstance(module, LoRALayer)  # since it was attached
-        copy_whole(module.lora_A, A)
-        copy_whole(module.lora_B, B)
-        module.alpha, module.use_rslora = alpha, use_rslora
-        module.dropout = config.dropout
+        one = module.adapter(adapter)
+        copy_whole(one.lora_A, A)
+        copy_whole(one.lora_B, B)
+        one.alpha, one.use_rslora = alpha, use_rslora
+        one.dropout = config.dropout
     for name, tensor in saved.items():
         owner, _, attribute = name.rpartition(".")
         target = getattr(modules[owner], attribute)
@@ -338,12 +388,13 @@ def _say(
 
 
 def _sort(
-    model: nn.Module, adapter: formats.Adapter, left_out: list[str]
+    model: nn.Module, adapter: str, read: formats.Adapter, left_out: list[str]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """(layer name -> (A, B), name -> tensor of modules_to_save), each found in the model.
+    """(layer name -> (A, B), name -> tensor of modules_to_save), each found in the model, whose
+    adapter of this name they are to be.
 
     Adapters without effect where no adapter can be are noted in `left_out`."""
-    modules, config = dict(names.named_modules(model)), adapter.config
+    modules, config = dict(names.named_modules(model)), read.config
     tensors_there = {
         names.join(prefix, name): tensor
         for prefix, module in modules.items()
@@ -351,7 +402,7 @@ def _sort(
     }
     halves: dict[str, dict[str, Tensor]] = {}
     saved = {}
-    for key, tensor in adapter.tensors.items():
+    for key, tensor in read.tensors.items():
         name = key.removeprefix(PREFIX)
         if (found := _FACTOR.fullmatch(name)) is not None:
             layer, part = found.groups()
@@ -379,7 +430,7 @@ def _sort(
             )
     if not halves:
         raise ValueError(
-            f"the adapter file holds no LoRA tensor, only {targets.summary(adapter.tensors)}"
+            f"the adapter file holds no LoRA tensor, only {targets.summary(read.tensors)}"
         )
     for layer, parts in halves.items():
         for part in "AB":
@@ -392,7 +443,8 @@ def _sort(
         # None for a second adapter of one module, which is one of a parameter.
         module = modules.get(layer)
         if module is not None and targets.is_linear(module):
-            why = None if isinstance(module, LoRALayer) else targets.objection(module)
+            there = isinstance(module, LoRALayer) and adapter in module.names
+            why = None if there else targets.objection(module, adapter)
             # PEFT computes nothing from an adapter there: attention reads the weight itself.
             unused = isinstance(modules[layer.rpartition(".")[0]], nn.MultiheadAttention)
             parameter = False
@@ -459,16 +511,17 @@ def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int, o
             )
 
 
-def _check_present(name: str, layer: LoRALayer, A: Tensor) -> None:
+def _check_present(name: str, layer: LoRALayer, adapter: Factors, A: Tensor) -> None:
     key = f"{PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")
-    if (reason := layer.why_fixed() or layer.why_not_two()) is not None:
+    reason = layer.why_fixed() or layer.why_more_than_factors() or computed(adapter, FACTORS)
+    if reason is not None:
         raise ValueError(f"{key}: cannot go to {name}: {reason}; remove_lora(model) first")
     if layer.pissa_A is not None:
         raise ValueError(
             f"{key}: {name} was started with PiSSA and no longer holds its original base;"
             " remove_lora(model) first"
         )
-    if A.shape[0] != layer.rank:
-        raise ValueError(f"{key}: has rank {A.shape[0]}, the model's layer has rank {layer.rank}")
+    if A.shape[0] != adapter.rank:
+        raise ValueError(f"{key}: has rank {A.shape[0]}, the model's layer has rank {adapter.rank}")

@@ -1,6 +1,7 @@
 """Turning a model's linear layers into LoRA layers and back, in place."""
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 from lora_kernels import adapters, backends, names, options, targets
 from lora_kernels.adapters import lora_parameters
 from lora_kernels.bypass import unregistered_linears
-from lora_kernels.nn import AdapterOptions, LoRALayer, layer_class
+from lora_kernels.nn import (
+    DEFAULT,
+    AdapterOptions,
+    LoRALayer,
+    NamedAdapter,
+    check_name,
+    layer_class,
+)
 from lora_kernels.nn.pissa import Init
 from lora_kernels.sharding import is_sharded
 from lora_kernels.targets import Names
@@ -137,8 +145,6 @@ def apply_lora(
         TypeError: an option of another type, or of another name. Whatever is raised, Ctrl-C too,
             the model is unchanged then.
     """
-    options.refuse_unknown(unknown)
-    names.require_module(model)
     chosen: dict[str, Any] = {
         "alpha": alpha,
         "dropout": dropout,
@@ -150,23 +156,95 @@ def apply_lora(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }
+    given = _given(model, apply_lora, rank, chosen, unknown)
+    return _apply(model, _Options(adapter_dtype=adapter_dtype, **given))
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    rank: "int | peft.LoraConfig | None" = None,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Names = None,
+    exclude_modules: Names = None,
+    use_rslora: bool = False,
+    init: Init = "kaiming",
+    adapter_dtype: torch.dtype | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    **unknown: object,
+) -> LoraReport:
+    """Gives a model a further adapter, with a name; `set_adapter` and `adapter_rows` put it to use.
+
+    What the model computes does not change. A model without adapters gets its first, which is in
+    use at once, as by `apply_lora`, whose adapter is called "default".
+
+    Args:
+        name: of the adapter: a string without dots that no other adapter of the model has.
+        target_modules: as in `apply_lora`; None means the layers that carry adapters, or in a model
+            without any what it means there.
+        rank and others: as in `apply_lora`.
+
+    Raises:
+        ValueError: a name or a value out of range; a layer that is merged, sharded or was started
+            with PiSSA. TypeError: an option of another type or name. The model is unchanged then.
+    """
+    chosen: dict[str, Any] = {
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "use_rslora": use_rslora,
+        "init": init,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    given = _given(model, add_adapter, rank, chosen, unknown)
+    given.setdefault("modules_to_save", None)
+    check_name(name)
+    known = adapters.adapter_names(model)
+    if name in known:
+        raise ValueError(f"name: the model has an adapter {name!r} already")
+    further = bool(known)
+    if further and given["modules_to_save"]:
+        raise ValueError(
+            "modules_to_save: are trained in full for all adapters of a model; give them to its"
+            " first"
+        )
+    if further and given["target_modules"] is None:
+        carrying = "|".join(re.escape(layer) for layer, _ in adapters.lora_layers(model))
+        given["target_modules"] = f"(?:{carrying})"
+    chosen_ones = _Options(adapter_dtype=adapter_dtype, name=name, further=further, **given)
+    return _apply(model, chosen_ones)
+
+
+def _given(
+    model: nn.Module,
+    function: Any,
+    rank: "int | peft.LoraConfig | None",
+    chosen: dict[str, Any],
+    unknown: Mapping[str, object],
+) -> dict[str, Any]:
+    """The options of `function`: rank and those chosen, or all from a LoraConfig."""
+    options.refuse_unknown(unknown)
+    names.require_module(model)
+    what = function.__name__
     if rank is None:
-        raise TypeError("apply_lora: rank is missing, apply_lora(model, 8)")
-    if options.is_config(rank):
-        defaults = apply_lora.__kwdefaults__ or {}
-        beside = [n for n, value in chosen.items() if value != defaults[n]]
-        if beside:
-            raise TypeError(f"apply_lora: {beside[0]} is given beside a LoraConfig; set it there")
-        modules = [name for name, _ in names.named_modules(model, remove_duplicate=False)]
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        chosen = options.from_peft(rank, modules, model_type)
-    else:
-        chosen["rank"] = rank
-    return _apply(model, _Options(adapter_dtype=adapter_dtype, **chosen))
+        raise TypeError(f"{what}: rank is missing, apply_lora(model, 8)")
+    if not options.is_config(rank):
+        return {"rank": rank, **chosen}
+    beside = [n for n, value in chosen.items() if value != function.__kwdefaults__[n]]
+    if beside:
+        raise TypeError(f"{what}: {beside[0]} is given beside a LoraConfig; set it there")
+    modules = [name for name, _ in names.named_modules(model, remove_duplicate=False)]
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return options.from_peft(rank, modules, model_type)
 
 
 class _Options(NamedTuple):
-    """Of `apply_lora`."""
+    """Of `apply_lora`, and of `add_adapter` for a model that has adapters: `further`."""
 
     rank: int
     alpha: float | None
@@ -179,14 +257,22 @@ class _Options(NamedTuple):
     adapter_dtype: torch.dtype | None
     rank_pattern: Mapping[str, int] | None
     alpha_pattern: Mapping[str, float] | None
+    name: str = DEFAULT
+    further: bool = False
 
 
 def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     rank, alpha = options.check_rank(chosen.rank), options.check_alpha(chosen.alpha)
     target_modules = targets.listed("target_modules", chosen.target_modules)
     exclude_modules = targets.listed("exclude_modules", chosen.exclude_modules)
-    found, skipped = targets.find_targets(model, target_modules, exclude_modules)
+    further = chosen.name if chosen.further else None
+    found, skipped = targets.find_targets(model, target_modules, exclude_modules, further)
     heads, frozen = targets.new_heads(model, target_modules, exclude_modules)
+    if chosen.further:
+        heads = {}
+        carrying = dict(adapters.lora_layers(model))
+        against = {n: carrying[n].why_no_other(chosen.name) for n in skipped if n in carrying}
+        refuse("add_adapter", {n: why for n, why in against.items() if why == skipped[n]})
     saved = heads | targets.find_saved(model, chosen.modules_to_save)
     in_heads = targets.submodules(heads)
     in_full = targets.submodules(saved) | {one.module for one in adapters.saved_tensors(model)}
@@ -210,7 +296,13 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     alphas = options.of_layers(
         "alpha_pattern", chosen.alpha_pattern, all_of, alpha, options.check_alpha
     )
-    settings = (chosen.dropout, chosen.use_rslora, chosen.adapter_dtype, chosen.init)
+    settings = (
+        chosen.dropout,
+        chosen.use_rslora,
+        chosen.adapter_dtype,
+        chosen.init,
+        chosen.name,
+    )
     if chosen.init == "pissa":
         require_untied(model, found.values(), "init='pissa'")
         for name, linear in found.items():
@@ -220,21 +312,28 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
                     f" got {ranks[name]}"
                 )
     with adapters.all_or_nothing(model) as before:
-        layers: dict[nn.Module, LoRALayer] = {
-            linear: layer_class(linear)._prepare(
-                linear, AdapterOptions(ranks[name], alphas[name], *settings)
-            )
-            for name, linear in found.items()
-        }
+        made: dict[str, LoRALayer | NamedAdapter] = {}
+        for name, linear in found.items():
+            adapter = AdapterOptions(ranks[name], alphas[name], *settings)
+            if isinstance(linear, LoRALayer):
+                made[name] = linear.prepare_other(adapter)
+            else:
+                made[name] = layer_class(linear)._prepare(linear, adapter)
+        prepared: dict[nn.Module, LoRALayer | NamedAdapter]
+        prepared = {found[name]: one for name, one in made.items()}
+        layers = {linear: one for linear, one in prepared.items() if isinstance(one, LoRALayer)}
         for layer in layers.values():
             if chosen.init == "pissa":
                 before.keep(layer.weight)
                 layer._take_pissa()
         left_out = targets.others(model, in_full)
         base = sum(p.numel() for p in model.parameters())
-        adapters.attach(model, layers, saved, before.trainable)
+        if chosen.further:
+            adapters.attach_other(model, chosen.name, prepared, before.trainable)
+        else:
+            adapters.attach(model, layers, saved, before.trainable)
         adapters.guard(model)
-        trained = list(lora_parameters(model))
+        trained = list(lora_parameters(model, adapter=further))
         return LoraReport(
             replaced=list(found),
             skipped=skipped,
@@ -245,10 +344,10 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
             unregistered=unregistered_linears(model),
             new_heads=list(heads),
-            adapted=sum(weight.numel() for weight in {layer.weight for layer in layers.values()}),
+            adapted=sum(weight.numel() for weight in {layer.weight for layer in found.values()}),
             base=base,
             shared={name: others[1:] for name, others in all_of.items() if len(others) > 1},
-            gpu=backends.on_gpu(layer.weight for layer in layers.values()),
+            gpu=backends.on_gpu(layer.weight for layer in found.values()),
             left_out={kind: list(weights) for kind, weights in left_out.items()},
             left_out_parameters={
                 kind: sum(p.numel() for p in set(weights.values()))

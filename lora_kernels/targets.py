@@ -118,10 +118,10 @@ def is_linear(module: nn.Module) -> "TypeIs[Linear]":
     return isinstance(module, (nn.Linear, LoRALayer)) or bases.is_conv1d(module)
 
 
-def objection(module: nn.Module) -> str | None:
-    """Why a module cannot carry an adapter; None if it can."""
+def objection(module: nn.Module, adapter: str | None = None) -> str | None:
+    """Why a module cannot carry an adapter, of this name beside others; None if it can."""
     if isinstance(module, LoRALayer):
-        return "already carries an adapter"
+        return "already carries an adapter" if adapter is None else module.why_no_other(adapter)
     return bases.objection(module, reserved())
 
 
@@ -148,9 +148,13 @@ def require_shapes(model: nn.Module) -> None:
 
 
 def find_targets(
-    model: nn.Module, target_modules: Names = None, exclude_modules: Names = None
+    model: nn.Module,
+    target_modules: Names = None,
+    exclude_modules: Names = None,
+    adapter: str | None = None,
 ) -> tuple[dict[str, "Linear"], dict[str, str]]:
-    """(name -> linear layers to replace, name -> why others were not).
+    """(name -> linear layers to replace, name -> why others were not). Where the `adapter` of this
+    name is to stand beside others, layers that carry adapters too.
 
     The default is every nn.Linear and Conv1D but output heads, which are `get_output_embeddings()`
     of the model or of one within it, and layers whose weight something else holds too.
@@ -192,7 +196,7 @@ def find_targets(
             skipped[name] = left_out[module]
         elif module in behind:
             skipped[name] = behind[module]
-        elif (reason := objection(module)) is not None:
+        elif (reason := objection(module, adapter)) is not None:
             skipped[name] = reason
         elif module in past and wanted:
             raise ValueError(

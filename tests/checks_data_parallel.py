@@ -190,7 +190,7 @@ def check_a_sharded_model_keeps_its_rank():
     model = shard(build())
     layer, before = model[0].up, list(model.parameters())
     try:
-        layer.set_adapter(torch.ones(2, 16), torch.ones(32, 2))
+        layer.set_factors(torch.ones(2, 16), torch.ones(32, 2))
     except ValueError as error:
         assert "before" in str(error), error  # noqa: PT017
     else:

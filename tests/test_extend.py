@@ -87,7 +87,7 @@ def test_an_adapters_tensor_from_outside(example, tmp_path):
     assert torch.equal(layer.weight, weight)
     lk.save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="a GainedLinear trains lora_gain too"):
-        layer.set_adapter(layer.lora_A, layer.lora_B)
+        layer.set_factors(layer.lora_A, layer.lora_B)
     lk.remove_lora(model)
     assert type(model[0]) is torch.nn.Linear
     assert not hasattr(model[0], "lora_gain")

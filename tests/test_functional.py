@@ -85,10 +85,11 @@ def test_seed_as_int_and_as_tensor(op, seed):
 
 
 @BOTH
+@pytest.mark.parametrize("rows", [7, 300])  # few, and many, for weights of both dtypes
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_autocast(op, p):
+def test_autocast(op, p, rows):
     """Equal to casting by hand; gradients arrive in the parameters' dtype."""
-    t = inputs((33,), grad=True)
+    t = inputs((rows,), grad=True)
     args = {"scaling": 2.0, "dropout_p": p, "seed": 3}
     with torch.autocast("cpu", torch.bfloat16):
         y = op(**pick(t, op), **args)

@@ -49,6 +49,7 @@ FLOORS[""] = {
     "ahead": 3,
     "tuning": 3.2,
     "convert": 3.3,
+    "several": 3.4,
     "merged": 3.4,
     "check": 3.4,
     "distributed": 3.3,
@@ -64,6 +65,7 @@ FLOORS["tuning"] = {
 }  # fmt: skip
 FLOORS["nn"] = {
     "tensors": 0,
+    "named": 0.5,
     "merging": 1,
     "pissa": 2,
     "state": 3,

@@ -102,14 +102,14 @@ CHANGES = {
     "merge": lambda model: model[0].merge(),
     "remove_lora": remove_lora,
     "to_linear": lambda model: model[0].to_linear(),
-    "set_adapter": lambda model: model[0].set_adapter(torch.ones(1, 8), torch.ones(12, 1)),
+    "set_factors": lambda model: model[0].set_factors(torch.ones(1, 8), torch.ones(12, 1)),
     "reset": lambda model: model[0].reset_lora_parameters(),
     "adjust_rank": change_rank,
     "train_model": train,
     "lora_parameters": lambda model: list(lora_parameters(model)),
     "apply_lora": lambda model: apply_lora(model, 3, target_modules=["2"]),
 }
-ON_A_LAYER = ("merge", "to_linear", "set_adapter", "reset")
+ON_A_LAYER = ("merge", "to_linear", "set_factors", "reset")
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -363,7 +363,7 @@ def test_a_computed_factor_is_not_replaced(how, tmp_path):
     for change in (
         lambda: merge_lora(model, keep_base=False),
         lambda: remove_lora(model),
-        lambda: model[0].set_adapter(torch.ones(1, 8), torch.ones(12, 1)),
+        lambda: model[0].set_factors(torch.ones(1, 8), torch.ones(12, 1)),
         lambda: model[0].reset_parameters(),
         lambda: change_rank(model),
         lambda: load_adapter(model, tmp_path),
@@ -484,7 +484,7 @@ def test_a_lazy_module_leaves_the_model_as_it_was(tmp_path):
 def test_an_interrupted_merge(keep, monkeypatch):
     model = adapted(mlp().append(nn.Linear(8, 8)).append(nn.Linear(8, 8)))
     expected, before = model(batch()), state(model)
-    add, calls = merging.add_product, []
+    add, calls = merging.add_products, []
 
     def interrupted(*args):
         calls.append(args)
@@ -493,7 +493,7 @@ def test_an_interrupted_merge(keep, monkeypatch):
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "add_product", interrupted)
+    monkeypatch.setattr(merging, "add_products", interrupted)
     warns = contextlib.nullcontext()
     if not keep:
         warns = pytest.warns(UserWarning, match="stopped at 3; merged for good are 0, 2")

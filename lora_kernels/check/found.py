@@ -15,7 +15,7 @@ from lora_kernels.nn import LoRALayer
 
 @dataclass(eq=False)
 class Adapter:
-    """One adapter of one layer; of PEFT's layers each active adapter is one."""
+    """One adapter of one layer; each that is in use is one."""
 
     layer: nn.Module
     base: nn.Module
@@ -26,7 +26,7 @@ class Adapter:
     state: AdapterState
     # Merges all adapters of the layer; None where no comparison is made.
     merge: Callable[[], None] | None
-    off: str | None  # "merged" or "disabled"
+    off: str | None  # "merged", "disabled" or "unused"
     calls: list["Call"] = field(default_factory=list)
 
     @property
@@ -49,12 +49,15 @@ def find_adapters(model: nn.Module) -> Iterator[Adapter]:
     for name, layer in names.named_modules(model):
         if isinstance(layer, LoRALayer):
             off = "merged" if layer.merged else "disabled" if layer._disabled else None
-            fixed = layer.why_fixed() or layer.why_unmergeable(keep_base=False)
-            merge = None if fixed else partial(layer.merge, False)
-            yield Adapter(
-                layer, layer, layer.factor_parameters("lora_A"), layer.factor_parameters("lora_B"),
-                float(layer.scaling), AdapterState(name), merge, off,
-            )  # fmt: skip
+            several = len(layer.names) > 1  # others than those in use need the base
+            fixed = layer.why_fixed() or layer.why_unmergeable(keep_base=several)
+            merge = None if fixed else partial(layer.merge, several)
+            for adapter in layer.active or layer.names[:1]:
+                one = layer.adapter(adapter)
+                state = AdapterState(f"{name} ({adapter})" if several else name)
+                A, B = (one.factor_parameters(half) for half in ("lora_A", "lora_B"))
+                unused = None if layer.active else "unused"
+                yield Adapter(layer, layer, A, B, float(one.scaling), state, merge, off or unused)
         elif peft is not None and isinstance(layer, peft.LoraLayer):
             yield from _peft_adapters(name, layer)
 

@@ -84,6 +84,7 @@ UNCALLED = (
 )
 _OFF = {
     "merged": "is merged, so it cannot train; unmerge it (unmerge_lora, unmerge_adapter)",
+    "unused": "is not in use; set_adapter puts it to use",
     "disabled": "is disabled; leave disable_adapters, or enable the adapters",
 }
 

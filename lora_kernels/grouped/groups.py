@@ -162,6 +162,33 @@ class Groups:
         rows = [group for group, rows in zip(of_samples, each, strict=True) for _ in range(rows)]
         return Groups.from_rows(rows, len(table))
 
+    def select(self, groups: Sequence[int]) -> "Groups":
+        """The rows of these groups, which become 0, 1, …; those of other groups are of none.
+
+        Raises ValueError for a group out of range or given twice, and where the numbers of rows are
+        not known on the host.
+        """
+        if self.bounds is None:
+            raise ValueError("select: the numbers of rows are not known on the host")
+        if len(set(groups)) != len(groups) or not all(0 <= g < self.count for g in groups):
+            raise ValueError(
+                f"groups: expected different ones of 0 to {self.count - 1}, got {[*groups]}"
+            )
+        _check_count(len(groups))
+        if [*groups] == [*range(self.count)]:
+            return self
+        others = [g for g in range(self.count + 1) if g not in groups]  # and of none
+        order = self.order
+        if order is None:
+            order = torch.arange(self.bounds[-1], device=self.offsets.device)
+        parts = [order[self.bounds[g] : self.bounds[g + 1]] for g in (*groups, *others)]
+        bounds = (0, *accumulate(len(part) for part in parts[: len(groups)]), self.bounds[-1])
+        # Those of none in the order of the batch.
+        none = torch.cat(parts[len(groups) :]).sort().values
+        order = torch.cat([*parts[: len(groups)], none])
+        offsets = torch.tensor(bounds, dtype=torch.int64).to(order.device, non_blocking=True)
+        return _made(len(groups), self.rows, order, offsets, bounds)
+
     def to(self, device: torch.device | str) -> "Groups":
         """The same on another device; itself if it is there."""
         if self.offsets.device == torch.device(device):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lora_kernels import names
-from lora_kernels.adapters import lora_layers
+from lora_kernels.adapters import adapter_names, lora_layers
 from lora_kernels.checkpoint import write_files
 from lora_kernels.formats import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.nn import LoRALayer
@@ -53,27 +54,45 @@ def _save_pretrained(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> obj
         call.arguments["state_dict"] = dict(given)  # Transformers takes out what it writes
     result = save(*call.args, **call.kwargs)
     layers = dict(lora_layers(model))
-    parts = {
-        name: layer.low_rank(
-            **{
-                key: given.get(f"{name}.{key}", layer.factor(key))
-                for key in layer.adapter_parameters
-            }
-        )
-        for name, layer in layers.items()
-        if layer._merged != "final"
-    }
-    gathers = any(is_sharded(tensor) for pair in parts.values() for tensor in pair)
+    known = adapter_names(model)
+    # Relative to the base beside it, which for PiSSA is what is left of the weight.
+    parts = {adapter: _parts(layers, adapter, given) for adapter in known}
+    tensors = (t for of_layers in parts.values() for pair in of_layers.values() for t in pair)
+    gathers = any(map(is_sharded, tensors))
     if not layers or not (call.arguments.get("is_main_process", True) or gathers):
         return result
-    if parts:
-        # Relative to the base beside it, which for PiSSA is what is left of the weight.
-        write_files(model, directory, parts, None, given)
-    else:
+    active = dict.fromkeys(name for layer in layers.values() for name in layer.active)
+    first = known if len(known) == 1 else tuple(active)
+    if len(first) != 1:
+        warnings.warn(
+            f"save_pretrained: of the adapters {', '.join(map(repr, known))} not exactly one is in"
+            " use, so each is written to a folder of its own and from_pretrained loads none",
+            stacklevel=2,
+        )
+    # Where from_pretrained looks, and beside it as PEFT does.
+    places = {name: directory if (name,) == first else directory / name for name in known}
+    for name, place in places.items():
+        if parts[name]:
+            write_files(model, place, parts[name], None, given, name)
+    if not any(place == directory and parts[name] for name, place in places.items()):
         # The weights hold the adapter; files of an earlier save would add it a second time.
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             (directory / name).unlink(missing_ok=True)
     return result
+
+
+def _parts(
+    layers: Mapping[str, LoRALayer], adapter: str, given: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """name of the layer -> (A, B) of its adapter of this name, of what is given or its own."""
+    found = {}
+    for name, layer in layers.items():
+        if adapter in layer.names and layer._merged != "final":
+            one, prefix = layer.adapter(adapter), names.join(name, layer.prefix(adapter))
+            found[name] = one.low_rank(
+                **{key: given.get(prefix + key, one.factor(key)) for key in one.adapter_parameters}
+            )
+    return found
 
 
 def _base_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -7,8 +7,20 @@ from lora_kernels.bases import is_conv1d
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.layer import AdapterOptions, LoRALayer
 from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.named import DEFAULT, NamedAdapter, Rows, check_name, in_backward
 
-__all__ = ["AdapterOptions", "FusedLoRAConv1D", "FusedLoRALinear", "LoRALayer", "layer_class"]
+__all__ = [
+    "DEFAULT",
+    "AdapterOptions",
+    "FusedLoRAConv1D",
+    "FusedLoRALinear",
+    "LoRALayer",
+    "NamedAdapter",
+    "Rows",
+    "check_name",
+    "in_backward",
+    "layer_class",
+]
 
 # What pickles name, and users import them from.
 FusedLoRALinear.__module__ = FusedLoRAConv1D.__module__ = __name__

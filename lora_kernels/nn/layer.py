@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -10,10 +9,12 @@ from torch import Tensor, nn
 
 from lora_kernels import direct, options
 from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_type, refusal, stores
-from lora_kernels.functional import lora_linear
-from lora_kernels.nn.pissa import INITS, Init
+from lora_kernels.functional import lora_add, lora_linear
+from lora_kernels.grouped import lora_linear_grouped
+from lora_kernels.nn.named import DEFAULT, NamedAdapter, Rows
+from lora_kernels.nn.pissa import INITS, Init, draw, reset_factors
 from lora_kernels.nn.state import LayerState
-from lora_kernels.nn.tensors import MERGED, PISSA, note_frozen, shape_of, thaw
+from lora_kernels.nn.tensors import MERGED, PISSA, Factors, note_frozen, shape_of, thaw
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from lora_kernels.bases import Linear
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
-# torch.fx writes it into its graphs as one call.
+# torch.fx writes them into its graphs as one call each.
 torch.fx.wrap("lora_linear")
-# What a layer is given beside the adapter's tensors: a buffer, attributes.
+torch.fx.wrap("lora_add")
+# What a layer is given beside the adapter's tensors: a buffer, a submodule, attributes.
 _ADDED = (
-    MERGED, "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged", "_disabled",
+    MERGED, "adapters", "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged",
+    "_disabled", "_first", "_active", "_rows",
 )  # fmt: skip
 
 
@@ -38,6 +41,7 @@ class AdapterOptions(NamedTuple):
     use_rslora: bool = False
     adapter_dtype: torch.dtype | None = None
     init: Init = "kaiming"
+    name: str = DEFAULT
 
 
 class LoRALayer(LayerState):
@@ -102,7 +106,7 @@ class LoRALayer(LayerState):
         if adapter.init == "pissa":
             layer._init_pissa()
         elif adapter.init == "random":
-            nn.init.kaiming_uniform_(layer.lora_B, a=math.sqrt(5))
+            draw(layer.lora_B)
         return layer
 
     def move_into(self, linear: nn.Module) -> None:
@@ -133,8 +137,9 @@ class LoRALayer(LayerState):
         thaw(self)
 
     def __getstate__(self) -> dict[str, object]:
-        """What copies and pickles get: an adapter that acts, within `disable_adapters` too."""
-        return {**vars(self), "_disabled": False}
+        """What copies and pickles get: an adapter that acts, within `disable_adapters` too, on all
+        rows."""
+        return {**vars(self), "_disabled": False, "_rows": None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "LoRALayer":
         # Parametrized classes, which torch derives from this one, refuse __getstate__.
@@ -142,8 +147,35 @@ class LoRALayer(LayerState):
         vars(copied).update(copy.deepcopy(LoRALayer.__getstate__(self), memo))
         return copied
 
-    @torch.inference_mode(False)  # in which parameters would be made that cannot be trained
     def _add_adapter(self, adapter: AdapterOptions) -> None:
+        self._fill(self, adapter)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        for buffer in (MERGED, *PISSA):
+            self.register_buffer(buffer, None)
+        self._base_weight_cpu = None
+        self._merged = False
+        self._disabled = False
+        self._first, self._active = adapter.name, (adapter.name,)
+
+    def prepare_other(self, adapter: AdapterOptions) -> NamedAdapter:
+        """A further adapter, for `put_other`. ValueError: `why_no_other`, "pissa", which would
+        change the base of the others."""
+        self._refuse(adapter.name, self.why_no_other(adapter.name))
+        if adapter.init not in INITS or adapter.init == "pissa":
+            legal = ", ".join(init for init in INITS if init != "pissa")
+            raise ValueError(
+                f"init: got {adapter.init!r}, legal values beside another adapter are {legal}"
+            )
+        other = NamedAdapter().train(self.training)
+        self._fill(other, adapter)
+        reset_factors(other, adapter.init)
+        return other
+
+    @torch.inference_mode(False)  # in which parameters would be made that cannot be trained
+    def _fill(self, holder: Factors, adapter: AdapterOptions) -> None:
+        """Gives a holder an adapter's numbers and its parameters, without values."""
         rank, alpha = options.check_rank(adapter.rank), options.check_alpha(adapter.alpha)
         dropout = options.check_dropout(adapter.dropout)
         use_rslora = options.check_flag(adapter.use_rslora, "use_rslora")
@@ -157,17 +189,9 @@ class LoRALayer(LayerState):
                 f"adapter_dtype: expected {self.weight.dtype} (the weight's){legal}, got {dtype!r}"
             )
         empty = functools.partial(torch.empty, device=self.weight.device, dtype=dtype)
-        self.alpha, self.dropout, self.use_rslora = alpha, dropout, use_rslora
+        holder.alpha, holder.dropout, holder.use_rslora = alpha, dropout, use_rslora
         for name in self.adapter_parameters:
-            setattr(self, name, nn.Parameter(empty(shape_of(self, name, rank))))
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        for buffer in (MERGED, *PISSA):
-            self.register_buffer(buffer, None)
-        self._base_weight_cpu = None
-        self._merged = False
-        self._disabled = False
+            setattr(holder, name, nn.Parameter(empty(shape_of(self, name, rank))))
 
     def reset_parameters(self) -> None:
         """Initialises base and adapter as a new layer does."""
@@ -195,15 +219,36 @@ class LoRALayer(LayerState):
                 return y
         if self._disabled:
             return self._base_forward(x)
-        if self._merged:
+        rows = self.rows_now()
+        if rows is not None:
+            return self._mixed(x, rows)
+        if self._merged or not self._active:
             return nn.functional.linear(x, self.matrix, self.bias)
-        return lora_linear(
+        first, *others = map(self._in_forward, self._active)
+        A, B, scaling, p = first
+        y = lora_linear(x, self.matrix, A, B, self.bias, scaling=scaling, dropout_p=p)
+        for A, B, scaling, p in others:
+            y = lora_add(y, x, A, B, scaling=scaling, dropout_p=p)
+        return y
+
+    def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
+        """A batch whose rows have adapters of their own."""
+        names = rows.there(self)
+        if not names:
+            return nn.functional.linear(x, self.matrix, self.bias)
+        A, B, scaling, dropout = zip(*map(self._in_forward, names), strict=True)
+        if len(set(dropout)) > 1:
+            each = ", ".join(f"{n!r} {p:g}" for n, p in zip(names, dropout, strict=True))
+            raise ValueError(f"dropout: adapters of one batch differ ({each}); give them the same")
+        return lora_linear_grouped(
             x,
             self.matrix,
-            *self.low_rank(self.lora_A, self.lora_B),
+            A,
+            B,
+            rows.groups(x, names),
             self.bias,
-            scaling=self.scaling,
-            dropout_p=self.dropout if self.training else 0.0,
+            scaling=scaling,
+            dropout_p=dropout[0],
         )
 
     def _directly(self, x: Tensor) -> Tensor | None:
@@ -217,7 +262,9 @@ class LoRALayer(LayerState):
         if self._disabled or self._merged:
             if self._disabled and (self._merged or self._buffers["pissa_A"] is not None):
                 return None
-        else:
+        elif self._rows is not None or (self._active and self._active != (self._first,)):
+            return None
+        elif self._active:
             a, b, scaling = parameters.get("lora_A"), parameters.get("lora_B"), 1.0
             if a is None or b is None:
                 return None
@@ -271,6 +318,8 @@ class LoRALayer(LayerState):
     def extra_repr(self) -> str:
         base = f"in_features={self.in_features}, out_features={self.out_features}"
         parts = [f"{base}, bias={self.bias is not None}"]
+        if self.names != (DEFAULT,):
+            parts.append(f"adapters={', '.join(self.names)}, active={', '.join(self._active)}")
         parts += [f"rank={self.rank}", f"scaling={self.scaling:g}"]
         if self.dropout:
             parts.append(f"dropout={self.dropout:g}")

@@ -1,16 +1,17 @@
 """An adapter added to its weight, and taken out again."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_kernels.bases import computed
-from lora_kernels.nn.tensors import LayerTensors
+from lora_kernels.nn.named import Acting, Named
 from lora_kernels.offloading import OFFLOADED
 
 
-class Merging(LayerTensors):
+class Merging(Named):
     """`LoRALayer`, merged and not.
 
     `merged_base` and `_base_weight_cpu` hold what `unmerge` restores, on the device or the host.
@@ -18,7 +19,8 @@ class Merging(LayerTensors):
 
     @torch.no_grad()
     def merge(self, keep_base: bool | Literal["cpu"] = True) -> None:
-        """Adds scaling B A to the weight, in place; the layer then costs a plain linear.
+        """Adds scaling B A of the adapters in use to the weight, in place; the layer then costs a
+        plain linear.
 
         keep_base True or "cpu" keeps the base weight there or in host memory, so `unmerge` is
         bit-exact.
@@ -43,15 +45,15 @@ class Merging(LayerTensors):
                 self.merged_base = self.weight.detach().clone()
             else:
                 self.merged_base = self.weight.new_empty(0)
-            A, B = self.factors()
-            add_product(self.matrix, B, A, self.scaling)
+            add_products(self.matrix, self.acting())
         except BaseException:
             if keep_base and (self.merged_base is not None or self._base_weight_cpu is not None):
                 self.weight.copy_(self._kept_base())
             self.merged_base = self._base_weight_cpu = None
             raise
         if not keep_base:
-            self.lora_B.zero_()
+            for name in self._active:
+                self.adapter(name).lora_B.zero_()
             self.pissa_A = self.pissa_B = None
         self._merged = "kept" if keep_base else "final"
 
@@ -61,8 +63,7 @@ class Merging(LayerTensors):
         is merged."""
         if self._merged:
             return self.weight.detach()
-        A, B = self.factors()
-        total = _sum(self.matrix, B, A, self.scaling)
+        total = _sum(self.matrix, self.acting())
         return self._oriented(total).to(self.weight.dtype).contiguous()
 
     @torch.no_grad()
@@ -90,18 +91,34 @@ class Merging(LayerTensors):
         reason = self.why_valueless("weight")
         if reason is None and self.lora_A.is_meta:
             reason = f"its lora_A is on the meta device, without values, or {OFFLOADED}"
+        if reason is None and self._rows is not None:
+            reason = "computes rows of several adapters within adapter_rows"
         if reason is None and not keep_base:  # which zeroes lora_B
             reason = computed(self, ("lora_B",))
+            others = [name for name in self.names if name not in self._active]
+            if reason is None and others and self._active:
+                reason = (
+                    f"carries adapters that are not in use, {', '.join(map(repr, others))}, and"
+                    " would lose the base that they are for; delete_adapter takes them out"
+                )
         return reason
 
 
 @torch.no_grad()
 def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """weight += scale * left @ right, formed in fp32 and rounded once."""
-    weight.copy_(_sum(weight, left, right, scale))
+    add_products(weight, [Acting(right, left, scale, 0.0)])
 
 
-def _sum(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """weight + scale * left @ right, in fp32 (fp64 if the weight is)."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.addmm(weight.to(dtype), left.to(dtype), right.to(dtype), alpha=scale)
+@torch.no_grad()
+def add_products(weight: Tensor, adapters: Iterable[Acting]) -> None:
+    """weight += scaling B A of each, formed in fp32 and rounded once."""
+    weight.copy_(_sum(weight, adapters))
+
+
+def _sum(weight: Tensor, adapters: Iterable[Acting]) -> Tensor:
+    """weight + scaling B A of each, in fp32 (fp64 if the weight is)."""
+    total = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    for one in adapters:
+        total = torch.addmm(total, one.B.to(total.dtype), one.A.to(total.dtype), alpha=one.scaling)
+    return total

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.merging import add_product
-from lora_kernels.nn.tensors import LayerTensors
+from lora_kernels.nn.tensors import Factors, LayerTensors
 from lora_kernels.offloading import present
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 
@@ -31,8 +31,7 @@ class Initialising(LayerTensors):
         self._require_unmerged("reset_lora_parameters")
         self._refuse("reset_lora_parameters", self.why_fixed())
         self._return_pissa()
-        _draw(self.lora_A)
-        nn.init.zeros_(self.lora_B)
+        reset_factors(self)
 
     @torch.no_grad()
     def _init_pissa(self) -> None:
@@ -71,7 +70,7 @@ class Initialising(LayerTensors):
             self.pissa_A = self.pissa_B = None
 
     def delta_factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) of the adapter relative to the original base: rank r, with PiSSA rank 2r.
+        """(A, B) of the first adapter relative to the original base: rank r, with PiSSA rank 2r.
 
         PiSSA took scaling B0 A0 out of the weight, so on the original base the adapter is
         scaling (B A - B0 A0).
@@ -98,10 +97,20 @@ class Initialising(LayerTensors):
         factors = self.delta_factors()
         add_product(self.matrix, self.pissa_B, self.pissa_A, self.scaling)
         self.pissa_A = self.pissa_B = None
-        self.set_adapter(*factors)
+        self.set_factors(*factors)
 
 
-def _draw(A: Tensor) -> None:
+def reset_factors(adapter: Factors, init: Init = "kaiming") -> None:
+    """A Kaiming-uniform; B zero, or "random" likewise."""
+    draw(adapter.lora_A)
+    if init == "random":
+        draw(adapter.lora_B)
+    else:
+        nn.init.zeros_(adapter.lora_B)
+
+
+@torch.no_grad()
+def draw(A: Tensor) -> None:
     """Kaiming-uniform. Each rank drawing its own part would draw the same rows from equal seeds,
     and other copies from different ones, so the first rank's draw goes to all."""
     if not is_sharded(A) or A.is_meta:

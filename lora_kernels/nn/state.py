@@ -1,8 +1,9 @@
 """The state dict of a layer with an adapter, merged or not.
 
-Unmerged it is the parameters and, after a PiSSA start, `pissa_A`, `pissa_B`. While the layer is
-merged, `weight` is what the parameter holds, the sum, and `merged_base` lies beside it: the base
-that was kept, or an empty tensor where none was.
+Unmerged it is the parameters, those of further adapters as `adapters.<name>.lora_A`, and, after a
+PiSSA start, `pissa_A`, `pissa_B`. While the layer is merged, `weight` is what the parameter holds,
+the sum, and `merged_base` lies beside it: the base that was kept, or an empty tensor where none
+was.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ class LayerState(Initialising, Merging):
     def is_beside_the_base(self, key: str) -> bool:
         """Whether a key of the layer's state dict is one that a plain model has no place for: of
         the adapter, or of a parametrization of it."""
-        beside = (*self.adapter_names(), MERGED)
+        beside = (*self.adapter_names(), MERGED, "adapters")
         first, *rest = key.split(".")
         if first == "parametrizations" and rest:
             return rest[0] in beside
@@ -121,6 +122,13 @@ class LayerState(Initialising, Merging):
             yield (
                 f"{prefix}{MERGED}: and the layer's weight are not sharded alike; merge the model"
                 " as the other was before loading"
+            )
+        # They are loaded after the layer itself.
+        kept = self._merged == "kept" and merged is None
+        if kept and len(self.names) > 1 and (factors or "weight" in given):
+            yield (
+                f"{prefix.rstrip('.')}: is merged and carries several adapters; call unmerge_lora"
+                " before loading"
             )
         if merged is not None and "weight" not in given:
             yield f"{prefix}{MERGED}: is of a merged layer, whose {prefix}weight is missing"

@@ -43,55 +43,16 @@ def shape_of(layer: "LayerTensors", name: str, rank: int) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in layer.dimensions()[name])
 
 
-class LayerTensors(nn.Module):
-    """The tensors and numbers of `LoRALayer`, which makes them.
-
-    A class of another kind of adapter names what it trains in `adapter_parameters`, starts it in
-    `reset_lora_parameters` and says in `low_rank` what it does to A and B.
-    """
+class Factors(nn.Module):
+    """One adapter: lora_A, lora_B, and what their product is multiplied by."""
 
     # What is trained, with its dimensions: lora_A and lora_B first.
     adapter_parameters: ClassVar[Mapping[str, str]] = FACTORS
-    # Whether `weight` is [in_features, out_features].
-    fan_in_fan_out = False
-    in_features: int
-    out_features: int
-    weight: Tensor
-    bias: Tensor | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    pissa_A: Tensor | None
-    pissa_B: Tensor | None
-    merged_base: Tensor | None
-    _base_weight_cpu: Tensor | None
     alpha: float | None
     dropout: float
     use_rslora: bool
-    _merged: Literal[False, "kept", "final"]
-    _disabled: bool
-
-    @property
-    def matrix(self) -> Tensor:
-        """`weight` as [out_features, in_features], a view."""
-        return self._oriented(self.weight)
-
-    def _oriented(self, weight: Tensor) -> Tensor:
-        return weight
-
-    @classmethod
-    def dimensions(cls) -> dict[str, str]:
-        """The dimensions of all tensors, by name."""
-        return {**BASE, **cls.adapter_parameters, **PISSA}
-
-    @classmethod
-    def adapter_names(cls) -> tuple[str, ...]:
-        """The adapter's tensors, in the layer and its state dict."""
-        return (*cls.adapter_parameters, *PISSA)
-
-    def low_rank(self, lora_A: Tensor, lora_B: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B) of the product that acts. others are the adapter's other parameters by name,
-        where they are not the layer's own."""
-        return lora_A, lora_B
 
     @property
     def rank(self) -> int:
@@ -105,10 +66,10 @@ class LayerTensors(nn.Module):
         """What alpha is divided by, for an adapter of this rank."""
         return math.sqrt(rank) if self.use_rslora else rank
 
-    @property
-    def merged(self) -> bool:
-        """Whether the weight holds base plus adapter."""
-        return bool(self._merged)
+    def low_rank(self, lora_A: Tensor, lora_B: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) of the product that acts. others are the adapter's other parameters by name,
+        where they are not the layer's own."""
+        return lora_A, lora_B
 
     def factor(self, name: str) -> Tensor:
         """lora_A, lora_B or another of the adapter's parameters as the next forward has it: where
@@ -136,8 +97,52 @@ class LayerTensors(nn.Module):
         keys = [k for name in names or self.adapter_parameters for k in sources(self, name)]
         return [self.get_parameter(key) for key in keys]
 
+
+class LayerTensors(Factors):
+    """The tensors and numbers of `LoRALayer`, which makes them.
+
+    A class of another kind of adapter names what it trains in `adapter_parameters`, starts it in
+    `reset_lora_parameters` and says in `low_rank` what it does to A and B.
+    """
+
+    # Whether `weight` is [in_features, out_features].
+    fan_in_fan_out = False
+    in_features: int
+    out_features: int
+    weight: Tensor
+    bias: Tensor | None
+    pissa_A: Tensor | None
+    pissa_B: Tensor | None
+    merged_base: Tensor | None
+    _base_weight_cpu: Tensor | None
+    _merged: Literal[False, "kept", "final"]
+    _disabled: bool
+
+    @property
+    def matrix(self) -> Tensor:
+        """`weight` as [out_features, in_features], a view."""
+        return self._oriented(self.weight)
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        return weight
+
+    @classmethod
+    def dimensions(cls) -> dict[str, str]:
+        """The dimensions of all tensors, by name."""
+        return {**BASE, **cls.adapter_parameters, **PISSA}
+
+    @classmethod
+    def adapter_names(cls) -> tuple[str, ...]:
+        """The adapter's tensors, in the layer and its state dict."""
+        return (*cls.adapter_parameters, *PISSA)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds base plus adapter."""
+        return bool(self._merged)
+
     @torch.no_grad()
-    def set_adapter(self, A: Tensor, B: Tensor) -> None:
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
         """Replaces lora_A, lora_B by new parameters of any rank; `scaling` stays the same number.
 
         A [r, in_features] and B [out_features, r] are copied, in the adapter's own dtype and
@@ -148,8 +153,8 @@ class LayerTensors(nn.Module):
             ValueError: shapes that do not fit, a layer that is sharded or offloaded, lora_A or
                 lora_B pruned or parametrized. RuntimeError: the layer is merged.
         """
-        self._require_unmerged("set_adapter")
-        self._refuse("set_adapter", self.why_fixed() or self.why_not_two())
+        self._require_unmerged("set_factors")
+        self._refuse("set_factors", self.why_fixed() or self.why_not_two())
         if is_sharded(self.lora_A):
             raise ValueError(
                 f"lora_A: is sharded, {self.lora_A.placements}; change the rank before"
@@ -203,6 +208,13 @@ class LayerTensors(nn.Module):
 
     def why_not_two(self) -> str | None:
         """Why other values of lora_A and lora_B alone are not the adapter; None if they are."""
+        others = self._modules.get("adapters")
+        if others is not None:
+            return f"carries other adapters too, {', '.join(map(repr, others._modules))}"
+        return self.why_more_than_factors()
+
+    def why_more_than_factors(self) -> str | None:
+        """Why the layer's adapter is more than lora_A and lora_B; None if it is those."""
         others = [name for name in self.adapter_parameters if name not in FACTORS]
         return f"a {type(self).__name__} trains {', '.join(others)} too" if others else None
 

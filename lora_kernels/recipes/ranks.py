@@ -227,7 +227,7 @@ def _apply(
         A, B, _ = new[name]
         if layer.lora_A is old[0] and len(A) == layer.rank:
             continue
-        layer.set_adapter(A, B)
+        layer.set_factors(A, B)
         exchanged.update(zip(old, (layer.lora_A, layer.lora_B), strict=True))
     exchange_parameters(optimizer, exchanged)
 

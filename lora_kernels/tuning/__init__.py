@@ -169,7 +169,8 @@ def _sizes(layer: nn.Module) -> Iterator[tuple[int, int, int, str, float]]:
     names = {value: name for name, value in DTYPES.items()}
     found: list[tuple[Tensor, Tensor, Tensor, float]] = []
     if isinstance(layer, LoRALayer):
-        found.append((layer.lora_A, layer.lora_B, layer.weight, layer.dropout))
+        for one in map(layer.adapter, layer.names):
+            found.append((one.lora_A, one.lora_B, layer.weight, one.dropout))
     elif isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
         of_peft: Any = layer
         for name, down in of_peft.lora_A.items():

@@ -592,6 +592,29 @@ def test_from_names():
     assert index_of(Groups.from_names(["b", "a"], ["a", "b"]), 2) == [1, 0]
 
 
+@pytest.mark.parametrize("keep", [[2, 0], [1], [0, 1, 2], [2, 1, 0]])
+def test_select(keep):
+    index = torch.tensor([2, -1, 0, 0, 1, 2, 2])
+    groups = Groups.from_rows(index, 3).select(keep)
+    numbers = {g: keep.index(g) if g in keep else -1 for g in (-1, 0, 1, 2)}
+    wanted = Groups.from_rows([numbers[g] for g in index.tolist()], len(keep))
+    assert torch.equal(groups.order, wanted.order)
+    assert (groups.bounds, groups.rows, groups.count) == (wanted.bounds, 7, len(keep))
+    assert torch.equal(groups.offsets, wanted.offsets)
+
+
+def test_select_of_segments():
+    groups = Groups.from_segments([2, 0, 3]).select([2])
+    assert groups.rows is None  # rows past the last segment stay nobody's
+    assert groups.order.tolist() == [2, 3, 4, 0, 1]
+    assert groups.bounds == (0, 3, 5)
+    for wrong in ([3], [-1], [0, 0]):
+        with pytest.raises(ValueError, match="groups: expected different ones of 0 to 0"):
+            groups.select(wrong)
+    with pytest.raises(ValueError, match="at least one group"):
+        groups.select([])
+
+
 def test_groups_are_a_value():
     groups = Groups.from_rows(INDEX, 3)
     with pytest.raises(AttributeError, match="immutable"):

@@ -34,20 +34,20 @@ from lora_kernels import (
 from lora_kernels.adapters import lora_layers
 from lora_kernels.recipes import ranks as ranks_module
 
-# -------------------------------------------------------------------------------------- set_adapter
+# -------------------------------------------------------------------------------------- set_factors
 
 
 @pytest.mark.parametrize("alpha", [None, 5, 16, 1 / 3])
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("rank", [1, 3, 4, 49])
-def test_set_adapter_keeps_the_scaling(alpha, use_rslora, rank):
+def test_set_factors_keeps_the_scaling(alpha, use_rslora, rank):
     layer = FusedLoRALinear(
         6, 5, 4, alpha=alpha, use_rslora=use_rslora, dtype=torch.bfloat16,
         adapter_dtype=torch.bfloat16,
     )  # fmt: skip
     scaling, old = layer.scaling, layer.lora_A
     A, B = torch.randn(rank, 6), torch.randn(5, rank)
-    layer.set_adapter(A, B)
+    layer.set_factors(A, B)
     assert layer.rank == rank
     assert layer.scaling == pytest.approx(scaling, rel=3e-16)
     assert (layer.alpha is None) == (alpha is None)
@@ -59,7 +59,7 @@ def test_set_adapter_keeps_the_scaling(alpha, use_rslora, rank):
     assert layer.lora_A.any()
 
 
-def test_set_adapter_bad_input():
+def test_set_factors_bad_input():
     layer = FusedLoRALinear(6, 5, 4)
     for A, B, name in (
         (torch.ones(2, 5), torch.ones(5, 2), "A"),
@@ -68,17 +68,17 @@ def test_set_adapter_bad_input():
         (torch.ones(6), torch.ones(5, 1), "A"),
     ):
         with pytest.raises(ValueError, match=re.escape(f"{name}: expected A [r, 6] and B [5, r]")):
-            layer.set_adapter(A, B)
+            layer.set_factors(A, B)
     layer.merge()
-    with pytest.raises(RuntimeError, match="set_adapter: the layer is merged"):
-        layer.set_adapter(torch.ones(2, 6), torch.ones(5, 2))
+    with pytest.raises(RuntimeError, match="set_factors: the layer is merged"):
+        layer.set_factors(torch.ones(2, 6), torch.ones(5, 2))
 
 
 def test_pissa_buffers_of_another_rank_load():
     torch.manual_seed(0)
     linear = nn.Linear(12, 9)
     layer = FusedLoRALinear.from_linear(copy.deepcopy(linear), 4, init="pissa")
-    layer.set_adapter(torch.randn(2, 12), torch.randn(9, 2))
+    layer.set_factors(torch.randn(2, 12), torch.randn(9, 2))
     other = FusedLoRALinear(12, 9, 2)
     other.load_state_dict(layer.state_dict())
     x = torch.randn(3, 12)

@@ -578,6 +578,17 @@ def test_example_of_a_service(tmp_path, capsys):
     assert (tmp_path / "user2" / "adapter_model.safetensors").exists()
 
 
+def test_example_of_training_many(monkeypatch, capsys):
+    folder = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(str(folder))  # as for a script
+    found = script("examples/train_adapters.py")(
+        ["--users", "3", "--rows", "2", "--steps", "2", "--width", "32", "--base-steps", "1"]
+    )
+    assert found["equal"] == 3
+    assert found["off"] < 1e-5
+    assert "bit-equal to a run among rows of nobody: 3 of 3" in capsys.readouterr().out
+
+
 def test_benchmark_of_low_rank(tmp_path, capsys):
     file = tmp_path / "result.json"
     result = script("benchmarks/low_rank.py")(
