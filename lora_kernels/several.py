@@ -10,11 +10,10 @@ import torch.utils.checkpoint
 from torch import nn
 
 from lora_kernels import adapters, names
-from lora_kernels.adapters import lora_layers
 from lora_kernels.bypass import update_fast_paths
 from lora_kernels.convert import refuse, remove_lora
 from lora_kernels.grouped import Groups
-from lora_kernels.nn import LoRALayer, Rows, in_backward
+from lora_kernels.nn import OfRows, Rows, in_backward
 
 
 def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
@@ -83,6 +82,9 @@ def adapter_rows(
     the rows are arguments. Backwards may come in any order and after the context has ended;
     `torch.utils.checkpoint` computes a forward again with the rows it first had.
 
+    The layers are this library's, or PEFT's after `fuse_peft`, whose adapters train if their
+    parameters require a gradient (`set_requires_grad` of PEFT).
+
     Args:
         rows: the adapter of each sample, None for none; a layer's x is [samples, ..., K] or has the
             rows of each sample one after the other. Samples that generation repeats (beams) keep
@@ -96,8 +98,8 @@ def adapter_rows(
             whose weight is not the base; in a forward, rows that do not fit, or adapters of one
             batch with different dropout. TypeError: `rows` is neither.
     """
-    names.require_module(model)
-    known = adapters.adapter_names(model)
+    layers = _layers(model)
+    known = tuple(dict.fromkeys(name for layer in layers.values() for name in layer.names))
     if isinstance(rows, str) or not isinstance(rows, (Sequence, Groups)):
         raise TypeError(
             f"rows: expected the name of each sample's adapter or Groups, got {type(rows).__name__}"
@@ -105,26 +107,46 @@ def adapter_rows(
     if table is not None and not isinstance(rows, Groups):
         raise ValueError("table: is of Groups; names say themselves which adapters they mean")
     for name in table or ():
-        adapters.require_name(model, name)
+        if name not in known:
+            there = ", ".join(map(repr, known)) or "none"
+            raise ValueError(f"table: got {name!r}, the model's adapters are {there}")
     if not isinstance(rows, Groups) and not rows:
         raise ValueError("rows: got no name, expected one of each sample")
-    layers = dict(lora_layers(model))
-    refuse("adapter_rows", {name: _why_no_rows(layer) for name, layer in layers.items()})
-    device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
+    refuse("adapter_rows", {name: layer.why_no_rows() for name, layer in layers.items()})
+    parameters = (p for layer in layers.values() for p in layer.parameters())
+    device = next(parameters, torch.empty(0)).device
     acting = Rows(rows, known if table is None else table, device)
     with _acting(dict.fromkeys(layers.values(), acting)):
         yield model
 
 
-def _why_no_rows(layer: LoRALayer) -> str | None:
-    if layer.merged:
-        return "is merged; call unmerge_lora first"
-    if layer.pissa_A is not None:
-        return "was started with PiSSA, rows of other adapters need its original base"
-    return layer.why_more_than_factors()
+def _layers(model: nn.Module) -> dict[str, "_Layer"]:
+    """Those that compute rows of several adapters. ValueError for parts of PEFT that do not."""
+    found: dict[str, _Layer] = {}
+    inside: set[nn.Module] = set()
+    for name, module in names.named_modules(model):
+        if isinstance(module, OfRows):
+            found[name] = module  # type: ignore[assignment]  # mixed into a module
+            inside.update(module.modules())
+        elif module not in inside and any(hasattr(module, held) for held in _HOLDING):
+            kinds = [kind.__module__ for kind in type(module).__mro__]
+            if any(kind.startswith("peft.") for kind in kinds):
+                raise ValueError(
+                    f"model: {name} is {type(module).__name__} of PEFT, which cannot have rows of"
+                    " several adapters; fuse_peft(model) takes over linear layers"
+                )
+    return found
 
 
-_Held = dict[LoRALayer, Rows | None]
+# Where PEFT's layers have what they stand for.
+_HOLDING = ("base_layer", "original_module")
+
+
+class _Layer(OfRows, nn.Module):
+    """What `OfRows` is mixed into."""
+
+
+_Held = dict[_Layer, Rows | None]
 
 
 @contextlib.contextmanager
@@ -143,6 +165,8 @@ def _acting(held: _Held) -> Iterator[None]:
     finally:
         for layer, former in before:
             layer._rows = former
+            if former is None:
+                del layer._rows  # as the class has it
         with _lock:
             _contexts[:] = [other for other in _contexts if other is not held]
             if not _contexts:

@@ -6,8 +6,10 @@ alone. Whatever the fused op does not cover at the moment of the call goes to PE
 Works with PEFT 0.20 to 0.21.
 """
 
+import contextlib
 import copy
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -30,6 +32,8 @@ from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
 from lora_kernels.integrations import peft_experts
 from lora_kernels.integrations.peft_experts import FusedExperts
+from lora_kernels.nn import OfRows, Rows
+from lora_kernels.several import adapter_rows
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as _Layer  # whose attributes all of them have
@@ -135,6 +139,10 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
         report.fused.append(name)
         if any(_mixes(layer, adapter) for adapter in _active(layer)):
             report.rounded.append(name)
+    for model in peft_model.modules():
+        if isinstance(model, LoraModel):
+            # A partial is copied and pickled with the model, and then holds the copy.
+            model._enable_peft_forward_hooks = partial(_with_rows, model)  # type: ignore[method-assign]
     report.gpu = backends.on_gpu(peft_model.parameters()) if report.fused else ""
     return report
 
@@ -146,6 +154,21 @@ def unfuse_peft(peft_model: nn.Module) -> None:
         if isinstance(layer, (_Fused, FusedExperts)):
             layer.__class__ = layer.peft_class  # type: ignore[assignment]  # PEFT's again
             layer.__dict__.pop(_WARNING, None)
+        elif isinstance(layer, LoraModel):
+            layer.__dict__.pop("_enable_peft_forward_hooks", None)
+
+
+@contextlib.contextmanager
+def _with_rows(model: LoraModel, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """What PEFT's models enter around a forward. It refuses `adapter_names` in training, where its
+    hooks would be gone when a forward is computed again."""
+    given = kwargs.get("adapter_names")
+    if given is None or not model.training:
+        with type(model)._enable_peft_forward_hooks(model, *args, **kwargs):
+            yield
+        return
+    with adapter_rows(model, [None if name == "__base__" else name for name in given]):
+        yield
 
 
 def register_fused_lora(config: LoraConfig, *, exact: bool = False) -> LoraConfig:
@@ -192,7 +215,7 @@ def _fuse(layer: LoraLayer, exact: bool) -> str | None:
     return layer.objection()
 
 
-class _Fused(_Layer):
+class _Fused(OfRows, _Layer):
     """Mixed in before a PEFT layer class."""
 
     peft_class: type[_Layer]
@@ -200,7 +223,8 @@ class _Fused(_Layer):
     exact: bool
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _empty, (self.peft_class, self.exact), self.__getstate__()  # type: ignore[no-untyped-call]  # of whatever PEFT has
+        state = {k: v for k, v in self.__getstate__().items() if k != "_rows"}  # type: ignore[no-untyped-call]  # of whatever PEFT has
+        return _empty, (self.peft_class, self.exact), state
 
     def _get_name(self) -> str:
         return self.peft_class.__name__
@@ -210,6 +234,8 @@ class _Fused(_Layer):
         # taken from `_modules` because nn.Module's own access to them is slow.
         if _WARNING in self.__dict__:
             self._warn(x)
+        if self._rows is not None and (rows := self.rows_now()) is not None:
+            return self._of_rows(x, rows, args, kwargs)
         if (
             args
             or (kwargs and any(value is not None for value in kwargs.values()))
@@ -317,7 +343,7 @@ class _Fused(_Layer):
                 y = y if bias is None else y + bias.to(y.dtype)
         return y
 
-    def _has_dtypes_of_the_op(self, x: Tensor, adapters: list[str]) -> bool:
+    def _has_dtypes_of_the_op(self, x: Tensor, adapters: Sequence[str]) -> bool:
         autocast, dtype = torch.is_autocast_enabled(x.device.type), _computed_in(x)
         if x.dtype not in DTYPES or (autocast and x.dtype == torch.float64):
             return False
@@ -343,7 +369,12 @@ class _Fused(_Layer):
     ) -> Tensor:
         """Of `adapter_names`, which PEFT's forward has checked: one adapter of each sample."""
         others = args or any(value is not None for value in kwargs.values())
-        y = None if others else self._grouped(x, tuple(adapter_names))
+        here = tuple(name if name in self.lora_A else None for name in adapter_names)
+        adapters = tuple(dict.fromkeys(name for name in here if name is not None))
+        each = x.shape[1:-1].numel()
+        y = None
+        if not others and not torch.compiler.is_compiling() and x.dim() > 1:
+            y = self._grouped(x, adapters, lambda: _groups(here, each, str(x.device)))
         if y is not None:
             return y
         mixed: Tensor = super()._mixed_batch_forward(
@@ -351,16 +382,41 @@ class _Fused(_Layer):
         )
         return mixed
 
-    def _grouped(self, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.lora_A)
+
+    def why_no_rows(self) -> str | None:
+        return "is merged; call unmerge_adapter first" if self.merged_adapters else None
+
+    def _of_rows(
+        self, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Within `adapter_rows`."""
+        adapters = rows.there(self)
+        if self._disable_adapters or not adapters:
+            base: nn.Module = self.base_layer
+            of_base: Tensor = base(x, *args, **kwargs)
+            return of_base
+        y = None
+        if not args and all(value is None for value in kwargs.values()):
+            y = self._grouped(x, adapters, lambda: rows.groups(x, adapters))
+        if y is None:
+            reason = self._structure(adapters) or (
+                "its adapters differ in dropout, have a lora_bias or scalings that are no numbers,"
+                " or x is none that the op takes"
+            )
+            raise ValueError(f"adapter_rows: a layer of PEFT cannot be served: {reason}")
+        return y
+
+    def _grouped(
+        self, x: Tensor, adapters: Sequence[str], groups_of: Callable[[], Groups]
+    ) -> Tensor | None:
         """None where the op does not cover what is there."""
         lora_A, lora_B = self.lora_A, self.lora_B
-        here = tuple(name if name in lora_A else None for name in names)
-        adapters = list(dict.fromkeys(name for name in here if name is not None))
         if (
-            torch.compiler.is_compiling()
-            or type(x) not in _PLAIN
+            type(x) not in _PLAIN
             or x.layout is not torch.strided
-            or x.dim() < 2
             or not adapters
             or _has_any_global_hook()
             or self._structure(adapters) is not None
@@ -375,7 +431,7 @@ class _Fused(_Layer):
             or any(type(one) not in (float, int) for one in scaling)
         ):
             return None
-        groups = _groups(here, x.shape[1:-1].numel(), str(x.device))
+        groups = groups_of()
         halves: tuple[Any, Any] = (lora_A, lora_B)
         a, b = ([half[name].weight for name in adapters] for half in halves)
         options: dict[str, Any] = {"scaling": scaling, "dropout_p": drops.pop()}
@@ -396,7 +452,7 @@ class _Fused(_Layer):
             return "fp32 adapters on a 16-bit base with exact=True (fused under autocast only)"
         return reason
 
-    def _structure(self, adapters: list[str]) -> str | None:
+    def _structure(self, adapters: Sequence[str]) -> str | None:
         """What stands against the op in the modules and parameters that are active."""
         modules: dict[str, Any] = self._modules
         base, lora_A, lora_B, dropouts = (

@@ -7,7 +7,7 @@ from lora_kernels.bases import is_conv1d
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.layer import AdapterOptions, LoRALayer
 from lora_kernels.nn.linear import FusedLoRALinear
-from lora_kernels.nn.named import DEFAULT, NamedAdapter, Rows, check_name, in_backward
+from lora_kernels.nn.named import DEFAULT, NamedAdapter, OfRows, Rows, check_name, in_backward
 
 __all__ = [
     "DEFAULT",
@@ -16,6 +16,7 @@ __all__ = [
     "FusedLoRALinear",
     "LoRALayer",
     "NamedAdapter",
+    "OfRows",
     "Rows",
     "check_name",
     "in_backward",

@@ -139,7 +139,8 @@ class LoRALayer(LayerState):
     def __getstate__(self) -> dict[str, object]:
         """What copies and pickles get: an adapter that acts, within `disable_adapters` too, on all
         rows."""
-        return {**vars(self), "_disabled": False, "_rows": None}
+        held = {key: value for key, value in vars(self).items() if key != "_rows"}
+        return {**held, "_disabled": False}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "LoRALayer":
         # Parametrized classes, which torch derives from this one, refuse __getstate__.

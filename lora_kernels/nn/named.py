@@ -92,7 +92,7 @@ class Rows:
         rows.again = True
         return rows
 
-    def there(self, layer: "Named") -> tuple[str, ...]:
+    def there(self, layer: "OfRows") -> tuple[str, ...]:
         """Of a layer's adapters those that rows may have.
 
         RuntimeError where the layer had one more when these rows first came to it.
@@ -158,13 +158,35 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class Named(LayerTensors):
+class OfRows:
+    """A layer that computes rows of several adapters; mixed in before nn.Module."""
+
+    _rows: Rows | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the layer's adapters."""
+        raise NotImplementedError
+
+    def why_no_rows(self) -> str | None:
+        """Why rows cannot have adapters of their own as the layer is now; None if they can."""
+        raise NotImplementedError
+
+    def rows_now(self) -> Rows | None:
+        """The rows of the forward at hand: one that is computed again in a backward has those, if
+        any, that it first had."""
+        rows = self._rows
+        if rows is None or torch.compiler.is_compiling() or rows.again or not in_backward():
+            return rows
+        return None
+
+
+class Named(OfRows, LayerTensors):
     """The adapters of `LoRALayer` by name."""
 
     # Of a layer that was given one adapter and no name for it.
     _first: str = DEFAULT
     _active: tuple[str, ...] = (DEFAULT,)
-    _rows: Rows | None = None
     adapters: nn.ModuleDict
 
     @property
@@ -201,14 +223,6 @@ class Named(LayerTensors):
         A, B = self.low_rank(self.lora_A, self.lora_B) if of_self else adapter()
         return Acting(A, B, adapter.scaling, adapter.dropout if self.training else 0.0)
 
-    def rows_now(self) -> Rows | None:
-        """The rows of the forward at hand: one that is computed again in a backward has those, if
-        any, that it first had."""
-        rows = self._rows
-        if rows is None or torch.compiler.is_compiling() or rows.again or not in_backward():
-            return rows
-        return None
-
     def activate(self, names: Sequence[str]) -> None:
         """Uses these adapters alone; those that the layer does not have are passed over.
 
@@ -218,6 +232,13 @@ class Named(LayerTensors):
         if active != self._active:
             self._require_unmerged("set_adapter")
             self._active = active
+
+    def why_no_rows(self) -> str | None:
+        if self._merged:
+            return "is merged; call unmerge_lora first"
+        if self.pissa_A is not None:
+            return "was started with PiSSA, rows of other adapters need its original base"
+        return self.why_more_than_factors()
 
     def why_no_other(self, name: str) -> str | None:
         """Why the layer cannot be given an adapter of this name; None if it can."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import fuse_peft
+import lora_kernels
+from lora_kernels import fuse_peft, unfuse_peft
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -108,6 +109,95 @@ def test_gradients_of_a_mixed_batch(tokens):
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
         assert (ours[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, name
+
+
+def trained_together(model, tokens, batches):
+    """Gradients by adapter, of batches of other rows whose forwards all come first."""
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    losses = [model(tokens, adapter_names=names).logits.square().sum() for names in batches]
+    for loss in reversed(losses):
+        loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+
+
+def trained_alone(model, tokens, batches):
+    """The same by PEFT, one adapter after the other."""
+    model.train()
+    grads = {}
+    for adapter in "abc":
+        model.set_adapter(adapter)
+        model.zero_grad()
+        for names in batches:
+            rows = [i for i, name in enumerate(names) if name == adapter]
+            if rows:
+                model(tokens[rows]).logits.square().sum().backward()
+        grads |= {n: p.grad for n, p in model.named_parameters() if f".{adapter}." in n}
+        grads = {n: None if g is None else g.clone() for n, g in grads.items()}
+    return grads
+
+
+BATCHES = [NAMES, ["b", "a", "__base__", "b", "b", "a"]]
+
+
+@pytest.mark.parametrize("options", [None, {"use_reentrant": True}, {"use_reentrant": False}])
+def test_training(tokens, options):
+    fused, plain = both(llama())
+    if options is not None:
+        fused.gradient_checkpointing_enable(options)
+        fused.enable_input_require_grads()
+    with Count() as count:
+        ours = trained_together(fused, tokens, BATCHES)
+    theirs = trained_alone(plain, tokens, BATCHES)
+    assert ours.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        assert (ours[name] - grad).norm() <= 1e-4 * grad.norm(), name
+    assert count.calls.count("lora_linear_grouped.default") == (16 if options is None else 32)
+    assert not fused.base_model.model.model.layers[0].self_attn.q_proj._rows
+
+
+def test_training_leaves_absent_adapters_alone(tokens):
+    fused, _ = both(llama())
+    grads = trained_together(fused, tokens, [["b", "__base__"] * 3])
+    assert {n.split(".")[-2] for n, grad in grads.items() if grad is not None} == {"b"}
+
+
+def test_rows_by_our_own_context(tokens):
+    fused, plain = both(llama())
+    with lora_kernels.adapter_rows(fused, [None if n == "__base__" else n for n in NAMES]):
+        torch.testing.assert_close(
+            fused(tokens).logits, plain(tokens, adapter_names=NAMES).logits, rtol=1e-4, atol=1e-4
+        )
+        with fused.disable_adapter(), plain.disable_adapter():
+            torch.testing.assert_close(fused(tokens).logits, plain(tokens).logits)
+        copied = copy.deepcopy(fused)
+    torch.testing.assert_close(copied(tokens).logits, plain(tokens).logits)
+    fused.merge_adapter(["a"])
+    with pytest.raises(ValueError, match="is merged; call unmerge_adapter"):
+        lora_kernels.adapter_rows(fused, ["a"] * 6).__enter__()
+
+
+def test_training_that_is_not_served_is_refused(tokens):
+    fused, plain = both(llama())
+    with pytest.raises(ValueError, match=r"Linear of PEFT, which cannot have rows.*fuse_peft"):
+        lora_kernels.adapter_rows(plain, ["a"] * 6).__enter__()
+    fused.train()
+    with pytest.raises(ValueError, match="got 'mal', known adapters are 'a', 'b', 'c'"):
+        fused(tokens, adapter_names=["a", "mal", "b", "a", "c", "b"])
+    fused.base_model.model.model.layers[0].self_attn.q_proj.lora_dropout["a"] = torch.nn.Dropout(
+        0.5
+    )
+    with pytest.raises(ValueError, match="cannot be served: its adapters differ in dropout"):
+        fused(tokens, adapter_names=NAMES)
+    unfuse_peft(fused)
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in train"):
+        fused(tokens, adapter_names=NAMES)
+    saved = llama(modules_to_save=["lm_head"])
+    fuse_peft(saved)
+    saved.train()
+    with pytest.raises(ValueError, match=r"lm_head is ModulesToSaveWrapper of PEFT"):
+        saved(tokens, adapter_names=NAMES)
 
 
 @torch.no_grad()
