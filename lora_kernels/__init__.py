@@ -18,6 +18,7 @@ from lora_kernels.convert import (
 from lora_kernels.functional import lora_add, lora_add_, lora_linear
 from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
 from lora_kernels.integrations import transformers as _transformers
+from lora_kernels.integrations.transformers import register_experts
 from lora_kernels.merged import merged_state_dict
 from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
 from lora_kernels.rank import low_rank_approximation
@@ -54,6 +55,7 @@ __all__ = [
     "low_rank_approximation",
     "merge_lora",
     "merged_state_dict",
+    "register_experts",
     "register_fused_lora",
     "remove_lora",
     "save_adapter",

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,10 @@ class Guard(NamedTuple):
 guards: list[Guard] = []
 
 
+# A module, and what was prepared for it: its first adapter or a further one.
+Prepared = tuple[nn.Module, LoRALayer | NamedAdapter]
+
+
 class Saved(NamedTuple):
     """A parameter, or a buffer, of a module trained in full, and where its original lies."""
 
@@ -68,10 +72,11 @@ class Saved(NamedTuple):
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(name in the plain model, layer) of every LoRA layer, shared ones once, in its order."""
+    """(name in the plain model, layer) of every LoRA layer, shared ones once, in its order; of
+    experts each parameter with adapters, by its name."""
     for name, module in names.named_modules(model):
         if isinstance(module, LoRALayer):
-            yield name, module
+            yield name.removesuffix(module.suffix), module
 
 
 def saved_tensors(model: nn.Module) -> Iterator[Saved]:
@@ -218,12 +223,12 @@ def require_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 def attach_other(
     model: nn.Module,
     adapter: str,
-    prepared: Mapping[nn.Module, LoRALayer | NamedAdapter],
+    prepared: Iterable[Prepared],
     trainable: set[nn.Parameter],
 ) -> None:
     """Gives layers of a model that has adapters one more, which is not in use; what else is trained
     stays as it is."""
-    for module, other in prepared.items():
+    for module, other in prepared:
         if isinstance(other, NamedAdapter):
             assert isinstance(module, LoRALayer)  # for which it was prepared
             module.put_other(adapter, other)
@@ -237,7 +242,7 @@ def attach_other(
 
 def attach(
     model: nn.Module,
-    layers: dict[nn.Module, LoRALayer],
+    layers: Iterable[Prepared],
     saved: dict[str, nn.Module],
     trainable: set[nn.Parameter],
 ) -> None:
@@ -245,7 +250,8 @@ def attach(
 
     Each module notes which of its `trainable` parameters that freezes.
     """
-    for linear, layer in layers.items():
+    for linear, layer in layers:
+        assert isinstance(layer, LoRALayer)  # the module's first
         layer.move_into(linear)
     update_fast_paths(model)
     _guard_embeddings(model)

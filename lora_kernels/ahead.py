@@ -44,7 +44,8 @@ def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no LoRA layer")
-    distinct = {_signature(layer): layer for layer in layers if not layer.merged}
+    linear = [layer for layer in layers if layer.weight.dim() == 2]
+    distinct = {_signature(layer): layer for layer in linear if not layer.merged}
     calls = 0
     for layer in distinct.values():
         if backends.choose(layer.weight.device).name == "cuda":

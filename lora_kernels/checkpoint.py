@@ -22,11 +22,12 @@ from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
 from lora_kernels.nn import (
     DEFAULT,
     AdapterOptions,
+    LoRAExpertProduct,
     LoRALayer,
-    NamedAdapter,
     check_name,
     layer_class,
 )
+from lora_kernels.nn.experts import from_peft, matrices, to_peft
 from lora_kernels.nn.tensors import FACTORS, Factors
 from lora_kernels.peft_config import PREFIX, Config
 from lora_kernels.sharding import copy_whole, is_sharded, whole
@@ -113,9 +114,13 @@ def write_files(
     from safetensors.torch import save
 
     tensors = {}
+    places = targets.expert_parameters(model)
+    of_experts = {name: places[name] for name, (a, _) in factors.items() if a.dim() == 3}
+    wrapped = _wrapped(of_experts)
     for name, pair in factors.items():
+        pair = to_peft(*map(whole, pair)) if name in of_experts else pair
         for part, tensor in zip("AB", pair, strict=True):
-            tensors[f"{PREFIX}{name}.lora_{part}.weight"] = tensor
+            tensors[f"{PREFIX}{wrapped.get(name, name)}.lora_{part}.weight"] = tensor
     for saved in adapters.saved_tensors(model):
         tensors[PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
@@ -130,13 +135,13 @@ def write_files(
         return
     of_layers = adapters.adapters_of(model, adapter)
     found = {name: one for name, (_, one) in of_layers.items() if name in factors}
-    config = _config(model, found, {n: a.shape[0] for n, (a, _) in factors.items()})
+    config = _config(model, found, {n: a.shape[-2] for n, (a, _) in factors.items()})
     config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
     peft_targets.warn_of_differences(model, config, tensors)
     dropouts = {one.dropout for one in found.values()}
     if config["target_parameters"] and any(dropouts):
         warnings.warn(
-            "lora_dropout: written as 0, PEFT has none for layers that it takes for experts"
+            "lora_dropout: written as 0, PEFT has none for experts and what it takes for them"
             f" ({targets.summary(config['target_parameters'])}); set it again to go on training",
             stacklevel=3,
         )
@@ -172,7 +177,9 @@ def _config(
         value = layer.scaling * ranks[name] if own is None else own
         return int(value) if value == int(value) else value
 
-    as_parameters = peft_targets.taken_for_experts(model, layers)
+    experts = set(targets.expert_parameters(model)).intersection(layers)
+    linear = [name for name in layers if name not in experts]
+    as_parameters = peft_targets.taken_for_experts(model, linear)
 
     def whole(name: str) -> str:
         """A pattern for this name alone: PEFT takes others as last parts of names."""
@@ -186,19 +193,34 @@ def _config(
         "init_lora_weights": True,
         "lora_alpha": alpha(first),
         # PEFT has no dropout for adapters of parameters, and refuses a config with both.
-        "lora_dropout": 0.0 if as_parameters else layers[first].dropout,
+        "lora_dropout": 0.0 if as_parameters or experts else layers[first].dropout,
         "modules_to_save": peft_targets.saved_names(model) or None,
         "r": ranks[first],
         "rank_pattern": {whole(n): r for n, r in ranks.items() if r != ranks[first]},
         "alpha_pattern": {whole(n): alpha(n) for n in layers if alpha(n) != alpha(first)},
         "target_modules": peft_targets.target_names(
-            model, [name for name in layers if name not in as_parameters]
+            model, [name for name in linear if name not in as_parameters]
         ),
-        "target_parameters": [f"{name}.weight" for name in as_parameters] or None,
+        "target_parameters": [
+            *(f"{name}.weight" for name in as_parameters),
+            *peft_targets.parameter_names(model, experts),
+        ]
+        or None,
         "task_type": None,
         "use_dora": False,
         "use_rslora": rslora,
     }
+
+
+def _wrapped(places: Mapping[str, tuple[nn.Module, str]]) -> dict[str, str]:
+    """Where PEFT has the adapters of these parameters, by their names: it wraps a module for the
+    first of them that it holds, and the wrapper for the next."""
+    found = {}
+    for name, (module, parameter) in places.items():
+        after = [*module._parameters][[*module._parameters].index(parameter) + 1 :]
+        outside = sum(place[0] is module and place[1] in after for place in places.values())
+        found[name] = name.removesuffix(f".{parameter}") + ".base_layer" * outside
+    return found
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -255,6 +277,7 @@ def _load(
     model: nn.Module, adapter: str, read: formats.Adapter, strict: bool, before: adapters.Before
 ) -> None:
     config, left_out = read.config, list(read.left_out)
+    places = targets.expert_parameters(model)
     pairs, saved = _sort(model, adapter, read, left_out)
     others = dict(lora_layers(model))
     present = adapters.adapters_of(model, adapter)
@@ -282,40 +305,45 @@ def _load(
     saved_modules = {n.rpartition(".")[0]: modules[n.rpartition(".")[0]] for n in saved}
     targets.require_whole_ties(model, saved_modules)
     past = bypassed(model)
-    idle = [name for name in pairs if modules[name] in past]
+    idle = [name for name in pairs if modules.get(name) in past]
     if idle:
         warnings.warn(
             f"adapters on {targets.summary(idle)} may have no part in the output:"
             f" {past[modules[idle[0]]]}; check_adapters(model, ...) with a batch tells",
             stacklevel=4,
         )
-    made: dict[nn.Module, LoRALayer | NamedAdapter] = {}
+    made: list[adapters.Prepared] = []
     values = {}
     for name, (A, B) in pairs.items():
         rank, alpha, use_rslora = config.layer(name)
-        _check_pair(name, modules[name], A, B, rank, config.origin)
-        base = modules[name]
+        base, parameter = places.get(name, (modules.get(name), None))
+        assert base is not None  # of `_sort`
         options = AdapterOptions(rank, use_rslora=use_rslora, name=adapter)
+        if parameter is None:
+            _check_pair(name, base, A, B, rank, config.origin)
+        elif A.shape[1] != rank:
+            raise ValueError(f"{name}: has rank {A.shape[1]} in the file, {rank} in its config")
         if name in present:
             layer, one = present[name]
             _check_present(name, layer, one, A)
             before.keep(one.lora_A)
             before.keep(one.lora_B)
-        elif isinstance(base, LoRALayer):
-            made[base] = base.prepare_other(options)
+        elif name in others:
+            made.append((base, others[name].prepare_other(options)))
+        elif parameter is not None:
+            made.append((base, LoRAExpertProduct.prepare(base, parameter, options)))
         else:
-            made[base] = layer_class(base)._prepare(base, options)
-        values[name] = (base, A, B, alpha, use_rslora)
+            made.append((base, layer_class(base)._prepare(base, options)))
+        values[name] = (A, B, alpha, use_rslora)
 
     if further:
         adapters.attach_other(model, adapter, made, before.trainable)
     elif made or saved_modules:
-        layers = {base: one for base, one in made.items() if isinstance(one, LoRALayer)}
-        adapters.attach(model, layers, saved_modules, before.trainable)
+        adapters.attach(model, made, saved_modules, before.trainable)
     adapters.guard(model)
-    for module, A, B, alpha, use_rslora in values.values():
-        assert isinstance(module, LoRALayer)  # since it was attached
-        one = module.adapter(adapter)
+    attached = adapters.adapters_of(model, adapter)
+    for name, (A, B, alpha, use_rslora) in values.items():
+        _, one = attached[name]
         copy_whole(one.lora_A, A)
         copy_whole(one.lora_B, B)
         one.alpha, one.use_rslora = alpha, use_rslora
@@ -345,14 +373,17 @@ def _say(
         for name in linear
         if isinstance(modules[name], LoRALayer) or targets.objection(modules[name]) is None
     ]
-    missing = sorted(set(config.targeted(able, head)) - set(pairs))
+    experts = targets.expert_parameters(model)
+    targeted = [*config.targeted(able, head), *config.parameters(experts)]
+    missing = sorted(set(targeted) - set(pairs))
     if missing:
         left_out.append(f"{targets.summary(missing)}: targets of the config, not in the file")
     for parameter in config.target_parameters:
-        if not any(f".{name}.weight".endswith(f".{parameter}") for name in linear):
+        able_ones = [*(f"{name}.weight" for name in linear), *experts]
+        if not any(f".{name}".endswith(f".{parameter}") for name in able_ones):
             left_out.append(
-                f"target_parameters: {parameter!r} is not the weight of a linear layer of the"
-                " model, and no other parameter can carry an adapter"
+                f"target_parameters: {parameter!r} is not the weight of a linear layer or of"
+                " experts of the model, and no other parameter can carry an adapter"
             )
     kept = [one.name for one in adapters.saved_tensors(model) if one.name not in saved]
     for wanted in config.modules_to_save:
@@ -439,7 +470,25 @@ def _sort(
                     f"{PREFIX}{layer}.lora_{part}.weight: missing from the adapter file"
                 )
     pairs = {layer: (parts["A"], parts["B"]) for layer, parts in halves.items()}
+    places = targets.expert_parameters(model)
+    # PEFT wraps what else of the same modules it names too.
+    held = {
+        names.join(name.rpartition(".")[0], key): (module, key)
+        for name, (module, _) in places.items()
+        for key in module._parameters
+    }
+    of_experts = {name: held[name] for name in config.parameters(held)}
+    for name, layer in _wrapped(of_experts).items():
+        if layer in pairs and name in places:
+            weight, _ = matrices(*places[name])
+            try:
+                pairs[name] = from_peft(*pairs.pop(layer), weight)
+            except ValueError as error:
+                key = f"{PREFIX}{layer}.lora_A.weight"
+                raise ValueError(f"{key}: {error} for {name}{config.origin}") from None
     for layer in list(pairs):
+        if layer in places:
+            continue
         # None for a second adapter of one module, which is one of a parameter.
         module = modules.get(layer)
         if module is not None and targets.is_linear(module):
@@ -523,5 +572,6 @@ def _check_present(name: str, layer: LoRALayer, adapter: Factors, A: Tensor) -> 
             f"{key}: {name} was started with PiSSA and no longer holds its original base;"
             " remove_lora(model) first"
         )
-    if A.shape[0] != adapter.rank:
-        raise ValueError(f"{key}: has rank {A.shape[0]}, the model's layer has rank {adapter.rank}")
+    rank = A.shape[-2]
+    if rank != adapter.rank:
+        raise ValueError(f"{key}: has rank {rank}, the model's layer has rank {adapter.rank}")

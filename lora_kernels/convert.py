@@ -17,6 +17,7 @@ from lora_kernels.bypass import unregistered_linears
 from lora_kernels.nn import (
     DEFAULT,
     AdapterOptions,
+    LoRAExpertProduct,
     LoRALayer,
     NamedAdapter,
     check_name,
@@ -112,6 +113,8 @@ def apply_lora(
     target_modules: Names = None,
     exclude_modules: Names = None,
     modules_to_save: Names = None,
+    target_parameters: Names = None,
+    expert_rank: int | None = None,
     use_rslora: bool = False,
     init: Init = "kaiming",
     adapter_dtype: torch.dtype | None = None,
@@ -137,6 +140,10 @@ def apply_lora(
         exclude_modules: the same, taken out of the targets.
         modules_to_save: the same; these modules are trained in full and saved with the adapter,
             their buffers (running statistics) too.
+        target_parameters: the same for weights [E, N, K] of a mixture's experts, as Transformers 5
+            keeps them: ["experts.gate_up_proj", "experts.down_proj"]; each expert gets an adapter.
+            With `target_modules=[]` they are all that gets any.
+        expert_rank: of the adapters of experts; `rank` by default.
         rank_pattern, alpha_pattern: ranks and alphas of single layers, {expression: value}, as in
             PEFT: an expression stands for the last parts of a name, the first that matches wins.
 
@@ -151,6 +158,8 @@ def apply_lora(
         "target_modules": target_modules,
         "exclude_modules": exclude_modules,
         "modules_to_save": modules_to_save,
+        "target_parameters": target_parameters,
+        "expert_rank": expert_rank,
         "use_rslora": use_rslora,
         "init": init,
         "rank_pattern": rank_pattern,
@@ -257,6 +266,8 @@ class _Options(NamedTuple):
     adapter_dtype: torch.dtype | None
     rank_pattern: Mapping[str, int] | None
     alpha_pattern: Mapping[str, float] | None
+    target_parameters: Names = None
+    expert_rank: int | None = None
     name: str = DEFAULT
     further: bool = False
 
@@ -266,7 +277,13 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     target_modules = targets.listed("target_modules", chosen.target_modules)
     exclude_modules = targets.listed("exclude_modules", chosen.exclude_modules)
     further = chosen.name if chosen.further else None
-    found, skipped = targets.find_targets(model, target_modules, exclude_modules, further)
+    experts = targets.find_parameters(
+        model, targets.listed("target_parameters", chosen.target_parameters)
+    )
+    found: dict[str, targets.Linear] = {}
+    skipped: dict[str, str] = {}
+    if target_modules != [] or not experts:
+        found, skipped = targets.find_targets(model, target_modules, exclude_modules, further)
     heads, frozen = targets.new_heads(model, target_modules, exclude_modules)
     if chosen.further:
         heads = {}
@@ -285,17 +302,21 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
         elif name in frozen:
             skipped[name] = frozen[name]
     found = {name: linear for name, linear in found.items() if name not in skipped}
-    if not found:
+    if not found and not experts:
         raise ValueError(
             f"target_modules: no layer is left for an adapter: {targets.summary(skipped)} are"
             " trained in full or excluded"
         )
     targets.require_whole_ties(model, saved)
     all_of = {name: places[linear] for name, linear in found.items()}
+    all_of |= {name: [name] for name in experts}
     ranks = options.of_layers("rank_pattern", chosen.rank_pattern, all_of, rank, options.check_rank)
     alphas = options.of_layers(
         "alpha_pattern", chosen.alpha_pattern, all_of, alpha, options.check_alpha
     )
+    if chosen.expert_rank is not None:
+        rank = options.check_rank(chosen.expert_rank, "expert_rank")
+        ranks |= {name: options.of_layer(chosen.rank_pattern, [name], rank) for name in experts}
     settings = (
         chosen.dropout,
         chosen.use_rslora,
@@ -319,23 +340,25 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
                 made[name] = linear.prepare_other(adapter)
             else:
                 made[name] = layer_class(linear)._prepare(linear, adapter)
-        prepared: dict[nn.Module, LoRALayer | NamedAdapter]
-        prepared = {found[name]: one for name, one in made.items()}
-        layers = {linear: one for linear, one in prepared.items() if isinstance(one, LoRALayer)}
-        for layer in layers.values():
-            if chosen.init == "pissa":
-                before.keep(layer.weight)
+        prepared: list[adapters.Prepared] = [(found[name], one) for name, one in made.items()]
+        for linear, layer in prepared:
+            if chosen.init == "pissa" and isinstance(layer, LoRALayer):
+                before.keep(linear.weight)  # type: ignore[arg-type]  # of a linear layer
                 layer._take_pissa()
-        left_out = targets.others(model, in_full)
+        for name, (module, parameter) in experts.items():
+            adapter = AdapterOptions(ranks[name], alphas[name], *settings)
+            prepared.append((module, LoRAExpertProduct.prepare(module, parameter, adapter)))
+        weights = {module.get_parameter(parameter) for module, parameter in experts.values()}
+        left_out = targets.others(model, in_full, weights)
         base = sum(p.numel() for p in model.parameters())
         if chosen.further:
             adapters.attach_other(model, chosen.name, prepared, before.trainable)
         else:
-            adapters.attach(model, layers, saved, before.trainable)
+            adapters.attach(model, prepared, saved, before.trainable)
         adapters.guard(model)
         trained = list(lora_parameters(model, adapter=further))
         return LoraReport(
-            replaced=list(found),
+            replaced=[*found, *experts],
             skipped=skipped,
             saved=list(saved),
             other_linear_maps=list(left_out.get(targets.LINEAR_MAPS, ())),
@@ -344,10 +367,10 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
             unregistered=unregistered_linears(model),
             new_heads=list(heads),
-            adapted=sum(weight.numel() for weight in {layer.weight for layer in found.values()}),
+            adapted=sum(w.numel() for w in weights | {layer.weight for layer in found.values()}),
             base=base,
             shared={name: others[1:] for name, others in all_of.items() if len(others) > 1},
-            gpu=backends.on_gpu(layer.weight for layer in found.values()),
+            gpu=backends.on_gpu([*weights, *(layer.weight for layer in found.values())]),
             left_out={kind: list(weights) for kind, weights in left_out.items()},
             left_out_parameters={
                 kind: sum(p.numel() for p in set(weights.values()))

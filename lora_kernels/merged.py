@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lora_kernels import adapters, names, targets
 from lora_kernels.convert import refuse, require_untied
-from lora_kernels.nn import LoRALayer
+from lora_kernels.nn import LoRAExpertProduct, LoRALayer
+from lora_kernels.nn.experts import SUFFIX
 from lora_kernels.offloading import present
 from lora_kernels.sharding import whole
 
@@ -42,6 +43,9 @@ class _MergedStateDict(Mapping[str, Tensor]):
         module, attribute = self._owners[name]
         if isinstance(module, LoRALayer) and attribute == "weight":
             return whole(module.merged_weight())
+        of_expert = module._modules.get(attribute + SUFFIX)
+        if isinstance(of_expert, LoRAExpertProduct):
+            return whole(of_expert.merged_weight())
         for saved in adapters.saved_of("", module):
             if saved.attribute == attribute:
                 return whole(saved.trained)

@@ -20,7 +20,7 @@ PEFT_NAMES = {
 }  # fmt: skip
 _SAME_NAME = (
     "target_modules", "exclude_modules", "modules_to_save", "use_rslora", "rank_pattern",
-    "alpha_pattern",
+    "alpha_pattern", "target_parameters",
 )  # fmt: skip
 _INITS = {True: "kaiming", False: "random", "pissa": "pissa"}
 # What PEFT's models for these tasks train in full beside the adapters, where it is there.
@@ -164,8 +164,10 @@ def from_peft(
     options = {name: getattr(config, name) for name in _SAME_NAME}
     options |= {ours: getattr(config, theirs) for theirs, ours in PEFT_NAMES.items()}
     options["init"] = _INITS[config.init_lora_weights]
-    targets = config.target_modules or _default_targets(model_type, kind)
-    options["target_modules"] = targets
+    targets: Iterable[str] | None = config.target_modules
+    if targets is None or not (targets or config.target_parameters):
+        targets = _default_targets(model_type, kind)
+    options["target_modules"] = targets if isinstance(targets, str) else [*targets]
     if config.layers_to_transform not in (None, []):
         options["target_modules"] = _of_layers(config, targets, modules)
     task: str | None = getattr(config.task_type, "value", config.task_type)

@@ -161,8 +161,13 @@ class Config:
         them."""
         return [name for name in layers if self._is_targeted(name, head)]
 
+    def parameters(self, names: Iterable[str]) -> list[str]:
+        """Those parameters that target_parameters names."""
+        wanted = tuple(f".{parameter}" for parameter in self.target_parameters)
+        return [name for name in names if f".{name}".endswith(wanted)]
+
     def _is_targeted(self, name: str, head: str | None) -> bool:
-        if any(f".{name}.weight".endswith(f".{p}") for p in self.target_parameters):
+        if self.parameters([f"{name}.weight"]):
             return True
         if self.entries.get("target_modules") == "all-linear":
             named = name != head

@@ -46,6 +46,15 @@ def target_names(model: nn.Module, layers: list[str]) -> list[str] | str:
     return sorted(layers)
 
 
+def parameter_names(model: nn.Module, experts: set[str]) -> list[str]:
+    """The last two parts of the names of parameters of experts where they stand for exactly these,
+    else the whole names."""
+    parts = {".".join(name.split(".")[-2:]) for name in experts}
+    of_model = [names.join(n, key) for n, m in names.named_modules(model) for key in m._parameters]
+    by_part = {name for name in of_model if f".{name}".endswith(tuple(f".{p}" for p in parts))}
+    return sorted(parts if by_part == experts else experts)
+
+
 def saved_names(model: nn.Module) -> list[str]:
     """The names of the modules trained in full; with what PEFT puts before names where a name is
     the end of another module's, since PEFT takes every module whose name ends so."""

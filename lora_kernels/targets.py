@@ -1,7 +1,7 @@
 """Which modules of a model an adapter goes to."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from lora_kernels import bases
 from lora_kernels.bypass import bypassed, idle, poolers, unread
 from lora_kernels.names import all_names, join, named_modules, unwrapped
-from lora_kernels.nn import LoRALayer
+from lora_kernels.nn import LoRAExpertProduct, LoRALayer
+from lora_kernels.nn.experts import SUFFIX, layout_objection, products
 from lora_kernels.nn.layer import reserved
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def listed(argument: str, names: Names) -> str | list[str] | None:
 
 def is_linear(module: nn.Module) -> "TypeIs[Linear]":
     """Whether it is a linear layer, with an adapter or without."""
-    return isinstance(module, (nn.Linear, LoRALayer)) or bases.is_conv1d(module)
+    own = isinstance(module, LoRALayer) and not isinstance(module, LoRAExpertProduct)
+    return own or isinstance(module, nn.Linear) or bases.is_conv1d(module)
 
 
 def objection(module: nn.Module, adapter: str | None = None) -> str | None:
@@ -246,10 +248,11 @@ def _what_else(model: nn.Module, predicate: _Predicate) -> str | None:
         for attribute, parameter in module._parameters.items():
             full = f"{name}.{attribute}".lstrip(".")
             if parameter is not None and predicate(full):
+                able = layout_objection(module) is None and attribute in products(module)
                 return (
                     f"matches no module: {full} is a {list(parameter.shape)} parameter of"
-                    f" {type(module).__name__}, not a torch.nn.Linear, and cannot carry an adapter;"
-                    " PEFT's target_parameters does it"
+                    f" {type(module).__name__}, not a torch.nn.Linear"
+                    + ("; name it in target_parameters" if able else ", and carries no adapter")
                 )
     return None
 
@@ -453,19 +456,59 @@ def require_whole_ties(model: nn.Module, saved: dict[str, nn.Module]) -> None:
             )
 
 
-def others(model: nn.Module, trained: set[nn.Module]) -> dict[str, dict[str, nn.Parameter]]:
-    """The weights outside linear layers and modules `trained` in full, by kind, "name [shape]" ->
-    parameter: convolutions, embeddings, and linear maps that are no nn.Linear (fused experts,
-    packed projections)."""
+def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """name -> (module of experts, parameter of it), of all that can carry adapters."""
+    return {
+        join(name, parameter): (module, parameter)
+        for name, module in named_modules(model)
+        if layout_objection(module) is None
+        for parameter in products(module)
+    }
+
+
+def find_parameters(model: nn.Module, target_parameters: Names) -> dict[str, tuple[nn.Module, str]]:
+    """Those of `expert_parameters` that are named.
+
+    ValueError: a pattern matches none of them, or one that has adapters already.
+    """
+    wanted, able = _Patterns("target_parameters", target_parameters), expert_parameters(model)
+    wanted.require_matches(able, lambda predicate: _what_parameter(model, predicate))
+    found = {name: place for name, place in able.items() if wanted.match(name)}
+    for name, (module, parameter) in found.items():
+        if parameter + SUFFIX in module._modules:
+            raise ValueError(f"target_parameters: {name} already carries adapters")
+    return found
+
+
+def _what_parameter(model: nn.Module, predicate: _Predicate) -> str | None:
+    """What a pattern that matches no product of experts names instead."""
+    for name, module in named_modules(model):
+        for attribute, parameter in module._parameters.items():
+            full = join(name, attribute)
+            if parameter is None or not predicate(full):
+                continue
+            if is_linear(module):
+                return f"matches {full}, of a linear layer: name {name} in target_modules"
+            why = layout_objection(module) or "it is none of their two products"
+            return f"matches {full}, which cannot carry adapters of experts: {why}"
+    return None
+
+
+def others(
+    model: nn.Module, trained: set[nn.Module], adapted: Container[nn.Parameter] = ()
+) -> dict[str, dict[str, nn.Parameter]]:
+    """The weights outside linear layers and modules `trained` in full, and not `adapted`
+    otherwise, by kind, "name [shape]" -> parameter: convolutions, embeddings, and linear maps that
+    are no nn.Linear (fused experts, packed projections)."""
     kinds: dict[str, dict[str, nn.Parameter]] = {}
     for name, module in named_modules(model):
-        if is_linear(module) or module in trained:
+        if isinstance(module, LoRALayer) or is_linear(module) or module in trained:
             continue
         own = {n: p for n, p in module._parameters.items() if p is not None}
         stacked = {p.shape[0] for p in own.values() if p.dim() == 3}
         for attribute, parameter in own.items():
             kind = _kind(module, attribute, parameter, stacked)
-            if kind is not None:
+            if kind is not None and parameter not in adapted:
                 full = f"{name}.{attribute}".lstrip(".")
                 kinds.setdefault(kind, {})[f"{full} {list(parameter.shape)}"] = parameter
     return kinds

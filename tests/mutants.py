@@ -39,6 +39,7 @@ MANY_ROWS = "test_sums_over_as_many_rows_as_a_batch_has"
 MANY_BLOCKS = "test_sums_over_many_blocks"
 LARGE = "test_large_values_in_fp16"
 GROUPED = "grouped/composite.py"
+EXPERTS = "nn/experts.py"
 INTEGRATION, TRANSFORMERS = "integrations/peft.py", "integrations/transformers.py"
 RECIPES = "recipes/"
 KERNELS = "interpreted_plans interpreted_ops interpreted_passes"
@@ -135,6 +136,21 @@ MUTANTS = {
     "several: copies compute a batch's rows": ("nn/layer.py", "LoRALayer.__getstate__", 'if key != "_rows"', "", "several"),
     "several: PEFT's training with its hooks": (INTEGRATION, "_with_rows", "given is None or not model.training", "True", "mixed_batches"),
     "several: PEFT's base samples by an adapter": (INTEGRATION, "_Fused._of_rows", "rows.groups(x, adapters)", "Groups.from_rows([0] * x.shape[:-1].numel(), len(adapters))", "mixed_batches"),
+    "experts: one bound of Kaiming's for all": ("nn/pissa.py", "draw", "A.flatten(0, -2)", "A", "lora_experts"),
+    "experts: of transposed weights": (EXPERTS, "LoRAExpertProduct._oriented", "weight.transpose(1, 2) if", "weight if", "lora_experts"),
+    "experts: disabled while merged": (EXPERTS, "LoRAExpertProduct.forward", "if self._disabled and self._merged:", "if False:", "lora_experts"),
+    "experts: disabled ones act": (EXPERTS, "LoRAExpertProduct.forward", "if self._disabled or self._merged", "if self._merged", "lora_experts"),
+    "experts: unused ones act": (EXPERTS, "LoRAExpertProduct.forward", " or not self._active:", ":", "lora_experts"),
+    "experts: dropout in evaluation": (EXPERTS, "LoRAExpertProduct.forward", "self.dropout if self.training else 0.0", "self.dropout", "lora_experts"),
+    "experts: B with the expert slowest": (EXPERTS, "to_peft", "b.permute(1, 2, 0)", "b.permute(1, 0, 2)", "lora_experts"),
+    "experts: older files as they lie": (EXPERTS, "from_peft", "B.view(K, r, E).permute(2, 1, 0)", "B.view(K, E, r).permute(1, 2, 0)", "lora_experts"),
+    "experts: the first wrapped outermost": ("checkpoint.py", "_wrapped", '".base_layer" * outside', '".base_layer" * (not outside)', "lora_experts"),
+    "experts: a new base not merged again": (EXPERTS, "LoRAExperts._load_from_state_dict", "prefix + adapted.parameter in state_dict", "False", "lora_experts"),
+    "experts: their class stays": (EXPERTS, "LoRAExpertProduct.move_out", "        if not any(experts.adapted()):\n", "        if False:\n", "lora_experts"),
+    "experts: merged ones left as they are": ("merged.py", "_MergedStateDict.__getitem__", "if isinstance(of_expert, LoRAExpertProduct):", "if False:", "lora_experts"),
+    "experts: base of merged ones not saved": (TRANSFORMERS, "_base_state", "of_expert if layer.suffix else names", "names", "lora_experts"),
+    "experts: said to be left frozen": ("targets.py", "others", "if kind is not None and parameter not in adapted:", "if kind is not None:", "lora_experts"),
+    "experts: their rank is the others'": ("convert.py", "_apply", "if chosen.expert_rank is not None:", "if False:", "lora_experts"),
     "several: another's file written": ("checkpoint.py", "save_adapter", "adapters.adapters_of(model, chosen)", "adapters.adapters_of(model, adapters.adapter_names(model)[0])", "several"),
     "Conv1D merged transposed": ("nn/merging.py", "Merging.merge", "add_products(self.matrix, ", "add_products(self.weight, ", "integrations_transformers"),
     "fan_in_fan_out not written": ("checkpoint.py", "_config", "not turned.isdisjoint(layers)", "False", "integrations_transformers"),
@@ -157,7 +173,7 @@ MUTANTS = {
     "frozen parameters said to be left out": ("checkpoint.py", "_warn_of_unsaved", "and parameter.requires_grad", "", "names"),
     "shared experts as PEFT's fused ones": ("peft_targets.py", "taken_for_experts", "    return [name for name in layers if name.rpartition", "    return [name for name in () if name.rpartition", "peft_targets"),
     "patterns of parameters without .weight": ("checkpoint.py", "_config.whole", '(r"(\\.weight)?" if name in as_parameters else "")', '""', "peft_targets"),
-    "dropout beside target_parameters": ("checkpoint.py", "_config", "0.0 if as_parameters else layers[first].dropout", "layers[first].dropout", "peft_targets"),
+    "dropout beside target_parameters": ("checkpoint.py", "_config", "0.0 if as_parameters or experts else layers[first].dropout", "layers[first].dropout", "peft_targets"),
     "PEFT's renaming not said": ("peft_targets.py", "warn_of_differences", "    if reason:\n", "    if False:\n", "peft_targets"),
     "a module in two places not said": ("peft_targets.py", "_shared", "if len(found) > 1]", "if len(found) > 2]", "peft_targets"),
     "inner models without a guard": (TRANSFORMERS, "guard", "    for module in model.modules():\n        save =", "    for module in (model,):\n        save =", "save_pretrained"),
@@ -324,7 +340,7 @@ MUTANTS = {
     "an interrupted apply_lora not undone": ("adapters.py", "all_or_nothing", "        before.restore()\n", "        pass\n", "all_or_nothing"),
     "classes not brought back": ("adapters.py", "Before.restore", "            module.__class__ = kind\n", "", "all_or_nothing"),
     "flags not brought back": ("adapters.py", "Before.restore", "            parameter.requires_grad_(flag)\n", "            pass\n", "all_or_nothing"),
-    "PiSSA's weights not kept": ("convert.py", "_apply", "                before.keep(layer.weight)\n", "", "all_or_nothing"),
+    "PiSSA's weights not kept": ("convert.py", "_apply", "before.keep(linear.weight)", "pass", "all_or_nothing"),
     "adapters not kept while loading": ("checkpoint.py", "_load", "            before.keep(one.lora_B)\n", "", "all_or_nothing"),
     "saved modules not kept while loading": ("checkpoint.py", "_load", "        before.keep(target)\n", "", "all_or_nothing"),
     "alpha kept as it was given": ("options.py", "check_alpha", "return int(value) if isinstance(value, numbers.Integral) else float(value)", "return value", "options"),
@@ -344,7 +360,7 @@ MUTANTS = {
     "biases of experts listed": ("targets.py", "_kind", "    if not matrix or vectors or _ELEMENTWISE.search(attribute):", "    if not matrix:", "convert"),
     "vectors of experts listed": ("targets.py", "_kind", "not matrix or vectors or", "not matrix or", "convert"),
     "experts matched in silence": ("targets.py", "find_targets", "lambda predicate: _what_else(model, predicate)", "lambda predicate: None", "convert"),
-    "what is trained in full said to be frozen": ("targets.py", "others", "if is_linear(module) or module in trained:", "if is_linear(module):", "convert"),
+    "what is trained in full said to be frozen": ("targets.py", "others", "is_linear(module) or module in trained:", "is_linear(module):", "convert"),
     "skipped layers not folded": ("convert.py", "LoraReport.__str__", "reasons.setdefault(reason, []).append(name)", "reasons.setdefault(reason + name, []).append(name)", "convert"),
     "lazy layers not refused": ("targets.py", "require_shapes", "if is_lazy(parameter):", "if False:", "options"),
     "weights without values merged": ("nn/tensors.py", "LayerTensors.why_valueless", "            if tensor.is_meta:\n", "            if False:\n", "weights"),

@@ -72,6 +72,7 @@ FLOORS["nn"] = {
     "layer": 4,
     "linear": 5,
     "conv1d": 5,
+    "experts": 5,
     "__init__": 6,
 }
 FLOORS["grouped"] = {"groups": 0, "composite": 0, "ops": 1, "functional": 2, "__init__": 3}

@@ -48,6 +48,7 @@ def find_adapters(model: nn.Module) -> Iterator[Adapter]:
     peft = sys.modules.get("peft.tuners.lora.layer")
     for name, layer in names.named_modules(model):
         if isinstance(layer, LoRALayer):
+            name = name.removesuffix(layer.suffix)
             off = "merged" if layer.merged else "disabled" if layer._disabled else None
             several = len(layer.names) > 1  # others than those in use need the base
             fixed = layer.why_fixed() or layer.why_unmergeable(keep_base=several)

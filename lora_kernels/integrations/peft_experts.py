@@ -1,28 +1,22 @@
 """PEFT's `target_parameters` on the experts of Transformers' mixtures: one grouped op for each of
-their products, instead of a weight of all experts with the adapters added.
+their products, instead of a weight of all experts with the adapters added."""
 
-The modules are those that Transformers' `use_experts_implementation` decorates: 3-D parameters
-`gate_up_proj` (or `up_proj`) and `down_proj`, flags for their layout, and `_apply_gate`.
-"""
-
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.nn.utils.parametrize import is_parametrized
 
-from lora_kernels._contract import DTYPES
 from lora_kernels.grouped import Groups, lora_linear_grouped
+from lora_kernels.nn.experts import forward, frozen, layout_objection, matrices, products
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper as _Wrapper
 else:
     _Wrapper = object
 
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -54,7 +48,7 @@ class FusedExperts(_Wrapper):
             experts = self.get_base_layer()
             adapters = {w.parameter_name: _adapter(w) for w in _wrappers(self)}
             if _takes(experts, x, adapters):
-                return forward(experts, x, routing, adapters)
+                return forward(experts, x, routing, partial(_product, experts, adapters))
         y = super().forward(x, *args, **kwargs)
         return y
 
@@ -67,10 +61,10 @@ class FusedExperts(_Wrapper):
         for module in (*wrappers[1:], experts):
             if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
                 return "a module within it carries hooks"
-        if (reason := _layout_objection(experts)) is not None:
+        if (reason := layout_objection(experts)) is not None:
             return reason
         names = [wrapper.parameter_name for wrapper in wrappers]
-        odd = [name for name in names if names.count(name) > 1 or name not in _products(experts)]
+        odd = [name for name in names if names.count(name) > 1 or name not in products(experts)]
         if odd:
             return f"{odd[0]} is no product of its experts, or wrapped twice"
         for wrapper in wrappers:
@@ -97,38 +91,13 @@ def fuse(wrapper: ParamWrapper) -> str | None:
     return wrapper.objection()
 
 
-def forward(
-    experts: nn.Module, x: Tensor, routing: tuple[Tensor, Tensor], adapters: dict[str, Adapter]
-) -> Tensor:
-    """Transformers' forward of experts on tokens [T, K], (top_k_index, top_k_weights) [T, k]: of
-    ids from the number of experts on nothing is computed."""
-    index, weights = routing
-    own: Any = experts
-    count, top = own.num_experts, index.shape[-1]
-    ids, order = index.reshape(-1).sort(stable=True)
-    edges = torch.searchsorted(ids, torch.arange(count + 1, device=ids.device))
-    groups = Groups.from_segments(edges.diff())
-    first, last = _products(experts)
-    rows = _product(own, first, x[order // top], groups, adapters)
-    rows = own._apply_gate(rows) if own.has_gate else own.act_fn(rows)
-    rows = _product(own, last, rows, groups, adapters)
-    if own.has_post_expert_norm:
-        rows = own.post_expert_norm(rows)
-    rows = rows * weights.reshape(-1)[order, None]
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return rows[back].view(len(x), top, -1).sum(1).to(x.dtype)
-
-
 def _product(
-    experts: Any, name: str, rows: Tensor, groups: Groups, adapters: dict[str, Adapter]
+    experts: nn.Module, adapters: dict[str, Adapter], name: str, rows: Tensor, groups: Groups
 ) -> Tensor:
-    weight = getattr(experts, name)
-    weight = weight.transpose(1, 2) if experts.is_transposed else weight
-    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     adapter = adapters.get(name)
     if adapter is None:
-        E, N, K = weight.shape
-        adapter = Adapter(weight.new_zeros(E, 1, K), weight.new_zeros(E, N, 1), 1.0)
+        return frozen(*matrices(experts, name), rows, groups)
+    weight, bias = matrices(experts, name)
     a, b, scaling = adapter
     return lora_linear_grouped(rows.to(weight.dtype), weight, a, b, groups, bias, scaling=scaling)
 
@@ -151,26 +120,6 @@ def _wrappers(outermost: Any) -> list[Any]:
     while isinstance(found[-1].base_layer, ParamWrapper):
         found.append(found[-1].base_layer)
     return found
-
-
-def _products(experts: Any) -> tuple[str, str]:
-    """The parameters of the first and the last product."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
-
-
-def _layout_objection(experts: Any) -> str | None:
-    absent = [flag for flag in _FLAGS if not hasattr(experts, flag)]
-    if absent or not hasattr(experts, "num_experts"):
-        return f"{type(experts).__name__} is not one of Transformers' modules of experts"
-    if is_parametrized(experts):
-        return "its parameters are parametrized"
-    for name in _products(experts):
-        weight: Any = getattr(experts, name, None)
-        if type(weight) not in _PLAIN or weight.dim() != 3 or len(weight) != experts.num_experts:
-            return f"{name} is not a plain parameter of {experts.num_experts} experts"
-        if weight.dtype not in DTYPES:
-            return f"{name} is {weight.dtype}"
-    return None
 
 
 def _routing(

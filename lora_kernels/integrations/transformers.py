@@ -14,11 +14,25 @@ from lora_kernels.adapters import adapter_names, lora_layers
 from lora_kernels.checkpoint import write_files
 from lora_kernels.formats import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.nn import LoRALayer
+from lora_kernels.nn.experts import frozen_forward
 from lora_kernels.nn.tensors import MERGED
 from lora_kernels.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def register_experts() -> str:
+    """Registers the grouped kernels with Transformers as an implementation of experts, and returns
+    its name: `model.set_experts_implementation(register_experts())`.
+
+    It serves experts without adapters; those that `apply_lora` gave some compute by these kernels
+    whichever implementation is set.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register("lora_kernels", frozen_forward)
+    return "lora_kernels"
 
 
 def guard(model: nn.Module) -> None:
@@ -88,7 +102,7 @@ def _parts(
     found = {}
     for name, layer in layers.items():
         if adapter in layer.names and layer._merged != "final":
-            one, prefix = layer.adapter(adapter), names.join(name, layer.prefix(adapter))
+            one, prefix = layer.adapter(adapter), f"{name}{layer.suffix}.{layer.prefix(adapter)}"
             found[name] = one.low_rank(
                 **{key: given.get(prefix + key, one.factor(key)) for key in one.adapter_parameters}
             )
@@ -108,8 +122,9 @@ def _base_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[st
     for key, tensor in (model.state_dict() if given is None else given).items():
         owner, _, attribute = key.rpartition(".")
         state[names.join(plain.get(owner, owner), attribute)] = tensor
-    for name in layers:
+    for name, layer in layers.items():
         base = state.pop(names.join(name, MERGED), None)
         if base is not None and base.numel():
-            state[names.join(name, "weight")] = base
+            of_expert = name.removesuffix(layer.suffix)
+            state[of_expert if layer.suffix else names.join(name, "weight")] = base
     return state

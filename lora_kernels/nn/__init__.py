@@ -5,6 +5,7 @@ from torch import nn
 
 from lora_kernels.bases import is_conv1d
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
+from lora_kernels.nn.experts import LoRAExpertProduct, LoRAExperts
 from lora_kernels.nn.layer import AdapterOptions, LoRALayer
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.named import DEFAULT, NamedAdapter, OfRows, Rows, check_name, in_backward
@@ -14,6 +15,8 @@ __all__ = [
     "AdapterOptions",
     "FusedLoRAConv1D",
     "FusedLoRALinear",
+    "LoRAExpertProduct",
+    "LoRAExperts",
     "LoRALayer",
     "NamedAdapter",
     "OfRows",

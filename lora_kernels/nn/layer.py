@@ -276,10 +276,8 @@ class LoRALayer(LayerState):
 
     def _base_forward(self, x: Tensor) -> Tensor:
         """The layer without its adapter, whatever state it is in."""
-        if self._merged == "final":
-            raise RuntimeError("merged with keep_base=False: the base of this layer is gone")
         if self._merged:
-            return nn.functional.linear(x, self._oriented(self._kept_base()), self.bias)
+            return nn.functional.linear(x, self._oriented(self._required_base()), self.bias)
         if self.pissa_A is None or self.pissa_B is None:
             return nn.functional.linear(x, self.matrix, self.bias)
         return lora_linear(

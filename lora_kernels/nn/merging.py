@@ -81,6 +81,12 @@ class Merging(Named):
         self.merged_base = self._base_weight_cpu = None
         self._merged = False
 
+    def _required_base(self) -> Tensor:
+        """The base of a merged layer. RuntimeError: it was not kept."""
+        if self._merged == "final":
+            raise RuntimeError("merged with keep_base=False: the base of this layer is gone")
+        return self._kept_base()
+
     def _kept_base(self) -> Tensor:
         base = self.merged_base if self.merged_base is not None else self._base_weight_cpu
         assert base is not None  # of a layer that is merged and kept it
@@ -119,6 +125,7 @@ def add_products(weight: Tensor, adapters: Iterable[Acting]) -> None:
 def _sum(weight: Tensor, adapters: Iterable[Acting]) -> Tensor:
     """weight + scaling B A of each, in fp32 (fp64 if the weight is)."""
     total = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    add = torch.addmm if weight.dim() == 2 else torch.baddbmm
     for one in adapters:
-        total = torch.addmm(total, one.B.to(total.dtype), one.A.to(total.dtype), alpha=one.scaling)
+        total = add(total, one.B.to(total.dtype), one.A.to(total.dtype), alpha=one.scaling)
     return total

@@ -114,7 +114,7 @@ def draw(A: Tensor) -> None:
     """Kaiming-uniform. Each rank drawing its own part would draw the same rows from equal seeds,
     and other copies from different ones, so the first rank's draw goes to all."""
     if not is_sharded(A) or A.is_meta:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(A.flatten(0, -2), a=math.sqrt(5))
         return
     mesh = A.device_mesh
     value = torch.empty(A.shape, dtype=A.dtype, device=mesh.device_type)

@@ -12,7 +12,8 @@ from lora_kernels.bases import computed, odd_type, sources
 from lora_kernels.offloading import OFFLOADED, is_offloaded
 from lora_kernels.sharding import is_sharded
 
-# By name their dimensions: N, K are the layer's out_features and in_features, r the rank.
+# By name their dimensions: N, K are the layer's out_features and in_features, r the rank, E the
+# number of experts.
 BASE = {"weight": "NK", "bias": "N"}
 FACTORS = {"lora_A": "rK", "lora_B": "Nr"}
 # What PiSSA took out of the weight, as buffers.
@@ -40,6 +41,7 @@ def thaw(module: nn.Module) -> None:
 def shape_of(layer: "LayerTensors", name: str, rank: int) -> tuple[int, ...]:
     """The shape that a tensor of an adapter has where its rank is this one."""
     sizes = {"N": layer.out_features, "K": layer.in_features, "r": rank}
+    sizes["E"] = layer.weight.shape[0]
     return tuple(sizes[letter] for letter in layer.dimensions()[name])
 
 
@@ -56,7 +58,7 @@ class Factors(nn.Module):
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
 
     @property
     def scaling(self) -> float:
@@ -107,6 +109,8 @@ class LayerTensors(Factors):
 
     # Whether `weight` is [in_features, out_features].
     fan_in_fan_out = False
+    # What its name in a model has after that of its weight's module or parameter.
+    suffix: ClassVar[str] = ""
     in_features: int
     out_features: int
     weight: Tensor

@@ -168,7 +168,7 @@ def _sizes(layer: nn.Module) -> Iterator[tuple[int, int, int, str, float]]:
     drops."""
     names = {value: name for name, value in DTYPES.items()}
     found: list[tuple[Tensor, Tensor, Tensor, float]] = []
-    if isinstance(layer, LoRALayer):
+    if isinstance(layer, LoRALayer) and layer.weight.dim() == 2:
         for one in map(layer.adapter, layer.names):
             found.append((one.lora_A, one.lora_B, layer.weight, one.dropout))
     elif isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):

@@ -126,29 +126,69 @@ def test_a_file_of_peft_for_a_mixture(tmp_path, name):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_adapters_of_fused_experts_are_said(tmp_path, trained):
-    """The rest is loaded; strict refuses."""
+def test_projections_that_peft_moves_to_fused_experts(tmp_path, trained):
+    """It takes gate_proj and up_proj for halves of the experts' one parameter, of twice the
+    rank."""
     base = build("DeepseekV3")
     config = peft.LoraConfig(
         r=4, target_modules=["q_a_proj", "gate_proj", "up_proj"], init_lora_weights=not trained
     )
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"strict: .*'gate_up_proj' is not the weight of"):
+    load_adapter(base, tmp_path, strict=True)
+    assert close(logits(base), logits(theirs))
+    loaded = dict(lora_layers(base))
+    assert loaded["model.layers.1.mlp.experts.gate_up_proj"].rank == 8
+    for name in ("model.layers.0.self_attn.q_a_proj", "model.layers.1.self_attn.q_a_proj"):
+        other = theirs.base_model.model.get_submodule(name)
+        assert torch.equal(loaded[name].lora_B, other.lora_B["default"].weight)
+
+
+class Experts(nn.Module):
+    """Of one's own, which nothing of Transformers marks."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x):
+        return torch.einsum("mk,enk->mn", x, self.w)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.experts = nn.Linear(8, 8), Experts()
+
+    def forward(self, x):
+        return self.experts(self.first(x))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_adapters_of_other_parameters_are_said(tmp_path, trained):
+    """The rest is loaded; strict refuses."""
+    base = Stack()
+    config = peft.LoraConfig(
+        r=4, target_modules=["first"], target_parameters=["experts.w"],
+        init_lora_weights=not trained,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"strict: .*'experts.w' is not the weight of"):
         load_adapter(base, tmp_path, strict=True)
     assert not list(lora_parameters(base))
     with pytest.warns(UserWarning, match="not loaded") as said:
         load_adapter(base, tmp_path)
     said = [str(one.message) for one in said]
-    assert any("'gate_up_proj' is not the weight of" in one for one in said)
-    (experts,) = [one for one in said if "mlp.experts: is no linear layer" in one]
+    assert any("'experts.w' is not the weight of" in one for one in said)
+    (experts,) = [one for one in said if "experts: is no linear layer" in one]
     assert ("which is not zero, is not loaded" in experts) == trained
     if not trained:
-        assert close(logits(base), logits(theirs))
-    loaded = dict(lora_layers(base))
-    for name in ("model.layers.0.self_attn.q_a_proj", "model.layers.1.self_attn.q_a_proj"):
-        other = theirs.base_model.model.get_submodule(name)
-        assert torch.equal(loaded[name].lora_B, other.lora_B["default"].weight)
+        x = torch.randn(5, 8)
+        torch.testing.assert_close(base(x), theirs(x))
+    other = theirs.base_model.model.first
+    assert torch.equal(base.first.lora_B, other.lora_B["default"].weight)
 
 
 def test_a_conversion_that_changes_names_is_said(tmp_path, monkeypatch):
