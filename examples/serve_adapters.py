@@ -5,11 +5,13 @@
 A small byte-level Llama learns Python's source code; each user's adapter is then trained on a page
 of the language reference and saved as PEFT saves it. The service loads adapters while it runs,
 answers a queue of requests in batches that mix them, and drops the one that was used longest ago
-when there is no room. The same requests are then answered in PEFT's own way, and by merging one
-adapter after the other.
+when there is no room. The same requests are then answered in PEFT's own way, by merging one adapter
+after the other, and by Transformers' continuous batching, in which every step holds the tokens of
+whichever requests are under way and adapters come and go between two steps.
 """
 
 import argparse
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,9 +22,22 @@ from typing import NamedTuple
 import peft
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from lora_kernels import fuse_peft, unfuse_peft
+from lora_kernels import (
+    Groups,
+    adapter_names,
+    adapter_rows,
+    delete_adapter,
+    fuse_peft,
+    load_adapter,
+    unfuse_peft,
+)
 
 PROMPT = 24
 
@@ -130,13 +145,90 @@ class Service:
         return [answers[request] for request in batch]
 
     def generate(self, batch: list[Request], **options: object) -> Tensor:
-        prompts = [list(r.prompt.encode()[:PROMPT].rjust(PROMPT)) for r in batch]
-        ids = torch.tensor(prompts)
+        ids = torch.tensor([prompt_of(request) for request in batch])
         assert self.model is not None
         return self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.tokens,
             min_new_tokens=self.tokens, do_sample=False, **options,
         )  # fmt: skip
+
+
+class Continuous:
+    """The same by layers of this library and Transformers' continuous batching."""
+
+    def __init__(self, base: LlamaForCausalLM, folder: Path, room: int, tokens: int) -> None:
+        self.model, self.folder, self.room = base.eval(), folder, room
+        self.config = GenerationConfig(
+            max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=-1
+        )
+        # Requests under way by user, the users not asked for longest first; the user of each.
+        self.under_way: OrderedDict[str, int] = OrderedDict()
+        self.user_of: dict[str, str] = {}
+        self.changing = threading.Lock()  # adapters, between two steps
+        self.latencies: list[float] = []
+
+    def answer(self, queue: list[Request]) -> list[bytes]:
+        waiting, numbers = list(enumerate(queue)), {}
+        begun, answers = {}, [b""] * len(queue)
+        plain = self.model.forward
+        manager = self.model.init_continuous_batching(
+            self.config,
+            ContinuousBatchingConfig(page_size=32, num_blocks=128, max_batch_tokens=256),
+        )
+
+        def forward(*args: object, cu_seq_lens_q: Tensor, **kwargs: object) -> object:
+            """A step: tokens [1, T] of the requests, one after the other."""
+            requests = manager.batch_processor.inputs_and_outputs.requests_in_batch
+            users = [self.user_of[request.state.request_id] for request in requests]
+            lengths = cu_seq_lens_q.diff().tolist()[: len(users)]
+            with self.changing:
+                table = adapter_names(self.model)
+                groups = Groups.from_names(users, table, lengths)
+                with adapter_rows(self.model, groups, table):
+                    return plain(*args, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
+
+        self.model.forward = forward  # type: ignore[method-assign]
+        manager.start()
+        try:
+            while waiting or numbers:
+                for number, request in list(waiting):
+                    if not self.make_room(request.user):
+                        continue
+                    waiting.remove((number, request))
+                    name = f"request{number}"
+                    self.user_of[name], numbers[name] = request.user, number
+                    begun[name] = time.perf_counter()
+                    manager.add_request(prompt_of(request), request_id=name)
+                result = manager.get_result(timeout=60)
+                if result is None or result.error is not None:
+                    raise RuntimeError(f"no answer: {result and result.error}")
+                answers[numbers.pop(result.request_id)] = bytes(result.generated_tokens)
+                self.under_way[self.user_of[result.request_id]] -= 1
+                self.latencies.append(time.perf_counter() - begun[result.request_id])
+        finally:
+            manager.stop(block=True)
+            self.model.forward = plain  # type: ignore[method-assign]
+        return answers
+
+    def make_room(self, user: str) -> bool:
+        """Whether the user's adapter is there, in place of one that nobody waits for if need be."""
+        if user not in self.under_way:
+            idle = [other for other, count in self.under_way.items() if count == 0]
+            if len(self.under_way) >= self.room and not idle:
+                return False
+            with self.changing:
+                if len(self.under_way) >= self.room:
+                    delete_adapter(self.model, idle[0])
+                    del self.under_way[idle[0]]
+                load_adapter(self.model, self.folder / user, adapter=user)
+            self.under_way[user] = 0
+        self.under_way[user] += 1
+        self.under_way.move_to_end(user)
+        return True
+
+
+def prompt_of(request: Request) -> list[int]:
+    return list(request.prompt.encode()[:PROMPT].rjust(PROMPT))
 
 
 def decode(ids: Tensor) -> list[bytes]:
@@ -188,11 +280,21 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     unfuse_peft(service.model)
     theirs, same = timed("mixed batches, PEFT's own", service.answer, batches, options.tokens)
     merged, alone = timed("merged one by one", service.answer_merged, batches, options.tokens)
-    for what, others in (("PEFT's own", same), ("merged", alone)):
+    base = service.model.unload()
+    continuous = Continuous(base, options.output, options.room, options.tokens)
+    begin = time.perf_counter()
+    packed = continuous.answer(queue)
+    seconds = time.perf_counter() - begin
+    print(
+        f"{'continuous batching, adapters by name':38} {len(queue) * options.tokens / seconds:7.0f}"
+        f" tokens/s, a request {1e3 * sum(continuous.latencies) / len(queue):6.0f} ms"
+        f" (slowest {1e3 * max(continuous.latencies):.0f})"
+    )
+    for what, others in (("PEFT's own", same), ("merged", alone), ("continuous", packed)):
         equal = sum(a == b for a, b in zip(answers, others, strict=True))
         print(f"answers equal to those {what}: {equal} of {len(answers)}")
     print(f"{queue[0].user} ({pages[queue[0].user]}): {answers[0][:60]!r}")
-    return {"fused": ours, "PEFT": theirs, "merged": merged}
+    return {"fused": ours, "PEFT": theirs, "merged": merged, "continuous": seconds}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ of matrices x [M,K], dy and y [M,N], s [M,r]. s is None where it is not saved, a
 is not needed; x is read for dweight and dA alone, s for dB alone, and either may be of size 0 else.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,6 +27,25 @@ class Branch(NamedTuple):
     scaling: float
     dropout_p: float
     seed: Tensor | None
+
+
+class Branches(NamedTuple):
+    """The branches of groups: `Branch` of each, in sequences, seed g of group g; and whose the rows
+    are: `order`, `bounds` and `offsets` of `Groups`, all known."""
+
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    scaling: Sequence[float]
+    dropout_p: float
+    seeds: Tensor | None
+    order: Tensor | None
+    bounds: Sequence[int]
+    offsets: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(a.shape[0] for a in self.lora_a)
 
 
 class Dense(NamedTuple):

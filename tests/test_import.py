@@ -101,6 +101,7 @@ FLOORS["backends.triton"] = {
     "launch": 0,
     "tiles": 0,
     "reduce": 1,
+    "many": 2,
     "dual": 2,
     "gradients": 2,
     "low_rank": 2,
@@ -119,6 +120,7 @@ FLOORS["backends.cuda"] = {
     "plans": 2,
     "tables": 3,
     "choice": 4,
+    "many": 4,
     "__init__": 5,
 }
 FLOORS["backends.cuda.plans"] = {

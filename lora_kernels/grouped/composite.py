@@ -7,7 +7,7 @@ a time, and none where a group's rows lie together.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +15,17 @@ from torch.nn import functional as F
 
 from lora_kernels import backends, direct
 from lora_kernels.backends import blocked
+from lora_kernels.backends.cuda import many as triton
 from lora_kernels.backends.native import grouped as native
-from lora_kernels.branch import Branch, Dense, Given, Need
+from lora_kernels.branch import Branch, Branches, Dense, Given, Need
 
 
 class Members(NamedTuple):
-    """The rows of every group: `order` and `bounds` of `Groups`, whose offsets are numbers here."""
+    """The rows of every group: `order`, `bounds` and `offsets` of `Groups`."""
 
     order: Tensor | None
     bounds: Sequence[int]
+    offsets: Tensor
 
     @property
     def served(self) -> int:
@@ -118,8 +120,10 @@ def forward(
     """(y [M,N], s)."""
     s = _rows_of_s(adapters, x, members) if save_s else None
     y = _base(base, x, members)
-    if not isinstance(base, Experts) and native.serves(x, members.bounds):
-        native.add_(y, x, native.Branches(*adapters, *members), s)
+    branches = Branches(*adapters, *members)
+    together = None if isinstance(base, Experts) else _together(x, branches)
+    if together is not None:
+        together.add_(y, x, branches, s)
         return y, s
     for group, place in members.of_groups():
         some, branch = members.take(x, place), adapters.branch(group)
@@ -165,8 +169,10 @@ def backward(
             dbias = torch.zeros_like(base.bias)
     d_as: list[Tensor | None] = _zeros(adapters.lora_a, needs.a)
     d_bs: list[Tensor | None] = _zeros(adapters.lora_b, needs.b)
-    if not isinstance(base, Experts) and native.serves(dy, members.bounds):
-        native.backward(dx, rows, native.Branches(*adapters, *members), (d_as, d_bs))
+    branches = Branches(*adapters, *members)
+    together = None if isinstance(base, Experts) else _together(dy, branches)
+    if together is not None:
+        together.backward(dx, rows, branches, (d_as, d_bs))
         return dx, dweight, dbias, d_as, d_bs
     for group, place in members.of_groups():
         branch, need = adapters.branch(group), needs.of(group, isinstance(base, Experts))
@@ -188,6 +194,12 @@ def backward(
         if dbias is not None and isinstance(base, Experts):
             dbias[base.weight_of[group]] += some.sum(0)
     return dx, dweight, dbias, d_as, d_bs
+
+
+def _together(rows: Tensor, branches: Branches) -> Any:
+    """What computes the branches of all groups at once, for rows x or dy; None where each is a call
+    of its own."""
+    return next((each for each in (native, triton) if each.serves(rows, branches)), None)
 
 
 def _base(base: Dense | Experts | Given, x: Tensor, members: Members) -> Tensor:

@@ -68,7 +68,7 @@ class Call(NamedTuple):
             )
         if self.order is not None and len(self.order) != bounds[-1]:
             raise ValueError(f"order: expected {bounds[-1]} rows, got {len(self.order)}")
-        return Members(self.order, bounds)
+        return Members(self.order, bounds, self.offsets)
 
     def adapters(self) -> Adapters:
         return Adapters(self.lora_a, self.lora_b, self.scaling, self.dropout_p, self.seeds)

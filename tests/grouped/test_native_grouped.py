@@ -6,6 +6,7 @@ import torch
 from lora_kernels import Groups, lora_add_grouped
 from lora_kernels.backends import use_backend
 from lora_kernels.backends.native import extension, grouped
+from lora_kernels.branch import Branches
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.status())
 OPS = torch.ops.lora_kernels
@@ -36,7 +37,10 @@ def test_bits_do_not_depend_on_the_threads(dtype, mixed, p):
     index = torch.arange(200) % 3 if mixed else torch.arange(200) // 70
     groups = Groups.from_rows(index, 3)
     threads, results = torch.get_num_threads(), []
-    assert grouped.serves(randn(200, 70, dtype=dtype), groups.bounds)
+    a, b = [randn(r, 70) for r in RANKS], [randn(50, r) for r in RANKS]
+    rows = groups.order, groups.bounds, groups.offsets
+    branches = Branches(a, b, [1.0] * 3, 0.0, None, *rows)
+    assert grouped.serves(randn(200, 70, dtype=dtype), branches)
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)

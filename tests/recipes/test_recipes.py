@@ -573,8 +573,10 @@ def test_example_of_a_service(tmp_path, capsys):
         ["--users", "3", "--room", "2", "--requests", "4", "--batch-size", "2", "--tokens", "3",
          "--width", "32", "--steps", "2", "--output", str(tmp_path)]
     )  # fmt: skip
-    assert set(times) == {"fused", "PEFT", "merged"}
-    assert "answers equal to those PEFT's own: 4 of 4" in capsys.readouterr().out
+    assert set(times) == {"fused", "PEFT", "merged", "continuous"}
+    said = capsys.readouterr().out
+    assert "answers equal to those PEFT's own: 4 of 4" in said
+    assert "answers equal to those continuous: 4 of 4" in said
     assert (tmp_path / "user2" / "adapter_model.safetensors").exists()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lora_kernels.backends import cuda
-from lora_kernels.backends.codegen.cases import Case
+from lora_kernels.backends.codegen.cases import MANY, Case
+from lora_kernels.backends.cuda import many
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.device import CARDS, Target, assume
 from lora_kernels.backends.triton.launch import intercept
-from lora_kernels.branch import Branch, Dense, Need
+from lora_kernels.branch import Branch, Branches, Dense, Need
 
 TARGETS = {name: card for name, card in CARDS.items() if card.has_tensor_cores}
 _GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel")
@@ -233,6 +235,10 @@ def compile_case(case: Case, card: str, seen: set[str]) -> list[Kernel]:
     seed = torch.empty(words, dtype=torch.int64, device="meta") if case.dropout else None
     # Not put back: where there is no GPU, Triton has no driver to return to.
     triton.runtime.driver.set_active(_OfflineDriver(card))
+    if case.plan == MANY:
+        with assume(target), intercept(build):
+            _many(case, x, dy, tensor)
+        return kernels
     with assume(target), intercept(build), use_plan(case.plan, case.tiles):
         base, s = Dense(weight, bias), tensor(M, r)
         branch = Branch(tensor(r, K), tensor(N, r), case.scaling, case.dropout, seed)
@@ -241,3 +247,18 @@ def compile_case(case: Case, card: str, seen: set[str]) -> list[Kernel]:
         if "backward" in case.ops:
             cuda.backward(base, dy, x, s, branch, Need(True, False, True, True))
     return kernels
+
+
+def _many(
+    case: Case, x: torch.Tensor, dy: torch.Tensor, tensor: Callable[[int, int], torch.Tensor]
+) -> None:
+    """The branches of many groups, whose rows lie in any order."""
+    M, N, K, r, G = case.M, case.N, case.K, case.r, case.groups
+    order, offsets, seeds = (
+        torch.empty(size, dtype=torch.int64, device="meta") for size in (M, G + 2, G)
+    )
+    a, b = [tensor(r, K)] * G, [tensor(N, r)] * G
+    rows = order, range(G + 2), offsets
+    branches = Branches(a, b, [case.scaling] * G, case.dropout, seeds, *rows)
+    many.add_(tensor(M, N), x, branches, tensor(M, r))
+    many.backward(tensor(M, K), (dy, x, tensor(M, r)), branches, ([*a], [*b]))

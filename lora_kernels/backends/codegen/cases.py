@@ -31,6 +31,7 @@ class Case(NamedTuple):
     bias: bool = False
     transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
     part: bool = False  # x is a part of a larger matrix: the dropout mask has an offset
+    groups: int = 0  # whose branches are computed at once
     ops: tuple[str, ...] = ("forward", "backward")
     tiles: Tiles = {}  # noqa: RUF012 never changed
 
@@ -44,10 +45,14 @@ class Case(NamedTuple):
             for launch, tile in self.tiles.items()
         )
         flags += f"{' strided' * self.transposed}{' part' * self.part}"
+        flags += f" {self.groups} groups" * bool(self.groups)
         return f"{self.plan} {dtype} {shape}{flags}{fields}"
 
 
+# No plan of one branch: the kernels of many groups.
+MANY = "many"
 SHORT = (
+    Case(plan=MANY, M=512, dropout=0.1, groups=16),
     Case(bias=True),
     Case(r=64, dropout=0.1),
     Case(plan="grouped", ops=("backward",)),
@@ -75,6 +80,17 @@ def analytic() -> Iterator[Case]:
     yield backward._replace(transposed=True, r=64)
     yield backward._replace(dtype=torch.float32)
     yield backward._replace(M=512, r=64)
+    many = Case(plan=MANY, M=512, groups=16)
+    for r in (1, 8, 64, 128, 200):
+        yield many._replace(r=r)
+        yield many._replace(r=r, dropout=0.1)
+    yield many._replace(M=16)
+    yield many._replace(M=8192, groups=64)
+    yield many._replace(N=1543, K=1031, M=1000)
+    yield many._replace(transposed=True, r=64)
+    yield many._replace(dtype=torch.float32)
+    yield many._replace(dtype=torch.float32, r=64, dropout=0.1)
+    yield many._replace(dtype=torch.float16, scaling=32.0)
     half = Case(dtype=torch.float16, bias=True)
     yield half
     for r in (16, 64):
@@ -145,6 +161,8 @@ def _tuned(target: Target) -> Iterator[Case]:
 
 def is_served(case: Case, target: Target) -> bool:
     """Whether its plan is for such a card."""
+    if case.plan == MANY:
+        return True
     dtype = str(case.dtype).removeprefix("torch.")
     sizes, dropout = (case.M, case.N, case.K, case.r), case.dropout > 0
     with assume(target):

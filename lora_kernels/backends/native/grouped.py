@@ -4,9 +4,7 @@ Tensors are matrices, lora_a and lora_b sequences, one of each group; order and 
 the rows, as in `lora_kernels.grouped`.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,38 +14,16 @@ from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.native import extension
 from lora_kernels.backends.native.few_rows import readable
 from lora_kernels.backends.scaling import split
+from lora_kernels.branch import Branches
 
 # Groups of more rows than this on average are better served one by one: by all threads, and without
 # dropout by torch's own products.
 _MOST_ROWS = 256
 
 
-class Branches(NamedTuple):
-    """What every group has, and whose the rows are."""
-
-    lora_a: Sequence[Tensor]
-    lora_b: Sequence[Tensor]
-    scaling: Sequence[float]
-    dropout_p: float
-    seeds: Tensor | None
-    order: Tensor | None
-    bounds: Sequence[int]
-
-    def given(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The adapters where the kernels can read them."""
-        return [_aligned(t) for t in self.lora_a], [_aligned(t) for t in self.lora_b]
-
-    def mask(self) -> tuple[int, Tensor | None, int]:
-        p = self.dropout_p
-        return threshold(p) if p else 0, self.seeds if p else None, extension.best_isa()
-
-    @property
-    def keep(self) -> float:
-        return keep_scale(self.dropout_p) if self.dropout_p else 1.0
-
-
-def serves(rows: Tensor, bounds: Sequence[int]) -> bool:
+def serves(rows: Tensor, branches: Branches) -> bool:
     """Whether one call is the better one for these rows, x or dy."""
+    bounds = branches.bounds
     if not rows.is_cpu or rows.dtype not in extension.DTYPES or not extension.available():
         return False
     if forced.now is not None and forced.now.backend != "native":
@@ -59,10 +35,11 @@ def serves(rows: Tensor, bounds: Sequence[int]) -> bool:
 def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
     """Adds the branches to y [M,N], whose columns are contiguous; fills s [M, the largest rank]."""
     splits = [split(scaling, x.dtype) for scaling in branches.scaling]
-    drops, seeds, isa = branches.mask()
+    drops, seeds, isa = _mask(branches)
+    keep = _keep(branches)
     torch.ops.lora_kernels._add_grouped_cpu(
-        y, readable(x), *branches.given(), branches.order, list(branches.bounds),
-        [low * branches.keep for low, _ in splits], [high for _, high in splits], drops, seeds, isa,
+        y, readable(x), *_given(branches), branches.order, list(branches.bounds),
+        [low * keep for low, _ in splits], [high for _, high in splits], drops, seeds, isa,
         s,
     )  # fmt: skip
 
@@ -78,15 +55,29 @@ def backward(
     dy, x, s = rows
     highs = [split(scaling, dy.dtype)[1] for scaling in branches.scaling]
     d_a, d_b = gradients
-    drops, seeds, isa = branches.mask()
+    drops, seeds, isa = _mask(branches)
     nothing = dy.new_empty(0)
     torch.ops.lora_kernels._backward_grouped_cpu(
         dx, readable(dy), readable(x) if any(t is not None for t in d_a) else None,
-        *branches.given(), s if any(t is not None for t in d_b) else None,
+        *_given(branches), s if any(t is not None for t in d_b) else None,
         branches.order, list(branches.bounds),
-        list(branches.scaling), highs, branches.keep, drops, seeds, isa,
+        list(branches.scaling), highs, _keep(branches), drops, seeds, isa,
         [nothing if t is None else t for t in d_a], [nothing if t is None else t for t in d_b],
     )  # fmt: skip
+
+
+def _given(branches: Branches) -> tuple[list[Tensor], list[Tensor]]:
+    """The adapters where the kernels can read them."""
+    return [_aligned(t) for t in branches.lora_a], [_aligned(t) for t in branches.lora_b]
+
+
+def _mask(branches: Branches) -> tuple[int, Tensor | None, int]:
+    p = branches.dropout_p
+    return threshold(p) if p else 0, branches.seeds if p else None, extension.best_isa()
+
+
+def _keep(branches: Branches) -> float:
+    return keep_scale(branches.dropout_p) if branches.dropout_p else 1.0
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""The branches of many groups by Triton's kernels, one launch for each product of them all.
+
+Where they are forced: they have been interpreted and compiled for every target, not yet run on a
+card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends import forced
+from lora_kernels.backends.cuda import needs
+from lora_kernels.backends.dropout import keep_scale, threshold
+from lora_kernels.backends.scaling import split
+from lora_kernels.branch import Branches
+
+if TYPE_CHECKING:
+    from lora_kernels.backends.triton.many import Many, Side
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Offsets are read as one vector.
+_MOST_GROUPS = 1024
+
+
+def serves(rows: Tensor, branches: Branches) -> bool:
+    """Whether the kernels compute these branches of rows, x or dy."""
+    force = forced.now
+    if force is None or force.backend not in ("cuda", "triton") or force.plan is not None:
+        return False
+    if rows.dtype not in _DTYPES or needs.why_no_triton() is not None:
+        return False
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # addresses would be copied from the host
+    if not rows.is_cuda and (not needs.interpreted() or rows.dtype == torch.bfloat16):
+        return False
+    alike = len({t.dtype for t in (*branches.lora_a, *branches.lora_b)}) == 1
+    return alike and len(rows) > 0 and len(branches.lora_a) <= _MOST_GROUPS
+
+
+def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
+    """Adds the branches to y [M,N]; fills s [M, the largest rank]."""
+    from lora_kernels.backends.triton import many
+
+    splits = [split(scaling, x.dtype) for scaling in branches.scaling]
+    low = torch.zeros(len(x), branches.rank, dtype=x.dtype, device=x.device) if s is None else s
+    rows, keep = _many(branches), _keep(branches)
+    down = _side(branches.lora_a, branches, False, [first * keep for first, _ in splits])
+    up = _side(branches.lora_b, branches, True, [high for _, high in splits])
+    with _on(x):
+        many.many_shrink(x, down, rows, True, low)
+        many.many_expand(low, up, rows, False, y)
+
+
+def backward(
+    dx: Tensor | None,
+    rows: tuple[Tensor, Tensor, Tensor],
+    branches: Branches,
+    gradients: tuple[list[Tensor | None], list[Tensor | None]],
+) -> None:
+    """Of rows (dy, x, s) fills the gradients of A and B that are not None, but those of groups
+    without rows, and adds to dx [M,K]."""
+    from lora_kernels.backends.triton import many
+
+    dy, x, s = rows
+    d_a, d_b = gradients
+    needs_a, needs_b = (any(one is not None for one in each) for each in gradients)
+    keeps, of_rows = [_keep(branches)] * len(d_a), _many(branches)
+    with _on(dy):
+        if dx is not None or needs_a:
+            ds = torch.zeros(len(dy), branches.rank, dtype=dy.dtype, device=dy.device)
+            up = _side(branches.lora_b, branches, True, branches.scaling)
+            many.many_shrink(dy, up, of_rows, False, ds)
+        if dx is not None:
+            down = _side(branches.lora_a, branches, False, keeps)
+            many.many_expand(ds, down, of_rows, True, dx)
+        if needs_a:
+            many.many_tall(ds, x, _side(d_a, branches, False, keeps), of_rows, True)
+        if needs_b:
+            highs = [split(scaling, dy.dtype)[1] for scaling in branches.scaling]
+            many.many_tall(s, dy, _side(d_b, branches, True, highs), of_rows, False)
+
+
+def _on(rows: Tensor) -> AbstractContextManager[object]:
+    """Where Triton launches."""
+    return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
+
+
+def _keep(branches: Branches) -> float:
+    return keep_scale(branches.dropout_p) if branches.dropout_p else 1.0
+
+
+def _many(branches: Branches) -> Many:
+    from lora_kernels.backends.triton.many import Many
+
+    p = branches.dropout_p
+    drops, seeds = (threshold(p), branches.seeds) if p else (0, None)
+    return Many(branches.order, branches.offsets, len(branches.lora_a), drops, seeds)
+
+
+def _side(
+    matrices: Sequence[Tensor | None], branches: Branches, is_b: bool, factors: Sequence[float]
+) -> Side:
+    from lora_kernels.backends.triton.many import Side
+
+    ranks = [a.shape[0] for a in branches.lora_a]
+    whole = [None if matrix is None else matrix.contiguous() for matrix in matrices]
+    return Side(whole, ranks, is_b, factors)
