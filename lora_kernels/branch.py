@@ -50,10 +50,12 @@ class Branches(NamedTuple):
 
 class Dense(NamedTuple):
     """x W^T + bias: weight [N,K] and bias [N], rounded to x's dtype at use where they have another
-    (autocast)."""
+    (autocast). into, rows that lie one after the other, is where y, or in a backward dx, may go; a
+    backend may leave it and return others."""
 
     weight: Tensor
     bias: Tensor | None = None
+    into: Tensor | None = None
 
 
 class Given(NamedTuple):

@@ -45,9 +45,15 @@ class Members(NamedTuple):
     def take(self, rows: Tensor, place: slice) -> Tensor:
         return rows[place] if self.order is None else rows[self.order[place]]
 
+    def into(self, rows: Tensor, place: slice) -> Tensor | None:
+        """The rows of a group where they lie together."""
+        return rows[place] if self.order is None else None
+
     def put(self, rows: Tensor, place: slice, values: Tensor) -> None:
         if self.order is None:
-            rows[place] = values
+            there = rows[place]
+            if values.data_ptr() != there.data_ptr():  # else computed in place
+                there.copy_(values)
         else:
             rows.index_copy_(0, self.order[place], values)
 
@@ -129,7 +135,7 @@ def forward(
         some, branch = members.take(x, place), adapters.branch(group)
         rank = branch.lora_a.shape[0]
         if isinstance(base, Experts):
-            own = base.base(group)
+            own = base.base(group)._replace(into=members.into(y, place))
             out, low = backends.serving(own, some, branch).forward(own, some, branch, save_s)
             members.put(y, place, out)
         else:
@@ -176,7 +182,10 @@ def backward(
         return dx, dweight, dbias, d_as, d_bs
     for group, place in members.of_groups():
         branch, need = adapters.branch(group), needs.of(group, isinstance(base, Experts))
-        own = base.base(group) if isinstance(base, Experts) else Given(None)
+        own: Dense | Given = Given(None)
+        if isinstance(base, Experts):
+            own = base.base(group)
+            own = own if dx is None else own._replace(into=members.into(dx, place))
         some = members.take(dy, place)
         of_x = members.take(x, place) if need.a or need.weight else x
         low = s[place, : branch.lora_a.shape[0]] if need.b else s

@@ -135,6 +135,12 @@ def _expand(
     )  # fmt: skip
 
 
+def _to_fill(base: Base, rows: Tensor, columns: int) -> Tensor:
+    """As many rows, where the caller wants them if it says so."""
+    into = base.into if isinstance(base, Dense) else None
+    return rows.new_empty(rows.shape[0], columns) if into is None else into
+
+
 def _dropped(branch: Branch) -> _Dropped:
     return _Dropped(branch.dropout_p, branch.seed) if branch.dropout_p else _WHOLE
 
@@ -147,7 +153,7 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
     low, high = split(branch.scaling, x.dtype)
     if isinstance(base, Dense):
         s = _shrink(x, branch.lora_a, low, _dropped(branch))
-        y = x.new_empty(x.shape[0], base.weight.shape[0])
+        y = _to_fill(base, x, base.weight.shape[0])
         bias = None if base.bias is None else base.bias.to(x.dtype)
         _expand(s, branch.lora_b.t(), y, high, bias)
         y.addmm_(x, base.weight.t().to(x.dtype))
@@ -217,7 +223,7 @@ def _low_rank_backward(
     elif need.b:
         _read(dy, None, 1.0, _WHOLE, of_b, None)
     if need.x:
-        dx = dy.new_empty(dy.shape[0], K)
+        dx = _to_fill(base, dy, K)
         _expand(ds, branch.lora_a, dx, drop=drop)
         if isinstance(base, Dense):
             dx.addmm_(dy, base.weight.to(dy.dtype))

@@ -90,7 +90,7 @@ def dual(
 ) -> tuple[Tensor, Tensor]:
     """(y, s), s of size 0 if it is not to be saved: x [M,K], base.weight [N,K], and of the pair A
     [r,K] and B [N,r], all in x's dtype; scale as `scaling.split` gives it."""
-    (weight, bias), (a, b) = base, pair
+    (weight, bias, _), (a, b) = base, pair
     (M, K), N, r = x.shape, weight.shape[0], a.shape[0]
     aligned = tiles.vectorises(x) and tiles.vectorises(weight)
     tile = tiles.dual(target(x.device), x.dtype, M, N, r, aligned)

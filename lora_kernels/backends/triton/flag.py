@@ -155,7 +155,7 @@ def flag(
 ) -> tuple[Tensor, Tensor]:
     """(y, s): x [M,K], base.weight [N,K], and of the pair A [r,K] and B [N,r], all in x's dtype;
     scale as `scaling.split` gives it."""
-    (weight, bias), (a, b) = base, pair
+    (weight, bias, _), (a, b) = base, pair
     (M, K), N, r = x.shape, weight.shape[0], a.shape[0]
     y, s = x.new_empty(M, N), x.new_empty(M, r)
     device = target(x.device)

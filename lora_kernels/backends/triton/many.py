@@ -28,8 +28,8 @@ from lora_kernels.backends.triton.blocks import (
 from lora_kernels.backends.triton.launch import fp32_precision, launch
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# Most rows and columns of a tile.
-_ROWS, _COLUMNS = 64, 64
+# Most rows and ranks of a tile: with more some cards spill.
+_ROWS, _RANKS = 64, 64
 
 
 class Rows(NamedTuple):
@@ -243,15 +243,20 @@ def _row_tiles(rows: int, groups: int) -> tuple[int, int]:
     return block, tiles.cdiv(rows, block) + groups
 
 
+def _columns(rows: Tensor) -> int:
+    """Of a tile."""
+    return 32 if rows.dtype == torch.float32 else 64
+
+
 def many_shrink(x: Tensor, side: Side, many: Many, dropped: bool, low: Tensor) -> None:
     """low [places,width] = factor * drop(x) A^T, or x B, of each group's rows; zero elsewhere."""
     given, options = _common(many, side, dropped)
     block, count = _row_tiles(x.shape[0], many.groups)
-    R = tiles.rank_block(x.dtype, side.rank)
+    R = tiles.rank_block(x.dtype, side.rank, _RANKS)
     launch(
         many_shrink_kernel, (count, tiles.cdiv(side.rank, R)),
         x, low, *given, x.shape[1], low.shape[1], many.threshold, *x.stride(),
-        GROUPS=tiles.next_power_of_2(many.groups), BM=block, BC=_COLUMNS, R=R, **options,
+        GROUPS=tiles.next_power_of_2(many.groups), BM=block, BC=_columns(x), R=R, **options,
         num_warps=4, num_stages=3,
     )  # fmt: skip
 
@@ -260,11 +265,11 @@ def many_expand(low: Tensor, side: Side, many: Many, dropped: bool, out: Tensor)
     """out += factor * low B^T, or drop(low A), of each group's rows."""
     given, options = _common(many, side, dropped)
     block, count = _row_tiles(out.shape[0], many.groups)
-    R = tiles.rank_block(low.dtype, side.rank)
+    R = tiles.rank_block(low.dtype, side.rank, _RANKS)
     launch(
-        many_expand_kernel, (count, tiles.cdiv(out.shape[1], _COLUMNS)),
+        many_expand_kernel, (count, tiles.cdiv(out.shape[1], _columns(low))),
         low, out, *given, out.shape[1], low.shape[1], many.threshold, *out.stride(),
-        GROUPS=tiles.next_power_of_2(many.groups), BM=block, BC=_COLUMNS, R=R,
+        GROUPS=tiles.next_power_of_2(many.groups), BM=block, BC=_columns(low), R=R,
         RANKS=tiles.cdiv(side.rank, R), **options, num_warps=4, num_stages=2,
     )  # fmt: skip
 
@@ -272,10 +277,10 @@ def many_expand(low: Tensor, side: Side, many: Many, dropped: bool, out: Tensor)
 def many_tall(low: Tensor, x: Tensor, side: Side, many: Many, dropped: bool) -> None:
     """The gradients of a side, factor * low^T drop(x), or its transpose, over each group's rows."""
     given, options = _common(many, side, dropped)
-    R = tiles.rank_block(low.dtype, side.rank)
+    R = tiles.rank_block(low.dtype, side.rank, _RANKS)
     launch(
         many_tall_kernel,
-        (tiles.cdiv(x.shape[1], _COLUMNS), tiles.cdiv(side.rank, R), many.groups),
+        (tiles.cdiv(x.shape[1], _columns(x)), tiles.cdiv(side.rank, R), many.groups),
         low, x, *given, x.shape[1], low.shape[1], many.threshold, *x.stride(),
-        BM=32, BC=_COLUMNS, R=R, **options, num_warps=4, num_stages=3,
+        BM=32, BC=_columns(x), R=R, **options, num_warps=4, num_stages=3,
     )  # fmt: skip
