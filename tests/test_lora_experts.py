@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from tiny_models import MIXTURES, SMALL
 
 import lora_kernels as lk
 from lora_kernels.nn import experts as lora_experts
@@ -13,38 +14,13 @@ from lora_kernels.nn import experts as lora_experts
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.integrations.moe")
 
-SMALL = {
-    "vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
-FAMILIES = {
-    "mixtral": ("MixtralConfig", {"intermediate_size": 20, "num_local_experts": 4}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {"moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2, "head_dim": 8},
-    ),
-    # Weights [E, in, out], gate and up in turn, biases, and a gate of its own.
-    "gpt_oss": (
-        "GptOssConfig",
-        {"intermediate_size": 20, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-    ),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        {
-            "moe_intermediate_size": 20, "n_routed_experts": 4, "num_experts_per_tok": 2,
-            "first_k_dense_replace": 1, "n_group": 2, "topk_group": 2, "q_lora_rank": 8,
-            "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
-            "intermediate_size": 20, "num_key_value_heads": 4,
-        },
-    ),
-}  # fmt: skip
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 TOKENS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 def base(family="mixtral"):
     torch.manual_seed(0)
-    name, sizes = FAMILIES[family]
+    name, sizes = MIXTURES[family]
     config = getattr(transformers, name)(**{**SMALL, **sizes})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # some experts have no values of their own
@@ -85,7 +61,7 @@ def merged_by_hand(model, family):
 
 
 @pytest.mark.parametrize("parameters", [BOTH, BOTH[:1], BOTH[1:]])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_values_of_a_family(family, parameters):
     model, report = adapted(family, parameters)
     layers = len(experts_of(model))
@@ -96,7 +72,7 @@ def test_values_of_a_family(family, parameters):
     assert not torch.allclose(expected, base(family)(TOKENS).logits, atol=1e-2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_gradients_of_a_family(family):
     """Against the product that Transformers' own experts form of summed weights."""
     model, _ = adapted(family)
@@ -283,7 +259,7 @@ def test_state_dicts():
 
 
 @pytest.mark.parametrize("parameters", [BOTH, BOTH[:1], BOTH[1:]])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_peft_reads_our_files(family, parameters, tmp_path):
     peft = pytest.importorskip("peft")
     model, _ = adapted(family, parameters, rank=2, expert_rank=3)
@@ -298,7 +274,7 @@ def test_peft_reads_our_files(family, parameters, tmp_path):
 
 
 @pytest.mark.parametrize("parameters", [BOTH, BOTH[:1], BOTH[1:]])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_we_read_peft_s_files(family, parameters, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
@@ -368,7 +344,7 @@ def test_the_check():
     assert all(state.problem is None and state.merges for state in report.adapters), str(report)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_the_implementation_of_experts_without_adapters(family):
     model = base(family)
     expected = model(TOKENS).logits

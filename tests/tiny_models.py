@@ -46,6 +46,33 @@ def vit():
 
 MODELS = {f.__name__: f for f in (llama, qwen2, mistral, gpt2, bert, vit)}
 
+# Mixtures of experts: the class of a config and its sizes, beside those that all have.
+SMALL = {
+    "vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+MIXTURES = {
+    "mixtral": ("MixtralConfig", {"intermediate_size": 20, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2, "head_dim": 8},
+    ),
+    # Weights [E, in, out], gate and up in turn, biases, and a gate of its own.
+    "gpt_oss": (
+        "GptOssConfig",
+        {"intermediate_size": 20, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "moe_intermediate_size": 20, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1, "n_group": 2, "topk_group": 2, "q_lora_rank": 8,
+            "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+            "intermediate_size": 20, "num_key_value_heads": 4,
+        },
+    ),
+}  # fmt: skip
+
 
 def build(name="llama", **options):
     """In evaluation mode, from a fixed seed."""

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from tiny_models import MIXTURES, SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import fuse_peft, unfuse_peft
@@ -13,37 +14,12 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 moe = pytest.importorskip("transformers.integrations.moe")
 
-SMALL = {
-    "vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
-FAMILIES = {
-    "mixtral": ("MixtralConfig", {"intermediate_size": 20, "num_local_experts": 4}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {"moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2, "head_dim": 8},
-    ),
-    # Weights [E, in, out], gate and up in turn, biases, and a gate of its own.
-    "gpt_oss": (
-        "GptOssConfig",
-        {"intermediate_size": 20, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-    ),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        {
-            "moe_intermediate_size": 20, "n_routed_experts": 4, "num_experts_per_tok": 2,
-            "first_k_dense_replace": 1, "n_group": 2, "topk_group": 2, "q_lora_rank": 8,
-            "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
-            "intermediate_size": 20, "num_key_value_heads": 4,
-        },
-    ),
-}  # fmt: skip
 BOTH = ("gate_up_proj", "down_proj")
 
 
 def build(family, parameters=BOTH, adapters=("default",), **options):
     torch.manual_seed(0)
-    name, sizes = FAMILIES[family]
+    name, sizes = MIXTURES[family]
     config = getattr(transformers, name)(**{**SMALL, **sizes})
     base = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # some experts have no values of their own
@@ -93,7 +69,7 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("parameters", [BOTH, BOTH[:1], BOTH[1:]])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_a_family(family, parameters):
     plain = build(family, parameters)
     fused = copy.deepcopy(plain)

@@ -20,9 +20,9 @@ from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Need
 
 # By index of extension.ISA_NAMES. Without vector instructions torch's own loops are as good. But by
-# tiles the backward widens bf16 to fp32; torch does not where it has instructions for bf16. AVX2 and
-# AVX-512 BF16 were measured on AMD's processors, where torch's products are slower, AMX on Intel's;
-# AVX-512 without products of bf16 has been measured on none.
+# tiles the backward widens bf16 to fp32; torch does not where it has instructions for bf16.
+# Measured on processors of AMD, where torch's products are slower (AVX2, AVX-512 BF16), and of
+# Intel (AMX); AVX-512 without products of bf16 on none.
 MOST_ROWS: dict[torch.dtype, tuple[int, ...]] = {
     torch.float32: (0, 96, 48, 256, 48),
     torch.bfloat16: (0, 192, 16, 64, 192),
