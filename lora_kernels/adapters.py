@@ -185,7 +185,8 @@ def require_loaded(model: nn.Module, layers: bool = True) -> None:
     change of it would be lost."""
     for name, module in model.named_modules():
         in_full = any(key.startswith(_BASE) for key in module._buffers)
-        if (in_full or (layers and isinstance(module, LoRALayer))) and is_offloaded(module):
+        of_layer = layers and isinstance(module, (LoRALayer, NamedAdapter))
+        if (in_full or of_layer) and is_offloaded(module):
             raise ValueError(f"model: {name} is {OFFLOADED}")
 
 
@@ -199,12 +200,11 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     saved: dict[str, Tensor] = {}
     for _, name, module in names.keyed_modules(model):
         if isinstance(module, LoRALayer):
-            with present(module):
-                tensors: dict[str, Tensor | None] = {
-                    module.prefix(adapter) + key: module.adapter(adapter).factor(key)
-                    for adapter in module.names
-                    for key in module.adapter(adapter).adapter_parameters
-                }
+            tensors: dict[str, Tensor | None] = {}
+            for adapter in module.names:
+                prefix, one = module.prefix(adapter), module.adapter(adapter)
+                with present(one):
+                    tensors |= {prefix + key: one.factor(key) for key in one.adapter_parameters}
             tensors |= {key: getattr(module, key) for key in PISSA}
             found = {names.join(name, k): t.detach() for k, t in tensors.items() if t is not None}
             state |= found

@@ -14,6 +14,7 @@ from lora_kernels.bypass import update_fast_paths
 from lora_kernels.convert import refuse, remove_lora
 from lora_kernels.grouped import Groups
 from lora_kernels.nn import OfRows, Rows, in_backward
+from lora_kernels.nn.tensors import frozen_by_adapter, note_frozen
 
 
 def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
@@ -44,8 +45,8 @@ def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Takes an adapter out of a model. Layers that have no other become plain ones, as by
-    `remove_lora`.
+    """Takes an adapter out of a model. Layers that have no other become plain ones, frozen until
+    `remove_lora`; with the last adapter of the model that is done too.
 
     Where it was a layer's first, whose parameters are `lora_A` and `lora_B`, the next becomes that:
     parameters stay the same objects, their names in a state dict change.
@@ -63,7 +64,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     refuse("delete_adapter", {n: layer.why_stuck() for n, layer in alone.items()})
     for n, layer in having.items():
         if n in alone:
+            holder = layer.holder  # the layer, which is a plain one then, or its experts
+            frozen = frozen_by_adapter(holder)
             layer.move_out()
+            for parameter in frozen:  # while other layers have adapters
+                holder.get_parameter(parameter).requires_grad_(False)
+            note_frozen(holder, frozen)
         else:
             layer.delete(name)
     update_fast_paths(model)

@@ -414,6 +414,9 @@ def test_what_experts_do_not_have():
     torch.testing.assert_close(model(TOKENS).logits, frozen, rtol=1e-4, atol=1e-4)  # B is zero
     lk.delete_adapter(model, "default")
     assert not hasattr(experts_of(model)[0][1], "gate_up_proj_lora")
+    assert not experts_of(model)[0][1].gate_up_proj.requires_grad
+    lk.remove_lora(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_file_that_does_not_fit(tmp_path):

@@ -121,6 +121,7 @@ def test_adapters_may_stand_on_different_layers(x):
     torch.testing.assert_close(both["['ann', 'bob']"], last)
     lk.delete_adapter(model, "bob")
     assert type(model[2]) is nn.Linear
+    assert not model[2].weight.requires_grad
     lk.set_adapter(model, "ann")
     assert torch.equal(model(x), both["ann"])
     # By default a further one goes where there are others.
@@ -213,6 +214,7 @@ def test_deleting_the_last_gives_the_plain_model(x):
 def test_remove_lora_takes_all_of_them_out(model, x):
     lk.remove_lora(model)
     assert all(type(layer) in (nn.Linear, nn.ReLU) for layer in model)
+    assert all(p.requires_grad for p in model.parameters())
     assert "adapters" not in model[0]._modules
     assert torch.equal(model(x), mlp()(x))
 
@@ -694,6 +696,10 @@ def test_a_base_that_is_not_there_any_more():
         lk.add_adapter(model, "more", 2)
     with pytest.raises(ValueError, match="was started with PiSSA"):
         lk.adapter_rows(model, ["default"]).__enter__()
+    lk.set_adapter(model, None)
+    for rows in (1, 200):
+        x = torch.randn(rows, 12)
+        torch.testing.assert_close(model(x), mlp()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_do_not_fit(model, x):

@@ -386,6 +386,9 @@ class _Fused(OfRows, _Layer):
     def names(self) -> tuple[str, ...]:
         return tuple(self.lora_A)
 
+    def carries(self, name: str) -> bool:
+        return name in self.lora_A
+
     def why_no_rows(self) -> str | None:
         return "is merged; call unmerge_adapter first" if self.merged_adapters else None
 

@@ -191,6 +191,10 @@ class LoRAExpertProduct(LoRALayer):
         return layer
 
     @property
+    def holder(self) -> nn.Module:
+        return self._of[0]
+
+    @property
     def parameter(self) -> str:
         """The name of the weight in the experts."""
         return self._of[1]

@@ -223,8 +223,10 @@ class LoRALayer(LayerState):
         rows = self.rows_now()
         if rows is not None:
             return self._mixed(x, rows)
-        if self._merged or not self._active:
+        if self._merged:
             return nn.functional.linear(x, self.matrix, self.bias)
+        if not self._active:
+            return self._base_forward(x)
         first, *others = map(self._in_forward, self._active)
         A, B, scaling, p = first
         y = lora_linear(x, self.matrix, A, B, self.bias, scaling=scaling, dropout_p=p)
@@ -260,12 +262,15 @@ class LoRALayer(LayerState):
         if weight is None or not self._as_it_lies:
             return None
         pair = direct.FROZEN
-        if self._disabled or self._merged:
-            if self._disabled and (self._merged or self._buffers["pissa_A"] is not None):
-                return None
-        elif self._rows is not None or (self._active and self._active != (self._first,)):
+        idle = self._disabled or not self._active
+        if self._rows is not None and not self._disabled:
             return None
-        elif self._active:
+        if idle or self._merged:
+            if idle and (self._merged or self._buffers["pissa_A"] is not None):
+                return None
+        elif self._active != (self._first,):
+            return None
+        else:
             a, b, scaling = parameters.get("lora_A"), parameters.get("lora_B"), 1.0
             if a is None or b is None:
                 return None
@@ -292,6 +297,11 @@ class LoRALayer(LayerState):
         if reason is None and (self._merged == "kept" or self.pissa_A is not None):
             reason = self.why_valueless("weight")
         return reason
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose weight it is, and which is left where the adapter is taken out."""
+        return self
 
     @torch.no_grad()
     def to_linear(self) -> nn.Module:

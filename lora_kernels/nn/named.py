@@ -97,16 +97,18 @@ class Rows:
 
         RuntimeError where the layer had one more when these rows first came to it.
         """
-        all_of_them = self._groups is not None or torch.compiler.is_compiling()
-        named = self.table if all_of_them else self._names
-        found = tuple(name for name in layer.names if name in named)
-        if not torch.compiler.is_compiling():
-            gone = set(self._first.setdefault(id(layer), found)).difference(found)
-            if gone:
-                raise RuntimeError(
-                    f"adapter_rows: the adapter {gone.pop()!r} was deleted, and a forward with rows"
-                    " of it is computed again"
-                )
+        if torch.compiler.is_compiling():
+            return tuple(name for name in layer.names if name in self.table)
+        found = self._first.get(id(layer))
+        if found is None:
+            named = set(self.table if self._groups is not None else self._names)
+            found = self._first[id(layer)] = tuple(n for n in layer.names if n in named)
+        gone = [name for name in found if not layer.carries(name)]
+        if gone:
+            raise RuntimeError(
+                f"adapter_rows: the adapter {gone[0]!r} was deleted, and a forward with rows of it"
+                " is computed again"
+            )
         return found
 
     def groups(self, x: Tensor, names: tuple[str, ...]) -> Groups:
@@ -168,6 +170,10 @@ class OfRows:
         """The names of the layer's adapters."""
         raise NotImplementedError
 
+    def carries(self, name: str) -> bool:
+        """Whether one of the layer's adapters has this name."""
+        return name in self.names
+
     def why_no_rows(self) -> str | None:
         """Why rows cannot have adapters of their own as the layer is now; None if they can."""
         raise NotImplementedError
@@ -194,6 +200,10 @@ class Named(OfRows, LayerTensors):
         """The names of the layer's adapters, its first's first."""
         others = self._modules.get("adapters")
         return (self._first, *(() if others is None else others._modules))
+
+    def carries(self, name: str) -> bool:
+        others = self._modules.get("adapters")
+        return name == self._first or (others is not None and name in others._modules)
 
     @property
     def active(self) -> tuple[str, ...]:

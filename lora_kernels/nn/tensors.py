@@ -30,6 +30,11 @@ def note_frozen(module: nn.Module, names: set[str]) -> None:
         vars(module)[_FROZEN] = vars(module).get(_FROZEN, set()) | names
 
 
+def frozen_by_adapter(module: nn.Module) -> set[str]:
+    """The parameters that were noted."""
+    return set(vars(module).get(_FROZEN, ()))
+
+
 def thaw(module: nn.Module) -> None:
     """Lets the parameters that were noted train again."""
     for name in vars(module).pop(_FROZEN, ()):
