@@ -41,6 +41,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels import (
+    adapter_rows,
+    add_adapter,
     apply_lora,
     disable_adapters,
     evaluate_model,
@@ -51,6 +53,7 @@ from lora_kernels import (
     merged_state_dict,
     remove_lora,
     save_adapter,
+    set_adapter,
     train_model,
     unmerge_lora,
 )
@@ -184,6 +187,30 @@ def check_adapter_files_of_a_sharded_model():
             again = shard(build(**options))
             load_adapter(again, folder)
             require_close(again, single, 0)
+
+
+def check_fsdp_with_rows_of_several_adapters():
+    """Checkpointed; an adapter added before sharding, and none after it."""
+    single, sharded = build(checkpointed=True, dropout=0), build(checkpointed=True, dropout=0)
+    for model in (single, sharded):
+        torch.manual_seed(5)
+        add_adapter(model, "other", 3, init="random")
+    sharded = shard(sharded)
+    names = ["other", None, "default", "other", "default", None] * 2
+    for model in (single, sharded):
+        with adapter_rows(model, names):
+            loss = model(batch()).square().mean()
+        loss.backward()
+    for one, two in zip(lora_parameters(single), lora_parameters(sharded), strict=True):
+        assert torch.allclose(one.grad, two.grad.full_tensor(), rtol=1e-12, atol=1e-15)
+    with shared_folder() as folder:
+        save_adapter(sharded, folder, adapter="other")
+        again = build()
+        load_adapter(again, folder, adapter="other")
+        set_adapter(again, "other")
+        set_adapter(single, "other")
+        assert torch.equal(again(batch()), single(batch()))
+    refused(lambda: add_adapter(sharded, "more", 2), "before parallelize_module or fully_shard")
 
 
 def check_a_sharded_model_keeps_its_rank():
