@@ -283,7 +283,7 @@ def test_the_public_op_calls_it(there, monkeypatch):
 
     def run(x, base, pair, scale, save_s, tile):
         seen.append((*tile, save_s))
-        (weight, bias), (lora_a, lora_b) = base, pair
+        weight, bias, (lora_a, lora_b) = base.weight, base.bias, pair
         s = (scale[0] * x.double() @ lora_a.double().T).to(x.dtype)
         y = torch.nn.functional.linear(x, weight, bias) + scale[1] * s @ lora_b.to(x.dtype).T
         return y, s if save_s else x.new_empty(0)
