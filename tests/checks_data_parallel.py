@@ -205,6 +205,7 @@ def check_fsdp_with_rows_of_several_adapters():
         assert torch.allclose(one.grad, two.grad.full_tensor(), rtol=1e-12, atol=1e-15)
     with shared_folder() as folder:
         save_adapter(sharded, folder, adapter="other")
+        dist.barrier()
         again = build()
         load_adapter(again, folder, adapter="other")
         set_adapter(again, "other")
