@@ -160,15 +160,19 @@ def choose(model: nn.Module, adapter: str | None) -> str:
     if adapter is not None:
         require_name(model, adapter)
         return adapter
-    known = adapter_names(model)
-    active = dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.active)
-    found = known if len(known) == 1 else tuple(active)
+    found = only_or_in_use(model)
     if len(found) != 1:
-        in_use = ", ".join(map(repr, active)) or "none"
-        raise ValueError(
-            f"adapter: the model has {', '.join(map(repr, known))}, in use {in_use}; name one"
-        )
+        known, in_use = (", ".join(map(repr, names)) for names in (adapter_names(model), found))
+        raise ValueError(f"adapter: the model has {known}, in use {in_use or 'none'}; name one")
     return found[0]
+
+
+def only_or_in_use(model: nn.Module) -> tuple[str, ...]:
+    """The only adapter of a model, or of several those in use."""
+    known = adapter_names(model)
+    if len(known) == 1:
+        return known
+    return tuple(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.active))
 
 
 def adapters_of(model: nn.Module, adapter: str) -> dict[str, tuple[LoRALayer, Factors]]:

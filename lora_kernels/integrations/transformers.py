@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lora_kernels import names
-from lora_kernels.adapters import adapter_names, lora_layers
+from lora_kernels.adapters import adapter_names, lora_layers, only_or_in_use
 from lora_kernels.checkpoint import write_files
 from lora_kernels.formats import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.nn import LoRALayer
@@ -75,8 +75,7 @@ def _save_pretrained(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> obj
     gathers = any(map(is_sharded, tensors))
     if not layers or not (call.arguments.get("is_main_process", True) or gathers):
         return result
-    active = dict.fromkeys(name for layer in layers.values() for name in layer.active)
-    first = known if len(known) == 1 else tuple(active)
+    first = only_or_in_use(model)
     if len(first) != 1:
         warnings.warn(
             f"save_pretrained: of the adapters {', '.join(map(repr, known))} not exactly one is in"

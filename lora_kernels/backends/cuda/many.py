@@ -48,7 +48,7 @@ def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
 
     splits = [split(scaling, x.dtype) for scaling in branches.scaling]
     low = torch.zeros(len(x), branches.rank, dtype=x.dtype, device=x.device) if s is None else s
-    rows, keep = _many(branches), _keep(branches)
+    rows, keep = _many(branches), keep_scale(branches.dropout_p)
     down = _side(branches.lora_a, branches, False, [first * keep for first, _ in splits])
     up = _side(branches.lora_b, branches, True, [high for _, high in splits])
     with _on(x):
@@ -69,7 +69,7 @@ def backward(
     dy, x, s = rows
     d_a, d_b = gradients
     needs_a, needs_b = (any(one is not None for one in each) for each in gradients)
-    keeps, of_rows = [_keep(branches)] * len(d_a), _many(branches)
+    keeps, of_rows = [keep_scale(branches.dropout_p)] * len(d_a), _many(branches)
     with _on(dy):
         if dx is not None or needs_a:
             ds = torch.zeros(len(dy), branches.rank, dtype=dy.dtype, device=dy.device)
@@ -90,16 +90,12 @@ def _on(rows: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
 
 
-def _keep(branches: Branches) -> float:
-    return keep_scale(branches.dropout_p) if branches.dropout_p else 1.0
-
-
 def _many(branches: Branches) -> Many:
     from lora_kernels.backends.triton.many import Many
 
     p = branches.dropout_p
-    drops, seeds = (threshold(p), branches.seeds) if p else (0, None)
-    return Many(branches.order, branches.offsets, len(branches.lora_a), drops, seeds)
+    seeds = branches.seeds if p else None
+    return Many(branches.order, branches.offsets, len(branches.lora_a), threshold(p), seeds)
 
 
 def _side(

@@ -36,7 +36,7 @@ def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
     """Adds the branches to y [M,N], whose columns are contiguous; fills s [M, the largest rank]."""
     splits = [split(scaling, x.dtype) for scaling in branches.scaling]
     drops, seeds, isa = _mask(branches)
-    keep = _keep(branches)
+    keep = keep_scale(branches.dropout_p)
     torch.ops.lora_kernels._add_grouped_cpu(
         y, readable(x), *_given(branches), branches.order, list(branches.bounds),
         [low * keep for low, _ in splits], [high for _, high in splits], drops, seeds, isa,
@@ -61,7 +61,7 @@ def backward(
         dx, readable(dy), readable(x) if any(t is not None for t in d_a) else None,
         *_given(branches), s if any(t is not None for t in d_b) else None,
         branches.order, list(branches.bounds),
-        list(branches.scaling), highs, _keep(branches), drops, seeds, isa,
+        list(branches.scaling), highs, keep_scale(branches.dropout_p), drops, seeds, isa,
         [nothing if t is None else t for t in d_a], [nothing if t is None else t for t in d_b],
     )  # fmt: skip
 
@@ -73,11 +73,7 @@ def _given(branches: Branches) -> tuple[list[Tensor], list[Tensor]]:
 
 def _mask(branches: Branches) -> tuple[int, Tensor | None, int]:
     p = branches.dropout_p
-    return threshold(p) if p else 0, branches.seeds if p else None, extension.best_isa()
-
-
-def _keep(branches: Branches) -> float:
-    return keep_scale(branches.dropout_p) if branches.dropout_p else 1.0
+    return threshold(p), branches.seeds if p else None, extension.best_isa()
 
 
 def _aligned(tensor: Tensor) -> Tensor:
