@@ -25,6 +25,7 @@ from lora_kernels.rank import low_rank_approximation
 from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model, train_model
 from lora_kernels.several import adapter_rows, delete_adapter, set_adapter
 from lora_kernels.tuning import TuningReport, tune
+from lora_kernels.weights import QuantizedWeight, quantize
 
 __all__ = [
     "AdapterReport",
@@ -32,6 +33,7 @@ __all__ = [
     "FusedLoRALinear",
     "Groups",
     "LoraReport",
+    "QuantizedWeight",
     "TuningReport",
     "adapter_names",
     "adapter_rows",
@@ -55,6 +57,7 @@ __all__ = [
     "low_rank_approximation",
     "merge_lora",
     "merged_state_dict",
+    "quantize",
     "register_experts",
     "register_fused_lora",
     "remove_lora",

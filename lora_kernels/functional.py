@@ -7,15 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import _checks, _dispatch, _ops, direct  # noqa: F401 _ops defines what is called
+from lora_kernels import _checks, _dispatch, direct, quantized
+from lora_kernels import _ops as _ops  # it defines what is called
 from lora_kernels._contract import DTYPES
+from lora_kernels.branch import Branch
+from lora_kernels.weights import QuantizedWeight
 
 _STRIDED = torch.strided
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     bias: Tensor | None = None,
@@ -36,7 +39,8 @@ def lora_linear(
             tensor [B, j, K] of the jagged layout, contiguous, gives [B, j, N]; all others are
             dense.
         weight: [N, K] in x's dtype. Under autocast x, weight and bias are cast to the autocast
-            dtype.
+            dtype. Or a `QuantizedWeight`, whose values are rounded to x's dtype at most, a few MiB
+            of them at a time, and which has no gradient.
         lora_a: [r, K] in x's dtype or fp32; fp32 adapters are master copies, rounded to x's dtype
             at use.
         lora_b: [N, r], likewise.
@@ -57,6 +61,8 @@ def lora_linear(
         ValueError: a wrong shape, device or value.
         NotImplementedError: forward-mode AD or double backward.
     """
+    if isinstance(weight, QuantizedWeight):
+        return _on_quantized(x, weight, (lora_a, lora_b), bias, (scaling, dropout_p, seed))
     if torch.jit.is_tracing():
         return F.linear(x, weight, bias) + _traced(x, (lora_a, lora_b), scaling, dropout_p, seed)
     if seed is None and not torch.compiler.is_compiling():
@@ -79,6 +85,45 @@ def lora_linear(
         torch.is_grad_enabled() and lora_b.requires_grad,
     )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
+
+
+def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """The frozen linear layer x [..., K] -> [..., N] on a quantised weight, as `lora_linear` takes
+    it; differentiable in x and bias."""
+    return _on_quantized(x, weight, None, bias, (1.0, 0.0, None))
+
+
+def _on_quantized(
+    x: Tensor,
+    weight: QuantizedWeight,
+    pair: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    values: tuple[float | Tensor, float, int | Tensor | None],
+) -> Tensor:
+    if torch.jit.is_tracing():
+        y = F.linear(x, weight.dequantize(x.dtype), bias)
+        return y if pair is None else y + _traced(x, pair, *values)
+    (N, K), branch = weight.shape, None
+    tensors = {"x": x, "bias": bias}
+    if pair is not None:
+        tensors |= dict(zip(("lora_a", "lora_b"), pair, strict=True))
+    _check_tensors(tensors)
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: expected shape [..., {K}] of a weight {N} x {K}, got {_shape(x)}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias: expected shape [N] = [{N}], got {_shape(bias)}")
+    _check_devices(x.device, {**tensors, "weight": weight.parts[0]})
+    x, given, autocast = _checks.under_autocast(x, pair or ())
+    lora_a, lora_b = given or (x, x)  # of a dtype that fits
+    _check_dtypes(x, lora_a, lora_b, {"bias": bias}, autocast)
+    if pair is not None:
+        rank, _ = _check_branch(x, lora_a, lora_b)
+        if lora_b.shape[0] != N:
+            raise ValueError(f"lora_b: expected shape [N, r] = [{N}, {rank}], got {_shape(lora_b)}")
+        scaling, dropout_p, seed = _check_values(*values, x.device)
+        scaling, lora_b = _fold(scaling, lora_b)
+        branch = Branch(lora_a, lora_b, scaling, dropout_p, seed)
+    return quantized.linear(_rows(x), weight, bias, branch).view(*x.shape[:-1], N)
 
 
 def lora_add(

@@ -18,6 +18,7 @@ FLOORS[""] = {
     "_version": -3,
     "_env": -2,
     "branch": -3,
+    "weights": -3,
     "_contract": -2.5,
     "_checks": -2,
     "backends": -1,
@@ -26,6 +27,7 @@ FLOORS[""] = {
     "rules": -1,
     "_ops": 0,
     "direct": 0.5,
+    "quantized": 0.5,
     "functional": 1,
     "grouped": 1,
     "sharding": -2,
@@ -75,6 +77,7 @@ FLOORS["nn"] = {
     "experts": 5,
     "__init__": 6,
 }
+FLOORS["weights"] = {"record": 0, "layouts": 1, "quantize": 2, "owners": 2, "__init__": 3}
 FLOORS["grouped"] = {"groups": 0, "composite": 0, "ops": 1, "functional": 2, "__init__": 3}
 FLOORS["check"] = {"report": 0, "found": 1, "runs": 2, "training": 3, "merging": 4, "__init__": 5}
 FLOORS["backends"] = {
@@ -87,12 +90,13 @@ FLOORS["backends"] = {
     "blocked": 3,
     "reference": 3.1,
     "native": 3.2,
+    "dequantized": 3.3,
     "cuda": 5,
     "codegen": 6,
     "__init__": 7,
 }
 FLOORS["backends.native"] = {
-    "extension": 0, "decode": 1, "few_rows": 1, "grouped": 1.5, "__init__": 2,
+    "extension": 0, "decode": 1, "few_rows": 1, "grouped": 1.5, "quantized": 1.5, "__init__": 2,
 }  # fmt: skip
 FLOORS["backends.triton"] = {
     "__init__": 0,

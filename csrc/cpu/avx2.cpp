@@ -70,6 +70,48 @@ inline V keep(V v, uint32_t bits) {
   return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
 }
 
+// Codes of 4 bits, in the low ones or the high ones of 8.
+typedef __m256i Codes;
+inline Codes codes_of(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline Codes high(Codes codes) { return _mm256_srli_epi32(codes, 4); }
+inline V look(const V (&values)[2], Codes low) {
+  const V bit = _mm256_castsi256_ps(_mm256_slli_epi32(low, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values[0], low),
+                          _mm256_permutevar8x32_ps(values[1], low), bit);
+}
+inline V look_up(const float* table, const uint8_t* codes) {
+  return _mm256_i32gather_ps(table, codes_of(codes), 4);
+}
+inline V load_bytes(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+// A product that no sum is fused with.
+inline V apart(V v) {
+  asm("" : "+x"(v));
+  return v;
+}
+// The elements of even and of odd places, and together again.
+inline void part(V first, V second, V* even, V* odd) {
+  const __m256d evens = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0x88));
+  const __m256d odds = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0xDD));
+  *even = _mm256_castpd_ps(_mm256_permute4x64_pd(evens, 0xD8));
+  *odd = _mm256_castpd_ps(_mm256_permute4x64_pd(odds, 0xD8));
+}
+inline void join(V even, V odd, V* first, V* second) {
+  const V low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  *first = _mm256_permute2f128_ps(low, high, 0x20);
+  *second = _mm256_permute2f128_ps(low, high, 0x31);
+}
+// What has been rounded to bf16.
+inline void store_pairs(BFloat16* p, V even, V odd) {
+  const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_or_si256(low, _mm256_castps_si256(odd)));
+}
+
 // Four blocks, one in each 64-bit lane; the high halves of the counters are never read.
 inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* out) {
   __m256i c0 = _mm256_setr_epi64x(block, block + 1u, block + 2u, block + 3u);
@@ -98,14 +140,16 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 }
 
 #include "few_rows.inl"
+// Of both.
+#include "coded.inl"
 #include "low_rank.inl"
 
 }  // namespace avx2
 
 extern const Kernels kAvx2 = {
-    avx2::kTile,    avx2::kRows,  avx2::W,     avx2::kFewColumns, false,
-    avx2::load_any, avx2::shrink, avx2::outer, avx2::expand_any,  avx2::multiply_widened,
-    avx2::combine,  avx2::kTerms};
+    avx2::kTile,    avx2::kRows,  avx2::W,      avx2::kFewColumns, false,
+    avx2::load_any, avx2::shrink, avx2::outer,  avx2::expand_any,  avx2::multiply_widened,
+    avx2::combine,  avx2::kTerms, avx2::decode, avx2::spread,      nullptr};
 
 }  // namespace lora
 

@@ -19,14 +19,16 @@ namespace avx512 {
 #define LORA_CONVERTS_BF16 0
 #include "avx512.inl"
 #include "few_rows.inl"
+// Of both.
+#include "coded.inl"
 #include "low_rank.inl"
 
 }  // namespace avx512
 
 extern const Kernels kAvx512 = {
-    avx512::kTile,    avx512::kRows,  avx512::W,     avx512::kFewColumns, false,
-    avx512::load_any, avx512::shrink, avx512::outer, avx512::expand_any,  avx512::multiply_widened,
-    avx512::combine,  avx512::kTerms};
+    avx512::kTile,    avx512::kRows,  avx512::W,      avx512::kFewColumns, false,
+    avx512::load_any, avx512::shrink, avx512::outer,  avx512::expand_any,  avx512::multiply_widened,
+    avx512::combine,  avx512::kTerms, avx512::decode, avx512::spread,      nullptr};
 
 }  // namespace lora
 

@@ -55,6 +55,42 @@ inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(V v) { return _mm512_reduce_add_ps(v); }
 inline V keep(V v, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
 
+// Codes of 4 bits, in the low ones or the high ones of 8.
+typedef __m512i Codes;
+inline Codes codes_of(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Codes high(Codes codes) { return _mm512_srli_epi32(codes, 4); }
+inline V look(const V (&values)[1], Codes low) { return _mm512_permutexvar_ps(low, values[0]); }
+inline V look_up(const float* table, const uint8_t* codes) {
+  return _mm512_i32gather_ps(codes_of(codes), table, 4);
+}
+inline V load_bytes(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+// A product that no sum is fused with.
+inline V apart(V v) {
+  asm("" : "+v"(v));
+  return v;
+}
+// The elements of even and of odd places, and together again.
+inline void part(V first, V second, V* even, V* odd) {
+  const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  *even = _mm512_permutex2var_ps(first, i, second);
+  *odd = _mm512_permutex2var_ps(first, _mm512_add_epi32(i, _mm512_set1_epi32(1)), second);
+}
+inline void join(V even, V odd, V* first, V* second) {
+  const __m512i i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  *first = _mm512_permutex2var_ps(even, i, odd);
+  *second = _mm512_permutex2var_ps(even, _mm512_add_epi32(i, _mm512_set1_epi32(8)), odd);
+}
+// What has been rounded to bf16.
+inline void store_pairs(BFloat16* p, V even, V odd) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(odd)));
+}
+
 // Eight blocks, one in each 64-bit lane; the high halves of the counters are never read.
 inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* out) {
   __m512i c0 =

@@ -46,6 +46,50 @@ inline V keep(V v, uint32_t bits) {
   return v;
 }
 
+// Codes of 4 bits, in the low ones or the high ones of 8.
+struct Codes {
+  uint8_t of[W];
+};
+inline Codes codes_of(const uint8_t* p) {
+  Codes codes;
+  std::memcpy(codes.of, p, W);
+  return codes;
+}
+inline Codes high(Codes codes) {
+  for (int i = 0; i < W; ++i) codes.of[i] >>= 4;
+  return codes;
+}
+inline V look(const V (&values)[16 / W], Codes low) {
+  V v;
+  for (int i = 0; i < W; ++i) v[i] = values[(low.of[i] & 15) / W][low.of[i] % W];
+  return v;
+}
+inline V look_up(const float* table, const uint8_t* codes) {
+  return V{table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
+}
+inline V load_bytes(const int8_t* p) {
+  return V{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+           static_cast<float>(p[3])};
+}
+// A product that no sum is fused with.
+inline V apart(V v) {
+#if defined(__aarch64__)
+  asm("" : "+w"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+// The elements of even and of odd places, and together again.
+inline void part(V first, V second, V* even, V* odd) {
+  *even = V{first[0], first[2], second[0], second[2]};
+  *odd = V{first[1], first[3], second[1], second[3]};
+}
+inline void join(V even, V odd, V* first, V* second) {
+  *first = V{even[0], odd[0], even[1], odd[1]};
+  *second = V{even[2], odd[2], even[3], odd[3]};
+}
+
 inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* out) {
   uint32_t c0 = block, c1 = m, c2 = 0, c3 = 0, k0 = d.key[0], k1 = d.key[1];
   for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1) {
@@ -63,13 +107,15 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 }
 
 #include "few_rows.inl"
+// Of both.
+#include "coded.inl"
 #include "low_rank.inl"
 
 }  // namespace base
 
 const Kernels kBase = {
-    base::kTile,    base::kRows,  base::W,     base::kFewColumns, false,
-    base::load_any, base::shrink, base::outer, base::expand_any,  base::multiply_widened,
-    base::combine,  base::kTerms};
+    base::kTile,    base::kRows,  base::W,      base::kFewColumns, false,
+    base::load_any, base::shrink, base::outer,  base::expand_any,  base::multiply_widened,
+    base::combine,  base::kTerms, base::decode, base::spread,      nullptr};
 
 }  // namespace lora

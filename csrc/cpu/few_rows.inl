@@ -100,14 +100,9 @@ inline void put(const Product& p, int64_t m, int64_t n, const float* values, int
   }
 }
 
-// Rows m .. m + kX of x, columns n .. n + kM of the result.
-template <class O, int kX, int kM>
-inline void multiply_tile(const Product& p, int64_t m, int64_t n) {
-  V sum[kX][kM] = {};
-  dot_tile<O, kX, kM, kX == 1 ? 2 : 1>(
-      static_cast<const typename O::X*>(p.x) + m * p.pitch, p.pitch,
-      static_cast<const typename O::M*>(p.matrix) + n * p.matrix_pitch, p.matrix_pitch, p.columns,
-      sum);
+// Adds the low-rank part to the sums of a tile, and puts them out.
+template <int kX, int kM>
+inline void finish_tile(const Product& p, int64_t m, int64_t n, V (&sum)[kX][kM]) {
   for (int64_t j = 0; p.low != nullptr && j < p.ranks; j += W) {
     const int count = p.ranks - j < W ? static_cast<int>(p.ranks - j) : W;
     V column[kM];
@@ -139,6 +134,17 @@ inline void multiply_tile(const Product& p, int64_t m, int64_t n) {
   }
 }
 
+// Rows m .. m + kX of x, columns n .. n + kM of the result.
+template <class O, int kX, int kM>
+inline void multiply_tile(const Product& p, int64_t m, int64_t n) {
+  V sum[kX][kM] = {};
+  dot_tile<O, kX, kM, kX == 1 ? 2 : 1>(
+      static_cast<const typename O::X*>(p.x) + m * p.pitch, p.pitch,
+      static_cast<const typename O::M*>(p.matrix) + n * p.matrix_pitch, p.matrix_pitch, p.columns,
+      sum);
+  finish_tile<kX, kM>(p, m, n, sum);
+}
+
 template <class O, int kM>
 inline void multiply_strip(const Product& p, int64_t n) {
   int64_t m = 0;
@@ -157,7 +163,10 @@ void multiply(const Product& p, int64_t first, int64_t last) {
   for (; n < last; ++n) multiply_strip<O, 1>(p, n);
 }
 
+void multiply_coded(const Product& p, int64_t first, int64_t last);
+
 void multiply_widened(const Product& p, int64_t first, int64_t last) {
+  if (p.coded != nullptr) return multiply_coded(p, first, last);
   switch (p.matrix_type) {
     case Type::kBFloat16:
       return multiply<Widened<BFloat16, Type::kFloat>>(p, first, last);

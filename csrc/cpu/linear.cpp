@@ -2,6 +2,8 @@
 // results in one call, so that a small layer costs one trip through the dispatcher. The weight is
 // read once, as it lies: rows of W are multiplied, columns combined. Tiles follow from the shapes
 // alone, so the bits of a result do not depend on the number of threads.
+#include <vector>
+
 #include "checks.h"
 
 namespace lora {
@@ -29,10 +31,12 @@ Matrix read(const Tensor& t, const char* name, int64_t rows, int64_t columns, Ty
   return {t.const_data_ptr(), type_of(t, name), rows, columns, t.stride(0)};
 }
 
-// W [N,K], whose rows or whose columns are contiguous: then it is held as [K,N].
+// W [N,K], whose rows or whose columns are contiguous: then it is held as [K,N]; or whose values
+// are coded, of which the matrix has the shape alone.
 struct Weight {
   Matrix held;
   bool transposed;
+  const Coded* coded;
 };
 
 Weight read_weight(const Tensor& t, int64_t N, int64_t K, Type type) {
@@ -44,8 +48,67 @@ Weight read_weight(const Tensor& t, int64_t N, int64_t K, Type type) {
   STD_TORCH_CHECK(rows || N == 1 || t.stride(0) == 1,
                   "weight: the rows or the columns must be contiguous, got strides ", t.stride(0),
                   ", ", t.stride(1));
-  if (rows) return {{t.const_data_ptr(), own, N, K, t.stride(0)}, false};
-  return {{t.const_data_ptr(), own, K, N, t.stride(1)}, true};
+  if (rows) return {{t.const_data_ptr(), own, N, K, t.stride(0)}, false, nullptr};
+  return {{t.const_data_ptr(), own, K, N, t.stride(1)}, true, nullptr};
+}
+
+// A weight of few bits as the ops take it; what is not given of 4 bits is so of int8.
+struct CodedTensors {
+  const Tensor &codes, &scales;
+  const std::optional<Tensor>&zero, &table, &outer_table, &outer_scale, &offset;
+  double factor;
+  const std::vector<int64_t>& sizes;
+};
+
+template <typename T>
+const T* read_all(const Tensor& t, const char* name, ScalarType type, int64_t count) {
+  check_tensor(t, name, t.dim());
+  check_starts(t, name);
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == count, name,
+                  ": must be contiguous, of its dtype, and have ", count, " elements");
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+const float* read_floats(const std::optional<Tensor>& t, const char* name, int64_t count) {
+  return t.has_value() ? read_all<float>(*t, name, ScalarType::Float, count) : nullptr;
+}
+
+Coded read_coded(const CodedTensors& given) {
+  constexpr int64_t kWhole = 64;  // columns that the kernels take at a time
+  const std::vector<int64_t>& sizes = given.sizes;
+  STD_TORCH_CHECK(sizes.size() == 4 && *std::min_element(sizes.begin(), sizes.end()) >= 1,
+                  "sizes: must be N, K, block and outer_block");
+  const int64_t N = sizes[0], K = sizes[1], block = sizes[2];
+  Coded c = {};
+  c.columns = K;
+  c.factor = static_cast<float>(given.factor);
+  c.four = given.table.has_value();
+  if (!c.four) {
+    c.codes = read_all<int8_t>(given.codes, "codes", ScalarType::Char, N * K);
+    c.block = K;
+    c.scale = read_all<float>(given.scales, "scale", ScalarType::Float, N);
+    c.zero = read_floats(given.zero, "zero", N);
+    return c;
+  }
+  STD_TORCH_CHECK(block % kWhole == 0 && K % block == 0,
+                  "codes: must have rows of whole blocks of a multiple of ", kWhole, " columns");
+  const int64_t blocks = N * (K / block);
+  c.codes = read_all<uint8_t>(given.codes, "codes", ScalarType::Byte, N * K / 2);
+  c.block = block;
+  c.outer_block = sizes[3];
+  c.table = read_floats(given.table, "table", 16);
+  c.zero = read_floats(given.zero, "zero", blocks);
+  if (!given.outer_table.has_value()) {
+    c.scale = read_all<float>(given.scales, "scale", ScalarType::Float, blocks);
+    return c;
+  }
+  STD_TORCH_CHECK(given.outer_scale.has_value() && given.offset.has_value(),
+                  "outer_table: must come with outer_scale and offset");
+  c.scale_codes = read_all<uint8_t>(given.scales, "scale", ScalarType::Byte, blocks);
+  c.outer_table = read_floats(given.outer_table, "outer_table", 256);
+  c.outer_scale = read_floats(given.outer_scale, "outer_scale", (blocks + sizes[3] - 1) / sizes[3]);
+  c.offset = *read_floats(given.offset, "offset", 1);
+  return c;
 }
 
 // x [..., K] as rows of one stride.
@@ -149,7 +212,8 @@ void share(const Kernels& kernels, const Product& product, int64_t N) {
 // N is the number of the matrix's rows.
 void multiply(const Kernels& kernels, const Product& product, int64_t N) {
   const Narrow* const narrow = kernels.narrow;
-  if (narrow == nullptr || product.type != Type::kBFloat16 || product.count < narrow->least_rows)
+  if (narrow == nullptr || product.type != Type::kBFloat16 || product.count < narrow->least_rows ||
+      product.coded != nullptr)
     return share(kernels, product, N);
   const int64_t side = narrow->columns, tile = up(product.columns, narrow->terms) * side;
   const int64_t tiles = (product.count + side - 1) / side;
@@ -270,6 +334,25 @@ struct Widened {
   Matrix matrix;
 };
 
+// Rows in the order in which codes of 4 bits are multiplied, where that is needed.
+struct Spread {
+  Spread(const Kernels& kernels, const Matrix& from, bool needed)
+      : memory(needed ? from.rows * bytes(from) / 4 + 1 : 0), matrix(from) {
+    if (!needed) return;
+    const int64_t row = bytes(from), size = row / from.columns;
+    for (int64_t m = 0; m < from.rows; ++m)
+      std::memcpy(reinterpret_cast<char*>(memory.data) + m * row,
+                  static_cast<const char*>(from.data) + m * from.pitch * size, row);
+    matrix.data = memory.data;
+    matrix.pitch = from.columns;
+    (from.type == Type::kFloat ? kernels.spread : kernels.spread_bf16)(memory.data, from.rows,
+                                                                       from.columns, from.columns);
+  }
+  static int64_t bytes(const Matrix& m) { return m.columns * (m.type == Type::kFloat ? 4 : 2); }
+  Scratch<4096> memory;
+  Matrix matrix;
+};
+
 Factors rows_of(const Matrix& m, bool narrow) {
   return {static_cast<const float*>(m.data), m.pitch, 1, m.rows, m.columns, narrow};
 }
@@ -279,20 +362,22 @@ Factors columns_of(const Matrix& m) {
 
 // -------------------------------------------------------------------------------------------- ops
 
+// What of a call is not its weight.
+struct Call {
+  const Tensor& x;
+  const std::optional<Tensor>&lora_a, &lora_b, &bias;
+  double scale, high;
+  int64_t threshold;
+  const std::optional<Tensor>& seed;
+  std::optional<Tensor>& s;
+};
+
 // y [..., N] = x W^T + bias + scale * high * (drop(x) A^T) B^T of few rows x [..., K]; without A
 // and B the frozen layer. s [M,r], where it is given, is filled with scale * drop(x) A^T.
-Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tensor> lora_a,
-                  const std::optional<Tensor> lora_b, const std::optional<Tensor> bias,
-                  double scale, double high, int64_t threshold, const std::optional<Tensor> seed,
-                  int64_t isa, std::optional<Tensor> s) {
-  const Kernels& kernels = kernels_of(isa);
-  const Matrix rows = read_rows(x, "x");
+Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const Weight& W) {
+  const auto& [x, lora_a, lora_b, bias, scale, high, threshold, seed, s] = call;
   const Type type = rows.type;
-  const int64_t M = rows.rows, K = rows.columns;
-  check_tensor(weight, "weight", 2);
-  const int64_t N = weight.size(0);
-  STD_TORCH_CHECK(N >= 1, "weight: must have rows");
-  const Weight W = read_weight(weight, N, K, type);
+  const int64_t M = rows.rows, K = rows.columns, N = W.transposed ? W.held.columns : W.held.rows;
   STD_TORCH_CHECK(lora_a.has_value() == lora_b.has_value(), "lora_a and lora_b go together");
   const bool branch = lora_a.has_value();
   STD_TORCH_CHECK(branch || (!s.has_value() && !seed.has_value()), "s and seed: are of a branch");
@@ -322,8 +407,10 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
   // bf16 is multiplied as it is, where there are instructions for it and both sides are in bf16.
   const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16, half = type != Type::kFloat;
   const bool wide_x = half && (!narrow || W.transposed || W.held.type != type);
+  const bool spread = W.coded != nullptr && W.coded->four;
   const bool wide_a = branch && half && (!narrow || A.type != type);
   const Widened plain(kernels, rows, nullptr, wide_x || (wide_a && drop == nullptr));
+  const Spread arranged(kernels, wide_x ? plain.matrix : rows, spread);
   const int64_t ranks = up(r, kernels.width);
   Scratch<1024> low(M * ranks);
   if (branch) {
@@ -339,7 +426,8 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
   }
   const void* const offset = bias.has_value() ? bias->const_data_ptr() : nullptr;
   if (!W.transposed) {
-    Product p = product_of(wide_x ? plain.matrix : rows, W.held, type, out);
+    Product p = product_of(arranged.matrix, W.held, type, out);
+    p.coded = W.coded;
     p.low = branch ? low.data : nullptr;
     p.low_pitch = ranks;
     p.ranks = r;
@@ -367,6 +455,64 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
   put_into(c, out);
   combine(kernels, c, N);
   return y;
+}
+
+Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tensor> lora_a,
+                  const std::optional<Tensor> lora_b, const std::optional<Tensor> bias,
+                  double scale, double high, int64_t threshold, const std::optional<Tensor> seed,
+                  int64_t isa, std::optional<Tensor> s) {
+  const Kernels& kernels = kernels_of(isa);
+  const Matrix rows = read_rows(x, "x");
+  check_tensor(weight, "weight", 2);
+  const int64_t N = weight.size(0);
+  STD_TORCH_CHECK(N >= 1, "weight: must have rows");
+  const Weight W = read_weight(weight, N, rows.columns, rows.type);
+  return layer(kernels, {x, lora_a, lora_b, bias, scale, high, threshold, seed, s}, rows, W);
+}
+
+// The same of a weight of few bits, `sizes` N, K, columns of a block, blocks of an outer one.
+Tensor linear_coded_cpu(const Tensor x, const Tensor codes, const Tensor scales,
+                        const std::optional<Tensor> zero, const std::optional<Tensor> table,
+                        const std::optional<Tensor> outer_table,
+                        const std::optional<Tensor> outer_scale, const std::optional<Tensor> offset,
+                        double factor, std::vector<int64_t> sizes,
+                        const std::optional<Tensor> lora_a, const std::optional<Tensor> lora_b,
+                        const std::optional<Tensor> bias, double scale, double high,
+                        int64_t threshold, const std::optional<Tensor> seed, int64_t isa,
+                        std::optional<Tensor> s) {
+  const Kernels& kernels = kernels_of(isa);
+  const Matrix rows = read_rows(x, "x");
+  const Coded coded =
+      read_coded({codes, scales, zero, table, outer_table, outer_scale, offset, factor, sizes});
+  STD_TORCH_CHECK(coded.columns == rows.columns, "x: must have ", coded.columns, " columns");
+  STD_TORCH_CHECK(coded.four || coded.zero == nullptr, "zero: must not be given of int8");
+  const Weight W = {{nullptr, rows.type, sizes[0], sizes[1], sizes[1]}, false, &coded};
+  return layer(kernels, {x, lora_a, lora_b, bias, scale, high, threshold, seed, s}, rows, W);
+}
+
+// Fills out with rows from `row` on and columns from `column` on, at ends of blocks.
+void decode_cpu(const Tensor codes, const Tensor scales, const std::optional<Tensor> zero,
+                const std::optional<Tensor> table, const std::optional<Tensor> outer_table,
+                const std::optional<Tensor> outer_scale, const std::optional<Tensor> offset,
+                double factor, std::vector<int64_t> sizes, int64_t row, int64_t column, int64_t isa,
+                Tensor out) {
+  const Kernels& kernels = kernels_of(isa);
+  const Coded coded =
+      read_coded({codes, scales, zero, table, outer_table, outer_scale, offset, factor, sizes});
+  check_matrix(out, "out");
+  const int64_t count = out.size(0), columns = out.size(1);
+  STD_TORCH_CHECK(
+      0 <= row && row + count <= sizes[0] && 0 <= column && column + columns <= sizes[1],
+      "out: must lie within the weight [", sizes[0], ", ", sizes[1], "]");
+  STD_TORCH_CHECK(!coded.four || (column % coded.block == 0 && columns % coded.block == 0),
+                  "out: must begin and end with blocks of ", coded.block, " columns");
+  const Output to = written(out, "out", count, columns, type_of(out, "out"));
+  const int64_t bytes = to.type == Type::kFloat ? 4 : 2;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    kernels.decode(coded, row + begin, row + end, column, column + columns,
+                   static_cast<char*>(to.data) + begin * to.pitch * bytes, to.type, to.pitch);
+  });
 }
 
 // (dx [..., K], dA, dB) of dy [..., N], each of size 0 where it is not asked for. With
@@ -467,5 +613,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
   m.impl("_linear_cpu", TORCH_BOX(&lora::linear_cpu));
+  m.impl("_linear_coded_cpu", TORCH_BOX(&lora::linear_coded_cpu));
+  m.impl("_decode_cpu", TORCH_BOX(&lora::decode_cpu));
   m.impl("_linear_backward_cpu", TORCH_BOX(&lora::linear_backward_cpu));
 }

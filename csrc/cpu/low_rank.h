@@ -42,6 +42,25 @@ struct Rows {
   int64_t column_stride;
 };
 
+// A matrix [., columns] of few bits, rows one after the other: (code - zero) * scale * factor, of
+// int8 with a scale and a zero of each row; or of 4 bits (table[code] - zero) * scale, two codes in
+// a byte, the first in the high bits, of blocks of columns. Scales of blocks may be codes in turn:
+// outer_table[code] * outer_scale + offset, outer_scale of each `outer_block` blocks.
+struct Coded {
+  const void* codes;
+  bool four;
+  int64_t columns, block;
+  const float* table;
+  const float* scale;  // null where there are codes of it
+  const float* zero;   // may be null
+  float factor;
+  const uint8_t* scale_codes;
+  const float* outer_table;
+  const float* outer_scale;
+  float offset;
+  int64_t outer_block;
+};
+
 // out [count, n] = scale * x matrix^T + low b^T + bias, of a matrix [n, columns] whose values are
 // rounded to `rounded`, as b's [n, ranks] are. x is in fp32, or in bf16 for kernels that take it.
 struct Product {
@@ -65,6 +84,7 @@ struct Product {
   Type out_type;
   int64_t out_pitch;
   const BFloat16* tiles;  // x laid out, where the kernels multiply by tiles
+  const Coded* coded;     // the matrix, where it is of few bits; of 4 bits x is spread
 };
 
 // out [count, columns] = scale * x matrix (+ sum), of x [count, terms] in fp32, of any strides, and
@@ -170,6 +190,15 @@ struct Kernels {
   void (*combine)(const Combination& combination, int64_t row, int64_t last_row, int64_t first,
                   int64_t last);
   int terms;
+
+  // Rows `row` .. `last_row`, columns `first` .. `last` (ends of blocks) of a matrix of few bits.
+  void (*decode)(const Coded& matrix, int64_t row, int64_t last_row, int64_t first, int64_t last,
+                 void* out, Type type, int64_t pitch);
+
+  // Rows in fp32, or in bf16 for kernels that take it, in the order in which codes of 4 bits are
+  // multiplied; columns come in multiples of 64.
+  void (*spread)(void* rows, int64_t count, int64_t columns, int64_t pitch);
+  void (*spread_bf16)(void* rows, int64_t count, int64_t columns, int64_t pitch);
 
   const Narrow* narrow = nullptr;  // where there are such
 };

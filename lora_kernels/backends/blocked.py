@@ -104,6 +104,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def add_product(out: Tensor, rows: Tensor, matrix: Tensor) -> None:
+    """out += rows @ matrix, rounded once."""
+    dtype = _compute_dtype(rows)
+    for block in _blocks(len(rows), _step(rows, *matrix.shape)):
+        total = out[block].to(dtype)
+        out[block] = total.addmm_(rows[block].to(dtype), matrix.to(dtype))
+
+
 def add_branch(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
     """y += s B^T; returns s."""
     (M, K), N = x.shape, y.shape[1]

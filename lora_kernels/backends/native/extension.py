@@ -10,6 +10,10 @@ from pathlib import Path
 
 import torch
 
+_CODED = (  # a weight of few bits
+    "Tensor codes, Tensor scale, Tensor? zero, Tensor? table, Tensor? outer_table,"
+    " Tensor? outer_scale, Tensor? offset, float factor, int[] sizes"
+)
 _CPU_SCHEMAS = (
     "_cpu_isa() -> int",
     "_shrink_cpu(Tensor rows, Tensor? matrix, Tensor? low, float scale, float gradient_scale,"
@@ -18,6 +22,9 @@ _CPU_SCHEMAS = (
     " Tensor? seed, bool accumulate, int isa, Tensor(a!) out) -> ()",
     "_linear_cpu(Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? bias,"
     " float scale, float high, int threshold, Tensor? seed, int isa, Tensor(a!)? s) -> Tensor",
+    f"_linear_coded_cpu(Tensor x, {_CODED}, Tensor? lora_a, Tensor? lora_b, Tensor? bias,"
+    " float scale, float high, int threshold, Tensor? seed, int isa, Tensor(a!)? s) -> Tensor",
+    f"_decode_cpu({_CODED}, int row, int column, int isa, Tensor(a!) out) -> ()",
     "_linear_backward_cpu(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b,"
     " Tensor? s, float scaling, float high, float keep, int threshold, Tensor? seed, int isa,"
     " bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
