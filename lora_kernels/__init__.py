@@ -21,6 +21,12 @@ from lora_kernels.integrations import transformers as _transformers
 from lora_kernels.integrations.transformers import register_experts
 from lora_kernels.merged import merged_state_dict
 from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
+from lora_kernels.quantizing import (
+    QuantizationReport,
+    load_quantized,
+    quantize_base,
+    save_quantized,
+)
 from lora_kernels.rank import low_rank_approximation
 from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model, train_model
 from lora_kernels.several import adapter_rows, delete_adapter, set_adapter
@@ -33,6 +39,7 @@ __all__ = [
     "FusedLoRALinear",
     "Groups",
     "LoraReport",
+    "QuantizationReport",
     "QuantizedWeight",
     "TuningReport",
     "adapter_names",
@@ -47,6 +54,7 @@ __all__ = [
     "evaluate_model",
     "fuse_peft",
     "load_adapter",
+    "load_quantized",
     "lora_add",
     "lora_add_",
     "lora_add_grouped",
@@ -58,10 +66,12 @@ __all__ = [
     "merge_lora",
     "merged_state_dict",
     "quantize",
+    "quantize_base",
     "register_experts",
     "register_fused_lora",
     "remove_lora",
     "save_adapter",
+    "save_quantized",
     "set_adapter",
     "train_model",
     "tune",

@@ -11,6 +11,7 @@ from torch import nn
 from lora_kernels import backends
 from lora_kernels.functional import lora_linear
 from lora_kernels.nn import LoRALayer
+from lora_kernels.weights import QuantizedTensor
 
 
 def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True) -> int:
@@ -44,7 +45,12 @@ def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no LoRA layer")
-    linear = [layer for layer in layers if layer.weight.dim() == 2]
+    # A quantised weight has no plan that is compiled.
+    linear = [
+        layer
+        for layer in layers
+        if layer.weight.dim() == 2 and not isinstance(layer.weight, QuantizedTensor)
+    ]
     distinct = {_signature(layer): layer for layer in linear if not layer.merged}
     calls = 0
     for layer in distinct.values():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels.sharding import is_sharded
+from lora_kernels.weights import QuantizedTensor
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -73,7 +74,7 @@ def refusal(linear: "Linear", reserved: Container[str]) -> str | None:
             f"its weight is sharded already, {weight.placements}; give it an adapter before"
             " parallelize_module or fully_shard"
         )
-    if (odd := odd_type(weight)) is not None:
+    if (odd := odd_type(weight, quantised=True)) is not None:
         return f"its weight is {odd}"
     K, N = features(linear)
     expected = (K, N) if is_conv1d(linear) else (N, K)
@@ -135,9 +136,12 @@ def computed(module: nn.Module, names: Iterable[str]) -> str | None:
     return None
 
 
-def odd_type(tensor: Tensor) -> str | None:
-    """What a weight is that no adapter's kernel can read; None for ordinary tensors."""
+def odd_type(tensor: Tensor, quantised: bool = False) -> str | None:
+    """What a weight is that no adapter's kernel can read; None for ordinary tensors, and quantised
+    ones where those are asked for, which are read but not changed."""
     kind = type(tensor)
+    if isinstance(tensor, QuantizedTensor):
+        return None if quantised else f"quantised ({tensor.record.kind})"
     decides = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
     if decides and not is_sharded(tensor) and not kind.__module__.startswith("torch._subclasses"):
         return (

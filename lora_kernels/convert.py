@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from lora_kernels.nn import (
     check_name,
     layer_class,
 )
+from lora_kernels.nn.merging import Into
 from lora_kernels.nn.pissa import Init
 from lora_kernels.sharding import is_sharded
 from lora_kernels.targets import Names
+from lora_kernels.weights import QuantizedTensor
 
 if TYPE_CHECKING:
     import peft
@@ -389,34 +391,55 @@ def require_untied(model: nn.Module, layers: Iterable["targets.Linear"], what: s
             )
 
 
-def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> None:
+def merge_lora(
+    model: nn.Module,
+    keep_base: bool | Literal["cpu"] = True,
+    *,
+    into: Into | None = None,
+) -> dict[str, float]:
     """Merges every adapter into its weight: the model then costs what the plain one costs.
 
     keep_base True or "cpu" keeps the base weights there or in host memory for a bit-exact
     `unmerge_lora`; False is final.
 
+    A quantised weight cannot take up an update as it is: `into`, with keep_base=False, says what
+    becomes of it. "dequantised" makes a weight in the layer's dtype, "requantise" one of as few
+    bits, which loses what of the update is finer than its steps.
+
     An error or an interrupt midway takes back what was merged; what is merged for good stays so,
     which a warning says: the model computes the same either way, and the call can be repeated.
 
+    Returns:
+        Of each layer whose weight was quantised how much of the update its new weight holds, 1
+        where nothing was lost.
+
     Raises:
-        ValueError: a weight is tied (it names the owners), offloaded, pruned, quantised, or on the
-            meta device. The model is unchanged then.
+        ValueError: a weight is tied (it names the owners), offloaded, pruned, on the meta device,
+            or quantised without `into`. The model is unchanged then.
     """
+    if into is not None and into not in get_args(Into):
+        raise ValueError(f"into: got {into!r}, legal values are {', '.join(get_args(Into))}")
+    if into is not None and keep_base:
+        raise ValueError(f"keep_base: expected False beside into={into!r}, got {keep_base!r}")
     layers = {
         name: layer
         for name, layer in adapters.require_layers(model)
         if not layer.merged or (not keep_base and layer._merged == "kept")
     }
-    refuse("merge_lora", {n: layer.why_unmergeable(keep_base) for n, layer in layers.items()})
+    refuse("merge_lora", {n: layer.why_unmergeable(keep_base, into) for n, layer in layers.items()})
     if not keep_base:
         adapters.require_loaded(model, layers=False)
     require_untied(model, layers.values(), "merge_lora")
     done: list[str] = []
+    held: dict[str, float] = {}
     try:
         for name, layer in layers.items():
             if layer.merged:
                 layer.unmerge()
-            layer.merge(keep_base)
+            if into is not None and isinstance(layer.weight, QuantizedTensor):
+                held[name] = layer.merge_quantised(into)
+            else:
+                layer.merge(keep_base)
             done.append(name)
     except BaseException:
         if keep_base:
@@ -431,6 +454,7 @@ def merge_lora(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> Non
         raise
     if not keep_base:
         adapters.release_saved(model, keep_saved=True)
+    return held
 
 
 def refuse(what: str, reasons: dict[str, str | None]) -> None:

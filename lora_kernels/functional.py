@@ -11,7 +11,7 @@ from lora_kernels import _checks, _dispatch, direct, quantized
 from lora_kernels import _ops as _ops  # it defines what is called
 from lora_kernels._contract import DTYPES
 from lora_kernels.branch import Branch
-from lora_kernels.weights import QuantizedWeight
+from lora_kernels.weights import QuantizedTensor, QuantizedWeight
 
 _STRIDED = torch.strided
 
@@ -61,6 +61,8 @@ def lora_linear(
         ValueError: a wrong shape, device or value.
         NotImplementedError: forward-mode AD or double backward.
     """
+    if isinstance(weight, QuantizedTensor):
+        weight = _record(weight, x)
     if isinstance(weight, QuantizedWeight):
         return _on_quantized(x, weight, (lora_a, lora_b), bias, (scaling, dropout_p, seed))
     if torch.jit.is_tracing():
@@ -91,6 +93,16 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     """The frozen linear layer x [..., K] -> [..., N] on a quantised weight, as `lora_linear` takes
     it; differentiable in x and bias."""
     return _on_quantized(x, weight, None, bias, (1.0, 0.0, None))
+
+
+def _record(weight: QuantizedTensor, x: Tensor) -> QuantizedWeight:
+    """What a weight of a module holds, whose dtype must fit as that of any other."""
+    if weight.transposed:
+        raise ValueError("weight: expected shape [N, K], got the transpose of a QuantizedTensor")
+    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    if isinstance(x, Tensor) and x.dtype != weight.dtype and not autocast:
+        raise TypeError(f"weight: expected x's dtype {x.dtype}, got {weight.dtype}")
+    return weight.record
 
 
 def _on_quantized(

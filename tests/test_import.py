@@ -56,6 +56,7 @@ FLOORS[""] = {
     "check": 3.4,
     "distributed": 3.3,
     "recipes": 4,
+    "quantizing": 4.2,
     "__init__": 4.5,
     "integrations": 5,
     "doctor": 5,
@@ -77,7 +78,14 @@ FLOORS["nn"] = {
     "experts": 5,
     "__init__": 6,
 }
-FLOORS["weights"] = {"record": 0, "layouts": 1, "quantize": 2, "owners": 2, "__init__": 3}
+FLOORS["weights"] = {
+    "record": 0,
+    "layouts": 1,
+    "quantize": 2,
+    "owners": 2,
+    "tensor": 3,
+    "__init__": 4,
+}
 FLOORS["grouped"] = {"groups": 0, "composite": 0, "ops": 1, "functional": 2, "__init__": 3}
 FLOORS["check"] = {"report": 0, "found": 1, "runs": 2, "training": 3, "merging": 4, "__init__": 5}
 FLOORS["backends"] = {

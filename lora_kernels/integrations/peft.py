@@ -30,10 +30,11 @@ from lora_kernels import backends, direct, targets
 from lora_kernels._contract import DTYPES
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
-from lora_kernels.integrations import peft_experts
+from lora_kernels.integrations import peft_bases, peft_experts
 from lora_kernels.integrations.peft_experts import FusedExperts
 from lora_kernels.nn import OfRows, Rows
 from lora_kernels.several import adapter_rows
+from lora_kernels.weights import QuantizedWeight
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as _Layer  # whose attributes all of them have
@@ -61,7 +62,8 @@ _WARNING = "_lost_gradient"  # the attribute that holds what a layer has to say 
 class PeftReport:
     """What `fuse_peft` found: names of the layers that run fused, the others with the reason.
 
-    `rounded` are the fused layers whose fp32 adapters are rounded to the base's 16 bits at use.
+    `rounded` are the fused layers whose fp32 adapters are rounded to the base's 16 bits at use,
+    `read` those whose quantised weight the op reads itself.
     `no_gradient` are the layers whose base does not pass the gradient on to its input, with what
     was found: fused or left to PEFT, whatever lies before them trains wrongly.
     """
@@ -69,6 +71,7 @@ class PeftReport:
     fused: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
     no_gradient: dict[str, str] = field(default_factory=dict)
     gpu: str = ""
 
@@ -79,6 +82,8 @@ class PeftReport:
                 f"fp32 adapters rounded to the base's dtype at use, as autocast does, in"
                 f" {len(self.rounded)} layers (exact=True leaves them to PEFT)"
             )
+        if self.read:
+            lines.append(f"quantised weights are read as they lie in {len(self.read)} layers")
         lines += [self.gpu] if self.gpu else []
         lines += [f"left to PEFT {name}: {reason}" for name, reason in self.left.items()]
         lines += [f"no gradient through {name}: {why}" for name, why in self.no_gradient.items()]
@@ -88,15 +93,17 @@ class PeftReport:
 def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
     """Moves the LoRA linear layers of a PEFT model onto the fused op, in place.
 
-    Parameters, their names and the modules stay the same objects, so optimizers, checkpoints and
-    `get_peft_model_state_dict` go on working. Several, disabled and merged adapters, dropout,
-    rsLoRA, `lora_bias`, autocast and `adapter_names` mean what they mean in PEFT. Quantised bases
-    keep their own GEMM. What the op does not cover when a layer is called (DoRA and other variants,
-    hooks, parametrizations, sharded weights, submodules and tensors of other types, layouts and
-    dtypes, `torch.jit.trace`) is computed by PEFT. Calls of few rows on the CPU are one native call
-    where that serves them; else the layer makes PEFT's own torch calls for a small x. Call it again
-    for layers that PEFT makes later. Experts of Transformers' mixtures with `target_parameters` run
-    as grouped ops, where one adapter is active.
+    Parameters, their names and the modules stay the same objects, so optimizers, checkpoints
+    and `get_peft_model_state_dict` go on working. Several, disabled and merged adapters,
+    dropout, rsLoRA, `lora_bias`, autocast and `adapter_names` mean what they mean in PEFT.
+    Quantised bases keep their own GEMM, but for those of bitsandbytes and torchao on the CPU,
+    which the op reads itself, base and branch in one call and with the right gradient
+    (`integrations.peft_bases`). What the op does not cover when a layer is called (DoRA and
+    other variants, hooks, parametrizations, sharded weights, submodules and tensors of other
+    types, layouts and dtypes, `torch.jit.trace`) is computed by PEFT. Calls of few rows on the
+    CPU are one native call where that serves them; else the layer makes PEFT's own torch calls
+    for a small x. Call it again for layers that PEFT makes later. Experts of Transformers'
+    mixtures with `target_parameters` run as grouped ops, where one adapter is active.
 
     A base that is not a plain dense layer is tried with two rows, on a copy: where the gradient of
     its input is lost, the report names the layer, and the first call that needs it warns.
@@ -130,13 +137,18 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
                 report.left[name] = reason
             continue
         reason = _fuse(layer, exact)
-        if isinstance(layer, _Fused) and (lost := _lost_gradient(layer)) is not None:
+        reads = isinstance(layer, _Fused) and _reads_itself(layer)
+        lost = _lost_gradient(layer) if isinstance(layer, _Fused) and not reads else None
+        if lost is not None:
             report.no_gradient[name] = lost
             layer.__dict__[_WARNING] = f"{name}: {lost}"
         if reason is not None:
             report.left[name] = reason
             continue
         report.fused.append(name)
+        if reads:
+            report.read.append(name)
+        assert isinstance(layer, _Fused)
         if any(_mixes(layer, adapter) for adapter in _active(layer)):
             report.rounded.append(name)
     for model in peft_model.modules():
@@ -223,7 +235,8 @@ class _Fused(OfRows, _Layer):
     exact: bool
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        state = {k: v for k, v in self.__getstate__().items() if k != "_rows"}  # type: ignore[no-untyped-call]  # of whatever PEFT has
+        held: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]  # of PEFT
+        state = {k: v for k, v in held.items() if k not in ("_rows", peft_bases.HELD)}
         return _empty, (self.peft_class, self.exact), state
 
     def _get_name(self) -> str:
@@ -253,7 +266,7 @@ class _Fused(OfRows, _Layer):
             y = self._directly(x, adapters)
             if y is not None:
                 return y
-            if x.numel() <= _SMALL:
+            if x.numel() <= _SMALL and self._record(x) is None:
                 return self._small_forward(x, adapters)
         y = self._fused_forward(x, adapters)
         return super().forward(x, **kwargs) if y is None else y
@@ -321,8 +334,8 @@ class _Fused(OfRows, _Layer):
             return None
         if not all(_takes(self.scaling[name], x) for name in adapters):
             return None
-        y = None
-        if not self.dense:
+        y, record = None, self._record(x)
+        if not self.dense and record is None:
             y = base(x)
             if y.dtype != _computed_in(x) or y.shape[:-1] != x.shape[:-1]:
                 return None
@@ -337,11 +350,21 @@ class _Fused(OfRows, _Layer):
                     bias = base.bias
                 else:
                     bias = (bias if base.bias is None else base.bias + bias).to(x.dtype)
+                if record is not None and bias is not None:
+                    bias = bias.to(_computed_in(x))
+                weight = weight if record is None else record
                 y = lora_linear(x, weight, A, B.weight, bias, **options)
             else:
                 y = lora_add(y, x, A, B.weight, **options)
                 y = y if bias is None else y + bias.to(y.dtype)
         return y
+
+    def _record(self, x: Tensor) -> QuantizedWeight | None:
+        """The weight of a quantised base that the op reads itself."""
+        if self.dense or not x.is_cpu:
+            return None
+        base: Any = self._modules["base_layer"]
+        return peft_bases.record_of_base(self, base, _computed_in(x))
 
     def _has_dtypes_of_the_op(self, x: Tensor, adapters: Sequence[str]) -> bool:
         autocast, dtype = torch.is_autocast_enabled(x.device.type), _computed_in(x)
@@ -565,6 +588,17 @@ def _module_objection(
         if types is not None and parameter.layout is not torch.strided:
             return f"{'.'.join(path)} holds a tensor of layout {parameter.layout}"
     return None
+
+
+def _reads_itself(layer: _Fused) -> bool:
+    """Whether the op reads the quantised base of a layer, in one dtype at least."""
+    base = layer.base_layer
+    weight = base._parameters.get("weight")
+    if layer.dense or weight is None or weight.device.type != "cpu":
+        return False
+    return any(
+        peft_bases.record_of_base(layer, base, d) is not None for d in (torch.float32, *_HALF)
+    )
 
 
 def _lost_gradient(layer: _Fused) -> str | None:

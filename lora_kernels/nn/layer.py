@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from lora_kernels import direct, options
 from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_type, refusal, stores
 from lora_kernels.functional import lora_add, lora_linear
-from lora_kernels.grouped import lora_linear_grouped
+from lora_kernels.grouped import lora_add_grouped, lora_linear_grouped
 from lora_kernels.nn.named import DEFAULT, NamedAdapter, Rows
 from lora_kernels.nn.pissa import INITS, Init, draw, reset_factors
 from lora_kernels.nn.state import LayerState
 from lora_kernels.nn.tensors import MERGED, PISSA, Factors, note_frozen, shape_of, thaw
+from lora_kernels.weights import QuantizedTensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -180,7 +181,7 @@ class LoRALayer(LayerState):
         rank, alpha = options.check_rank(adapter.rank), options.check_alpha(adapter.alpha)
         dropout = options.check_dropout(adapter.dropout)
         use_rslora = options.check_flag(adapter.use_rslora, "use_rslora")
-        if (odd := odd_type(self.weight)) is not None:
+        if (odd := odd_type(self.weight, quantised=True)) is not None:
             raise TypeError(f"weight: is {odd}")
         half = self.weight.dtype in HALVES
         dtype = adapter.adapter_dtype or (torch.float32 if half else self.weight.dtype)
@@ -243,16 +244,11 @@ class LoRALayer(LayerState):
         if len(set(dropout)) > 1:
             each = ", ".join(f"{n!r} {p:g}" for n, p in zip(names, dropout, strict=True))
             raise ValueError(f"dropout: adapters of one batch differ ({each}); give them the same")
-        return lora_linear_grouped(
-            x,
-            self.matrix,
-            A,
-            B,
-            rows.groups(x, names),
-            self.bias,
-            scaling=scaling,
-            dropout_p=dropout[0],
-        )
+        given, groups = {"scaling": scaling, "dropout_p": dropout[0]}, rows.groups(x, names)
+        if isinstance(self.weight, QuantizedTensor):
+            y = nn.functional.linear(x, self.matrix, self.bias)
+            return lora_add_grouped(y, x, A, B, groups, **given)
+        return lora_linear_grouped(x, self.matrix, A, B, groups, self.bias, **given)
 
     def _directly(self, x: Tensor) -> Tensor | None:
         """The forward by `direct.linear`. Parameters are read where they lie: what a hook or a

@@ -4,11 +4,14 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels.bases import computed
 from lora_kernels.nn.named import Acting, Named
 from lora_kernels.offloading import OFFLOADED
+from lora_kernels.weights import QuantizedTensor, like
+
+Into = Literal["dequantised", "requantise"]
 
 
 class Merging(Named):
@@ -58,6 +61,38 @@ class Merging(Named):
         self._merged = "kept" if keep_base else "final"
 
     @torch.no_grad()
+    def merge_quantised(self, into: Into) -> float:
+        """Merges a quantised layer for good: into a weight of the base's dtype, or one that is
+        quantised anew as the base was. Returns how much of the update the new weight holds: its
+        component along the update, 1 where nothing is lost to rounding.
+
+        Raises:
+            ValueError: `why_unmergeable`, or a layout that nothing here makes.
+        """
+        self._require_unmerged("merge")
+        self._refuse("merge", self.why_unmergeable(False, into))
+        weight = self.weight
+        assert isinstance(weight, QuantizedTensor)  # of a layer that this is asked of
+        base = weight.record.dequantize(torch.float32)
+        total = _sum(base, self.acting())
+        update = total - base
+        new: Tensor
+        if into == "requantise":
+            record = like(weight.record, total)
+            new = QuantizedTensor(record, weight.dtype, weight.transposed)
+            held = record.dequantize(torch.float32)
+        else:
+            new = self._oriented(total.to(weight.dtype)).contiguous()
+            held = self._oriented(new).float()
+        self.weight = nn.Parameter(new, requires_grad=False)
+        for name in self._active:
+            self.adapter(name).lora_B.zero_()
+        self.merged_base = self.lora_A.new_empty(0)
+        self._merged = "final"
+        size = update.square().sum()
+        return float(((held - base) * update).sum() / size) if size else 1.0
+
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight as a merge leaves it, in its shape and dtype; the parameter's own if the layer
         is merged."""
@@ -92,9 +127,23 @@ class Merging(Named):
         assert base is not None  # of a layer that is merged and kept it
         return base.to(device=self.weight.device, dtype=self.weight.dtype)
 
-    def why_unmergeable(self, keep_base: bool | Literal["cpu"] = True) -> str | None:
-        """Why the adapter cannot go into the weight; None if it can."""
-        reason = self.why_valueless("weight")
+    def why_unmergeable(
+        self, keep_base: bool | Literal["cpu"] = True, into: Into | None = None
+    ) -> str | None:
+        """Why the adapter cannot go into the weight, or that which a quantised one becomes; None if
+        it can."""
+        quantised = isinstance(self.weight, QuantizedTensor)
+        if quantised and into is not None:
+            reason = computed(self, ("weight",))
+            if self.weight.is_meta:
+                reason = "its weight is on the meta device, without values"
+        else:
+            reason = self.why_valueless("weight")
+        if reason is not None and quantised and into is None:
+            reason += (
+                "; merge_lora(model, keep_base=False, into='dequantised') makes a weight of it that"
+                " holds the sum, into='requantise' rounds the sum"
+            )
         if reason is None and self.lora_A.is_meta:
             reason = f"its lora_A is on the meta device, without values, or {OFFLOADED}"
         if reason is None and self._rows is not None:

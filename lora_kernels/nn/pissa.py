@@ -11,6 +11,7 @@ from lora_kernels.nn.merging import add_product
 from lora_kernels.nn.tensors import Factors, LayerTensors
 from lora_kernels.offloading import present
 from lora_kernels.sharding import copy_whole, is_sharded, whole
+from lora_kernels.weights import QuantizedTensor
 
 Init = Literal["kaiming", "pissa", "random"]
 INITS = get_args(Init)
@@ -35,6 +36,11 @@ class Initialising(LayerTensors):
 
     @torch.no_grad()
     def _init_pissa(self) -> None:
+        if isinstance(self.weight, QuantizedTensor):
+            raise ValueError(
+                "init: 'pissa' changes the weight, which is quantised; quantize_base starts an"
+                " adapter with loftq=True"
+            )
         weight = self.matrix if self.weight.dtype == torch.float64 else self.matrix.float()
         if weight.is_meta:
             raise ValueError(

@@ -27,6 +27,7 @@ from lora_kernels.tuning.table import (
     to_json,
     touch_lock,
 )
+from lora_kernels.weights import QuantizedTensor
 
 ROWS = (8192, 2048, 16, 1)
 SHAPES = ((4096, 4096, 16), (14336, 4096, 16), (4096, 14336, 16))
@@ -177,6 +178,8 @@ def _sizes(layer: nn.Module) -> Iterator[tuple[int, int, int, str, float]]:
             p = getattr(of_peft.lora_dropout[name], "p", 0.0)
             found.append((down.weight, of_peft.lora_B[name].weight, of_peft.base_layer.weight, p))
     for a, b, weight, dropout in found:
+        if isinstance(weight, QuantizedTensor):
+            continue  # no plan that is tuned multiplies with it
         if weight.dtype in names:
             for p in dict.fromkeys((dropout, 0.0)):
                 yield a.shape[1], b.shape[0], a.shape[0], names[weight.dtype], p

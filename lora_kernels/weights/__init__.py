@@ -8,8 +8,9 @@ from lora_kernels.weights.owners import (
     from_gptq,
     from_torchao,
 )
-from lora_kernels.weights.quantize import KINDS, quantize
+from lora_kernels.weights.quantize import KINDS, like, quantize
 from lora_kernels.weights.record import QuantizedWeight, assemble, shape_of
+from lora_kernels.weights.tensor import QuantizedTensor, record_of
 
 __all__ = [
     "KINDS",
@@ -18,6 +19,7 @@ __all__ = [
     "FourBit",
     "Gptq",
     "Int8",
+    "QuantizedTensor",
     "QuantizedWeight",
     "assemble",
     "from_awq",
@@ -25,6 +27,8 @@ __all__ = [
     "from_fp8",
     "from_gptq",
     "from_torchao",
+    "like",
     "quantize",
+    "record_of",
     "shape_of",
 ]

@@ -61,6 +61,20 @@ def quantize(weight: Tensor, kind: str, *, block: int | None = None) -> Quantize
     return makers[kind](weight.detach())
 
 
+def like(record: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
+    """Another weight, quantised as one is. ValueError for layouts that `quantize` does not make."""
+    if isinstance(record, Int8) and record.zero is None:
+        return quantize(weight, "int8")
+    if isinstance(record, Float8):
+        return quantize(weight, "fp8", block=record.block or None)
+    if isinstance(record, FourBit):
+        table = torch.arange(16.0) if record.zero is not None else torch.tensor(NF4)
+        if torch.equal(record.table.cpu(), table):
+            kind = "nf4" if record.zero is None else "int4"
+            return quantize(weight, kind, block=record.block)
+    raise ValueError(f"record: {record!r} is of a layout that nothing here makes")
+
+
 def _int8(weight: Tensor) -> Int8:
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), device=weight.device)
