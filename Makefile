@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 
 .PHONY: setup demo test coverage codegen mutants sanitize guard sweep bench lint clean
 
@@ -23,7 +24,11 @@ $(STAMP): $(PACKAGES) pyproject.toml setup.py $(wildcard csrc/*/*)
 demo: setup
 	$(PY) examples/demo.py --out demo_output $(ARGS)
 
-test: setup
+$(PEERS): requirements-test.txt $(PACKAGES)
+	$(PY) -m pip install --quiet --progress-bar off -r requirements-test.txt
+	touch $@
+
+test: setup $(PEERS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -p no:benchmark $(ARGS)
 
 # Lines that no test runs; of what runs in child processes it knows nothing.

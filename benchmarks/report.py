@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from benchmarks import grouped, peers, plots, shapes
+from benchmarks import grouped, peers, plots, quantized, shapes
 from benchmarks.peers import ADDMM, FROZEN, OURS, PEERS, UNFUSED
 from lora_kernels.testing import Case
 from lora_kernels.tuning.machine import machine_line
@@ -343,6 +343,52 @@ def groups_section(documents: Iterable[Document]) -> str:
     return "\n".join(lines).strip()
 
 
+def load_quantized(folder: Path) -> list[Document]:
+    """The files of `quantized.py`."""
+    contents = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return [
+        Document(path, content["machine"], content["quantized"])
+        for path, content in contents.items()
+        if "quantized" in content
+    ]
+
+
+def quantized_section(documents: Iterable[Document]) -> str:
+    """What layers on quantised weights cost, each under its machine line."""
+    lines: list[str] = []
+    for document in documents:
+        kinds = list(document.rows[0]["bytes"])
+        decoded, trained = [], []
+        for row in document.rows:
+            shape = [row["dtype"], f"{row['N']} × {row['K']}"]
+            known = [f"{row[kind]['ratio']:.2f}×" for kind in kinds]
+            dense = row[quantized.DENSE]
+            if row["trains"]:
+                rival = row.get(quantized.PEFT)
+                peft = "–" if rival is None else f"{rival['ratio']:.2f}×"
+                trained.append([*shape, f"{dense['ms']:.3g} ms", *known, peft])
+            else:
+                frozen = f"{row[quantized.FROZEN]['ms']:.3g} ms"
+                decoded.append([*shape, str(row["M"]), frozen, f"{dense['ratio']:.2f}×", *known])
+        of_half = [row for row in document.rows if row["dtype"] == "bf16"] or document.rows
+        shares = ", ".join(
+            f"{kind} {max(row['bytes'][kind] for row in of_half):.3f}" for kind in kinds
+        )
+        lines += [
+            f"LoRA of rank {quantized.RANK} on quantised weights, without gradients, weights cold;"
+            " ratios to the frozen layer (`benchmarks/quantized.py`).",
+            "",
+            *markdown(["dtype", "N × K", "rows", quantized.FROZEN, "LoRA", *kinds], decoded),
+            f"Forward and backward of {quantized.TRAINED} rows; ratios to LoRA on the dense weight."
+            f" Bytes of the weight, of those in {of_half[0]['dtype']}: {shares}.",
+            "",
+            *markdown(["dtype", "N × K", "LoRA", *kinds, quantized.PEFT], trained),
+            f"`{document.path.name}`: {machine_line(document.machine)}",
+            "",
+        ]
+    return "\n".join(lines).strip()
+
+
 def insert(text: str, name: str, body: str) -> str:
     """The text with what stands between the two markers of `name` replaced."""
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
@@ -359,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plots", type=Path, help="folder of the plots (that of the results)")
     args = parser.parse_args(arguments)
     documents, grids = load(args.results), load_grids(args.results)
-    groups = load_groups(args.results)
+    groups, on_quantized = load_groups(args.results), load_quantized(args.results)
     names = ("cpu", "gpu")
     text = "\n\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->" for name in names) + "\n"
     if args.readme.exists():
@@ -372,6 +418,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             body = "\n\n".join([grid_section(grids), *([] if body == NOTHING else [body])])
         if groups and not on_gpu:
             body = "\n\n".join([*([] if body == NOTHING else [body]), groups_section(groups)])
+        if on_quantized and not on_gpu:
+            more = quantized_section(on_quantized)
+            body = "\n\n".join([*([] if body == NOTHING else [body]), more])
         text = insert(text, name, body)
     args.readme.write_text(text)
     print(args.readme)

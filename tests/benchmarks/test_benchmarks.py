@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-from benchmarks import gpu_day, grouped, layer, native, peers, report, shapes, store
+from benchmarks import gpu_day, grouped, layer, native, peers, quantized, report, shapes, store
 from benchmarks.peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
 from lora_kernels.backends.native import extension
 from lora_kernels.testing import NAMES, Case, WrongResult, expected, problem
@@ -235,6 +235,28 @@ def test_grouped_benchmark_and_report(tmp_path, monkeypatch, capsys):
     text = readme.read_text()
     assert "| fp32 | 512 | 8 | 4 | both | " in text
     assert "| bf16 | 64 | " in text
+
+
+def test_quantized_benchmark_and_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quantized, "SHAPES", ((48, 128),))
+    monkeypatch.setattr(quantized, "MOST_LAYERS", 2)
+    monkeypatch.setattr(quantized, "TRAINED", 20)
+    out = tmp_path / "quantized-cpu.json"
+    arguments = ["--seconds", "0", "--rounds", "1", "1", "--kinds", "int8", "nf4", "fp8"]
+    quantized.main([*arguments, "--out", str(out)])
+    rows = json.loads(out.read_text())["quantized"]
+    assert len(rows) == 2 * (len(quantized.DECODED) + 1)
+    assert all(row[quantized.DENSE]["ratio"] == 1 for row in rows if row["trains"])
+    assert all(row[quantized.FROZEN]["ratio"] == 1 for row in rows if not row["trains"])
+    assert rows[0]["layers"] == 2
+    readme = tmp_path / "README.md"
+    report.main(["--results", str(tmp_path), "--readme", str(readme)])
+    text = readme.read_text()
+    assert "| dtype | N × K | rows | frozen | LoRA | int8 | nf4 | fp8 |" in text
+    assert "| bf16 | 48 × 128 | 16 | " in text
+    capsys.readouterr()
+    quantized.main([*arguments[:5], "--few", "--dtypes", "fp32", "--kinds", "nf4"])
+    assert "fp32 nf4 (48, 128)  1: " in capsys.readouterr().out
 
 
 def test_time_over_leaves_cases(tmp_path, capsys):

@@ -591,6 +591,17 @@ def test_example_of_training_many(monkeypatch, capsys):
     assert "bit-equal to a run among rows of nobody: 3 of 3" in capsys.readouterr().out
 
 
+def test_example_of_a_small_machine(tmp_path):
+    found = script("examples/finetune_small_machine.py")(
+        ["--out", str(tmp_path), "--width", "128", "--layers", "1", "--base-steps", "1",
+         "--steps", "4", "--ways", "bf16", "NF4"]
+    )  # fmt: skip
+    assert set(found) == {"bf16", "NF4"}
+    assert all(len(one["losses"]) == 4 for one in found.values())
+    assert abs(found["NF4"]["losses"][0] - found["bf16"]["losses"][0]) < 0.3
+    assert (tmp_path / "small_machine.png").stat().st_size > 5_000
+
+
 def test_benchmark_of_low_rank(tmp_path, capsys):
     file = tmp_path / "result.json"
     result = script("benchmarks/low_rank.py")(
