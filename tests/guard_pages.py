@@ -26,8 +26,9 @@ from torch import Tensor
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import assume
-from lora_kernels.backends.triton import masking
+from lora_kernels.backends.triton import decoding, masking
 from lora_kernels.backends.triton.launch import intercept, launch
+from lora_kernels.weights import quantize
 
 F16, F32 = torch.float16, torch.float32
 PAGE = mmap.PAGESIZE
@@ -85,7 +86,7 @@ class Guarded:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    one, other = one.contiguous(), other.contiguous()
+    one, other = one.contiguous().view(-1), other.contiguous().view(-1)
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8)) if one.numel() else True
 
 
@@ -148,6 +149,14 @@ def check(plans: Sequence[str], cases: Sequence[Case]) -> int:
         with intercept(checker):
             total = masking.drop(x, seed, 2, p)
             masking.add_kept(total, x, 2.0, seed, 2, p)
+        launches += checker.launches
+    dense = torch.randn(9, 128)
+    for kind, block in (("nf4", None), ("int4", 32), ("int8", None), ("fp8", None), ("fp8", 48)):
+        weight = quantize(dense, kind, block=block)
+        checker = Checker(f"decoding {kind}")
+        with intercept(checker):
+            decoding.decode(weight, slice(0, 9), slice(0, 128), torch.empty(9, 128))
+            decoding.decode(weight, slice(8, 9), slice(32, 128), torch.empty(1, 96))
         launches += checker.launches
     return launches
 

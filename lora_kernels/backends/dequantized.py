@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import blocked
+from lora_kernels.backends import blocked, trial
 from lora_kernels.backends.native import quantized as native
 from lora_kernels.weights import QuantizedWeight
 
@@ -58,7 +58,31 @@ def decode(weight: QuantizedWeight, rows: slice, columns: slice, out: Tensor) ->
     """A part of the weight into `out`, by the compiled kernels where they know it."""
     if native.decodes(weight, columns, out.dtype):
         return native.decode(weight, rows, columns, out)
+    if out.is_cuda and _vouched(out.device):
+        from lora_kernels.backends.triton import decoding
+
+        if decoding.decodes(weight, columns, out.dtype):
+            with torch.cuda.device_of(out):
+                return decoding.decode(weight, rows, columns, out)
     return weight.decode(rows, columns, out)
+
+
+_right: dict[torch.device, bool] = {}
+
+
+def _vouched(device: torch.device) -> bool:
+    """Whether the kernel's bits are those of the weights there."""
+    return trial.passes(
+        _right, device, _deviation,
+        f"quantised weights on {device} are decoded by ATen's calls, which are many: the kernel"
+        " fails",
+    )  # fmt: skip
+
+
+def _deviation(device: torch.device) -> str | None:
+    from lora_kernels.backends.triton import decoding
+
+    return decoding.deviation(device)
 
 
 def _step(length: int, rows: Tensor) -> int:

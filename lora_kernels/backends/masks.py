@@ -3,12 +3,12 @@ compute its bits, ATen's calls elsewhere."""
 
 from __future__ import annotations
 
-import warnings
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lora_kernels.backends import trial
 from lora_kernels.backends.dropout import keep_mask
 
 
@@ -63,30 +63,14 @@ _right: dict[torch.device, bool] = {}
 
 
 def _vouched(device: torch.device) -> bool:
-    """Whether the kernel's bits are the definition's there; tried once in a process, never while a
-    graph is captured, which could not compile it nor wait for the result."""
-    if device not in _right:
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        _right[device] = _is_right(device)
-    return _right[device]
+    """Whether the kernel's bits are the definition's there."""
+    return trial.passes(
+        _right, device, _deviation,
+        f"dropout on {device} takes ATen's calls, which are many: the mask kernel fails",
+    )  # fmt: skip
 
 
-def _is_right(device: torch.device) -> bool:
-    try:
-        from lora_kernels.backends.triton import masking
+def _deviation(device: torch.device) -> str | None:
+    from lora_kernels.backends.triton import masking
 
-        with torch.cuda.device(device):
-            fault = masking.deviation(device)
-    except ImportError:
-        return False  # no Triton: ATen's calls, as `doctor` says
-    except Exception as error:
-        fault = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
-    if fault is not None:
-        warnings.warn(
-            f"dropout on {device} takes ATen's calls, which are many: the mask kernel fails"
-            f" ({fault})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return fault is None
+    return masking.deviation(device)

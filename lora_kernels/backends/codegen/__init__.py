@@ -21,16 +21,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lora_kernels.backends import cuda
-from lora_kernels.backends.codegen.cases import MANY, Case
+from lora_kernels.backends.codegen.cases import CODED, MANY, Case
 from lora_kernels.backends.cuda import many
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.device import CARDS, Target, assume
+from lora_kernels.backends.triton import decoding
 from lora_kernels.backends.triton.launch import intercept
 from lora_kernels.branch import Branch, Branches, Dense, Need
+from lora_kernels.weights import quantize
 
 TARGETS = {name: card for name, card in CARDS.items() if card.has_tensor_cores}
 _GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel")
 _SPECIALISED = "specialised_gemm_kernel"
+_ELEMENTWISE = ("reduce_kernel", "decode_kernel")
 _BY_TMA = ("gemm_tma_kernel", _SPECIALISED)
 
 
@@ -197,12 +200,10 @@ def faults(kernel: Kernel) -> list[str]:
         "wgmma serialised": not (full and aligned and k.target.is_hopper) or k.pending >= 1,
         "no asynchronous loads": not (main and aligned and not amd) or k.tma + k.cp_async > 0,
         "no tcgen05": not (full and k.target.is_blackwell) or k.tcgen05 > 0,
-        "no tensor cores": wide
-        or k.name == "reduce_kernel"
-        or k.mma_sync + k.wgmma + k.tcgen05 > 0,
+        "no tensor cores": wide or k.name in _ELEMENTWISE or k.mma_sync + k.wgmma + k.tcgen05 > 0,
         # AMD's compute in fp32 what they are given in fp32.
         "tensor cores in fp32": not wide or amd or k.mma_sync + k.wgmma + k.tcgen05 == 0,
-        "no FMA": not wide or amd or k.name == "reduce_kernel" or k.fma > 0,
+        "no FMA": not wide or amd or k.name in _ELEMENTWISE or k.fma > 0,
     }
     return [name for name, kept in rules.items() if not kept]
 
@@ -235,9 +236,12 @@ def compile_case(case: Case, card: str, seen: set[str]) -> list[Kernel]:
     seed = torch.empty(words, dtype=torch.int64, device="meta") if case.dropout else None
     # Not put back: where there is no GPU, Triton has no driver to return to.
     triton.runtime.driver.set_active(_OfflineDriver(card))
-    if case.plan == MANY:
+    if case.plan in (MANY, CODED):
         with assume(target), intercept(build):
-            _many(case, x, dy, tensor)
+            if case.plan == MANY:
+                _many(case, x, dy, tensor)
+            else:
+                _decode(case)
         return kernels
     with assume(target), intercept(build), use_plan(case.plan, case.tiles):
         base, s = Dense(weight, bias), tensor(M, r)
@@ -247,6 +251,14 @@ def compile_case(case: Case, card: str, seen: set[str]) -> list[Kernel]:
         if "backward" in case.ops:
             cuda.backward(base, dy, x, s, branch, Need(True, False, True, True))
     return kernels
+
+
+def _decode(case: Case) -> None:
+    """A strip of a quantised weight; with few rows of the case one in square blocks."""
+    block = 128 if case.kind == "fp8" and case.M <= 128 else None
+    weight = quantize(torch.zeros(2, 256), case.kind, block=block).to("meta")
+    out = torch.empty(2, 256, dtype=case.dtype, device="meta")
+    decoding.decode(weight, slice(0, 2), slice(0, 256), out)
 
 
 def _many(

@@ -15,6 +15,7 @@ from lora_kernels.backends.cuda.choice import candidates
 from lora_kernels.backends.cuda.plan import Call, Tiles
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import Target, assume
+from lora_kernels.weights import KINDS
 
 
 class Case(NamedTuple):
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
     part: bool = False  # x is a part of a larger matrix: the dropout mask has an offset
     groups: int = 0  # whose branches are computed at once
+    kind: str = ""  # of a weight that is decoded
     ops: tuple[str, ...] = ("forward", "backward")
     tiles: Tiles = {}  # noqa: RUF012 never changed
 
@@ -45,13 +47,14 @@ class Case(NamedTuple):
             for launch, tile in self.tiles.items()
         )
         flags += f"{' strided' * self.transposed}{' part' * self.part}"
-        flags += f" {self.groups} groups" * bool(self.groups)
+        flags += f" {self.groups} groups" * bool(self.groups) + f" {self.kind}" * bool(self.kind)
         return f"{self.plan} {dtype} {shape}{flags}{fields}"
 
 
-# No plan of one branch: the kernels of many groups.
-MANY = "many"
+# No plans of one branch: the kernels of many groups, and the decoder of quantised weights.
+MANY, CODED = "many", "coded"
 SHORT = (
+    Case(plan=CODED, kind="nf4"),
     Case(plan=MANY, M=512, dropout=0.1, groups=16),
     Case(bias=True),
     Case(r=64, dropout=0.1),
@@ -80,6 +83,10 @@ def analytic() -> Iterator[Case]:
     yield backward._replace(transposed=True, r=64)
     yield backward._replace(dtype=torch.float32)
     yield backward._replace(M=512, r=64)
+    for kind in KINDS:
+        yield Case(plan=CODED, kind=kind)
+        yield Case(plan=CODED, kind=kind, dtype=torch.float32)
+    yield Case(plan=CODED, kind="fp8", N=256, K=256, M=128)  # in square blocks
     many = Case(plan=MANY, M=512, groups=16)
     for r in (1, 8, 64, 128, 200):
         yield many._replace(r=r)
@@ -161,7 +168,7 @@ def _tuned(target: Target) -> Iterator[Case]:
 
 def is_served(case: Case, target: Target) -> bool:
     """Whether its plan is for such a card."""
-    if case.plan == MANY:
+    if case.plan in (MANY, CODED):
         return True
     dtype = str(case.dtype).removeprefix("torch.")
     sizes, dropout = (case.M, case.N, case.K, case.r), case.dropout > 0
