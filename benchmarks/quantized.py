@@ -135,7 +135,7 @@ def few(args: argparse.Namespace) -> None:
     for dtype, (N, K) in itertools.product(args.dtypes, SHAPES):
         for kind in args.kinds:
             line = []
-            for M in (1, 4, 8, 16, 32, 64, 128):
+            for M in (1, 4, 8, 16, 32, 64, 128, 256):
                 made = ways(Case(N, K, M, dtype, False), kind)
                 with mock.patch.object(native, "MOST_ROWS", limits):
                     times = interleaved(made, torch.device("cpu"), args.seconds, tuple(args.rounds))

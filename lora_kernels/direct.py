@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _dispatch, backends
+from lora_kernels.backends.native import quantized as native
 from lora_kernels.backends.native.few_rows import FewRows, Rows
 from lora_kernels.branch import Need
+from lora_kernels.weights import QuantizedWeight
 
 _NUMBERS = (float, int)
 _LARGEST = sys.float_info.max
@@ -52,6 +54,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
             return few.forward(x, weight, bias, (a, b, scaling, p, draw_seed(x.device)), False)[0]
         y = few.linear(x, weight, a, b, bias, scaling, 1.0, 0, None, few.isa, None)
         return y
+    except RuntimeError:  # the checks by name say more
+        return None
+
+
+def quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, pair: Pair) -> Tensor | None:
+    """`linear` on a quantised weight, where no gradient is asked for and nothing is dropped."""
+    a, b, scaling, p = pair
+    given = x if a is None else a
+    if p or type(scaling) not in _NUMBERS or isinstance(scaling, Tensor):
+        return None
+    if not _dispatch.is_unwatched(x, given, b, bias) or not x.is_cpu or x.numel() == 0:
+        return None
+    if torch.is_grad_enabled() and _dispatch.any_requires_grad(x, a, b, bias):
+        return None
+    if backends.few_rows() is None or not abs(scaling) <= _LARGEST:
+        return None
+    if x.numel() > native.most_rows(weight, x.dtype) * weight.shape[1]:
+        return None
+    try:
+        return native.call(x, weight, bias, (a, b, scaling))
     except RuntimeError:  # the checks by name say more
         return None
 

@@ -64,6 +64,10 @@ def lora_linear(
     if isinstance(weight, QuantizedTensor):
         weight = _record(weight, x)
     if isinstance(weight, QuantizedWeight):
+        if seed is None and not torch.compiler.is_compiling():
+            y = direct.quantized(x, weight, bias, (lora_a, lora_b, scaling, dropout_p))
+            if y is not None:
+                return y
         return _on_quantized(x, weight, (lora_a, lora_b), bias, (scaling, dropout_p, seed))
     if torch.jit.is_tracing():
         return F.linear(x, weight, bias) + _traced(x, (lora_a, lora_b), scaling, dropout_p, seed)

@@ -273,6 +273,10 @@ class LoRALayer(LayerState):
             if self.alpha is not None:
                 scaling = self.alpha / self._divisor(a.shape[0])
             pair = (a, b, scaling, self.dropout if self.training else 0.0)
+        if isinstance(weight, QuantizedTensor):
+            if x.dtype != weight.dtype or weight.transposed != self.fan_in_fan_out:
+                return None
+            return direct.quantized(x, weight.record, parameters.get("bias"), pair)
         return direct.linear(x, self._oriented(weight), parameters.get("bias"), pair)
 
     def _base_forward(self, x: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def test_the_kernels_check_what_they_are_given(change, message):
 
 def test_parts_outside_are_refused():
     weight = quantize(torch.randn(8, 128), "nf4")
-    op, given = torch.ops.lora_kernels._decode_cpu, native._given(weight)
+    op, given = torch.ops.lora_kernels._decode_cpu, native.given(weight)
     for row, column, shape, message in (
         (1, 0, (8, 128), "within the weight"), (0, 64, (8, 128), "within the weight"),
         (-1, 0, (8, 128), "within the weight"), (0, 32, (8, 64), "begin and end with blocks"),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import lora_linear, quantize
+from lora_kernels import direct, lora_linear, quantize
 from lora_kernels.backends import blocked, dequantized, use_backend
 from lora_kernels.backends.native import extension
 from lora_kernels.backends.native import quantized as native
@@ -207,6 +207,39 @@ def test_the_mask_is_that_of_the_dense_layer():
     ours = lora_linear(x, zero, a, b, dropout_p=0.3, seed=11)
     theirs = lora_linear(x, torch.zeros_like(dense), a, b, dropout_p=0.3, seed=11)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(not extension.available(), reason="needs the compiled extension")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_past_the_op(dtype):
+    """A call of few rows that nobody sees; whoever listens gets the op."""
+    N, K = 48, 64
+    weight, (a, b) = quantize(torch.randn(N, K), "nf4"), adapter(K, N, dtype=dtype)
+    x, bias = torch.randn(2, 3, K).to(dtype), torch.randn(N).to(dtype)
+    y = lora_linear(x, weight, a, b, bias, scaling=0.5).detach()
+    with torch.no_grad():
+        past = direct.quantized(x, weight, bias, (a, b, 0.5, 0.0))
+        assert past.shape == (2, 3, N)
+        tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+        torch.testing.assert_close(past, y, **tolerance)
+        frozen = direct.quantized(x, weight, None, direct.FROZEN)
+        torch.testing.assert_close(frozen, linear_quantized(x, weight), **tolerance)
+        for given in (
+            (x, weight, bias, (a, b, 0.5, 0.1)), (x, weight, bias, (a, b, float("nan"), 0.0)),
+            (x[..., 1:], weight, bias, (a, b, 0.5, 0.0)), (x, weight, bias[1:], (a, b, 0.5, 0.0)),
+            (x, weight, bias.double(), (a, b, 0.5, 0.0)),
+            (x, weight, bias, (a[:, 1:], b, 0.5, 0.0)),
+            (x[:0], weight, bias, (a, b, 0.5, 0.0)), (x.double(), weight, None, (a, b, 0.5, 0.0)),
+            (torch.randn(500, K).to(dtype), weight, bias, (a, b, 0.5, 0.0)),
+            (x, quantize(torch.randn(N, K), "fp8"), bias, (a, b, 0.5, 0.0)),
+            (x, weight, bias, (a, b, torch.tensor(0.5), 0.0)),
+        ):  # fmt: skip
+            assert direct.quantized(*given) is None
+        with use_backend("native"):
+            assert direct.quantized(x, weight, bias, (a, b, 0.5, 0.0)) is None
+        with Aten(lambda name, values: None):
+            assert direct.quantized(x, weight, bias, (a, b, 0.5, 0.0)) is None
+    assert direct.quantized(x, weight, bias, (a, b, 0.5, 0.0)) is None  # a gradient is asked for
 
 
 class Layer(nn.Module):

@@ -18,75 +18,109 @@ from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branch
 from lora_kernels.weights import FourBit, Int8, QuantizedWeight
 
-# By index of extension.ISA_NAMES: measured with AVX-512 BF16, and on that processor with the
-# kernels of AVX2 and AVX-512; with tiles not, where torch's products of bf16 are faster.
+# By index of extension.ISA_NAMES: measured on a processor with AVX-512 BF16 (AMD's, where torch's
+# products of fp32 are slower), the kernels of AVX2 and AVX-512 there too; with tiles not.
 MOST_ROWS: dict[tuple[str, torch.dtype], tuple[int, ...]] = {
-    ("4bit", torch.float32): (0, 16, 128, 128, 128),
-    ("4bit", torch.bfloat16): (0, 16, 8, 16, 8),
-    ("4bit", torch.float16): (0, 16, 128, 128, 128),
-    ("int8", torch.float32): (0, 64, 128, 128, 128),
-    ("int8", torch.bfloat16): (0, 64, 8, 16, 8),
-    ("int8", torch.float16): (0, 64, 128, 128, 128),
+    ("4bit", torch.float32): (0, 16, 48, 256, 48),
+    ("4bit", torch.bfloat16): (0, 16, 8, 24, 8),
+    ("4bit", torch.float16): (0, 16, 48, 256, 48),
+    ("int8", torch.float32): (0, 64, 48, 256, 48),
+    ("int8", torch.bfloat16): (0, 64, 8, 24, 8),
+    ("int8", torch.float16): (0, 64, 48, 256, 48),
 }
 _WHOLE = 64  # columns that the kernels take at a time
 
 
-def _knows(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
-    """Whether the kernels can read it as it lies."""
-    if weight.device.type != "cpu" or dtype not in extension.DTYPES:
-        return False
-    if forced.now is not None and forced.now.backend != "native":
-        return False
+_Given = tuple[Any, ...]
+_HELD = "_native_given"  # the attribute of a weight that holds the answer
+
+
+def given(weight: QuantizedWeight) -> _Given | None:
+    """The weight as the kernels take it, where they can read it as it lies; asked once of each."""
+    held = weight.__dict__
+    if _HELD not in held:
+        held[_HELD] = _given(weight)
+    answer: _Given | None = held[_HELD]
+    return answer
+
+
+def _given(weight: QuantizedWeight) -> _Given | None:
+    if weight.device.type != "cpu" or not extension.available():
+        return None
+    N, K = weight.shape
     if isinstance(weight, FourBit):
-        N, K = weight.shape
-        if weight.block % _WHOLE or K % weight.block or (N * K) % 2:
-            return False
-        floats = [weight.zero] if weight.outer_table is not None else [weight.scale, weight.zero]
+        if weight.block % _WHOLE or K % weight.block:
+            return None
+        plain = (weight.zero,) if weight.outer_table is not None else (weight.scale, weight.zero)
+        found: _Given = (
+            weight.codes, weight.scale, weight.zero, weight.table, weight.outer_table,
+            weight.outer_scale, weight.offset, 1.0, [N, K, weight.block, weight.outer_block],
+        )  # fmt: skip
     elif isinstance(weight, Int8):
-        floats = [weight.scale, weight.zero]
+        plain, nothing = (weight.scale, weight.zero), (None,) * 4
+        found = (weight.codes, weight.scale, weight.zero, *nothing, weight.factor, [N, K, K, 1])
     else:
-        return False
-    if any(one is not None and one.dtype != torch.float32 for one in floats):
-        return False
+        return None
+    if any(one is not None and one.dtype != torch.float32 for one in plain):
+        return None
     starts = ((part.data_ptr(), part.element_size()) for part in weight.parts)
-    return extension.available() and all(start % size == 0 for start, size in starts)
+    return found if all(start % size == 0 for start, size in starts) else None
+
+
+def _is_left() -> bool:
+    """Whether another backend is forced."""
+    return forced.now is not None and forced.now.backend != "native"
+
+
+def most_rows(weight: QuantizedWeight, dtype: torch.dtype) -> int:
+    """Up to how many rows in a dtype one call computes the layer; 0 where it does not."""
+    most = MOST_ROWS.get((weight.kind, dtype))
+    if most is None or given(weight) is None:
+        return 0
+    if isinstance(weight, Int8) and weight.zero is not None:
+        return 0
+    return most[extension.best_isa()]
 
 
 def takes(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether one call computes the layer for these rows."""
-    most = MOST_ROWS.get((weight.kind, x.dtype))
-    if most is None or not x.is_cpu or x.numel() == 0 or not _knows(weight, x.dtype):
-        return False
-    if isinstance(weight, Int8) and weight.zero is not None:
-        return False
-    return x.shape[0] <= most[extension.best_isa()]
+    """Whether one call computes the layer for these rows [M,K]."""
+    return x.is_cpu and not _is_left() and 0 < x.shape[0] <= most_rows(weight, x.dtype)
 
 
 def decodes(weight: QuantizedWeight, columns: slice, dtype: torch.dtype) -> bool:
     """Whether `decode` makes these columns of it."""
-    if not _knows(weight, dtype):
+    if dtype not in extension.DTYPES or _is_left() or given(weight) is None:
         return False
     first, last, step = int(columns.start), int(columns.stop), weight.step
     return first % step == 0 and last % step == 0
+
+
+def call(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, branch: Any) -> Tensor:
+    """y [..., N] of few rows x [..., K], of what is as the kernels take it; RuntimeError where it
+    is not. branch: lora_a, lora_b, or None for both, and scaling; nothing is dropped."""
+    a, b, scaling = branch
+    high = 1.0
+    if x.dtype == torch.float16:
+        scaling, high = split(scaling, x.dtype)
+    y: Tensor = torch.ops.lora_kernels._linear_coded_cpu.default(
+        x, *_asked(weight), a, b, bias, scaling, high, 0, None, extension.best_isa(), None
+    )
+    return y
 
 
 def forward(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, branch: Branch | None, save_s: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, s) of few rows x [M,K]; without a branch the frozen layer."""
-    isa = extension.best_isa()
     bias = None if bias is None else readable(bias.to(x.dtype))
-    given = _given(weight)
-    call = torch.ops.lora_kernels._linear_coded_cpu
-    y: Tensor
     if branch is None:
-        y = call(readable(x), *given, None, None, bias, 1.0, 1.0, 0, None, isa, None)
-        return y, None
+        return call(readable(x), weight, bias, (None, None, 1.0)), None
     p, seed = branch.dropout_p, branch.seed if branch.dropout_p else None
     low, high = split(branch.scaling, x.dtype)
+    isa = extension.best_isa()
     s = x.new_empty(x.shape[0], branch.lora_a.shape[0]) if save_s else None
-    y = call(
-        readable(x), *given, readable(branch.lora_a), readable(branch.lora_b), bias,
+    y: Tensor = torch.ops.lora_kernels._linear_coded_cpu(
+        readable(x), *_asked(weight), readable(branch.lora_a), readable(branch.lora_b), bias,
         low * keep_scale(p) if p else low, high, threshold(p) if p else 0, seed, isa, s,
     )  # fmt: skip
     return y, s
@@ -95,19 +129,12 @@ def forward(
 def decode(weight: QuantizedWeight, rows: slice, columns: slice, out: Tensor) -> Tensor:
     """Rows and columns of the weight into `out`, bit for bit as its own `decode`."""
     torch.ops.lora_kernels._decode_cpu(
-        *_given(weight), rows.start, columns.start, extension.best_isa(), out
+        *_asked(weight), rows.start, columns.start, extension.best_isa(), out
     )
     return out
 
 
-def _given(weight: QuantizedWeight) -> tuple[Any, ...]:
-    """The weight as the kernels take it."""
-    N, K = weight.shape
-    if isinstance(weight, Int8):
-        nothing = (None,) * 4
-        return weight.codes, weight.scale, weight.zero, *nothing, weight.factor, [N, K, K, 1]
-    assert isinstance(weight, FourBit)
-    return (
-        weight.codes, weight.scale, weight.zero, weight.table, weight.outer_table,
-        weight.outer_scale, weight.offset, 1.0, [N, K, weight.block, weight.outer_block],
-    )  # fmt: skip
+def _asked(weight: QuantizedWeight) -> _Given:
+    found = given(weight)
+    assert found is not None  # of a weight that was asked for
+    return found
