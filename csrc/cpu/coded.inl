@@ -83,10 +83,11 @@ inline void dot_coded(const Product& p, int64_t m, int64_t n, int64_t k, int64_t
       const int64_t begin = (first + b) * c.block;
       for (int64_t at = begin; at < begin + c.block; at += 2 * O::kStep) {
         typename O::VM even[kM], odd[kM];
+        const int64_t ahead = ahead_of(at / 2, pitch, kM * pitch);
 #pragma GCC unroll 8
         for (int j = 0; j < kM; ++j) {
           O::pair(table[j], codes + j * pitch + at / 2, &even[j], &odd[j]);
-          if (kX <= 4) __builtin_prefetch(codes + j * pitch + at / 2 + 512);
+          __builtin_prefetch(codes + j * pitch + ahead);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kX; ++i) {

@@ -28,6 +28,13 @@ struct Widened {
   static V dot(VX x, VM m, V sum) { return fma(x, m, sum); }
 };
 
+// Where of a row to read ahead, in bytes: past its end in the row that comes `stride` after it.
+constexpr int64_t kReadAhead = 1024;
+inline int64_t ahead_of(int64_t at, int64_t length, int64_t stride) {
+  const int64_t ahead = at + kReadAhead;
+  return ahead < length ? ahead : ahead - length + stride;
+}
+
 // sum[i][c] += row i of x times row c of the matrix; kUnroll steps are in flight at once.
 template <class O, int kX, int kM, int kUnroll>
 inline void dot_tile(const typename O::X* x, int64_t x_pitch, const typename O::M* m,
@@ -42,11 +49,12 @@ inline void dot_tile(const typename O::X* x, int64_t x_pitch, const typename O::
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t at = k + u * O::kStep;
         typename O::VM column[kM];
+        constexpr int64_t kSize = sizeof(*m);
+        const int64_t ahead = ahead_of(at * kSize, columns * kSize, kM * m_pitch * kSize);
 #pragma GCC unroll 8
         for (int c = 0; c < kM; ++c) {
           column[c] = O::load_m(m + c * m_pitch + at);
-          if (kX <= 2)
-            __builtin_prefetch(reinterpret_cast<const char*>(m + c * m_pitch + at) + 512);
+          __builtin_prefetch(reinterpret_cast<const char*>(m + c * m_pitch) + ahead);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kX; ++i) {
