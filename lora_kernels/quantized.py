@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_kernels import backends
 from lora_kernels._dispatch import LIBRARY, any_requires_grad, is_unwatched, refuse_forward_mode
 from lora_kernels.backends import dequantized
+from lora_kernels.backends.cuda import coded
 from lora_kernels.backends.native import quantized as native
 from lora_kernels.branch import Branch, Given, Need
 from lora_kernels.rules import flops
@@ -62,6 +63,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     if native.takes(x, weight):
         return native.forward(x, weight, bias, branch, save_s)
+    if branch is not None and coded.serves(x, weight, branch):
+        return coded.forward(x, weight, bias, branch, save_s)
     y = dequantized.product(x, weight, bias)
     if branch is None:
         return y, None

@@ -1,10 +1,14 @@
-"""The kernel that decodes quantised weights, in Triton's interpreter: the bits of `weights`."""
+"""The kernels that decode quantised weights, in Triton's interpreter: the bits of `weights`, and
+products of few rows."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from lora_kernels import quantize
+from lora_kernels import lora_linear, quantize
+from lora_kernels.backends.dropout import keep_mask, keep_scale
 from lora_kernels.backends.triton import decoding
+from lora_kernels.backends.triton.launch import intercept
 from lora_kernels.weights import Float8, FourBit, Int8
 
 pytestmark = pytest.mark.interpreted
@@ -58,3 +62,43 @@ def test_deviation(monkeypatch):
     assert decoding.deviation(torch.device("cpu")) is None
     monkeypatch.setattr(decoding, "decode", lambda weight, rows, columns, out: out.zero_())
     assert "decodes nf4 to other numbers" in decoding.deviation(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows(index, dtype):
+    """y and s against fp64, no worse than unfused torch; gradients by the backward for any rows."""
+    weight = list(weights())[index]
+    N, K = weight.shape
+    launched = []
+    for M, r, p, bias in ((1, 1, 0.0, False), (5, 3, 0.3, True), (19, 40, 0.0, True)):
+        generator = torch.Generator().manual_seed(M)
+        x = torch.randn(M, K, generator=generator).to(dtype).requires_grad_()
+        a = (torch.randn(r, K, generator=generator) * K**-0.5).to(dtype).requires_grad_()
+        b = torch.randn(N, r, generator=generator).to(dtype).requires_grad_()
+        offset = torch.randn(N, generator=generator).to(dtype) if bias else None
+        with intercept(
+            lambda kernel, grid, args, meta, run: launched.append(name(kernel)) or run()
+        ):
+            y = lora_linear(x, weight, a, b, offset, scaling=1.5, dropout_p=p, seed=9)
+        results = []
+        for other in (torch.float64, dtype):
+            given = [t.detach().to(other) for t in (x, a, b)]
+            dropped = given[0]
+            if p:
+                keep = keep_mask(torch.tensor([9]), 0, M, K, p)
+                dropped = given[0] * keep * keep_scale(p)
+            W = weight.dequantize(dtype).to(other)
+            base = F.linear(given[0], W, None if offset is None else offset.to(other))
+            s = F.linear(dropped.to(other), given[1])
+            results.append((base + 1.5 * F.linear(s, given[2])).double())
+        exact, unfused = (out.nan_to_num() for out in results)
+        mine = (y.detach().double().nan_to_num() - exact).norm()
+        assert mine <= 2 * (unfused - exact).norm() + 4 * torch.finfo(dtype).eps * exact.norm()
+        y.nan_to_num().square().sum().backward()
+        assert all(t.grad is not None for t in (x, a, b))
+    assert launched.count("coded_kernel") == 3
+
+
+def name(kernel):
+    return getattr(kernel, "fn", kernel).__name__

@@ -25,7 +25,8 @@ from lora_kernels.backends.codegen.cases import CODED, MANY, Case
 from lora_kernels.backends.cuda import many
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.device import CARDS, Target, assume
-from lora_kernels.backends.triton import decoding
+from lora_kernels.backends.scaling import split
+from lora_kernels.backends.triton import decoding, dropout
 from lora_kernels.backends.triton.launch import intercept
 from lora_kernels.branch import Branch, Branches, Dense, Need
 from lora_kernels.weights import quantize
@@ -241,7 +242,7 @@ def compile_case(case: Case, card: str, seen: set[str]) -> list[Kernel]:
             if case.plan == MANY:
                 _many(case, x, dy, tensor)
             else:
-                _decode(case)
+                _decode(case, x, tensor)
         return kernels
     with assume(target), intercept(build), use_plan(case.plan, case.tiles):
         base, s = Dense(weight, bias), tensor(M, r)
@@ -253,12 +254,20 @@ def compile_case(case: Case, card: str, seen: set[str]) -> list[Kernel]:
     return kernels
 
 
-def _decode(case: Case) -> None:
-    """A strip of a quantised weight; with few rows of the case one in square blocks."""
-    block = 128 if case.kind == "fp8" and case.M <= 128 else None
+def _decode(case: Case, x: torch.Tensor, tensor: Callable[[int, int], torch.Tensor]) -> None:
+    """A strip of a quantised weight, or few rows times all of it; of 128 rows it is in square
+    blocks."""
+    block = 128 if case.kind == "fp8" and case.M == 128 else None
     weight = quantize(torch.zeros(2, 256), case.kind, block=block).to("meta")
-    out = torch.empty(2, 256, dtype=case.dtype, device="meta")
-    decoding.decode(weight, slice(0, 2), slice(0, 256), out)
+    if case.M > 64:
+        decoding.decode(weight, slice(0, 2), slice(0, 256), tensor(2, 256))
+        return
+    pair, seed = (tensor(case.r, 256), tensor(2, case.r)), None
+    if case.dropout:
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+    bias = tensor(1, 2)[0] if case.bias else None
+    scale, drop = split(case.scaling, case.dtype), dropout.of(case.dropout, seed)
+    decoding.multiply(x[:, :256], weight, bias, pair, scale, True, drop)
 
 
 def _many(

@@ -86,6 +86,12 @@ def analytic() -> Iterator[Case]:
     for kind in KINDS:
         yield Case(plan=CODED, kind=kind)
         yield Case(plan=CODED, kind=kind, dtype=torch.float32)
+        few = Case(plan=CODED, kind=kind, M=16, bias=True)
+        yield few
+        yield few._replace(M=64, r=64, dropout=0.1)
+        yield few._replace(r=64, M=32)
+        yield few._replace(dtype=torch.float32)
+        yield few._replace(dtype=torch.float16, scaling=32.0)
     yield Case(plan=CODED, kind="fp8", N=256, K=256, M=128)  # in square blocks
     many = Case(plan=MANY, M=512, groups=16)
     for r in (1, 8, 64, 128, 200):
