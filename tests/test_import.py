@@ -135,6 +135,7 @@ FLOORS["backends.cuda"] = {
     "tables": 3,
     "choice": 4,
     "many": 4,
+    "coded": 4,
     "__init__": 5,
 }
 FLOORS["backends.cuda.plans"] = {

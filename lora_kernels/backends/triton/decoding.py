@@ -166,6 +166,8 @@ def coded_kernel(
         x_tile = load_tile_hinted(Matrix(x, stride_xm, stride_xk, M, K), rows, ks, "evict_last", "")
         a_tile = load_tile_hinted(Matrix(a, stride_ar, stride_ak, r, K), rank, ks, "evict_last", "")
         acc = multiply_add(w_tile, x_tile.T, acc, PRECISION)
+        if R >= 64 and not DROP:  # as `tiles.dual_loads_twice` has it, with another hint
+            x_tile = load_tile_hinted(Matrix(x, stride_xm, stride_xk, M, K), rows, ks, "", "")
         if DROP:
             x_tile = tl.where(keep_tile(seed, rows, first, threshold, BK), x_tile, 0.0)
             x_tile = x_tile.to(x.dtype.element_ty)
