@@ -10,6 +10,7 @@ torch take, how long a step was, and the loss on text that is held out. A plot s
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -53,12 +54,11 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def train(
-    model: nn.Module, parameters: list[nn.Parameter], text: Tensor, steps: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, text: Tensor, steps: range
 ) -> list[float]:
     """Seconds of each step."""
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     seconds = []
-    for step in range(steps):
+    for step in steps:
         begin = time.perf_counter()
         loss_of(model, batch(text, step)).backward()
         optimizer.step()
@@ -120,7 +120,12 @@ def load(way: str, folder: Path) -> tuple[nn.Module, list[nn.Parameter]]:
 
 
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of this program; what getrusage says begins with the peak of the one that started it."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    except OSError:  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def run(way: str, folder: Path, steps: int) -> dict[str, float | list[float]]:
@@ -137,8 +142,9 @@ def run(way: str, folder: Path, steps: int) -> dict[str, float | list[float]]:
     loaded = peak_mib() - before
     losses = []
     seconds: list[float] = []
-    for _ in range(4):
-        seconds += train(model.train(), parameters, text, max(1, steps // 4))
+    optimizer, quarter = torch.optim.AdamW(parameters, lr=2e-3), max(1, steps // 4)
+    for first in range(0, 4 * quarter, quarter):
+        seconds += train(model.train(), optimizer, text, range(first, first + quarter))
         with torch.no_grad():
             ids = torch.cat([batch(held_out, -step) for step in range(1, 4)])
             losses.append(loss_of(model, ids).item())

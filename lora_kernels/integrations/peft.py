@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import backends, direct, targets
 from lora_kernels._contract import DTYPES
-from lora_kernels.functional import lora_add, lora_linear
+from lora_kernels.functional import linear_quantized, lora_add, lora_linear
 from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
 from lora_kernels.integrations import peft_bases, peft_experts
 from lora_kernels.integrations.peft_experts import FusedExperts
@@ -249,9 +249,11 @@ class _Fused(OfRows, _Layer):
             self._warn(x)
         if self._rows is not None and (rows := self.rows_now()) is not None:
             return self._of_rows(x, rows, args, kwargs)
+        others = args or (kwargs and any(value is not None for value in kwargs.values()))
+        if self._disable_adapters and not others and not self.dense:
+            return self._of_base(x)
         if (
-            args
-            or (kwargs and any(value is not None for value in kwargs.values()))
+            others
             or self._disable_adapters
             or self.merged_adapters
             or type(x) not in _PLAIN
@@ -270,6 +272,18 @@ class _Fused(OfRows, _Layer):
                 return self._small_forward(x, adapters)
         y = self._fused_forward(x, adapters)
         return super().forward(x, **kwargs) if y is None else y
+
+    def _of_base(self, x: Tensor) -> Tensor:
+        """Without an adapter. bitsandbytes lays out its 4 bits anew where it computes without
+        gradients, and has none for x from then on; it is not asked where the op can read them."""
+        plain = type(x) in _PLAIN and x.dtype in DTYPES and not self.merged_adapters
+        record = self._record(x) if plain and self._structure(()) is None else None
+        if record is None:
+            whole: Tensor = super().forward(x)
+            return whole
+        base: Any = self._modules["base_layer"]
+        bias = base.bias
+        return linear_quantized(x, record, None if bias is None else bias.to(_computed_in(x)))
 
     def _warn(self, x: Tensor) -> None:
         """In the first call in which the lost gradient of x is one that is needed."""
@@ -420,6 +434,8 @@ class _Fused(OfRows, _Layer):
     ) -> Tensor:
         """Within `adapter_rows`."""
         adapters = rows.there(self)
+        if not args and not kwargs and (self._disable_adapters or not adapters) and not self.dense:
+            return self._of_base(x)
         if self._disable_adapters or not adapters:
             base: nn.Module = self.base_layer
             of_base: Tensor = base(x, *args, **kwargs)

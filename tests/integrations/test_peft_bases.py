@@ -196,3 +196,21 @@ def test_codes_that_their_owner_lays_out_anew():
     weight.quant_state.packing_format_for_cpu = True
     vars(layer).pop(peft_bases.HELD, None)
     assert peft_bases.record_of_base(layer, layer.base_layer, torch.float32) is None
+
+
+def test_evaluation_leaves_the_codes_as_they_lie():
+    """bitsandbytes lays them out anew when its layer computes without gradients, with scales of
+    16 bits and no gradient for x from then on."""
+    net = model("4 bits", torch.bfloat16)
+    fuse_peft(net)
+    expected = computed(net, dtype=torch.bfloat16)
+    layer, x = net.base_model.model[0], torch.randn(2, K).bfloat16()
+    with torch.no_grad():
+        net.eval()
+        net(x)
+        frozen = off(net, x)
+    assert frozen.shape == x.shape
+    assert not getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False)
+    net.train()
+    for one, other in zip(computed(net, dtype=torch.bfloat16), expected, strict=True):
+        assert torch.equal(one, other)
