@@ -31,6 +31,7 @@ from lora_kernels import (
     quantize_base,
     save_quantized,
 )
+from lora_kernels.tuning.machine import machine
 
 OURS, DENSE, PEFT = "NF4", "bf16", "PEFT, bitsandbytes NF4"
 BASE, CODED = "base", "base-nf4.safetensors"
@@ -209,7 +210,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
             flush=True,
         )
     plot(found, options.out / "small_machine.png")
-    (options.out / "result.json").write_text(json.dumps(found, indent=1))
+    result = {"machine": machine(gpu=False), "options": vars(options) | {"out": ""}, "ways": found}
+    (options.out / "small_machine.json").write_text(json.dumps(result, indent=1) + "\n")
     return found
 
 
