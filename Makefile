@@ -6,7 +6,7 @@ PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 
-.PHONY: setup demo test coverage codegen mutants sanitize guard sweep bench lint clean
+.PHONY: setup demo test coverage codegen mutants sanitize cross guard sweep bench lint clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,10 @@ mutants: setup
 
 sanitize: setup
 	$(PY) tests/sanitize.py $(ARGS)
+
+# With Debian's g++-aarch64-linux-gnu and qemu-user-static.
+cross: setup
+	LORA_KERNELS_CROSS=1 $(PY) -m pytest -q -p no:benchmark tests/backends/native/test_host_kernels.py
 
 guard: setup
 	PYTHONPATH=tests TRITON_INTERPRET=1 $(PY) tests/guard_pages.py $(ARGS)

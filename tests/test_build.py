@@ -123,7 +123,9 @@ PREPROCESS = """case " $* " in *" -c "*) exec c++ "$@" -E -P;; esac
 while [ "$1" != -o ]; do shift; done
 echo library > "$2"
 """
-STEMS = ("low_rank", "linear", "grouped", "base", "avx2", "avx512", "avx512_bf16")
+STEMS = (
+    "low_rank", "linear", "grouped", "base", "avx2", "avx512", "avx512_bf16", "neon", "neon_bf16",
+)  # fmt: skip
 NVCC = """while [ $# -gt 0 ]; do
 case "$1" in -MF) dependencies=$2;; -o) output=$2;; esac
 shift

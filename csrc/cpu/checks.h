@@ -22,6 +22,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace lora {
 
@@ -68,7 +73,28 @@ inline bool has_amx() {
 }
 #endif
 
+#if defined(__aarch64__)
+// Whether there are products of bf16.
+inline bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBFloat16 = 1ul << 14;  // HWCAP2_BF16
+  return (getauxval(AT_HWCAP2) & kBFloat16) != 0;
+#elif defined(__APPLE__)
+  int there = 0;
+  size_t size = sizeof there;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &there, &size, nullptr, 0) == 0 && there != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// Its index in the list of extension.py, where those of one kind of CPU follow the plain one.
 inline int64_t best_isa() {
+#if defined(__aarch64__)
+  static const int64_t neon = has_neon_bf16() ? 6 : 5;
+  return neon;
+#endif
 #if LORA_AMX
   static const bool amx = has_amx();
 #else
@@ -89,6 +115,11 @@ inline int64_t best_isa() {
 inline const Kernels& kernels_of(int64_t isa) {
   STD_TORCH_CHECK(0 <= isa && isa <= best_isa(), "isa: got ", isa, ", this CPU has 0 to ",
                   best_isa());
+#if defined(__aarch64__)
+  STD_TORCH_CHECK(isa == 0 || isa >= 5, "isa: got ", isa, ", this CPU has 0 and 5 to ", best_isa());
+  if (isa == 6) return kNeonBf16;
+  if (isa == 5) return kNeon;
+#endif
 #if LORA_AMX
   if (isa == 4) return kAmx;
 #endif

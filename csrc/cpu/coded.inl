@@ -1,6 +1,6 @@
 // Included after few_rows.inl: a matrix of few bits, multiplied and decoded as it lies. Of 4 bits
-// the even columns lie in the high halves of the bytes, so x is spread likewise: of each 2 * W (in
-// bf16 of each 64) columns the even ones first.
+// the even columns lie in the high halves of the bytes, so x is spread likewise: of each two
+// steps of columns the even ones first.
 
 // Blocks whose scales are made at a time: also the share in which a long sum is formed.
 constexpr int kBlocks = 16;

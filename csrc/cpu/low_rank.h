@@ -212,5 +212,9 @@ extern const Kernels kAvx512Bf16;
 #if LORA_AMX
 extern const Kernels kAmx;
 #endif
+#if defined(__aarch64__)
+extern const Kernels kNeon;
+extern const Kernels kNeonBf16;
+#endif
 
 }  // namespace lora

@@ -23,7 +23,7 @@ NAMES = [extension.ISA_NAMES[isa] for isa in EVERY]
 @pytest.fixture(params=EVERY, ids=NAMES)
 def isa(request, monkeypatch):
     monkeypatch.setattr(extension, "best_isa", lambda: request.param)
-    monkeypatch.setattr(native, "MOST_ROWS", dict.fromkeys(native.MOST_ROWS, (99,) * 5))
+    monkeypatch.setattr(native, "MOST_ROWS", dict.fromkeys(native.MOST_ROWS, (99,) * 7))
     return request.param
 
 

@@ -74,14 +74,14 @@ def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
         return "16-bit products are formed in fp32 here, and rounded once"
     if branch.dropout_p or (forced.now is not None and forced.now.backend == "native"):
         return None
-    tiles = rows.dtype == torch.bfloat16 and best_isa() >= extension.AMX
+    tiles = rows.dtype == torch.bfloat16 and best_isa() == extension.AMX
     if rows.shape[0] < _MIN_ROWS and not tiles:
         return f"fewer than {_MIN_ROWS} rows without dropout"
     if rows.dtype != torch.float32 and not tiles:
         return "16 bits without dropout"
     if branch.lora_a.shape[0] >= _MANY_RANKS and not (tiles and isinstance(base, Given)):
         return f"a rank of {_MANY_RANKS} or more without dropout"
-    return None if best_isa() > 0 else "no AVX2"
+    return None if best_isa() > 0 else "no vector instructions"
 
 
 class _Dropped(NamedTuple):

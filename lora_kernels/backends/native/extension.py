@@ -40,7 +40,7 @@ _CUDA_SCHEMAS = (
     " float scale, float high, int rows, int warps, int cluster, Tensor(a!)? s, Tensor(b!) y)"
     " -> ()",
 )
-ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
+ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16", "AMX", "NEON", "NEON BF16")
 AMX = ISA_NAMES.index("AMX")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of rows, on the CPU
 

@@ -19,14 +19,14 @@ from lora_kernels.branch import Branch
 from lora_kernels.weights import FourBit, Int8, QuantizedWeight
 
 # By index of extension.ISA_NAMES: measured on a processor with AVX-512 BF16 (AMD's, where torch's
-# products of fp32 are slower), the kernels of AVX2 and AVX-512 there too; with tiles not.
+# products of fp32 are slower), the kernels of AVX2 and AVX-512 there too; with tiles and NEON not.
 MOST_ROWS: dict[tuple[str, torch.dtype], tuple[int, ...]] = {
-    ("4bit", torch.float32): (0, 16, 48, 256, 48),
-    ("4bit", torch.bfloat16): (0, 16, 8, 24, 8),
-    ("4bit", torch.float16): (0, 16, 48, 256, 48),
-    ("int8", torch.float32): (0, 64, 48, 256, 48),
-    ("int8", torch.bfloat16): (0, 64, 8, 24, 8),
-    ("int8", torch.float16): (0, 64, 48, 256, 48),
+    ("4bit", torch.float32): (0, 16, 48, 256, 48, 4, 4),
+    ("4bit", torch.bfloat16): (0, 16, 8, 24, 8, 4, 4),
+    ("4bit", torch.float16): (0, 16, 48, 256, 48, 4, 4),
+    ("int8", torch.float32): (0, 64, 48, 256, 48, 4, 4),
+    ("int8", torch.bfloat16): (0, 64, 8, 24, 8, 4, 4),
+    ("int8", torch.float16): (0, 64, 48, 256, 48, 4, 4),
 }
 _WHOLE = 64  # columns that the kernels take at a time
 
