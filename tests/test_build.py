@@ -168,7 +168,7 @@ def test_an_editable_install_compiles_what_a_change_concerns(tmp_path):
 
     assert rebuilt(jobs="2") == {
         "low_rank.cpp.o", "linear.cpp.o", "grouped.cpp.o", "base.cpp.o", "avx2.cpp.o",
-        "avx512.cpp.o", "avx512_bf16.cpp.o", "decode.cu.o",
+        "avx512.cpp.o", "avx512_bf16.cpp.o", "neon.cpp.o", "neon_bf16.cpp.o", "decode.cu.o",
     }  # fmt: skip
     assert rebuilt("csrc/cpu/low_rank.inl", jobs="1") == {
         "base.cpp.o", "avx2.cpp.o", "avx512.cpp.o", "avx512_bf16.cpp.o",

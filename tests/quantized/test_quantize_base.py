@@ -219,6 +219,15 @@ def test_what_is_left_as_it_is():
     assert not isinstance(model.lm_head.weight, QuantizedTensor)
 
 
+def test_weights_that_others_read_stay():
+    model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64, bias=False), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    report = quantize_base(model, "nf4", target_modules=["1", "2"])
+    assert set(report.layers) == {"2"}
+    assert "its weight is tied to 0.weight" in report.left["1"]
+    assert model[1].weight is model[0].weight
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
