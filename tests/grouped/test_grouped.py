@@ -354,7 +354,8 @@ def test_leading_dimensions_and_strides():
     y = made.call(made.leaves())
     shaped = copy.copy(made)
     shaped.x = made.x.t().contiguous().t().view(2, 3, -1)
-    assert torch.equal(shaped.call(shaped.leaves()), y.view(2, 3, -1))
+    # torch's product may add up other strides in another order.
+    torch.testing.assert_close(shaped.call(shaped.leaves()), y.view(2, 3, -1))
 
 
 def test_no_rows():
