@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_kernels import __version__, _env, backends, testing
 from lora_kernels._contract import OPS
 from lora_kernels.backends.cuda import tables
-from lora_kernels.backends.native import few_rows
+from lora_kernels.backends.native import few_rows, quantized
 from lora_kernels.functional import lora_linear
 
 
@@ -54,7 +54,7 @@ def describe() -> Iterator[str]:
     yield f"gpu           {_gpu()}"
     capability = torch.backends.cpu.get_cpu_capability()
     yield f"cpu           {capability}, {torch.get_num_threads()} threads"
-    for line in few_rows.describe():
+    for line in (*few_rows.describe(), *quantized.describe()):
         yield f"few rows      {line}"
     for name in ("peft", "transformers", "safetensors"):
         yield f"{name:13} {_package(name)}"

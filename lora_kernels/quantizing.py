@@ -141,6 +141,7 @@ def quantize_base(
             result = _quantize(weight, layers, kind, block, loftq)
             report.layers |= {name: result for name, _ in layers}
             bar.update()
+    adapters.guard(model)
     order = {name: i for i, name in enumerate(found)}
     report.layers = dict(sorted(report.layers.items(), key=lambda item: order[item[0]]))
     return report

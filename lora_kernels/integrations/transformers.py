@@ -17,6 +17,7 @@ from lora_kernels.nn import LoRALayer
 from lora_kernels.nn.experts import frozen_forward
 from lora_kernels.nn.tensors import MERGED
 from lora_kernels.sharding import is_sharded
+from lora_kernels.weights import QuantizedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,8 +67,12 @@ def _save_pretrained(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> obj
     given = _base_state(model, call.arguments.get("state_dict"))
     if given:
         call.arguments["state_dict"] = dict(given)  # Transformers takes out what it writes
-    result = save(*call.args, **call.kwargs)
     layers = dict(lora_layers(model))
+    result: object = None
+    if any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters()):
+        _save_beside_quantised(model, directory, bool(layers))
+    else:
+        result = save(*call.args, **call.kwargs)
     known = adapter_names(model)
     # Relative to the base beside it, which for PiSSA is what is left of the weight.
     parts = {adapter: _parts(layers, adapter, given) for adapter in known}
@@ -92,6 +97,22 @@ def _save_pretrained(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> obj
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             (directory / name).unlink(missing_ok=True)
     return result
+
+
+def _save_beside_quantised(model: "PreTrainedModel", directory: Path, adapted: bool) -> None:
+    """What Transformers can read of a model whose weights it cannot write: the config."""
+    if not adapted:
+        raise ValueError(
+            "save_pretrained: the model holds quantised weights, which Transformers cannot write;"
+            " lora_kernels.save_quantized(model, path) writes them"
+        )
+    warnings.warn(
+        "save_pretrained: writes the config and the adapter; the quantised weights it leaves to"
+        " lora_kernels.save_quantized(model, path)",
+        stacklevel=3,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(directory)
 
 
 def _parts(

@@ -502,6 +502,28 @@ def test_models_of_transformers(make):
     assert all(p.grad is not None for p in trained)
 
 
+def test_save_pretrained(tmp_path):
+    """Transformers cannot write the weights: the adapter's files alone, which load again."""
+    model = llama()
+    apply_lora(model, 4, init="random")
+    quantize_base(model, "int8")
+    ids = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="leaves to lora_kernels.save_quantized"):
+        model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "adapter_model.safetensors"}
+    assert not (tmp_path / "model.safetensors").exists()
+    with torch.no_grad():
+        expected = model(ids).logits
+        for parameter in lora_parameters(model):
+            parameter.zero_()
+        load_adapter(model, tmp_path)
+        assert torch.equal(model(ids).logits, expected)
+    plain = llama()
+    quantize_base(plain, "int8", target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"save_quantized\(model, path\) writes them"):
+        plain.save_pretrained(tmp_path / "plain")
+
+
 def test_recipes():
     model = adapted("nf4")
     data = [(x(), torch.randint(SIZES["out"], (7,)))] * 4

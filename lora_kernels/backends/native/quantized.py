@@ -138,3 +138,19 @@ def _asked(weight: QuantizedWeight) -> _Given:
     found = given(weight)
     assert found is not None  # of a weight that was asked for
     return found
+
+
+def describe() -> list[str]:
+    """A line for each layout: up to how many rows one call computes a layer on this CPU."""
+    if not extension.available():
+        return []
+    isa, kinds = extension.best_isa(), dict.fromkeys(kind for kind, _ in MOST_ROWS)
+    return [
+        f"{kind} weights: up to "
+        + ", ".join(
+            f"{MOST_ROWS[kind, dtype][isa]} of {str(dtype).removeprefix('torch.')}"
+            for dtype in extension.DTYPES
+        )
+        + " in one call"
+        for kind in kinds
+    ]
