@@ -6,7 +6,9 @@ branch is that of `lora_add`, the base product decodes as it multiplies. dW is r
 Without lora_a and lora_b it is the frozen layer.
 """
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +23,7 @@ from lora_kernels.branch import Branch, Given, Need
 from lora_kernels.rules import flops
 from lora_kernels.weights import QuantizedWeight, assemble, shape_of
 
+_logger = logging.getLogger("lora_kernels")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _WEIGHT = "Tensor[] parts, str form"
 _BRANCH = "float scaling, float dropout_p, Tensor? seed"
@@ -62,14 +65,29 @@ def _forward(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, branch: Branch | None, save_s: bool
 ) -> tuple[Tensor, Tensor | None]:
     if native.takes(x, weight):
+        _say(x, weight, "its codes multiplied as they lie, by the compiled CPU kernels")
         return native.forward(x, weight, bias, branch, save_s)
     if branch is not None and coded.serves(x, weight, branch):
+        _say(x, weight, "its codes multiplied as they lie, by Triton's kernel")
         return coded.forward(x, weight, bias, branch, save_s)
+    if _logger.isEnabledFor(logging.INFO):
+        decoder = dequantized.decoder(weight, x.dtype)
+        _say(x, weight, f"strips decoded by {decoder}, torch's products")
     y = dequantized.product(x, weight, bias)
     if branch is None:
         return y, None
     s = backends.serving(Given(y), x, branch).add_(y, x, branch)
     return y, s[:, : branch.lora_a.shape[0]].contiguous() if save_s else None
+
+
+def _say(x: Tensor, weight: QuantizedWeight, how: str) -> None:
+    if _logger.isEnabledFor(logging.INFO):
+        _say_once(weight.kind, str(x.device.type), str(x.dtype), how)
+
+
+@cache
+def _say_once(kind: str, device: str, dtype: str, how: str) -> None:
+    _logger.info("%s weights under %s rows in %s: %s", kind, device, dtype, how)
 
 
 def _backward(

@@ -67,6 +67,19 @@ def decode(weight: QuantizedWeight, rows: slice, columns: slice, out: Tensor) ->
     return weight.decode(rows, columns, out)
 
 
+def decoder(weight: QuantizedWeight, dtype: torch.dtype) -> str:
+    """Who decodes it for rows of a dtype, in words."""
+    whole = slice(0, weight.shape[1])
+    if native.decodes(weight, whole, dtype):
+        return "the compiled CPU kernels"
+    if weight.device.type == "cuda" and _vouched(weight.device):
+        from lora_kernels.backends.triton import decoding
+
+        if decoding.decodes(weight, whole, dtype):
+            return "Triton's kernel"
+    return "ATen's calls"
+
+
 _right: dict[torch.device, bool] = {}
 
 

@@ -3,6 +3,7 @@ what is refused, their files, and all that is done with adapters on them."""
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from lora_kernels import (
     merged_state_dict,
     quantize,
     quantize_base,
+    quantizing,
     remove_lora,
     save_adapter,
     save_quantized,
@@ -198,6 +200,20 @@ def test_memory_beside_the_model_is_that_of_a_layer():
         quantize_base(model, "nf4", target_modules="all-linear")
     # Pairs of codes are looked up as int32, two to a value of the weight.
     assert max(largest) <= 2 * 256 * 256 * 4
+
+
+def test_weights_go_as_they_are_replaced(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)))
+    old = [weakref.ref(layer.weight) for layer in model]
+    alive, one = [], quantizing._quantize
+
+    def watched(*given):
+        alive.append(sum(ref() is not None for ref in old))
+        return one(*given)
+
+    monkeypatch.setattr(quantizing, "_quantize", watched)
+    quantize_base(model, "nf4", target_modules="all-linear")
+    assert alive == [5, 4, 3, 2, 1]
 
 
 def test_one_weight_in_two_layers_stays_one():

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import direct, lora_linear, quantize
+from lora_kernels import direct, lora_linear, quantize, quantized
 from lora_kernels.backends import blocked, dequantized, use_backend
 from lora_kernels.backends.native import extension
 from lora_kernels.backends.native import quantized as native
@@ -365,3 +365,22 @@ def test_bad_arguments_of_the_op():
         op(x, weight.parts, "nothing", a, b, None, *rest)
     with torch.no_grad(), pytest.raises(ValueError, match="codes: expected shape"):
         op(x, [weight.codes[1:], *weight.parts[1:]], weight.form, a, b, None, *rest)
+
+
+def test_the_log_says_who_serves(caplog):
+    a, b = adapter(256, 48)
+    known, other = quantize(torch.randn(48, 256), "nf4"), quantize(torch.randn(48, 256), "fp8")
+    quantized._say_once.cache_clear()
+    with caplog.at_level("INFO", logger="lora_kernels"), torch.no_grad():
+        for weight in (known, known, other):
+            lora_linear(torch.randn(500, 256), weight, a, b)
+        lora_linear(torch.randn(1, 256), known, a, b)
+    said = [r.getMessage() for r in caplog.records if "weights under" in r.getMessage()]
+    here = extension.available()
+    decoder = "the compiled CPU kernels" if here else "ATen's calls"
+    assert said[0] == (
+        f"4bit weights under cpu rows in torch.float32: strips decoded by {decoder},"
+        " torch's products"
+    )
+    assert "fp8 weights under cpu rows in torch.float32: strips decoded by ATen's" in said[1]
+    assert len(said) == (3 if here and extension.best_isa() else 2)
