@@ -26,7 +26,7 @@ from lora_kernels.branch import Need
 # memory is what is waited for.
 MOST_ROWS: dict[torch.dtype, tuple[int, ...]] = {
     torch.float32: (0, 96, 48, 256, 48, 4, 4),
-    torch.bfloat16: (0, 192, 16, 64, 192, 4, 4),
+    torch.bfloat16: (0, 192, 16, 48, 192, 4, 4),
     torch.float16: (0, 192, 48, 256, 48, 4, 4),
 }
 MOST_ROWS_BACKWARD: dict[torch.dtype, tuple[int, ...]] = {
