@@ -38,7 +38,7 @@ MOST_ROWS_BACKWARD: dict[torch.dtype, tuple[int, ...]] = {
 _SMALL = 1 << 20  # elements of the weight
 FACTOR_OF_SMALL: dict[torch.dtype, tuple[int, ...]] = {
     torch.float32: (1, 1, 2, 1, 2, 1, 1),
-    torch.bfloat16: (1, 1, 1, 1, 1, 1, 1),
+    torch.bfloat16: (1, 1, 1, 2, 1, 1, 1),
     torch.float16: (1, 1, 2, 1, 2, 1, 1),
 }
 
