@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -172,6 +172,32 @@ def _single_level(function: type[torch.autograd.Function]) -> Any:
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     return type(function.__name__, (_SingleLevelFunction,), members)
+
+
+def define(name: str, schema: str) -> None:
+    """An op beside those of the contract: one whose arguments are lists of tensors too."""
+    LIBRARY.define(name + schema, tags=_TAGS)
+
+
+def register(
+    name: str, kernel: Callable[..., Any], fake: Callable[..., Any], formula: Any, no_vmap: str
+) -> None:
+    """What such an op does, by torch.library's own ways. formula: (setup_context, backward), or
+    None of a backward op, which has no derivative; under vmap it raises with the words `no_vmap`.
+    """
+
+    def refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        raise NotImplementedError(f"lora_kernels: {no_vmap}")
+
+    def refuse_double_backward(ctx: Any, *d_outputs: Any) -> NoReturn:
+        raise NotImplementedError("lora_kernels: double backward is not supported")
+
+    setup, gradients = formula or (lambda ctx, inputs, output: None, refuse_double_backward)
+    full = f"lora_kernels::{name}"
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(full, fake, lib=LIBRARY)
+    torch.library.register_vmap(full, refuse_vmap, lib=LIBRARY)
+    torch.library.register_autograd(full, gradients, setup_context=setup, lib=LIBRARY)
 
 
 @cache

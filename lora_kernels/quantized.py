@@ -9,13 +9,13 @@ Without lora_a and lora_b it is the frozen layer.
 import logging
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels import backends
-from lora_kernels._dispatch import LIBRARY, any_requires_grad, is_unwatched, refuse_forward_mode
+from lora_kernels import _dispatch, backends
+from lora_kernels._dispatch import any_requires_grad, is_unwatched, refuse_forward_mode
 from lora_kernels.backends import dequantized
 from lora_kernels.backends.cuda import coded
 from lora_kernels.backends.native import quantized as native
@@ -24,7 +24,6 @@ from lora_kernels.rules import flops
 from lora_kernels.weights import QuantizedWeight, assemble, shape_of
 
 _logger = logging.getLogger("lora_kernels")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _WEIGHT = "Tensor[] parts, str form"
 _BRANCH = "float scaling, float dropout_p, Tensor? seed"
 _SCHEMAS = {
@@ -35,7 +34,7 @@ _SCHEMAS = {
     " -> (Tensor dx, Tensor da, Tensor db)",
 }
 for _name, _schema in _SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=_TAGS)
+    _dispatch.define(_name, _schema)
 _OPS = torch.ops.lora_kernels
 
 
@@ -217,17 +216,6 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]
     )  # fmt: skip
 
 
-def _refuse_double_backward(ctx: Any, *d_outputs: Any) -> NoReturn:
-    raise NotImplementedError("lora_kernels: double backward is not supported")
-
-
-def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise NotImplementedError(
-        "lora_kernels: the op on a quantised weight under vmap is not supported; make the batch"
-        " more rows"
-    )
-
-
 # -------------------------------------------------------------------------------------------- flops
 
 
@@ -248,22 +236,10 @@ def _backward_flops(dy: Any, x: Any, parts: Any, form: str, a: Any, *rest: Any, 
     return flops
 
 
-for _name, _kernel, _fake, _flops in (
-    ("lora_linear_quantized", _linear, _fake_linear, _linear_flops),
-    ("lora_linear_quantized_backward", _linear_backward, _fake_backward, _backward_flops),
+_NO_VMAP = "the op on a quantised weight under vmap is not supported; make the batch more rows"
+for _name, _kernel, _fake, _flops, _formula in (
+    ("lora_linear_quantized", _linear, _fake_linear, _linear_flops, (_save, _gradients)),
+    ("lora_linear_quantized_backward", _linear_backward, _fake_backward, _backward_flops, None),
 ):
     flops.add(_name, _flops)
-    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=LIBRARY)
-    torch.library.register_vmap(f"lora_kernels::{_name}", _refuse_vmap, lib=LIBRARY)
-for _name, _setup, _formula in (
-    ("lora_linear_quantized", _save, _gradients),
-    (
-        "lora_linear_quantized_backward",
-        lambda ctx, inputs, output: None,
-        _refuse_double_backward,
-    ),
-):
-    torch.library.register_autograd(
-        f"lora_kernels::{_name}", _formula, setup_context=_setup, lib=LIBRARY
-    )
+    _dispatch.register(_name, _kernel, _fake, _formula, _NO_VMAP)

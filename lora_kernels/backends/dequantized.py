@@ -4,7 +4,7 @@ core or a few launches want it: at no time is there a copy of the whole.
 The weight is rounded to the dtype of the rows, as its owner's own method rounds it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -55,29 +55,35 @@ def add_gradient(dx: Tensor, dy: Tensor, weight: QuantizedWeight) -> None:
 
 
 def decode(weight: QuantizedWeight, rows: slice, columns: slice, out: Tensor) -> Tensor:
-    """A part of the weight into `out`, by the compiled kernels where they know it."""
-    if native.decodes(weight, columns, out.dtype):
-        return native.decode(weight, rows, columns, out)
-    if out.is_cuda and _vouched(out.device):
-        from lora_kernels.backends.triton import decoding
-
-        if decoding.decodes(weight, columns, out.dtype):
-            with torch.cuda.device_of(out):
-                return decoding.decode(weight, rows, columns, out)
-    return weight.decode(rows, columns, out)
+    """A part of the weight into `out`."""
+    return _decoder(weight, columns, out.dtype)[1](weight, rows, columns, out)
 
 
 def decoder(weight: QuantizedWeight, dtype: torch.dtype) -> str:
     """Who decodes it for rows of a dtype, in words."""
-    whole = slice(0, weight.shape[1])
-    if native.decodes(weight, whole, dtype):
-        return "the compiled CPU kernels"
+    return _decoder(weight, slice(0, weight.shape[1]), dtype)[0]
+
+
+_Decode = Callable[[QuantizedWeight, slice, slice, Tensor], Tensor]
+
+
+def _decoder(weight: QuantizedWeight, columns: slice, dtype: torch.dtype) -> tuple[str, _Decode]:
+    """The kernels that know these columns of the weight, else what it does itself."""
+    if native.decodes(weight, columns, dtype):
+        return "the compiled CPU kernels", native.decode
     if weight.device.type == "cuda" and _vouched(weight.device):
         from lora_kernels.backends.triton import decoding
 
-        if decoding.decodes(weight, whole, dtype):
-            return "Triton's kernel"
-    return "ATen's calls"
+        if decoding.decodes(weight, columns, dtype):
+            return "Triton's kernel", _by_triton
+    return "ATen's calls", type(weight).decode
+
+
+def _by_triton(weight: QuantizedWeight, rows: slice, columns: slice, out: Tensor) -> Tensor:
+    from lora_kernels.backends.triton import decoding
+
+    with torch.cuda.device_of(out):
+        return decoding.decode(weight, rows, columns, out)
 
 
 _right: dict[torch.device, bool] = {}

@@ -8,18 +8,18 @@ their order; its other elements are zero.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_kernels._dispatch import LIBRARY, refuse_forward_mode
+from lora_kernels import _dispatch
+from lora_kernels._dispatch import refuse_forward_mode
 from lora_kernels.branch import Dense, Given
 from lora_kernels.grouped import composite
 from lora_kernels.grouped.composite import Adapters, Experts, Members, Needs
 from lora_kernels.rules import flops
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _ADAPTERS = "Tensor[] lora_a, Tensor[] lora_b"
 _GROUPS = "Tensor? order, Tensor offsets, int[]? bounds"
 _BRANCH = "float[] scaling, float dropout_p, Tensor? seeds"
@@ -37,7 +37,7 @@ _SCHEMAS = {
     " -> (Tensor dx, Tensor[] da, Tensor[] db)",
 }
 for _name, _schema in _SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=_TAGS)
+    _dispatch.define(_name, _schema)
 _OPS = torch.ops.lora_kernels
 
 
@@ -247,16 +247,6 @@ def _add_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, 
     return (base, d_x if need_x else None, _given(need_a, d_a), _given(need_b, d_b), *nothing)
 
 
-def _refuse_double_backward(ctx: Any, *d_outputs: Any) -> NoReturn:
-    raise NotImplementedError("lora_kernels: double backward is not supported")
-
-
-def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise NotImplementedError(
-        "lora_kernels: grouped ops under vmap are not supported; make the batch more rows"
-    )
-
-
 # -------------------------------------------------------------------------------------------- flops
 
 
@@ -302,27 +292,24 @@ def _branch_flops(needs: Needs, K: int, N: int) -> int:
     return N * (needs.x or a) + K * needs.x + K * a + N * b
 
 
-for _name, _kernel, _fake, _flops in (
-    ("lora_linear_grouped", linear, _fake_linear, _linear_flops),
-    ("lora_add_grouped", add, _fake_add, _add_flops),
+_NO_VMAP = "grouped ops under vmap are not supported; make the batch more rows"
+for _name, _kernel, _fake, _flops, _formula in (
+    (
+        "lora_linear_grouped",
+        linear,
+        _fake_linear,
+        _linear_flops,
+        (_save_linear, _linear_gradients),
+    ),
+    ("lora_add_grouped", add, _fake_add, _add_flops, (_save_add, _add_gradients)),
     (
         "lora_linear_grouped_backward",
         _linear_backward,
         _fake_linear_backward,
         _linear_backward_flops,
+        None,
     ),
-    ("lora_add_grouped_backward", _add_backward, _fake_add_backward, _add_backward_flops),
+    ("lora_add_grouped_backward", _add_backward, _fake_add_backward, _add_backward_flops, None),
 ):
     flops.add(_name, _flops)
-    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=LIBRARY)
-    torch.library.register_vmap(f"lora_kernels::{_name}", _refuse_vmap, lib=LIBRARY)
-for _name, _setup, _gradients in (
-    ("lora_linear_grouped", _save_linear, _linear_gradients),
-    ("lora_add_grouped", _save_add, _add_gradients),
-    ("lora_linear_grouped_backward", lambda ctx, inputs, output: None, _refuse_double_backward),
-    ("lora_add_grouped_backward", lambda ctx, inputs, output: None, _refuse_double_backward),
-):
-    torch.library.register_autograd(
-        f"lora_kernels::{_name}", _gradients, setup_context=_setup, lib=LIBRARY
-    )
+    _dispatch.register(_name, _kernel, _fake, _formula, _NO_VMAP)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.weights import Int8, QuantizedWeight, from_bitsandbytes, from_torchao
+from lora_kernels.weights import QuantizedWeight, from_bitsandbytes, from_torchao
+from lora_kernels.weights.owners import of_llm_int8
 
 HELD = "_base_record"  # the attribute of a layer that holds the last record
-INT8_FACTOR = 7.874015718698502e-3  # 1 / 127, as bitsandbytes writes it
 
 
 class _Held(NamedTuple):
@@ -47,18 +47,10 @@ def _made(kind: str, base: Any, weight: Any) -> QuantizedWeight | None:
         if kind == "Linear4bit":
             return from_bitsandbytes(weight)
         if kind == "Linear8bitLt":
-            return _of_8_bits(base, weight)
+            # The scales lie in the weight, and after the first forward in the layer's state.
+            return of_llm_int8(weight.data, base.state.SCB if weight.SCB is None else weight.SCB)
         if type(weight).__module__.startswith("torchao."):
             return from_torchao(weight)
     except (TypeError, ValueError, AttributeError):
         pass
     return None
-
-
-def _of_8_bits(base: Any, weight: Any) -> QuantizedWeight | None:
-    """Whose scales lie in the weight, and after the first forward in the layer's state."""
-    scale: Tensor | None = weight.SCB if weight.SCB is not None else base.state.SCB
-    if scale is None or weight.dtype != torch.int8:
-        return None
-    N, K = weight.shape
-    return Int8((N, K), weight.data, scale, factor=INT8_FACTOR)

@@ -10,7 +10,7 @@ from lora_kernels.weights.owners import (
 )
 from lora_kernels.weights.quantize import KINDS, like, quantize
 from lora_kernels.weights.record import QuantizedWeight, assemble, shape_of
-from lora_kernels.weights.tensor import QuantizedTensor, record_of
+from lora_kernels.weights.tensor import QuantizedTensor
 
 __all__ = [
     "KINDS",
@@ -29,6 +29,5 @@ __all__ = [
     "from_torchao",
     "like",
     "quantize",
-    "record_of",
     "shape_of",
 ]

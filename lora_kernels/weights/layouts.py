@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lora_kernels.weights.record import FLOATS, QuantizedWeight, expect
 
-_BYTES = (torch.uint8,)
 _WORD = 8  # values of 4 bits in 32
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where column c of eight lies in AWQ's words
 
@@ -112,14 +111,14 @@ class FourBit(QuantizedWeight):
         if self.block < 2 or self.block % 2:
             raise ValueError(f"block: expected an even number of values, got {self.block}")
         blocks = -(-N * K // self.block)
-        expect("codes", self.codes, (-(-N * K // 2),), *_BYTES)
+        expect("codes", self.codes, (-(-N * K // 2),), torch.uint8)
         expect("table", self.table, (16,), torch.float32)
         if self.outer_table is None:
             expect("scale", self.scale, (blocks,), *FLOATS)
         else:
             if self.outer_block < 1:
                 raise ValueError(f"outer_block: expected 1 or more, got {self.outer_block}")
-            expect("scale", self.scale, (blocks,), *_BYTES)
+            expect("scale", self.scale, (blocks,), torch.uint8)
             expect("outer_table", self.outer_table, (256,), torch.float32)
             outer = -(-blocks // self.outer_block)
             expect("outer_scale", self._given("outer_scale"), (outer,), torch.float32)

@@ -57,12 +57,16 @@ def _of_params4bit(weight: Any) -> FourBit:
 
 
 def _of_int8params(weight: Any) -> Int8:
-    codes = weight.data if weight.CB is None else weight.CB
-    if codes.dtype != torch.int8 or weight.SCB is None:
+    return of_llm_int8(weight.data if weight.CB is None else weight.CB, weight.SCB)
+
+
+def of_llm_int8(codes: Tensor, scale: Tensor | None) -> Int8:
+    """Of what bitsandbytes holds of 8 bits, wherever it does: codes [N,K] and each row's absmax."""
+    if codes.dtype != torch.int8 or scale is None:
         raise ValueError("weight: expected a quantised Int8Params, got one without int8 codes")
     N, K = codes.shape
     # Its own constant, 1 / 127.
-    return check_finite(Int8((N, K), codes, weight.SCB, factor=7.874015718698502e-3))
+    return check_finite(Int8((N, K), codes, scale, factor=7.874015718698502e-3))
 
 
 def from_torchao(weight: Tensor) -> QuantizedWeight:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.weights.owners import from_torchao
 from lora_kernels.weights.record import QuantizedWeight, assemble
 
 _aten = torch.ops.aten
@@ -94,19 +93,6 @@ class QuantizedTensor(Tensor):
 
     def _with(self, record: QuantizedWeight, dtype: torch.dtype | None = None) -> QuantizedTensor:
         return QuantizedTensor(record, dtype or self.dtype, self.transposed)
-
-
-def record_of(weight: Tensor) -> QuantizedWeight | None:
-    """The record of a quantised weight [N, K] of a linear layer, ours or torchao's; None for any
-    other tensor, and where none can be made."""
-    if isinstance(weight, QuantizedTensor):
-        return None if weight.transposed else weight.record
-    if type(weight).__module__.partition(".")[0] != "torchao":
-        return None
-    try:
-        return from_torchao(weight)
-    except (TypeError, ValueError):
-        return None
 
 
 def _rebuild(

@@ -5,32 +5,21 @@ Where it is forced: it has been interpreted and compiled for every target, not y
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor
 
-from lora_kernels.backends import forced
 from lora_kernels.backends.cuda import needs
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branch
 from lora_kernels.weights import QuantizedWeight
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Each program recomputes s, of all ranks at once.
 _MOST_ROWS, _MOST_RANKS = 64, 64
 
 
 def serves(x: Tensor, weight: QuantizedWeight, branch: Branch) -> bool:
     """Whether the kernel computes these rows x [M,K]."""
-    force = forced.now
-    if force is None or force.backend not in ("cuda", "triton") or force.plan is not None:
-        return False
-    if x.dtype not in _DTYPES or needs.why_no_triton() is not None:
-        return False
-    if not x.is_cuda and (not needs.interpreted() or x.dtype == torch.bfloat16):
-        return False
-    if not 0 < x.shape[0] <= _MOST_ROWS or branch.lora_a.shape[0] > _MOST_RANKS:
+    few = 0 < x.shape[0] <= _MOST_ROWS and branch.lora_a.shape[0] <= _MOST_RANKS
+    if not few or not needs.is_forced_on(x):
         return False
     from lora_kernels.backends.triton import decoding
 
@@ -46,6 +35,6 @@ def forward(
     pair = branch.lora_a.to(x.dtype), branch.lora_b.to(x.dtype)
     scale = split(branch.scaling, x.dtype)
     dropped = dropout.of(branch.dropout_p, branch.seed)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with needs.device_of(x):
         y, s = decoding.multiply(x, weight, bias, pair, scale, save_s, dropped)
     return y, s if save_s else None

@@ -7,13 +7,11 @@ card.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import forced
 from lora_kernels.backends.cuda import needs
 from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.scaling import split
@@ -22,22 +20,16 @@ from lora_kernels.branch import Branches
 if TYPE_CHECKING:
     from lora_kernels.backends.triton.many import Many, Side
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Offsets are read as one vector.
 _MOST_GROUPS = 1024
 
 
 def serves(rows: Tensor, branches: Branches) -> bool:
     """Whether the kernels compute these branches of rows, x or dy."""
-    force = forced.now
-    if force is None or force.backend not in ("cuda", "triton") or force.plan is not None:
-        return False
-    if rows.dtype not in _DTYPES or needs.why_no_triton() is not None:
+    if not needs.is_forced_on(rows):
         return False
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # addresses would be copied from the host
-    if not rows.is_cuda and (not needs.interpreted() or rows.dtype == torch.bfloat16):
-        return False
     alike = len({t.dtype for t in (*branches.lora_a, *branches.lora_b)}) == 1
     return alike and len(rows) > 0 and len(branches.lora_a) <= _MOST_GROUPS
 
@@ -51,7 +43,7 @@ def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
     rows, keep = _many(branches), keep_scale(branches.dropout_p)
     down = _side(branches.lora_a, branches, False, [first * keep for first, _ in splits])
     up = _side(branches.lora_b, branches, True, [high for _, high in splits])
-    with _on(x):
+    with needs.device_of(x):
         many.many_shrink(x, down, rows, True, low)
         many.many_expand(low, up, rows, False, y)
 
@@ -70,7 +62,7 @@ def backward(
     d_a, d_b = gradients
     needs_a, needs_b = (any(one is not None for one in each) for each in gradients)
     keeps, of_rows = [keep_scale(branches.dropout_p)] * len(d_a), _many(branches)
-    with _on(dy):
+    with needs.device_of(dy):
         if dx is not None or needs_a:
             ds = torch.zeros(len(dy), branches.rank, dtype=dy.dtype, device=dy.device)
             up = _side(branches.lora_b, branches, True, branches.scaling)
@@ -83,11 +75,6 @@ def backward(
         if needs_b:
             highs = [split(scaling, dy.dtype)[1] for scaling in branches.scaling]
             many.many_tall(s, dy, _side(d_b, branches, True, highs), of_rows, False)
-
-
-def _on(rows: Tensor) -> AbstractContextManager[object]:
-    """Where Triton launches."""
-    return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
 
 
 def _many(branches: Branches) -> Many:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
+import torch
+from torch import Tensor
+
+from lora_kernels.backends import forced
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.device import current
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def triton(call: Call) -> str | None:
@@ -54,3 +61,18 @@ def interpreted() -> bool:
     from lora_kernels.backends.triton.launch import INTERPRETED
 
     return INTERPRETED
+
+
+def is_forced_on(rows: Tensor) -> bool:
+    """Whether Triton's kernels are forced, no plan of one branch among them, and take such rows."""
+    force = forced.now
+    if force is None or force.backend not in ("cuda", "triton") or force.plan is not None:
+        return False
+    if rows.dtype not in _DTYPES or why_no_triton() is not None:
+        return False
+    return rows.is_cuda or (interpreted() and rows.dtype != torch.bfloat16)
+
+
+def device_of(rows: Tensor) -> AbstractContextManager[object]:
+    """Where Triton launches."""
+    return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()

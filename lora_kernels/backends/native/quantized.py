@@ -121,7 +121,7 @@ def forward(
     s = x.new_empty(x.shape[0], branch.lora_a.shape[0]) if save_s else None
     y: Tensor = torch.ops.lora_kernels._linear_coded_cpu(
         readable(x), *_asked(weight), readable(branch.lora_a), readable(branch.lora_b), bias,
-        low * keep_scale(p) if p else low, high, threshold(p) if p else 0, seed, isa, s,
+        low * keep_scale(p), high, threshold(p), seed, isa, s,
     )  # fmt: skip
     return y, s
 
