@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from benchmarks import grouped, peers, plots, quantized, shapes
+from benchmarks import dora, grouped, peers, plots, quantized, shapes
 from benchmarks.peers import ADDMM, FROZEN, OURS, PEERS, UNFUSED
 from lora_kernels.testing import Case
 from lora_kernels.tuning.machine import machine_line
@@ -343,13 +343,13 @@ def groups_section(documents: Iterable[Document]) -> str:
     return "\n".join(lines).strip()
 
 
-def load_quantized(folder: Path) -> list[Document]:
-    """The files of `quantized.py`."""
+def load_rows(folder: Path, key: str) -> list[Document]:
+    """The files that have rows under a key of their own, as of `quantized.py` and `dora.py`."""
     contents = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return [
-        Document(path, content["machine"], content["quantized"])
+        Document(path, content["machine"], content[key])
         for path, content in contents.items()
-        if "quantized" in content
+        if key in content
     ]
 
 
@@ -389,6 +389,35 @@ def quantized_section(documents: Iterable[Document]) -> str:
     return "\n".join(lines).strip()
 
 
+def dora_section(documents: Iterable[Document]) -> str:
+    """What DoRA costs, each under its machine line."""
+    lines: list[str] = []
+    for document in documents:
+        rows = [
+            [
+                row["dtype"], row["adapter_dtype"], str(row["M"]), f"{row['dropout']:g}",
+                f"{row[dora.LORA]['ms']:.3g} ms",
+                *(f"{row[name]['ratio']:.2f}×" for name in (dora.FROZEN, dora.DORA, dora.PEFT)),
+            ]
+            for row in document.rows
+        ]  # fmt: skip
+        lines += [
+            f"DoRA of rank {dora.RANK}, N = {dora.N}, K = {dora.K}; {dora.TRAINED} rows forward and"
+            " backward, one row without gradients; ratios to our LoRA layer"
+            " (`benchmarks/dora.py`). With dropout DoRA multiplies the weight twice, by its"
+            " definition.",
+            "",
+            *markdown(
+                ["dtype", "adapter", "rows", "dropout", dora.LORA, dora.FROZEN, dora.DORA,
+                 dora.PEFT],
+                rows,
+            ),
+            f"`{document.path.name}`: {machine_line(document.machine)}",
+            "",
+        ]  # fmt: skip
+    return "\n".join(lines).strip()
+
+
 def insert(text: str, name: str, body: str) -> str:
     """The text with what stands between the two markers of `name` replaced."""
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
@@ -405,7 +434,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plots", type=Path, help="folder of the plots (that of the results)")
     args = parser.parse_args(arguments)
     documents, grids = load(args.results), load_grids(args.results)
-    groups, on_quantized = load_groups(args.results), load_quantized(args.results)
+    groups = load_groups(args.results)
+    on_cpu = {
+        quantized_section: load_rows(args.results, "quantized"),
+        dora_section: load_rows(args.results, "dora"),
+    }
     names = ("cpu", "gpu")
     text = "\n\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->" for name in names) + "\n"
     if args.readme.exists():
@@ -418,9 +451,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             body = "\n\n".join([grid_section(grids), *([] if body == NOTHING else [body])])
         if groups and not on_gpu:
             body = "\n\n".join([*([] if body == NOTHING else [body]), groups_section(groups)])
-        if on_quantized and not on_gpu:
-            more = quantized_section(on_quantized)
-            body = "\n\n".join([*([] if body == NOTHING else [body]), more])
+        for write, found in on_cpu.items():
+            if found and not on_gpu:
+                body = "\n\n".join([*([] if body == NOTHING else [body]), write(found)])
         text = insert(text, name, body)
     args.readme.write_text(text)
     print(args.readme)

@@ -28,11 +28,12 @@ from lora_kernels.nn import (
     layer_class,
 )
 from lora_kernels.nn.experts import from_peft, matrices, to_peft
-from lora_kernels.nn.tensors import FACTORS, Factors
+from lora_kernels.nn.tensors import FACTORS, MAGNITUDE, Factors
 from lora_kernels.peft_config import PREFIX, Config
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -117,8 +118,14 @@ def write_files(
     places = targets.expert_parameters(model)
     of_experts = {name: places[name] for name, (a, _) in factors.items() if a.dim() == 3}
     wrapped = _wrapped(of_experts)
+    of_layers = adapters.adapters_of(model, adapter)
+    found = {name: one for name, (_, one) in of_layers.items() if name in factors}
     for name, pair in factors.items():
         pair = to_peft(*map(whole, pair)) if name in of_experts else pair
+        magnitude = found[name].magnitude()
+        if magnitude is not None:
+            own = names.join(name, MAGNITUDE)
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = (given or {}).get(own, magnitude)
         for part, tensor in zip("AB", pair, strict=True):
             tensors[f"{PREFIX}{wrapped.get(name, name)}.lora_{part}.weight"] = tensor
     for saved in adapters.saved_tensors(model):
@@ -133,8 +140,6 @@ def write_files(
     }
     if sharded and dist.get_rank() != 0:
         return
-    of_layers = adapters.adapters_of(model, adapter)
-    found = {name: one for name, (_, one) in of_layers.items() if name in factors}
     config = _config(model, found, {n: a.shape[-2] for n, (a, _) in factors.items()})
     config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
     peft_targets.warn_of_differences(model, config, tensors)
@@ -161,6 +166,13 @@ def _config(
     """PEFT's LoraConfig as JSON, of one adapter of each layer and the ranks that are written;
     layers that differ from the first go to rank_pattern, alpha_pattern."""
     first = next(iter(layers))
+    dora = [name for name, layer in layers.items() if layer.magnitude() is not None]
+    if dora and len(dora) < len(layers):
+        others = targets.summary(name for name in layers if name not in dora)
+        raise ValueError(
+            f"model: {targets.summary(dora)} have DoRA and {others} have not, which PEFT's config"
+            " cannot say"
+        )
     rslora = layers[first].use_rslora and all(
         layer.use_rslora and layer.alpha is not None and ranks[name] == layer.rank
         for name, layer in layers.items()
@@ -207,7 +219,7 @@ def _config(
         ]
         or None,
         "task_type": None,
-        "use_dora": False,
+        "use_dora": bool(dora),
         "use_rslora": rslora,
     }
 
@@ -278,7 +290,7 @@ def _load(
 ) -> None:
     config, left_out = read.config, list(read.left_out)
     places = targets.expert_parameters(model)
-    pairs, saved = _sort(model, adapter, read, left_out)
+    pairs, magnitudes, saved = _sort(model, adapter, read, left_out)
     others = dict(lora_layers(model))
     present = adapters.adapters_of(model, adapter)
     further = bool(others) and not present
@@ -318,22 +330,24 @@ def _load(
         rank, alpha, use_rslora = config.layer(name)
         base, parameter = places.get(name, (modules.get(name), None))
         assert base is not None  # of `_sort`
-        options = AdapterOptions(rank, use_rslora=use_rslora, name=adapter)
+        options = AdapterOptions(
+            rank, use_rslora=use_rslora, name=adapter, use_dora=config.use_dora
+        )
         if parameter is None:
             _check_pair(name, base, A, B, rank, config.origin)
         elif A.shape[1] != rank:
             raise ValueError(f"{name}: has rank {A.shape[1]} in the file, {rank} in its config")
         if name in present:
             layer, one = present[name]
-            _check_present(name, layer, one, A)
-            before.keep(one.lora_A)
-            before.keep(one.lora_B)
+            _check_present(name, layer, one, A, config.use_dora)
+            for trained in one.factor_parameters():
+                before.keep(trained)
         elif name in others:
             made.append((base, others[name].prepare_other(options)))
         elif parameter is not None:
             made.append((base, LoRAExpertProduct.prepare(base, parameter, options)))
         else:
-            made.append((base, layer_class(base)._prepare(base, options)))
+            made.append((base, layer_class(base, config.use_dora)._prepare(base, options)))
         values[name] = (A, B, alpha, use_rslora)
 
     if further:
@@ -346,6 +360,8 @@ def _load(
         _, one = attached[name]
         copy_whole(one.lora_A, A)
         copy_whole(one.lora_B, B)
+        if name in magnitudes:
+            copy_whole(getattr(one, MAGNITUDE), magnitudes[name])
         one.alpha, one.use_rslora = alpha, use_rslora
         one.dropout = config.dropout
     for name, tensor in saved.items():
@@ -420,9 +436,9 @@ def _say(
 
 def _sort(
     model: nn.Module, adapter: str, read: formats.Adapter, left_out: list[str]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """(layer name -> (A, B), name -> tensor of modules_to_save), each found in the model, whose
-    adapter of this name they are to be.
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """(layer name -> (A, B), with DoRA -> magnitude, name -> tensor of modules_to_save), each found
+    in the model, whose adapter of this name they are to be.
 
     Adapters without effect where no adapter can be are noted in `left_out`."""
     modules, config = dict(names.named_modules(model)), read.config
@@ -432,9 +448,12 @@ def _sort(
         for name, tensor in adapters.state_of(module).items()
     }
     halves: dict[str, dict[str, Tensor]] = {}
-    saved = {}
+    magnitudes, saved = {}, {}
     for key, tensor in read.tensors.items():
         name = key.removeprefix(PREFIX)
+        if config.use_dora and (found := _MAGNITUDE.fullmatch(name)) is not None:
+            magnitudes[found.group(1)] = tensor
+            continue
         if (found := _FACTOR.fullmatch(name)) is not None:
             layer, part = found.groups()
             if layer.replace(".base_layer", "") not in modules:
@@ -516,7 +535,27 @@ def _sort(
         del pairs[layer]
     if not pairs:
         raise ValueError(f"no adapter of the file can go to the model: {'; '.join(left_out)}")
-    return pairs, saved
+    if config.use_dora:
+        _check_magnitudes(pairs, magnitudes)
+    return pairs, magnitudes, saved
+
+
+def _check_magnitudes(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], magnitudes: Mapping[str, Tensor]
+) -> None:
+    """Of DoRA: one [N] of every layer."""
+    for layer, (_, B) in pairs.items():
+        key = f"{PREFIX}{layer}.lora_magnitude_vector"
+        if B.dim() != 2:
+            raise ValueError(f"{key}: use_dora on experts is not supported")
+        if layer not in magnitudes:
+            raise ValueError(f"{key}: missing from the adapter file, whose config has use_dora")
+        tensor = magnitudes[layer]
+        if tensor.dtype not in _FLOATS or tensor.shape != B.shape[:1]:
+            raise ValueError(
+                f"{key}: has {tensor.dtype} {tuple(tensor.shape)}, expected a floating dtype and"
+                f" shape [{B.shape[0]}]"
+            )
 
 
 def _is_idle(pair: tuple[Tensor, Tensor]) -> bool:
@@ -560,11 +599,19 @@ def _check_pair(name: str, module: nn.Module, A: Tensor, B: Tensor, rank: int, o
             )
 
 
-def _check_present(name: str, layer: LoRALayer, adapter: Factors, A: Tensor) -> None:
+def _check_present(
+    name: str, layer: LoRALayer, adapter: Factors, A: Tensor, use_dora: bool
+) -> None:
     key = f"{PREFIX}{name}.lora_A.weight"
     if layer.merged:
         raise ValueError(f"{key}: {name} is merged; unmerge_lora(model) first")
-    reason = layer.why_fixed() or layer.why_more_than_factors() or computed(adapter, FACTORS)
+    reason = layer.why_fixed() or computed(adapter, FACTORS)
+    with_dora = MAGNITUDE in adapter.adapter_parameters
+    if reason is None and with_dora != use_dora:
+        have = ("has" if with_dora else "has no", "is" if use_dora else "is not")
+        reason = f"it {have[0]} lora_magnitude and the file {have[1]} of DoRA"
+    elif reason is None and not with_dora:
+        reason = layer.why_more_than_factors()
     if reason is not None:
         raise ValueError(f"{key}: cannot go to {name}: {reason}; remove_lora(model) first")
     if layer.pissa_A is not None:

@@ -119,6 +119,7 @@ def apply_lora(
     expert_rank: int | None = None,
     use_rslora: bool = False,
     init: Init = "kaiming",
+    use_dora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -133,7 +134,8 @@ def apply_lora(
         model: any module; its modules and weights stay the same objects.
         rank: of the adapters; or a whole `peft.LoraConfig` in place of all other options but
             `adapter_dtype`.
-        alpha, dropout, use_rslora, adapter_dtype, init: as in `FusedLoRALinear.from_linear`.
+        alpha, dropout, use_rslora, adapter_dtype, init, use_dora: as in
+            `FusedLoRALinear.from_linear`.
         target_modules: names or their last parts as a list, or one regular expression for the whole
             name (names of the plain model, without the parts of wrappers as torch.compile; any of
             its names for a module in several places); None or
@@ -164,6 +166,7 @@ def apply_lora(
         "expert_rank": expert_rank,
         "use_rslora": use_rslora,
         "init": init,
+        "use_dora": use_dora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }
@@ -182,6 +185,7 @@ def add_adapter(
     exclude_modules: Names = None,
     use_rslora: bool = False,
     init: Init = "kaiming",
+    use_dora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -209,6 +213,7 @@ def add_adapter(
         "exclude_modules": exclude_modules,
         "use_rslora": use_rslora,
         "init": init,
+        "use_dora": use_dora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }
@@ -265,6 +270,7 @@ class _Options(NamedTuple):
     modules_to_save: Names
     use_rslora: bool
     init: Init
+    use_dora: bool
     adapter_dtype: torch.dtype | None
     rank_pattern: Mapping[str, int] | None
     alpha_pattern: Mapping[str, float] | None
@@ -282,6 +288,8 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     experts = targets.find_parameters(
         model, targets.listed("target_parameters", chosen.target_parameters)
     )
+    if options.check_flag(chosen.use_dora, "use_dora") and experts:
+        raise ValueError("use_dora: experts (target_parameters) have no DoRA")
     found: dict[str, targets.Linear] = {}
     skipped: dict[str, str] = {}
     if target_modules != [] or not experts:
@@ -325,6 +333,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
         chosen.adapter_dtype,
         chosen.init,
         chosen.name,
+        chosen.use_dora,
     )
     if chosen.init == "pissa":
         require_untied(model, found.values(), "init='pissa'")
@@ -341,7 +350,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             if isinstance(linear, LoRALayer):
                 made[name] = linear.prepare_other(adapter)
             else:
-                made[name] = layer_class(linear)._prepare(linear, adapter)
+                made[name] = layer_class(linear, chosen.use_dora)._prepare(linear, adapter)
         prepared: list[adapters.Prepared] = [(found[name], one) for name, one in made.items()]
         for linear, layer in prepared:
             if chosen.init == "pissa" and isinstance(layer, LoRALayer):

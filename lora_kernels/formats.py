@@ -30,7 +30,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 # Entries of the config without which the weights mean something else; the weights' metadata holds
 # them too, so that files of two saves are told apart.
-DECISIVE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+DECISIVE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 PAIRED = "lora_kernels_config"
 _READERS: dict[str, Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]] = {
     WEIGHTS_NAME: read_safetensors,
@@ -91,11 +91,13 @@ def read(path: Path, model: nn.Module) -> Adapter:
 
 
 def _read_mlx(path: Path, entries: dict[str, Any]) -> Adapter:
-    """y += scale (x lora_a) lora_b, with lora_a [K, r] and lora_b [r, N]."""
+    """y += scale (x lora_a) lora_b, with lora_a [K, r] and lora_b [r, N]; m [N] of DoRA."""
     with naming(path / CONFIG_NAME):
         kind, options = entries.get("fine_tune_type", "lora"), entries["lora_parameters"]
-        if kind != "lora" or not isinstance(options, dict):
-            raise ValueError(f"fine_tune_type = {shown(kind)} is not supported, only 'lora'")
+        if kind not in ("lora", "dora") or not isinstance(options, dict):
+            raise ValueError(
+                f"fine_tune_type = {shown(kind)} is not supported, only 'lora' and 'dora'"
+            )
         scale: object = options.get("scale")
         if not is_number(scale):
             raise ValueError(f"lora_parameters: scale: got {shown(scale)}, legal is a number")
@@ -104,6 +106,9 @@ def _read_mlx(path: Path, entries: dict[str, Any]) -> Adapter:
     ranks: dict[str, int] = {}
     with naming(path / _MLX_WEIGHTS):
         for key, tensor in stored.items():
+            if kind == "dora" and key.endswith(".m"):
+                tensors[f"{PREFIX}{key.removesuffix('.m')}.lora_magnitude_vector"] = tensor
+                continue
             layer, _, part = key.rpartition(".lora_")
             if part not in ("a", "b") or tensor.dim() != 2:
                 raise ValueError(
@@ -112,7 +117,8 @@ def _read_mlx(path: Path, entries: dict[str, Any]) -> Adapter:
             tensors[f"{PREFIX}{layer}.lora_{part.upper()}.weight"] = tensor.mT
             ranks[layer] = min(tensor.shape) if part == "b" else ranks.get(layer, 0)
         ranks = {layer: _rank(tensors, layer) for layer in ranks}
-        config = _config(ranks, {n: scale * r for n, r in ranks.items()}, options.get("dropout"))
+        alphas = {n: scale * r for n, r in ranks.items()}
+        config = _config(ranks, alphas, options.get("dropout"), use_dora=kind == "dora")
     return Adapter(path / _MLX_WEIGHTS, tensors, config)
 
 
@@ -123,7 +129,10 @@ def _rank(tensors: dict[str, Tensor], layer: str) -> int:
 
 
 def _config(
-    ranks: dict[str, int], alphas: dict[str, float], dropout: float | None = None
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+    dropout: float | None = None,
+    use_dora: bool = False,
 ) -> Config:
     """PEFT's config of such layers."""
     if not ranks:
@@ -135,6 +144,7 @@ def _config(
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items()},
         "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items()},
         "lora_dropout": dropout,
+        "use_dora": use_dora,
         "target_modules": sorted(ranks),
     })  # fmt: skip
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import _checks, _dispatch, direct, quantized
+from lora_kernels import _checks, _dispatch, columns, direct, quantized
 from lora_kernels import _ops as _ops  # it defines what is called
 from lora_kernels._contract import DTYPES
 from lora_kernels.branch import Branch
+from lora_kernels.norms import weight_norms
 from lora_kernels.weights import QuantizedTensor, QuantizedWeight
 
 _STRIDED = torch.strided
@@ -26,6 +27,7 @@ def lora_linear(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """Linear layer with a LoRA branch, in one op.
 
@@ -33,6 +35,12 @@ def lora_linear(
 
         F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout_p), lora_a),
         lora_b)
+
+    and with a magnitude (DoRA; Liu et al., 2024, arXiv:2402.09353), where g is magnitude / |W +
+    scaling B A| of each row, to::
+
+        F.linear(x, weight, bias) + (g - 1) * F.linear(F.dropout(x, dropout_p), weight)
+        + g * scaling * F.linear(F.linear(F.dropout(x, dropout_p), lora_a), lora_b)
 
     Args:
         x: [..., K] of any rank >= 1 and any strides; fp32, fp16, bf16 or (slow) fp64. A nested
@@ -51,16 +59,24 @@ def lora_linear(
         dropout_p: probability in [0, 1) of dropping an element of x in the branch.
         seed: of the dropout mask: an int, an int64 tensor of one element, or None to draw one from
             torch's generator. Equal seeds give equal masks on every device and backend.
+        magnitude: [N] in x's dtype or fp32, or None. The norm that divides it is computed from
+            products of the rank's size in every call, and is a constant to the gradients, as in the
+            paper and in PEFT. Without dropout this costs one pass over y; with dropout the weight
+            is multiplied twice, as the definition says.
 
     Returns:
-        [..., N] in x's dtype. Gradients flow to x, weight, lora_a, lora_b and bias; products are
-        accumulated in fp32, the gradients of lora_a and lora_b come in their own dtype.
+        [..., N] in x's dtype. Gradients flow to x, weight, lora_a, lora_b, bias and magnitude;
+        products are accumulated in fp32, the gradients of lora_a and lora_b come in their own
+        dtype.
 
     Raises:
         TypeError: a wrong dtype or type of an argument.
         ValueError: a wrong shape, device or value.
         NotImplementedError: forward-mode AD or double backward.
     """
+    if magnitude is not None:
+        values = (scaling, dropout_p, seed)
+        return _with_magnitude(x, weight, (lora_a, lora_b), bias, values, magnitude)
     if isinstance(weight, QuantizedTensor):
         weight = _record(weight, x)
     if isinstance(weight, QuantizedWeight):
@@ -99,6 +115,66 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     return _on_quantized(x, weight, None, bias, (1.0, 0.0, None))
 
 
+_Values = tuple[float | Tensor, float, int | Tensor | None]  # scaling, dropout_p, seed
+
+
+def _with_magnitude(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    pair: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    values: _Values,
+    magnitude: Tensor,
+) -> Tensor:
+    if not isinstance(magnitude, Tensor):
+        raise TypeError(f"magnitude: expected a Tensor or None, got {type(magnitude).__name__}")
+    _checks.check_layout("magnitude", magnitude)
+    if isinstance(weight, QuantizedTensor):
+        weight = _record(weight, x)
+    if isinstance(weight, QuantizedWeight):
+        _check_quantized(x, weight, pair, bias)
+    elif not _are_sound(x, *pair, weight, bias, linear=True):
+        _check_linear(x, weight, *pair, bias)
+    N = weight.shape[0]
+    if magnitude.shape != (N,):
+        raise ValueError(f"magnitude: expected shape [N] = [{N}], got {_shape(magnitude)}")
+    autocast = DTYPES[:3] if torch.is_autocast_enabled(x.device.type) else ()
+    if magnitude.dtype not in (x.dtype, torch.float32, *autocast):
+        raise TypeError(
+            f"magnitude: expected x's dtype {x.dtype} or float32, got {magnitude.dtype}"
+        )
+    _check_devices(x.device, {"magnitude": magnitude})
+    scaling, p, _ = _check_values(*values, x.device)
+    norms = weight_norms(weight, *pair, scaling)
+    factor = magnitude.to(norms.dtype) / norms
+    return scaled_linear(x, weight, pair, bias, (scaling, p, values[2]), factor)
+
+
+def scaled_linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    pair: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    values: _Values,
+    factor: Tensor,
+) -> Tensor:
+    """`lora_linear` with a magnitude, of which the factor [N] is known: magnitude over norm."""
+    scaling, p, seed = values
+    if not p:
+        z = lora_linear(x, weight, *pair, scaling=scaling, dropout_p=p, seed=seed)
+        return columns.scale_columns(z, factor, bias)
+    _, p, mask = _check_values(1.0, p, seed, x.device)
+    assert mask is not None  # with dropout
+    kept = columns.dropped(x, p, mask)
+    z = lora_linear(kept, weight, *pair, scaling=scaling)
+    # x W^T - drop(x) W^T, which has no factor.
+    if isinstance(weight, QuantizedWeight):
+        rest = linear_quantized(x - kept, weight, bias)
+    else:
+        rest = F.linear(x - kept, weight, bias)
+    return columns.scale_columns(z, factor, rest)
+
+
 def _record(weight: QuantizedTensor, x: Tensor) -> QuantizedWeight:
     """What a weight of a module holds, whose dtype must fit as that of any other."""
     if weight.transposed:
@@ -114,12 +190,25 @@ def _on_quantized(
     weight: QuantizedWeight,
     pair: tuple[Tensor, Tensor] | None,
     bias: Tensor | None,
-    values: tuple[float | Tensor, float, int | Tensor | None],
+    values: _Values,
 ) -> Tensor:
     if torch.jit.is_tracing():
         y = F.linear(x, weight.dequantize(x.dtype), bias)
         return y if pair is None else y + _traced(x, pair, *values)
-    (N, K), branch = weight.shape, None
+    branch, N = None, weight.shape[0]
+    x, given = _check_quantized(x, weight, pair, bias)
+    if pair is not None:
+        scaling, dropout_p, seed = _check_values(*values, x.device)
+        scaling, lora_b = _fold(scaling, given[1])
+        branch = Branch(given[0], lora_b, scaling, dropout_p, seed)
+    return quantized.linear(_rows(x), weight, bias, branch).view(*x.shape[:-1], N)
+
+
+def _check_quantized(
+    x: Tensor, weight: QuantizedWeight, pair: tuple[Tensor, Tensor] | None, bias: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """x and the adapter as the op takes them."""
+    N, K = weight.shape
     tensors = {"x": x, "bias": bias}
     if pair is not None:
         tensors |= dict(zip(("lora_a", "lora_b"), pair, strict=True))
@@ -136,10 +225,7 @@ def _on_quantized(
         rank, _ = _check_branch(x, lora_a, lora_b)
         if lora_b.shape[0] != N:
             raise ValueError(f"lora_b: expected shape [N, r] = [{N}, {rank}], got {_shape(lora_b)}")
-        scaling, dropout_p, seed = _check_values(*values, x.device)
-        scaling, lora_b = _fold(scaling, lora_b)
-        branch = Branch(lora_a, lora_b, scaling, dropout_p, seed)
-    return quantized.linear(_rows(x), weight, bias, branch).view(*x.shape[:-1], N)
+    return x, given
 
 
 def lora_add(

@@ -20,7 +20,7 @@ PEFT_NAMES = {
 }  # fmt: skip
 _SAME_NAME = (
     "target_modules", "exclude_modules", "modules_to_save", "use_rslora", "rank_pattern",
-    "alpha_pattern", "target_parameters",
+    "alpha_pattern", "target_parameters", "use_dora",
 )  # fmt: skip
 _INITS = {True: "kaiming", False: "random", "pissa": "pissa"}
 # What PEFT's models for these tasks train in full beside the adapters, where it is there.

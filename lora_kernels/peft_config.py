@@ -13,7 +13,7 @@ PREFIX = "base_model.model."  # what PEFT puts before the model's own names
 _INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # Options of PEFT that change what an adapter computes and that this library does not have.
 _UNSUPPORTED = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
+    "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
     "layer_replication", "trainable_token_indices", "kasa_config",
     "monteclora_config", "velora_config",
 )  # fmt: skip
@@ -71,6 +71,7 @@ _ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
     "alpha_pattern": (_of_patterns(is_number), "finite numbers by pattern"),
     "lora_dropout": (lambda v: is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
     "use_rslora": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
     "bias": (_is_text, "'none'"),
     "base_model_name_or_path": (_is_text, "text"),
@@ -114,6 +115,7 @@ class Config:
             raise ValueError(f"bias = {shown(bias)} is not supported, only 'none'")
         self.entries = entries
         self.dropout = float(entries.get("lora_dropout") or 0.0)
+        self.use_dora = bool(entries.get("use_dora"))
         self.base = entries.get("base_model_name_or_path")
         self.target_parameters: list[str] = entries.get("target_parameters") or []
         saved = entries.get("modules_to_save") or []

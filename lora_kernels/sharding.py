@@ -23,10 +23,12 @@ def whole(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_whole(target: Tensor, value: Tensor) -> None:
     """target.copy_(value) for a value that every rank has whole."""
-    if is_sharded(target):
-        from torch.distributed.tensor import DTensor, Replicate
+    target.copy_(replicated(value.to(target.device), target) if is_sharded(target) else value)
 
-        mesh = target.device_mesh
-        value = value.to(target.device)
-        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    target.copy_(value)
+
+def replicated(value: Tensor, like: Tensor) -> Tensor:
+    """A value that every rank has whole, as a DTensor on the mesh of another."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]  # of a DTensor
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -88,6 +88,22 @@ def check_fsdp():
     assert model[0].up.weight.to_local().shape == (16, 16)
 
 
+def check_fsdp_with_dora():
+    """In evaluation norms are not held: FSDP fills a weight without torch's count of its changes."""
+    for dropout in (0.0, 0.25):
+        model, single = (build(use_dora=True, dropout=dropout) for _ in range(2))
+        assert whole(model[0].up.lora_magnitude).shape == (32,)
+        model = shard(model)
+        require_as_reference(model, single)
+        model.eval(), single.eval()
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.allclose(model(batch()), single(batch()), rtol=1e-12)
+                for one in (model, single):
+                    for parameter in one.parameters():
+                        parameter.mul_(1.25)
+
+
 def check_fsdp_with_activation_checkpoints():
     require_as_reference(shard(build(checkpointed=True)), build())
 

@@ -153,10 +153,11 @@ def train(model, x, steps=3):
 
 def check_styles_train_as_one_process():
     x = torch.randn(2, 6, 32, dtype=torch.float64)
-    for dropout in (0.0, 0.25):
-        expected = train(single := block(dropout=dropout), x)
+    dora = {"use_dora": True}
+    for options in ({}, {"dropout": 0.25}, dora, dora | {"dropout": 0.25}):
+        expected = train(single := block(**options), x)
         for colwise, rowwise in (OURS, STOCK):
-            model = block(dropout=dropout)
+            model = block(**options)
             plan = {"0": colwise(), "2": rowwise()}
             losses, gradients = train(parallelize_module(model, mesh(), plan), x)
             assert torch.allclose(losses, expected[0], rtol=1e-13)

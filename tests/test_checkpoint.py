@@ -101,7 +101,7 @@ def damage(key, change):
     (lambda t, c: t.update({Q0.replace("q_p", "z_p") + "A.weight": torch.ones(4, 32)}), "z_proj"),
     (lambda t, c: c.update(r=5), "lora_A.weight: has shape"),
     (lambda t, c: c.update(peft_type="LOHA"), "expected peft_type 'LORA', got 'LOHA'"),
-    (lambda t, c: c.update(use_dora=True), "use_dora = True is not supported"),
+    (lambda t, c: c.update(use_dora=True), "lora_magnitude"),
     (lambda t, c: c.update(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
     (lambda t, c: c.update(lora_alpha=float("nan")), "lora_alpha: got nan"),
 ])  # fmt: skip

@@ -168,9 +168,22 @@ def test_mlx(tmp_path):
     options = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 20.0}}
     (tmp_path / CONFIG).write_text(json.dumps(options))
     assert_loads(tmp_path, pairs, 20, strict=True)
-    (tmp_path / CONFIG).write_text(json.dumps(options | {"fine_tune_type": "dora"}))
-    with pytest.raises(ValueError, match="fine_tune_type = 'dora' is not supported"):
+    (tmp_path / CONFIG).write_text(json.dumps(options | {"fine_tune_type": "full"}))
+    with pytest.raises(ValueError, match="fine_tune_type = 'full' is not supported"):
         load_adapter(Model(), tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(options | {"fine_tune_type": "dora"}))
+    with pytest.raises(ValueError, match="lora_magnitude_vector: missing"):
+        load_adapter(Model(), tmp_path)
+    lengths = {name: torch.rand(B.shape[0]) for name, (_, B) in pairs.items()}
+    save_file(
+        tensors | {f"{n}.m": m for n, m in lengths.items()}, tmp_path / "adapters.safetensors"
+    )
+    model = Model()
+    load_adapter(model, tmp_path, strict=True)
+    for name, length in lengths.items():
+        layer = model.get_submodule(name)
+        assert torch.equal(layer.lora_magnitude, length)
+        assert layer.scaling == 20
 
 
 @pytest.mark.parametrize(("entries", "message"), [

@@ -229,7 +229,7 @@ def test_a_config_for_classification_names_the_head(tmp_path):
 @pytest.mark.parametrize(
     ("config", "kind", "message"),
     [
-        ({"use_dora": True}, ValueError, r"use_dora = True is not supported; .* fuse_peft"),
+        ({"use_qalora": True}, ValueError, r"use_qalora = True is not supported; .* fuse_peft"),
         ({"bias": "all"}, ValueError, "bias = 'all' is not supported"),
         ({"init_lora_weights": "olora"}, ValueError, "init_lora_weights = 'olora' is not supp"),
         ({"inference_mode": True}, ValueError, "inference_mode = True freezes the adapter"),

@@ -484,16 +484,16 @@ def test_a_lazy_module_leaves_the_model_as_it_was(tmp_path):
 def test_an_interrupted_merge(keep, monkeypatch):
     model = adapted(mlp().append(nn.Linear(8, 8)).append(nn.Linear(8, 8)))
     expected, before = model(batch()), state(model)
-    add, calls = merging.add_products, []
+    take_up, calls = merging.Merging._take_up, []
 
     def interrupted(*args):
         calls.append(args)
         if keep or len(calls) != 3:
-            add(*args)  # with a base to go back to, it may be too late
+            take_up(*args)  # with a base to go back to, it may be too late
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "add_products", interrupted)
+    monkeypatch.setattr(merging.Merging, "_take_up", interrupted)
     warns = contextlib.nullcontext()
     if not keep:
         warns = pytest.warns(UserWarning, match="stopped at 3; merged for good are 0, 2")

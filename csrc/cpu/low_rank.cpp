@@ -322,6 +322,34 @@ void expand_cpu(const Tensor low, const Tensor matrix, const std::optional<Tenso
   expand(kernels, p);
 }
 
+// out [M,C] = scale * drop(rows).
+void drop_cpu(const Tensor rows, double scale, int64_t threshold, const std::optional<Tensor> seed,
+              int64_t isa, Tensor out) {
+  const Kernels& kernels = kernels_of(isa);
+  check_matrix(rows, "rows");
+  const Type type = type_of(rows, "rows");
+  const int64_t M = rows.size(0), C = rows.size(1);
+  check_size(out, "out", M, C);
+  check_type(out, "out", type, false);
+  check_writable(out, "out");
+  const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
+  const Dropout* const drop = dropout.has_value() ? &*dropout : nullptr;
+  const Tensor read = aligned(rows);
+  const Rows from = view(read, "rows");
+  const auto to = result(out, "out");
+  const int64_t pitch = up(C, kernels.columns);
+  torch::stable::parallel_for(
+      0, M, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, pitch)),
+      [&](int64_t begin, int64_t end) {
+        Buffer row(pitch);
+        for (int64_t m = begin; m < end; ++m) {
+          kernels.load(from, m, 1, drop, row.data, pitch);
+          write_any(row.data, C, static_cast<float>(scale), to.data, type, m * to.row_stride,
+                    to.column_stride);
+        }
+      });
+}
+
 }  // namespace
 }  // namespace lora
 
@@ -329,4 +357,5 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&lora::cpu_isa));
   m.impl("_shrink_cpu", TORCH_BOX(&lora::shrink_cpu));
   m.impl("_expand_cpu", TORCH_BOX(&lora::expand_cpu));
+  m.impl("_drop_cpu", TORCH_BOX(&lora::drop_cpu));
 }

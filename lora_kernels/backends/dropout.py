@@ -68,6 +68,6 @@ def keep_mask(seed: Tensor, first_row: int, rows: int, columns: int, p: float) -
         seed, row_0, column_0 = seed.reshape(3)
         row, block = row + row_0, block + (column_0 >> 3)
     words = torch.stack(philox(seed.reshape(()), block[None, :], row[:, None]), dim=-1)
-    halves = words.to(torch.int32).view(torch.int16).reshape(rows, -1)[:, :columns]
+    halves = words.to(torch.int32).view(torch.int16).reshape(rows, 8 * len(block))[:, :columns]
     # int16 compares as signed: flipping the top bit on both sides gives the unsigned comparison.
     return (halves ^ -32768) >= threshold(p) - 32768

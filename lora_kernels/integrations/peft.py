@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -28,11 +30,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import backends, direct, targets
 from lora_kernels._contract import DTYPES
-from lora_kernels.functional import linear_quantized, lora_add, lora_linear
+from lora_kernels.functional import linear_quantized, lora_add, lora_linear, scaled_linear
 from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
 from lora_kernels.integrations import peft_bases, peft_experts
 from lora_kernels.integrations.peft_experts import FusedExperts
 from lora_kernels.nn import OfRows, Rows
+from lora_kernels.norms import HELD, norms_in_evaluation, weight_norms
 from lora_kernels.several import adapter_rows
 from lora_kernels.weights import QuantizedWeight
 
@@ -95,11 +98,12 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
 
     Parameters, their names and the modules stay the same objects, so optimizers, checkpoints
     and `get_peft_model_state_dict` go on working. Several, disabled and merged adapters,
-    dropout, rsLoRA, `lora_bias`, autocast and `adapter_names` mean what they mean in PEFT.
+    dropout, rsLoRA, `lora_bias`, autocast and `adapter_names` mean what they mean in PEFT; so does
+    DoRA, of one active adapter on a dense base, which is computed without the sum of the weights.
     Quantised bases keep their own GEMM, but for those of bitsandbytes and torchao on the CPU,
     which the op reads itself, base and branch in one call and with the right gradient
-    (`integrations.peft_bases`). What the op does not cover when a layer is called (DoRA and
-    other variants, hooks, parametrizations, sharded weights, submodules and tensors of other
+    (`integrations.peft_bases`). What the op does not cover when a layer is called (other
+    variants, hooks, parametrizations, sharded weights, submodules and tensors of other
     types, layouts and dtypes, `torch.jit.trace`) is computed by PEFT. Calls of few rows on the
     CPU are one native call where that serves them; else the layer makes PEFT's own torch calls
     for a small x. Call it again for layers that PEFT makes later. Experts of Transformers'
@@ -236,7 +240,7 @@ class _Fused(OfRows, _Layer):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         held: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]  # of PEFT
-        state = {k: v for k, v in held.items() if k not in ("_rows", peft_bases.HELD)}
+        state = {k: v for k, v in held.items() if k not in ("_rows", peft_bases.HELD, HELD)}
         return _empty, (self.peft_class, self.exact), state
 
     def _get_name(self) -> str:
@@ -264,6 +268,9 @@ class _Fused(OfRows, _Layer):
             or self._structure(adapters) is not None
         ):
             return super().forward(x, *args, **kwargs)
+        if adapters[0] in self.lora_variant:
+            y = self._with_magnitude(x, adapters[0])
+            return super().forward(x, **kwargs) if y is None else y
         if x.is_cpu and not torch.compiler.is_compiling():
             y = self._directly(x, adapters)
             if y is not None:
@@ -373,6 +380,32 @@ class _Fused(OfRows, _Layer):
                 y = y if bias is None else y + bias.to(y.dtype)
         return y
 
+    def _with_magnitude(self, x: Tensor, name: str) -> Tensor | None:
+        """With one adapter of DoRA; None where dtypes or the scaling are not the op's."""
+        scaling = self.scaling[name]
+        if not self._has_dtypes_of_the_op(x, [name]) or not _takes(scaling, x):
+            return None
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]
+        A, B, vector = (
+            modules[key]._modules[name]._parameters["weight"]
+            for key in ("lora_A", "lora_B", "lora_magnitude_vector")
+        )
+        if vector.dtype not in (A.dtype, torch.float32, _computed_in(x)):
+            return None
+        weight = base.weight.t() if type(base) is Conv1D else base.weight
+        if self.training:
+            norms = weight_norms(weight, A, B, scaling)
+        else:
+            norms = norms_in_evaluation(self.__dict__, weight, A, B, scaling)
+        values = (scaling, self._drops(name), None)
+        factor = vector.to(norms.dtype) / norms
+        return scaled_linear(x, weight, (A, B), base.bias, values, factor)
+
+    def train(self, mode: bool = True) -> Any:
+        self.__dict__.pop(HELD, None)
+        return super().train(mode)
+
     def _record(self, x: Tensor) -> QuantizedWeight | None:
         """The weight of a quantised base that the op reads itself."""
         if self.dense or not x.is_cpu:
@@ -461,6 +494,7 @@ class _Fused(OfRows, _Layer):
             or x.layout is not torch.strided
             or not adapters
             or _has_any_global_hook()
+            or any(name in self.lora_variant for name in adapters)
             or self._structure(adapters) is not None
         ):
             return None
@@ -505,8 +539,8 @@ class _Fused(OfRows, _Layer):
         if not self.cast_input_dtype_enabled:
             return "casting of inputs is disabled (disable_input_dtype_casting)"
         for name in adapters:
-            if name in self.lora_variant:
-                return f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
+            if name in self.lora_variant and (why := self._variant_objection(name, adapters)):
+                return why
             A, B = lora_A._modules[name], lora_B._modules[name]
             dropout = dropouts._modules[name]
             reason = (
@@ -524,6 +558,20 @@ class _Fused(OfRows, _Layer):
             ):
                 return f"adapter {name!r} has a bias on lora_A or halves of two dtypes"
         return None
+
+    def _variant_objection(self, name: str, adapters: Sequence[str]) -> str | None:
+        """What stands against the op in a variant of LoRA: all but DoRA alone on a dense base."""
+        kind = type(self.lora_variant[name])
+        if kind is not DoraLinearVariant or not self.dense:
+            on = "" if kind is not DoraLinearVariant else " on a quantised base"
+            return f"adapter {name!r} is a {kind.__name__}{on}"
+        if len(adapters) > 1:
+            return f"adapter {name!r} is a {kind.__name__} beside other active adapters"
+        modules: dict[str, Any] = self._modules
+        if modules["lora_B"]._modules[name]._parameters["bias"] is not None:
+            return f"adapter {name!r} is a {kind.__name__} with a lora_bias"
+        vector = modules["lora_magnitude_vector"]._modules[name]
+        return _module_objection(vector, (DoraLinearLayer,), "lora_magnitude_vector", name)
 
 
 @cache

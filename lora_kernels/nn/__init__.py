@@ -5,6 +5,7 @@ from torch import nn
 
 from lora_kernels.bases import is_conv1d
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
+from lora_kernels.nn.dora import FusedDoRAConv1D, FusedDoRALinear
 from lora_kernels.nn.experts import LoRAExpertProduct, LoRAExperts
 from lora_kernels.nn.layer import AdapterOptions, LoRALayer
 from lora_kernels.nn.linear import FusedLoRALinear
@@ -13,6 +14,8 @@ from lora_kernels.nn.named import DEFAULT, NamedAdapter, OfRows, Rows, check_nam
 __all__ = [
     "DEFAULT",
     "AdapterOptions",
+    "FusedDoRAConv1D",
+    "FusedDoRALinear",
     "FusedLoRAConv1D",
     "FusedLoRALinear",
     "LoRAExpertProduct",
@@ -27,9 +30,11 @@ __all__ = [
 ]
 
 # What pickles name, and users import them from.
-FusedLoRALinear.__module__ = FusedLoRAConv1D.__module__ = __name__
+for _kind in (FusedLoRALinear, FusedLoRAConv1D, FusedDoRALinear, FusedDoRAConv1D):
+    _kind.__module__ = __name__
 
 
-def layer_class(base: nn.Module) -> type[LoRALayer]:
+def layer_class(base: nn.Module, use_dora: bool = False) -> type[LoRALayer]:
     """The layer with an adapter for a base that `targets.objection` has nothing against."""
-    return FusedLoRAConv1D if is_conv1d(base) else FusedLoRALinear
+    kind: type[LoRALayer] = FusedLoRAConv1D if is_conv1d(base) else FusedLoRALinear
+    return kind.with_magnitude() if use_dora else kind

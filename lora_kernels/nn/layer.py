@@ -15,6 +15,7 @@ from lora_kernels.nn.named import DEFAULT, NamedAdapter, Rows
 from lora_kernels.nn.pissa import INITS, Init, draw, reset_factors
 from lora_kernels.nn.state import LayerState
 from lora_kernels.nn.tensors import MERGED, PISSA, Factors, note_frozen, shape_of, thaw
+from lora_kernels.norms import HELD
 from lora_kernels.weights import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _Kind = TypeVar("_Kind", bound=nn.Module)
 # torch.fx writes them into its graphs as one call each.
 torch.fx.wrap("lora_linear")
 torch.fx.wrap("lora_add")
+# What is of the forwards of this process alone.
+_PASSING = ("_rows", HELD)
 # What a layer is given beside the adapter's tensors: a buffer, a submodule, attributes.
 _ADDED = (
     MERGED, "adapters", "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged",
@@ -43,6 +46,7 @@ class AdapterOptions(NamedTuple):
     adapter_dtype: torch.dtype | None = None
     init: Init = "kaiming"
     name: str = DEFAULT
+    use_dora: bool = False
 
 
 class LoRALayer(LayerState):
@@ -51,6 +55,8 @@ class LoRALayer(LayerState):
 
     # The plain layer's class.
     base_class: type[nn.Module]
+    # Of a class that has one, that with DoRA.
+    _of_dora: ClassVar[type["LoRALayer"] | None] = None
     # Whether lora_A and lora_B as they are make the product that acts.
     _as_it_lies: ClassVar[bool]
 
@@ -72,6 +78,7 @@ class LoRALayer(LayerState):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         init: Init = "kaiming",
+        use_dora: bool = False,
     ) -> "Self":
         """A layer that shares `linear`'s weight and bias objects (now frozen), its buffers,
         submodules, attributes and train mode.
@@ -79,21 +86,34 @@ class LoRALayer(LayerState):
         `init` is "kaiming" (A uniform, B zero: the output is unchanged), "pissa" (Meng et al.,
         2024, arXiv:2404.02948: the adapter starts as the principal part of the weight, which is
         taken out of it) or "random" (B uniform too: the output changes at once, for tests).
+        `use_dora` makes it a `FusedDoRALinear` (`nn.dora`).
 
         Raises:
             TypeError: not exactly a layer of this kind. ValueError: hooks, parametrizations, or a
                 weight that is pruned, sharded, quantised or of another dtype.
         """
+        if options.check_flag(use_dora, "use_dora"):
+            cls = cls.with_magnitude()
         names = reserved(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
         reason = refusal(cls._require_base(linear), names) or hooked(linear)
         if reason is not None:
             raise ValueError(f"linear: {reason}")
         trainable = {name for name, p in linear.named_parameters(recurse=False) if p.requires_grad}
-        adapter = AdapterOptions(rank, alpha, dropout, use_rslora, adapter_dtype, init)
+        adapter = AdapterOptions(
+            rank, alpha, dropout, use_rslora, adapter_dtype, init, use_dora=use_dora
+        )
         layer = cls._prepare(linear, adapter)
         note_frozen(layer, trainable)
         layer._take_pissa()
         return layer
+
+    @classmethod
+    def with_magnitude(cls) -> "type[Self]":
+        """The class of such layers with DoRA; TypeError where there is none."""
+        kind = vars(cls).get("_of_dora")
+        if kind is None:
+            raise TypeError(f"use_dora: {cls.__name__} has no class with DoRA")
+        return kind  # type: ignore[no-any-return]  # as nn.dora sets it
 
     @classmethod
     def _prepare(cls, linear: nn.Module, adapter: AdapterOptions) -> "Self":
@@ -108,6 +128,7 @@ class LoRALayer(LayerState):
             layer._init_pissa()
         elif adapter.init == "random":
             draw(layer.lora_B)
+            layer._settle_start()
         return layer
 
     def move_into(self, linear: nn.Module) -> None:
@@ -140,7 +161,7 @@ class LoRALayer(LayerState):
     def __getstate__(self) -> dict[str, object]:
         """What copies and pickles get: an adapter that acts, within `disable_adapters` too, on all
         rows."""
-        held = {key: value for key, value in vars(self).items() if key != "_rows"}
+        held = {key: value for key, value in vars(self).items() if key not in _PASSING}
         return {**held, "_disabled": False}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "LoRALayer":
@@ -165,6 +186,8 @@ class LoRALayer(LayerState):
         """A further adapter, for `put_other`. ValueError: `why_no_other`, "pissa", which would
         change the base of the others."""
         self._refuse(adapter.name, self.why_no_other(adapter.name))
+        if adapter.use_dora:
+            raise ValueError("use_dora: is of a layer's only adapter, this one carries another")
         if adapter.init not in INITS or adapter.init == "pissa":
             legal = ", ".join(init for init in INITS if init != "pissa")
             raise ValueError(
@@ -228,6 +251,10 @@ class LoRALayer(LayerState):
             return nn.functional.linear(x, self.matrix, self.bias)
         if not self._active:
             return self._base_forward(x)
+        return self._acting_forward(x)
+
+    def _acting_forward(self, x: Tensor) -> Tensor:
+        """With the adapters in use."""
         first, *others = map(self._in_forward, self._active)
         A, B, scaling, p = first
         y = lora_linear(x, self.matrix, A, B, self.bias, scaling=scaling, dropout_p=p)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lora_kernels import options
 from lora_kernels.nn.layer import AdapterOptions, LoRALayer
 
 
@@ -23,12 +24,17 @@ class FusedLoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]  # its bias m
         adapter_dtype: of lora_A and lora_B: the base weight's or torch.float32. None means fp32
             for a base of 16 bits, in which most steps of an optimizer would round away, and else
             the weight's.
+        use_dora: DoRA: what is made is a `FusedDoRALinear`, which trains `lora_magnitude`
+            [out_features] too.
 
     Raises:
         ValueError: rank, alpha or dropout out of range.  TypeError: an unusable dtype.
     """
 
     base_class = nn.Linear
+
+    def __new__(cls, *args: object, use_dora: bool = False, **others: object) -> "FusedLoRALinear":
+        return super().__new__(cls.with_magnitude() if use_dora is True else cls)
 
     def __init__(
         self,
@@ -43,7 +49,9 @@ class FusedLoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]  # its bias m
         adapter_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> None:
+        options.check_flag(use_dora, "use_dora")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._add_adapter(AdapterOptions(rank, alpha, dropout, use_rslora, adapter_dtype))
         self.reset_lora_parameters()

@@ -48,15 +48,14 @@ class Merging(Named):
                 self.merged_base = self.weight.detach().clone()
             else:
                 self.merged_base = self.weight.new_empty(0)
-            add_products(self.matrix, self.acting())
+            self._take_up()
         except BaseException:
             if keep_base and (self.merged_base is not None or self._base_weight_cpu is not None):
                 self.weight.copy_(self._kept_base())
             self.merged_base = self._base_weight_cpu = None
             raise
         if not keep_base:
-            for name in self._active:
-                self.adapter(name).lora_B.zero_()
+            self._absorb()
             self.pissa_A = self.pissa_B = None
         self._merged = "kept" if keep_base else "final"
 
@@ -74,7 +73,7 @@ class Merging(Named):
         weight = self.weight
         assert isinstance(weight, QuantizedTensor)  # of a layer that this is asked of
         base = weight.record.dequantize(torch.float32)
-        total = _sum(base, self.acting())
+        total = self._total(base)
         update = total - base
         new: Tensor
         if into == "requantise":
@@ -85,8 +84,7 @@ class Merging(Named):
             new = self._oriented(total.to(weight.dtype)).contiguous()
             held = self._oriented(new).float()
         self.weight = nn.Parameter(new, requires_grad=False)
-        for name in self._active:
-            self.adapter(name).lora_B.zero_()
+        self._absorb()
         self.merged_base = self.lora_A.new_empty(0)
         self._merged = "final"
         size = update.square().sum()
@@ -98,8 +96,22 @@ class Merging(Named):
         is merged."""
         if self._merged:
             return self.weight.detach()
-        total = _sum(self.matrix, self.acting())
+        total = self._total(self.matrix)
         return self._oriented(total).to(self.weight.dtype).contiguous()
+
+    def _take_up(self) -> None:
+        """Writes into the weight what it becomes."""
+        self.matrix.copy_(self._total(self.matrix))
+
+    def _total(self, base: Tensor) -> Tensor:
+        """What a base [out_features, in_features] becomes with the adapters in use, in fp32 (fp64
+        if it is)."""
+        return _sum(base, self.acting())
+
+    def _absorb(self) -> None:
+        """Leaves an adapter, which is in the weight now, that adds nothing to it."""
+        for name in self._active:
+            self.adapter(name).lora_B.zero_()
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -162,13 +174,7 @@ class Merging(Named):
 @torch.no_grad()
 def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """weight += scale * left @ right, formed in fp32 and rounded once."""
-    add_products(weight, [Acting(right, left, scale, 0.0)])
-
-
-@torch.no_grad()
-def add_products(weight: Tensor, adapters: Iterable[Acting]) -> None:
-    """weight += scaling B A of each, formed in fp32 and rounded once."""
-    weight.copy_(_sum(weight, adapters))
+    weight.copy_(_sum(weight, [Acting(right, left, scale, 0.0)]))
 
 
 def _sum(weight: Tensor, adapters: Iterable[Acting]) -> Tensor:

@@ -33,6 +33,10 @@ class Initialising(LayerTensors):
         self._refuse("reset_lora_parameters", self.why_fixed())
         self._return_pissa()
         reset_factors(self)
+        self._settle_start()
+
+    def _settle_start(self) -> None:
+        """What follows from the first values of lora_A and lora_B."""
 
     @torch.no_grad()
     def _init_pissa(self) -> None:

@@ -16,6 +16,8 @@ from lora_kernels.sharding import is_sharded
 # number of experts.
 BASE = {"weight": "NK", "bias": "N"}
 FACTORS = {"lora_A": "rK", "lora_B": "Nr"}
+# Of DoRA: the length that each row of the sum has.
+MAGNITUDE = "lora_magnitude"
 # What PiSSA took out of the weight, as buffers.
 PISSA = {"pissa_A": "rK", "pissa_B": "Nr"}
 # The base of a merged layer, a buffer.
@@ -98,6 +100,10 @@ class Factors(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """`low_rank` as the next forward has it."""
         return self.low_rank(**{name: self.factor(name) for name in self.adapter_parameters})
+
+    def magnitude(self) -> Tensor | None:
+        """What DoRA trains beside them, as the next forward has it; None of an adapter without."""
+        return self.factor(MAGNITUDE) if MAGNITUDE in self.adapter_parameters else None
 
     def factor_parameters(self, *names: str) -> list[nn.Parameter]:
         """These of the adapter's parameters, or what they are computed from; all by default."""

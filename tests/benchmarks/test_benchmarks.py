@@ -13,7 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-from benchmarks import gpu_day, grouped, layer, native, peers, quantized, report, shapes, store
+from benchmarks import (
+    dora,
+    gpu_day,
+    grouped,
+    layer,
+    native,
+    peers,
+    quantized,
+    report,
+    shapes,
+    store,
+)
 from benchmarks.peers import ADDMM, FROZEN, OURS, PEFT, PEFT_COMPILED, UNFUSED
 from lora_kernels.backends.native import extension
 from lora_kernels.testing import NAMES, Case, WrongResult, expected, problem
@@ -257,6 +268,22 @@ def test_quantized_benchmark_and_report(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     quantized.main([*arguments[:5], "--few", "--dtypes", "fp32", "--kinds", "nf4"])
     assert "fp32 nf4 (48, 128)  1: " in capsys.readouterr().out
+
+
+def test_dora_benchmark_and_report(tmp_path, monkeypatch, capsys):
+    for name, value in (("N", 48), ("K", 32), ("TRAINED", 20)):
+        monkeypatch.setattr(dora, name, value)
+    out = tmp_path / "dora-cpu.json"
+    dora.main(["--seconds", "0", "--rounds", "1", "1", "--out", str(out)])
+    assert "bf16, adapter fp32, dropout 0.1, 20 rows: frozen " in capsys.readouterr().out
+    rows = json.loads(out.read_text())["dora"]
+    assert len(rows) == 9
+    assert all(row[dora.LORA]["ratio"] == 1 for row in rows)
+    readme = tmp_path / "README.md"
+    report.main(["--results", str(tmp_path), "--readme", str(readme)])
+    assert "| dtype | adapter | rows | dropout | LoRA | frozen | DoRA | PEFT's DoRA |" in (
+        readme.read_text()
+    )
 
 
 def test_time_over_leaves_cases(tmp_path, capsys):

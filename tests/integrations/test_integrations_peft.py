@@ -548,10 +548,15 @@ def test_variants_and_other_layers_stay_with_peft():
     tokens = torch.arange(9)
     theirs = model(tokens)
     report = fuse_peft(model)
-    assert not report.fused
-    assert "Dora" in report.left["base_model.model.1"]
+    assert report.fused == ["base_model.model.1"]
     assert "Embedding is not one" in report.left["base_model.model.0"]
-    assert torch.equal(model(tokens), theirs)
+    torch.testing.assert_close(model(tokens), theirs)
+    model = build(
+        nn.Sequential(nn.Linear(24, 6)), target_modules=["0"], alora_invocation_tokens=[3]
+    )
+    theirs = model(x_of(9))
+    assert "'default' is a ALoraLinearVariant" in fuse_peft(model).left["base_model.model.0"]
+    assert torch.equal(model(x_of(9)), theirs)
 
 
 def test_no_lora_layer_and_bad_input():

@@ -13,7 +13,7 @@ import triton
 
 from lora_kernels.backends import codegen
 from lora_kernels.backends.codegen import TARGETS, Kernel, compile_case, faults
-from lora_kernels.backends.codegen.cases import MANY, SHORT, Case, analytic, cases, is_served
+from lora_kernels.backends.codegen.cases import OTHERS, SHORT, Case, analytic, cases, is_served
 from lora_kernels.backends.cuda import tables
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import CARDS
@@ -61,7 +61,7 @@ def matrix(found: Mapping[tuple[str, str], list[Kernel]]) -> str:
         ran = card == "90" and proven[plan]  # both cards of the tables are Hoppers
         return f"{text}; run on {', '.join(sorted(proven[plan]))}" if ran else text
 
-    plans = [name for name in (*PLANS, MANY) if any((name, card) in found for card in CARDS)]
+    plans = [name for name in (*PLANS, *OTHERS) if any((name, card) in found for card in CARDS)]
     lines = [f"| plan | {' | '.join(f'{NAMES[card]} ({_sm(card)})' for card in CARDS)} |"]
     lines.append("|---" * (len(CARDS) + 1) + "|")
     lines += [f"| `{n}` | {' | '.join(cell(n, card) for card in CARDS)} |" for n in plans]

@@ -51,9 +51,12 @@ class Case(NamedTuple):
         return f"{self.plan} {dtype} {shape}{flags}{fields}"
 
 
-# No plans of one branch: the kernels of many groups, and the decoder of quantised weights.
-MANY, CODED = "many", "coded"
+# No plans of one branch: the kernels of many groups, the decoder of quantised weights, the
+# elementwise ones of DoRA.
+MANY, CODED, COLUMNS = "many", "coded", "columns"
+OTHERS = (MANY, CODED, COLUMNS)
 SHORT = (
+    Case(plan=COLUMNS, bias=True),
     Case(plan=CODED, kind="nf4"),
     Case(plan=MANY, M=512, dropout=0.1, groups=16),
     Case(bias=True),
@@ -104,6 +107,9 @@ def analytic() -> Iterator[Case]:
     yield many._replace(dtype=torch.float32)
     yield many._replace(dtype=torch.float32, r=64, dropout=0.1)
     yield many._replace(dtype=torch.float16, scaling=32.0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield Case(plan=COLUMNS, dtype=dtype)
+        yield Case(plan=COLUMNS, dtype=dtype, bias=True, N=1543, M=1000)
     half = Case(dtype=torch.float16, bias=True)
     yield half
     for r in (16, 64):
@@ -174,7 +180,7 @@ def _tuned(target: Target) -> Iterator[Case]:
 
 def is_served(case: Case, target: Target) -> bool:
     """Whether its plan is for such a card."""
-    if case.plan in (MANY, CODED):
+    if case.plan in OTHERS:
         return True
     dtype = str(case.dtype).removeprefix("torch.")
     sizes, dropout = (case.M, case.N, case.K, case.r), case.dropout > 0

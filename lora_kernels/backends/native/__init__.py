@@ -135,6 +135,19 @@ def _expand(
     )  # fmt: skip
 
 
+def drops(rows: Tensor) -> bool:
+    """Whether `drop` takes these rows."""
+    left = forced.now is not None and forced.now.backend != "native"
+    return not left and rows.numel() > 0 and lacks(rows.device) is None and refusal(rows) is None
+
+
+def drop(rows: Tensor, p: float, seed: Tensor) -> Tensor:
+    """drop(rows) [M,K], those kept scaled: the mask without a matrix of it."""
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    _ops._drop_cpu(rows, keep_scale(p), threshold(p), seed, best_isa(), out)
+    return out
+
+
 def _to_fill(base: Base, rows: Tensor, columns: int) -> Tensor:
     """As many rows, where the caller wants them if it says so."""
     into = base.into if isinstance(base, Dense) else None

@@ -20,6 +20,8 @@ _CPU_SCHEMAS = (
     " int threshold, Tensor? seed, int isa, Tensor(a!)? shrunk, Tensor(b!)? gradient) -> ()",
     "_expand_cpu(Tensor low, Tensor matrix, Tensor? bias, float scale, int threshold,"
     " Tensor? seed, bool accumulate, int isa, Tensor(a!) out) -> ()",
+    "_drop_cpu(Tensor rows, float scale, int threshold, Tensor? seed, int isa, Tensor(a!) out)"
+    " -> ()",
     "_linear_cpu(Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? bias,"
     " float scale, float high, int threshold, Tensor? seed, int isa, Tensor(a!)? s) -> Tensor",
     f"_linear_coded_cpu(Tensor x, {_CODED}, Tensor? lora_a, Tensor? lora_b, Tensor? bias,"

@@ -189,6 +189,9 @@ def test_masks_are_the_reference_mask(isa, columns, seed):
             None, gradient,
         )  # fmt: skip
         assert torch.equal(gradient != 0, expected)
+        dropped = torch.full((columns, rows), torch.nan).t()
+        OPS._drop_cpu(torch.ones(columns, rows).t(), 2.0, threshold, seed, isa, dropped)
+        assert torch.equal(dropped, 2.0 * expected)
 
 
 @pytest.mark.parametrize("seed", [(6,), (6, 2**31 - 35_000, 8)], ids=("whole", "part"))
