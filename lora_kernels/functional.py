@@ -91,7 +91,7 @@ def lora_linear(
         y = direct.linear(x, weight, bias, (lora_a, lora_b, scaling, dropout_p))
         if y is not None:
             return y
-    if not _are_sound(x, lora_a, lora_b, weight, bias, linear=True):
+    if not are_sound(x, lora_a, lora_b, weight, bias, linear=True):
         if _is_jagged(x):
             y = lora_linear(
                 x.values(), weight, lora_a, lora_b, bias,
@@ -100,7 +100,7 @@ def lora_linear(
             offsets: Tensor = x.offsets()  # type: ignore[attr-defined]  # of nested tensors alone
             return torch.nested.nested_tensor_from_jagged(y, offsets)
         x, lora_a, lora_b = _check_linear(x, weight, lora_a, lora_b, bias)
-    scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
+    scaling, dropout_p, seed = check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
     y = _dispatch.call(
         "lora_linear", _rows(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
@@ -133,7 +133,7 @@ def _with_magnitude(
         weight = _record(weight, x)
     if isinstance(weight, QuantizedWeight):
         _check_quantized(x, weight, pair, bias)
-    elif not _are_sound(x, *pair, weight, bias, linear=True):
+    elif not are_sound(x, *pair, weight, bias, linear=True):
         _check_linear(x, weight, *pair, bias)
     N = weight.shape[0]
     if magnitude.shape != (N,):
@@ -144,7 +144,7 @@ def _with_magnitude(
             f"magnitude: expected x's dtype {x.dtype} or float32, got {magnitude.dtype}"
         )
     _check_devices(x.device, {"magnitude": magnitude})
-    scaling, p, _ = _check_values(*values, x.device)
+    scaling, p, _ = check_values(*values, x.device)
     norms = weight_norms(weight, *pair, scaling)
     factor = magnitude.to(norms.dtype) / norms
     return scaled_linear(x, weight, pair, bias, (scaling, p, values[2]), factor)
@@ -163,7 +163,7 @@ def scaled_linear(
     if not p:
         z = lora_linear(x, weight, *pair, scaling=scaling, dropout_p=p, seed=seed)
         return columns.scale_columns(z, factor, bias)
-    _, p, mask = _check_values(1.0, p, seed, x.device)
+    _, p, mask = check_values(1.0, p, seed, x.device)
     assert mask is not None  # with dropout
     kept = columns.dropped(x, p, mask)
     z = lora_linear(kept, weight, *pair, scaling=scaling)
@@ -198,7 +198,7 @@ def _on_quantized(
     branch, N = None, weight.shape[0]
     x, given = _check_quantized(x, weight, pair, bias)
     if pair is not None:
-        scaling, dropout_p, seed = _check_values(*values, x.device)
+        scaling, dropout_p, seed = check_values(*values, x.device)
         scaling, lora_b = _fold(scaling, given[1])
         branch = Branch(given[0], lora_b, scaling, dropout_p, seed)
     return quantized.linear(_rows(x), weight, bias, branch).view(*x.shape[:-1], N)
@@ -334,9 +334,9 @@ def _prepare_add(
     seed: int | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float, Tensor | None]:
     """The tensors as the op takes them; scaling, dropout_p and seed as numbers and a tensor."""
-    if not _are_sound(x, lora_a, lora_b, base_out, None, linear=False):
+    if not are_sound(x, lora_a, lora_b, base_out, None, linear=False):
         base_out, x, lora_a, lora_b = _check_add(base_out, x, lora_a, lora_b)
-    scaling, dropout_p, seed = _check_values(scaling, dropout_p, seed, x.device)
+    scaling, dropout_p, seed = check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
     return base_out, x, lora_a, lora_b, scaling, dropout_p, seed
 
@@ -353,7 +353,7 @@ def _fold(scaling: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
 # -------------------------------------------------------- checks: rank, shape, dtype, device, value
 
 
-def _are_sound(
+def are_sound(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor, bias: Tensor | None, linear: bool
 ) -> bool:
     """Whether the tensors are such as they nearly always are, told at one look: a tenth of the time
@@ -473,7 +473,7 @@ def _check_devices(device: torch.device, tensors: Mapping[str, Tensor | None]) -
             raise ValueError(f"{name}: expected x's device {device}, got {tensor.device}")
 
 
-def _check_values(
+def check_values(
     scaling: float | Tensor, dropout_p: float, seed: int | Tensor | None, device: torch.device
 ) -> tuple[float | Tensor, float, Tensor | None]:
     """scaling as a float or a tensor of no dimension, dropout_p as a float, the seed as an int64

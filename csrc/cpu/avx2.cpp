@@ -142,6 +142,7 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 #include "few_rows.inl"
 // Of both.
 #include "coded.inl"
+#include "gating.inl"
 #include "low_rank.inl"
 
 }  // namespace avx2
@@ -149,7 +150,8 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 extern const Kernels kAvx2 = {
     avx2::kTile,    avx2::kRows,  avx2::W,      avx2::kFewColumns, false,
     avx2::load_any, avx2::shrink, avx2::outer,  avx2::expand_any,  avx2::multiply_widened,
-    avx2::combine,  avx2::kTerms, avx2::decode, avx2::spread,      nullptr};
+    avx2::combine,  avx2::kTerms, avx2::decode, avx2::spread,      nullptr,
+    avx2::gate};
 
 }  // namespace lora
 

@@ -21,6 +21,7 @@ namespace avx512 {
 #include "few_rows.inl"
 // Of both.
 #include "coded.inl"
+#include "gating.inl"
 #include "low_rank.inl"
 
 }  // namespace avx512
@@ -28,7 +29,8 @@ namespace avx512 {
 extern const Kernels kAvx512 = {
     avx512::kTile,    avx512::kRows,  avx512::W,      avx512::kFewColumns, false,
     avx512::load_any, avx512::shrink, avx512::outer,  avx512::expand_any,  avx512::multiply_widened,
-    avx512::combine,  avx512::kTerms, avx512::decode, avx512::spread,      nullptr};
+    avx512::combine,  avx512::kTerms, avx512::decode, avx512::spread,      nullptr,
+    avx512::gate};
 
 }  // namespace lora
 

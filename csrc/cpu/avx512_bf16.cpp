@@ -26,6 +26,7 @@ namespace avx512_bf16 {
 #include "few_rows.inl"
 // Of both.
 #include "coded.inl"
+#include "gating.inl"
 #include "low_rank.inl"
 
 // x and matrix in bf16: sums of two products each, in fp32.
@@ -137,7 +138,8 @@ extern const Kernels kAvx512Bf16 = {avx512_bf16::kTile,
                                     avx512_bf16::kTerms,
                                     avx512_bf16::decode,
                                     avx512_bf16::spread,
-                                    avx512_bf16::spread_bf16};
+                                    avx512_bf16::spread_bf16,
+                                    avx512_bf16::gate};
 #if LORA_AMX
 extern const Kernels kAmx = {avx512_bf16::kTile,
                              avx512_bf16::kRows,
@@ -154,6 +156,7 @@ extern const Kernels kAmx = {avx512_bf16::kTile,
                              avx512_bf16::decode,
                              avx512_bf16::spread,
                              avx512_bf16::spread_bf16,
+                             avx512_bf16::gate,
                              &avx512_bf16::kTiled};
 #endif
 

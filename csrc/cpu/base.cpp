@@ -109,6 +109,7 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 #include "few_rows.inl"
 // Of both.
 #include "coded.inl"
+#include "gating.inl"
 #include "low_rank.inl"
 
 }  // namespace base
@@ -116,6 +117,7 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 const Kernels kBase = {
     base::kTile,    base::kRows,  base::W,      base::kFewColumns, false,
     base::load_any, base::shrink, base::outer,  base::expand_any,  base::multiply_widened,
-    base::combine,  base::kTerms, base::decode, base::spread,      nullptr};
+    base::combine,  base::kTerms, base::decode, base::spread,      nullptr,
+    base::gate};
 
 }  // namespace lora

@@ -338,16 +338,15 @@ void drop_cpu(const Tensor rows, double scale, int64_t threshold, const std::opt
   const Rows from = view(read, "rows");
   const auto to = result(out, "out");
   const int64_t pitch = up(C, kernels.columns);
-  torch::stable::parallel_for(
-      0, M, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, pitch)),
-      [&](int64_t begin, int64_t end) {
-        Buffer row(pitch);
-        for (int64_t m = begin; m < end; ++m) {
-          kernels.load(from, m, 1, drop, row.data, pitch);
-          write_any(row.data, C, static_cast<float>(scale), to.data, type, m * to.row_stride,
-                    to.column_stride);
-        }
-      });
+  torch::stable::parallel_for(0, M, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, pitch)),
+                              [&](int64_t begin, int64_t end) {
+                                Buffer row(pitch);
+                                for (int64_t m = begin; m < end; ++m) {
+                                  kernels.load(from, m, 1, drop, row.data, pitch);
+                                  write_any(row.data, C, static_cast<float>(scale), to.data, type,
+                                            m * to.row_stride, to.column_stride);
+                                }
+                              });
 }
 
 }  // namespace

@@ -153,6 +153,20 @@ struct Narrow {
   void (*expand)(const Expansion& expansion, int64_t first, int64_t last);
 };
 
+// Of a gate; the numbers are those of extension.py.
+enum class Act : int { kSilu, kGeluTanh, kRelu, kRelu2 };
+constexpr int kActs = 4;
+
+// h = act(g) u; or where dh is given, which dg or du may be, dg = dh u act'(g) and du = dh act(g).
+struct Gating {
+  Type type;
+  Act act;
+  int64_t columns;
+  const void *g, *u, *dh;
+  void *h, *dg, *du;
+  int64_t g_pitch, u_pitch, dh_pitch, h_pitch, dg_pitch, du_pitch;
+};
+
 struct Kernels {
   // Padded buffers have a multiple of `columns` columns, matrices in them of `ranks` rows.
   int columns, ranks;
@@ -199,6 +213,9 @@ struct Kernels {
   // multiplied; columns come in multiples of 64.
   void (*spread)(void* rows, int64_t count, int64_t columns, int64_t pitch);
   void (*spread_bf16)(void* rows, int64_t count, int64_t columns, int64_t pitch);
+
+  // Rows `first` .. `last`.
+  void (*gate)(const Gating& gating, int64_t first, int64_t last);
 
   const Narrow* narrow = nullptr;  // where there are such
 };

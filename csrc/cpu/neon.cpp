@@ -12,6 +12,7 @@ namespace neon {
 #include "few_rows.inl"
 // Of both.
 #include "coded.inl"
+#include "gating.inl"
 #include "low_rank.inl"
 
 }  // namespace neon
@@ -19,7 +20,8 @@ namespace neon {
 extern const Kernels kNeon = {
     neon::kTile,    neon::kRows,  neon::W,      neon::kFewColumns, false,
     neon::load_any, neon::shrink, neon::outer,  neon::expand_any,  neon::multiply_widened,
-    neon::combine,  neon::kTerms, neon::decode, neon::spread,      nullptr};
+    neon::combine,  neon::kTerms, neon::decode, neon::spread,      nullptr,
+    neon::gate};
 
 }  // namespace lora
 #endif

@@ -18,6 +18,7 @@ namespace neon_bf16 {
 #include "few_rows.inl"
 // Of both.
 #include "coded.inl"
+#include "gating.inl"
 #include "low_rank.inl"
 
 // x and matrix in bf16: sums of two products each, in fp32.
@@ -125,7 +126,8 @@ extern const Kernels kNeonBf16 = {neon_bf16::kTile,
                                   neon_bf16::kTerms,
                                   neon_bf16::decode,
                                   neon_bf16::spread,
-                                  neon_bf16::spread_bf16};
+                                  neon_bf16::spread_bf16,
+                                  neon_bf16::gate};
 
 }  // namespace lora
 

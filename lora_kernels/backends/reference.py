@@ -54,7 +54,7 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
         y, s = blocked.forward(base, x, branch)
     else:
         low, high = split(branch.scaling, x.dtype)
-        s = _scaled_product(x, _as(branch.lora_a, x).t(), low)
+        s = scaled_product(x, _as(branch.lora_a, x).t(), low)
         y = _base(x, _as(base.weight, x), None if base.bias is None else _as(base.bias, x))
         y.addmm_(s, _as(branch.lora_b, x).t(), alpha=high)
     return y, s if save_s else None
@@ -81,7 +81,7 @@ def add_branch(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
     if branch.dropout_p or blocked.is_wide(x):
         return blocked.add_branch(y, x, branch)
     low, high = split(branch.scaling, x.dtype)
-    s = _scaled_product(x, _as(branch.lora_a, x).t(), low)
+    s = scaled_product(x, _as(branch.lora_a, x).t(), low)
     y.addmm_(s, _as(branch.lora_b, x).t(), alpha=high)
     return s
 
@@ -95,7 +95,7 @@ def _whole_backward(
     if need.x or need.a:
         b = _as(branch.lora_b, dy)
         turned = rank_first and dy.dtype.itemsize > 2
-        ds = _scaled_product(dy, b.t().contiguous().t() if turned else b, branch.scaling)
+        ds = scaled_product(dy, b.t().contiguous().t() if turned else b, branch.scaling)
     if need.x:
         a = _as(branch.lora_a, dy)
         if isinstance(base, Dense):
@@ -108,7 +108,7 @@ def _whole_backward(
         d_a = _as(torch.mm(ds.t(), x), branch.lora_a)
     if need.b:
         _, high = split(branch.scaling, dy.dtype)
-        product = functools.partial(_scaled_product, scaling=high) if high != 1 else torch.mm
+        product = functools.partial(scaled_product, scaling=high) if high != 1 else torch.mm
         d_b = product(s.t(), dy).t().contiguous() if rank_first else product(dy.t(), s)
         d_b = _as(d_b, branch.lora_b)
     return dx, dweight, d_a, d_b
@@ -130,7 +130,7 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y_t.t().contiguous()
 
 
-def _scaled_product(rows: Tensor, matrix: Tensor, scaling: float) -> Tensor:
+def scaled_product(rows: Tensor, matrix: Tensor, scaling: float) -> Tensor:
     """scaling * rows @ matrix, scaled before it is rounded."""
     unread = rows.new_empty(rows.shape[0], matrix.shape[1])
     return torch.addmm(unread, rows, matrix, beta=0, alpha=scaling)

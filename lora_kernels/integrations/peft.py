@@ -36,6 +36,8 @@ from lora_kernels.integrations import peft_bases, peft_experts
 from lora_kernels.integrations.peft_experts import FusedExperts
 from lora_kernels.nn import OfRows, Rows
 from lora_kernels.norms import HELD, norms_in_evaluation, weight_norms
+from lora_kernels.packed import Projection
+from lora_kernels.packs import Packable
 from lora_kernels.several import adapter_rows
 from lora_kernels.weights import QuantizedWeight
 
@@ -58,6 +60,7 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 # On the CPU an x of no more elements costs less than the work of the host that the op is for it.
 _SMALL = 1 << 14
 _LINEAR, _DROPOUTS = (nn.Linear,), (nn.Dropout, nn.Identity)
+_PASSING = ("_rows", peft_bases.HELD, HELD)  # what is of the forwards of this process alone
 _WARNING = "_lost_gradient"  # the attribute that holds what a layer has to say once
 
 
@@ -231,7 +234,7 @@ def _fuse(layer: LoraLayer, exact: bool) -> str | None:
     return layer.objection()
 
 
-class _Fused(OfRows, _Layer):
+class _Fused(OfRows, Packable, _Layer):
     """Mixed in before a PEFT layer class."""
 
     peft_class: type[_Layer]
@@ -240,7 +243,7 @@ class _Fused(OfRows, _Layer):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         held: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]  # of PEFT
-        state = {k: v for k, v in held.items() if k not in ("_rows", peft_bases.HELD, HELD)}
+        state = {k: v for k, v in held.items() if k not in _PASSING}
         return _empty, (self.peft_class, self.exact), state
 
     def _get_name(self) -> str:
@@ -249,6 +252,10 @@ class _Fused(OfRows, _Layer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # What decides is read anew in every call, so nothing can change unnoticed; submodules are
         # taken from `_modules` because nn.Module's own access to them is slow.
+        if self._pack is not None and not (args or kwargs):
+            y = self._pack(self, x)
+            if y is not None:
+                return y
         if _WARNING in self.__dict__:
             self._warn(x)
         if self._rows is not None and (rows := self.rows_now()) is not None:
@@ -323,6 +330,30 @@ class _Fused(OfRows, _Layer):
         pair = (a, b, self.scaling[name], p)
         oriented = weight.t() if type(base) is Conv1D else weight
         return direct.linear(x, oriented, base._parameters["bias"], pair)
+
+    def projection(self, x: Tensor) -> Projection | None:
+        adapters = _active(self)
+        if (
+            not self.dense
+            or self._rows is not None
+            or self._disable_adapters
+            or self.merged_adapters
+            or type(x) not in _PLAIN
+            or len(adapters) != 1
+            or adapters[0] in self.lora_variant
+            or self._structure(adapters) is not None
+            or not self._has_dtypes_of_the_op(x, adapters)
+        ):
+            return None
+        (name,), modules = adapters, self._modules
+        base: Any = modules["base_layer"]
+        A, B = (modules[key]._modules[name] for key in ("lora_A", "lora_B"))  # type: ignore[union-attr]
+        if B.bias is not None:
+            return None
+        weight = base.weight.t() if type(base) is Conv1D else base.weight
+        return Projection(
+            weight, A.weight, B.weight, base.bias, self.scaling[name], self._drops(name)
+        )
 
     def _small_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
         """PEFT's own calls of torch, bit for bit, without those of nn.Module."""

@@ -50,6 +50,9 @@ class _DoRA(LoRALayer):
         acts = self._active and not self._disabled and not self._merged
         return None if acts else super()._directly(x)
 
+    def projection(self, x: Tensor) -> None:
+        """None: it is more than that."""
+
     def _acting_forward(self, x: Tensor) -> Tensor:
         (name,) = self._active
         A, B, scaling, p = self._in_forward(name)

@@ -16,6 +16,8 @@ from lora_kernels.nn.pissa import INITS, Init, draw, reset_factors
 from lora_kernels.nn.state import LayerState
 from lora_kernels.nn.tensors import MERGED, PISSA, Factors, note_frozen, shape_of, thaw
 from lora_kernels.norms import HELD
+from lora_kernels.packed import Projection
+from lora_kernels.packs import Packable
 from lora_kernels.weights import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class AdapterOptions(NamedTuple):
     use_dora: bool = False
 
 
-class LoRALayer(LayerState):
+class LoRALayer(Packable, LayerState):
     """A frozen base of `weight` and `bias`, and the adapter `lora_A` [rank, in_features], `lora_B`
     [out_features, rank]."""
 
@@ -238,6 +240,8 @@ class LoRALayer(LayerState):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        if self._pack is not None and (y := self._pack(self, x)) is not None:
+            return y
         if not torch.compiler.is_compiling():
             y = self._directly(x)
             if y is not None:
@@ -261,6 +265,24 @@ class LoRALayer(LayerState):
         for A, B, scaling, p in others:
             y = lora_add(y, x, A, B, scaling=scaling, dropout_p=p)
         return y
+
+    def projection(self, x: Tensor) -> Projection | None:
+        parameters = self._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if weight is None or not self._as_it_lies or isinstance(weight, QuantizedTensor):
+            return None
+        if self._rows is not None or (bias is None and self.bias is not None):
+            return None
+        base = Projection(self._oriented(weight), bias=bias)
+        idle = self._disabled or not self._active
+        if idle or self._merged:
+            changed = self._merged or self._buffers["pissa_A"] is not None
+            return None if idle and changed else base
+        A, B = parameters.get("lora_A"), parameters.get("lora_B")
+        if self._active != (self._first,) or A is None or B is None:
+            return None
+        dropout = self.dropout if self.training else 0.0
+        return base._replace(lora_a=A, lora_b=B, scaling=self.scaling, dropout_p=dropout)
 
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
         """A batch whose rows have adapters of their own."""

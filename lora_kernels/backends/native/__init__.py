@@ -100,11 +100,11 @@ _WHOLE = _Dropped(0.0, None)
 
 def _shrink(
     rows: Tensor, matrix: Tensor, scale: float, drop: _Dropped = _WHOLE,
-    gradient: tuple[Tensor, Tensor, float] | None = None,
+    gradient: tuple[Tensor, Tensor, float] | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """scale * drop(rows) @ matrix^T; of gradient = (low, out, factor), out is filled with
-    factor * low^T @ drop(rows) from the same read."""
-    shrunk = rows.new_empty(rows.shape[0], matrix.shape[0])
+    """scale * drop(rows) @ matrix^T, into `out` if that is given; of gradient = (low, to, factor),
+    `to` is filled with factor * low^T @ drop(rows) from the same read."""
+    shrunk = rows.new_empty(rows.shape[0], matrix.shape[0]) if out is None else out
     _read(rows, matrix, scale, drop, gradient, shrunk)
     return shrunk
 
@@ -135,8 +135,39 @@ def _expand(
     )  # fmt: skip
 
 
+# What of them others put together, without dropout.
+
+
+def has_many_rows(base: Base, rows: Tensor) -> bool:
+    """Whether a call that is not left to ATen is made of the low-rank half and torch's product."""
+    return not _are_few(base, rows) and not _are_few(base, rows, backward=True)
+
+
+def shrink(
+    rows: Tensor,
+    matrix: Tensor,
+    scale: float,
+    gradient: tuple[Tensor, Tensor, float] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """scale * rows @ matrix^T, as `_shrink` of rows that are all kept."""
+    return _shrink(rows, matrix, scale, _WHOLE, gradient, out)
+
+
+def expand(
+    low: Tensor, matrix: Tensor, out: Tensor, scale: float = 1.0, bias: Tensor | None = None
+) -> None:
+    """out = scale * low @ matrix + bias."""
+    _expand(low, matrix, out, scale, bias)
+
+
+def outer(rows: Tensor, low: Tensor, out: Tensor) -> None:
+    """out = low^T @ rows."""
+    _read(rows, None, 1.0, _WHOLE, (low, out, 1.0), None)
+
+
 def drops(rows: Tensor) -> bool:
-    """Whether `drop` takes these rows."""
+    """Whether `drop`, and other elementwise kernels, take these rows."""
     left = forced.now is not None and forced.now.backend != "native"
     return not left and rows.numel() > 0 and lacks(rows.device) is None and refusal(rows) is None
 

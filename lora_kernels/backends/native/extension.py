@@ -22,6 +22,8 @@ _CPU_SCHEMAS = (
     " Tensor? seed, bool accumulate, int isa, Tensor(a!) out) -> ()",
     "_drop_cpu(Tensor rows, float scale, int threshold, Tensor? seed, int isa, Tensor(a!) out)"
     " -> ()",
+    "_gate_cpu(Tensor g, Tensor u, Tensor? dh, int act, int isa, Tensor(a!)? h, Tensor(b!)? dg,"
+    " Tensor(c!)? du) -> ()",
     "_linear_cpu(Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? bias,"
     " float scale, float high, int threshold, Tensor? seed, int isa, Tensor(a!)? s) -> Tensor",
     f"_linear_coded_cpu(Tensor x, {_CODED}, Tensor? lora_a, Tensor? lora_b, Tensor? bias,"
@@ -44,6 +46,7 @@ _CUDA_SCHEMAS = (
 )
 ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16", "AMX", "NEON", "NEON BF16")
 AMX = ISA_NAMES.index("AMX")
+ACTIVATIONS = ("silu", "gelu_tanh", "relu", "relu2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of rows, on the CPU
 
 

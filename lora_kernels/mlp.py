@@ -1,0 +1,152 @@
+"""The gated block of today's models, down(act(gate(x)) * up(x)), which keeps gate(x) and up(x) and
+computes the product again in backward."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends import gating, packed
+from lora_kernels.backends.gating import ACTIVATIONS
+from lora_kernels.backends.packed import Layer
+from lora_kernels.packed import (
+    Kept,
+    Projection,
+    any_requires_grad,
+    fits,
+    flat,
+    prepared,
+    project,
+    refuse_double_backward,
+    tensors_of,
+    wanted_of,
+)
+
+
+def lora_swiglu_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection | None,
+    down: Projection,
+    act: str = "silu",
+) -> Tensor:
+    """down(act(gate(x)) * up(x)), each layer with a LoRA branch or without.
+
+    Equal to the separate layers; the product is rounded once. Kept for backward are x, gate(x),
+    up(x) and what has the size of a rank: half of what the separate layers keep, of which the
+    product and act(gate(x)) are computed again. Nothing that a caller could see is overwritten.
+
+    Args:
+        x: [..., K], as in `lora_linear`.
+        gate, up: of weights [I, K]. With up=None gate is both, one above the other: [2 I, K].
+        down: of a weight [N, I].
+        act: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: an activation that is not known, sizes that do not fit. TypeError, ValueError:
+            what `lora_linear` raises.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act: got {act!r}, legal values are {', '.join(ACTIVATIONS)}")
+    first = [gate] if up is None else [gate, up]
+    _check_sizes(first, down)
+    if not _is_fused(x, [*first, down]):
+        return _separately(x, first, down, act)
+    layers = [prepared(x, p) for p in (*first, down)]
+    y: Tensor = _apply(x, layers, act, *tensors_of(layers))
+    return y
+
+
+def _check_sizes(first: Sequence[Projection], down: Projection) -> None:
+    sizes = [p.weight.shape[0] for p in first]
+    if len(first) == 1 and sizes[0] % 2:
+        raise ValueError(f"gate: expected a weight [2 I, K] without up, got {sizes[0]} rows")
+    inner = sizes[0] // 2 if len(first) == 1 else sizes[0]
+    if len(first) == 2 and sizes[1] != inner:
+        raise ValueError(f"up: expected a weight of {inner} rows as gate's, got {sizes[1]}")
+    if down.weight.shape[-1] != inner:
+        raise ValueError(
+            f"down: expected a weight of {inner} columns, got {tuple(down.weight.shape)}"
+        )
+
+
+def _separately(x: Tensor, first: Sequence[Projection], down: Projection, act: str) -> Tensor:
+    outputs = project(x, first)
+    g, u = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
+    function, _ = ACTIVATIONS[act]
+    return down(function(g) * u)
+
+
+def _is_fused(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether it is computed as one: for training, where nobody watches."""
+    *first, down = projections
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not torch.is_grad_enabled():
+        return False
+    if x.dim() == 0 or x.numel() == 0 or not all(fits(x, p) for p in first):
+        return False
+    inner = x.new_empty(0, down.weight.shape[-1])  # what down gets is such
+    tensors = (t for p in projections for t in (p.lora_a, p.lora_b))
+    return fits(inner, down) and any_requires_grad(x, *tensors)
+
+
+def _halves(outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(gate(x), up(x)) of one output or two."""
+    g, u = outputs if len(outputs) == 2 else outputs[0].chunk(2, 1)
+    return g, u
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: list[Layer], act: str, *tensors: Tensor) -> Tensor:
+        _, _, _, *needs = ctx.needs_input_grad
+        wanted = wanted_of(layers, needs)
+        rows = x.reshape(-1, x.shape[-1])
+        saves = [b for _, b in wanted]
+        outputs, kept = packed.forward(rows, layers[:-1], saves[:-1])
+        h = gating.gated(*_halves(outputs), act)
+        (y,), (s,) = packed.forward(h, layers[-1:], saves[-1:])
+        held = Kept.of(layers, [*kept, s])
+        ctx.set_materialize_grads(False)
+        ctx.others, ctx.shape, ctx.act, ctx.outputs = held.others, x.shape, act, len(outputs)
+        reads_x = any(a for a, _ in wanted[:-1])
+        ctx.save_for_backward(x if reads_x else None, *outputs, *held.tensors)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        refuse_double_backward([dy])
+        x, *saved = ctx.saved_tensors
+        need_x, _, _, *needs = ctx.needs_input_grad
+        outputs, tensors = saved[: ctx.outputs], saved[ctx.outputs :]
+        layers, kept = Kept(tensors, ctx.others).layers()
+        wanted = wanted_of(layers, needs)
+        g, u = _halves(outputs)
+        need_first = need_x or any(a or b for a, b in wanted[:-1])
+        h = gating.gated(g, u, ctx.act) if wanted[-1].a else None
+        dh, of_down = packed.backward(
+            [dy.reshape(-1, dy.shape[-1])], h, kept[-1:], layers[-1:], wanted[-1:], need_first
+        )
+        dx, pairs = None, [(None, None)] * ctx.outputs
+        if dh is not None:
+            if ctx.outputs == 1:
+                dz = dh.new_empty(len(dh), 2 * dh.shape[1])
+                dg, du = dz.chunk(2, 1)
+                dys = [dz]
+            else:  # h has been read, and nobody else has it, nor dh
+                dg, du = torch.empty_like(dh) if h is None else h, dh
+                dys = [dg, du]
+            gating.gradients((g, u), dh, ctx.act, (dg, du))
+            of_x = None if x is None else x.reshape(-1, x.shape[-1])
+            dx, pairs = packed.backward(dys, of_x, kept[:-1], layers[:-1], wanted[:-1], need_x)
+        if dx is not None:
+            dx = dx.view(ctx.shape)
+        return dx, None, None, *flat(layers, [*pairs, *of_down])
+
+
+_apply: Callable[..., Tensor] = _Mlp.apply

@@ -1,0 +1,256 @@
+"""Projections of one x in one call: query, key and value, gate and up.
+
+One node of autograd, past the dispatcher, where nobody watches: what torch.compile, transforms,
+tensor subclasses and profilers see are the calls of `lora_linear` that it equals.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels import backends, functional
+from lora_kernels._dispatch import any_requires_grad, is_unwatched
+from lora_kernels.backends import packed
+from lora_kernels.backends.packed import Layer, Wanted
+from lora_kernels.branch import Branch, Dense
+from lora_kernels.functional import lora_linear
+
+
+class Projection(NamedTuple):
+    """The arguments of one `lora_linear`; without lora_a and lora_b the frozen layer."""
+
+    weight: Tensor
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    bias: Tensor | None = None
+    scaling: float | Tensor = 1.0
+    dropout_p: float = 0.0
+    seed: int | Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.lora_a is None or self.lora_b is None:
+            return F.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x, self.weight, self.lora_a, self.lora_b, self.bias,
+            scaling=self.scaling, dropout_p=self.dropout_p, seed=self.seed,
+        )  # fmt: skip
+
+
+def lora_linear_packed(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    scalings: float | Tensor | Sequence[float | Tensor] = 1.0,
+    dropout_p: float = 0.0,
+    seeds: Sequence[int | Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """Several linear layers of one x, each with a LoRA branch or without.
+
+    Equal to a call of `lora_linear` each, in this order, up to the order of sums. Without dropout x
+    is read once for all branches, forward and backward, and its gradient is one sum.
+
+    Args:
+        x: [..., K], as in `lora_linear`.
+        weights: [N_i, K] each.
+        lora_as, lora_bs: [r_i, K] and [N_i, r_i] each; None for a layer without a branch.
+        biases: [N_i] or None each; None for all without.
+        scalings: one for all, or one of each.
+        dropout_p: of all branches; each has a mask of its own.
+        seeds: of the masks, one of each layer, None to draw it; None to draw all.
+
+    Returns:
+        [..., N_i] of each layer.
+
+    Raises:
+        ValueError: sequences of other lengths than the weights, or half a pair; what `lora_linear`
+            raises, with the number of the layer. TypeError: likewise.
+    """
+    count = len(weights)
+    given: dict[str, Sequence[Any]] = {
+        "lora_as": lora_as, "lora_bs": lora_bs,
+        "biases": [None] * count if biases is None else biases,
+        "scalings": scalings if isinstance(scalings, (list, tuple)) else [scalings] * count,
+        "seeds": [None] * count if seeds is None else seeds,
+    }  # fmt: skip
+    for name, values in given.items():
+        if len(values) != count:
+            raise ValueError(f"{name}: expected one of each of {count} weights, got {len(values)}")
+    projections = []
+    for i, (weight, a, b, bias, scaling, seed) in enumerate(
+        zip(weights, *given.values(), strict=True)
+    ):
+        if (a is None) != (b is None):
+            raise ValueError(f"lora_as[{i}], lora_bs[{i}]: expected both or none")
+        projections.append(Projection(weight, a, b, bias, scaling, dropout_p, seed))
+    return project(x, projections)
+
+
+def project(
+    x: Tensor, projections: Sequence[Projection], only_as_one: bool = False
+) -> tuple[Tensor, ...]:
+    """`lora_linear_packed` of what is put together already; nothing where that would be a call of
+    each and it is wanted only as one."""
+    if not projections:
+        return ()
+    if not _is_fused(x, projections):
+        if only_as_one:
+            return ()
+        return tuple(_numbered(i, p, x) for i, p in enumerate(projections))
+    layers = [prepared(x, p) for p in projections]
+    ys: tuple[Tensor, ...] = _apply(x, layers, *tensors_of(layers))
+    return ys
+
+
+def packs_rows(x: Tensor) -> bool:
+    """Whether x has so many rows that reading it once counts: more than one call of a layer's own
+    takes."""
+    few = backends.few_rows() if isinstance(x, Tensor) and x.is_cpu else None
+    rows = x.shape[:-1].numel() if x.dim() else 0
+    return few is None or rows > few.most(x, trains=True)
+
+
+def _numbered(i: int, projection: Projection, x: Tensor) -> Tensor:
+    try:
+        return projection(x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {i}: {error}") from None
+
+
+def _is_fused(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether one call is better than one of each, and sees what these would: for training, of more
+    than few rows."""
+    return (
+        not torch.compiler.is_compiling()
+        and isinstance(x, Tensor)
+        and torch.is_grad_enabled()
+        and all(fits(x, p) for p in projections)
+        and any_requires_grad(x, *(t for p in projections for t in (p.lora_a, p.lora_b)))
+    )
+
+
+def fits(x: Tensor, p: Projection) -> bool:
+    """Whether a projection is such as one call computes: a frozen layer in x's dtype, a number as
+    scaling, nobody who watches."""
+    if p.lora_a is None or p.lora_b is None:
+        sound = p.lora_a is None and p.lora_b is None and _is_frozen_layer(x, p)
+    else:
+        sound = functional.are_sound(x, p.lora_a, p.lora_b, p.weight, p.bias, linear=True)
+    return (
+        sound
+        and type(p.scaling) in (float, int)
+        and type(p.dropout_p) in (float, int)
+        and is_unwatched(x, p.weight, p.lora_a, p.lora_b, p.bias)
+        and not (p.weight.requires_grad or (p.bias is not None and p.bias.requires_grad))
+    )
+
+
+def _is_frozen_layer(x: Tensor, p: Projection) -> bool:
+    plain = isinstance(p.weight, Tensor) and p.weight.dim() == 2 and x.dim() > 0
+    if not plain or p.weight.dtype != x.dtype or p.weight.shape[1] != x.shape[-1]:
+        return False
+    return p.bias is None or (p.bias.dtype == x.dtype and p.bias.shape == p.weight.shape[:1])
+
+
+def prepared(x: Tensor, p: Projection) -> Layer:
+    """A projection that `fits` with the numbers checked and the seed drawn."""
+    base = Dense(p.weight, p.bias)
+    if p.lora_a is None or p.lora_b is None:
+        return Layer(base, None)
+    scaling, dropout_p, seed = functional.check_values(p.scaling, p.dropout_p, p.seed, x.device)
+    assert not isinstance(scaling, Tensor)  # of what fits
+    return Layer(base, Branch(p.lora_a, p.lora_b, scaling, dropout_p, seed))
+
+
+def tensors_of(layers: Sequence[Layer]) -> list[Tensor]:
+    """Those of which a gradient may be asked for: lora_a and lora_b of each that has them."""
+    return [t for layer in layers if layer.branch is not None for t in layer.branch[:2]]
+
+
+def wanted_of(layers: Sequence[Layer], needs: Sequence[bool]) -> list[Wanted]:
+    """Which of `tensors_of` each layer is asked for."""
+    rest = iter(needs)
+    return [
+        Wanted(False, False) if layer.branch is None else Wanted(next(rest), next(rest))
+        for layer in layers
+    ]
+
+
+class Kept(NamedTuple):
+    """What a node of autograd saves of layers: their tensors, and what is none beside."""
+
+    tensors: list[Tensor | None]
+    others: list[tuple[bool, float, float]]
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], kept: Sequence[Tensor | None]) -> "Kept":
+        tensors: list[Tensor | None] = []
+        others = []
+        for (base, branch), s in zip(layers, kept, strict=True):
+            if branch is None:
+                tensors += [base.weight, None, None, None, None]
+                others.append((False, 1.0, 0.0))
+            else:
+                tensors += [base.weight, branch.lora_a, branch.lora_b, branch.seed, s]
+                others.append((True, branch.scaling, branch.dropout_p))
+        return cls(tensors, others)
+
+    def layers(self) -> tuple[list[Layer], list[Tensor | None]]:
+        """The layers again, without biases, and s of each."""
+        found, kept = [], []
+        for i, (has_branch, scaling, p) in enumerate(self.others):
+            weight, a, b, seed, s = self.tensors[5 * i : 5 * i + 5]
+            assert weight is not None
+            branch = None
+            if has_branch and a is not None and b is not None:
+                branch = Branch(a, b, scaling, p, seed)
+            found.append(Layer(Dense(weight), branch))
+            kept.append(s)
+        return found, kept
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: list[Layer], *tensors: Tensor) -> tuple[Tensor, ...]:
+        _, _, *needs = ctx.needs_input_grad
+        wanted = wanted_of(layers, needs)
+        rows = x.reshape(-1, x.shape[-1])
+        ys, kept = packed.forward(rows, layers, [b for _, b in wanted])
+        held = Kept.of(layers, kept)
+        ctx.set_materialize_grads(False)
+        ctx.others, ctx.leading = held.others, x.shape[:-1]
+        ctx.save_for_backward(x if any(a for a, _ in wanted) else None, *held.tensors)
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        x, *saved = ctx.saved_tensors
+        need_x, _, *needs = ctx.needs_input_grad
+        layers, kept = Kept(saved, ctx.others).layers()
+        refuse_double_backward(dys)
+        rows = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        of_x = None if x is None else x.reshape(-1, x.shape[-1])
+        wanted = wanted_of(layers, needs)
+        dx, pairs = packed.backward(rows, of_x, kept, layers, wanted, need_x)
+        if dx is not None:
+            dx = dx.view(*ctx.leading, dx.shape[1])
+        return dx, None, *flat(layers, pairs)
+
+
+def flat(layers: Sequence[Layer], pairs: packed.Pairs) -> list[Tensor | None]:
+    """The gradients of `tensors_of`."""
+    return [g for layer, p in zip(layers, pairs, strict=True) if layer.branch is not None for g in p]
+
+
+def refuse_double_backward(dys: Sequence[Tensor | None]) -> None:
+    """Past the op nothing would raise."""
+    if torch.is_grad_enabled() and any_requires_grad(*dys):
+        raise NotImplementedError("lora_kernels: double backward is not supported")
+
+
+_apply: Callable[..., tuple[Tensor, ...]] = _Packed.apply

@@ -1,0 +1,122 @@
+"""Layers that a forward calls on one tensor, computed at the first of these calls.
+
+A pack watches which of its layers are called on the same tensor, and from the second round on
+computes those together: the first layer's call makes the outputs of all, the others take theirs.
+Whoever gets another tensor (a hook changed it, a cache gave it) computes for itself.
+"""
+
+import copy
+import weakref
+from collections.abc import Sequence
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.packed import Projection, packs_rows, project
+
+_MOST_MISSES = 3
+
+
+class Packable(nn.Module):
+    """A layer that can be one of a pack; mixed in before nn.Module."""
+
+    _pack: "Pack | None" = None
+    in_features: int
+
+    def projection(self, x: Tensor) -> Projection | None:
+        """What the forward of x computes now; None where it is more than that."""
+        raise NotImplementedError
+
+    def leave_pack(self) -> None:
+        self.__dict__.pop("_pack", None)
+
+
+class Pack:
+    """Layers of one width. They are made its own."""
+
+    def __init__(self, layers: Sequence[Packable]) -> None:
+        self._layers: list[Packable] = list(layers)
+        self._settled = False
+        self._seen: list[Packable] = []
+        self._seen_x: weakref.ref[Tensor] | None = None
+        self._misses = 0
+        # Of each thread: the tensor, its version then, the outputs that wait for their layers.
+        self._held: dict[int, tuple[Tensor, int, dict[Packable, Tensor]]] = {}
+        for layer in self._layers:
+            layer.__dict__["_pack"] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Pack":
+        """Of the copies of its layers, which each of them makes when it is copied first."""
+        copied = memo[id(self)] = Pack.__new__(Pack)
+        copied.__dict__.update(self._blank())
+        copied._layers = [copy.deepcopy(layer, memo) for layer in self._layers]
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._blank()
+
+    def _blank(self) -> dict[str, Any]:
+        """Without what is of a call that is being made."""
+        return {**self.__dict__, "_seen": [], "_seen_x": None, "_held": {}}
+
+    def __call__(self, layer: Packable, x: Tensor) -> Tensor | None:
+        """The layer's output; None where it is to compute for itself."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        thread = get_ident()
+        held = self._held.get(thread)
+        if held is not None:
+            of, version, outputs = held
+            if of is x and x._version == version and layer in outputs:
+                y = outputs.pop(layer)
+                if not outputs:
+                    del self._held[thread]
+                    self._misses = 0
+                return y
+        if not self._settled:
+            self._watch(layer, x)
+            return None
+        if layer is not self._layers[0] or not packs_rows(x):
+            return None
+        if held is not None:  # outputs that nobody took
+            del self._held[thread]
+            self._misses += 1
+            if self._misses == _MOST_MISSES:
+                self._give_up()
+                return None
+        return self._compute(x, thread)
+
+    def _compute(self, x: Tensor, thread: int) -> Tensor | None:
+        projections = [layer.projection(x) for layer in self._layers]
+        known = [p for p in projections if p is not None]
+        if len(known) < len(projections):
+            return None
+        ys = project(x, known, only_as_one=True)
+        if not ys:
+            return None
+        first, *others = ys
+        self._held[thread] = x, x._version, dict(zip(self._layers[1:], others, strict=True))
+        return first
+
+    def _watch(self, layer: Packable, x: Tensor) -> None:
+        """Until a layer gets another tensor; then those that had the last one are the pack."""
+        if self._seen_x is not None and self._seen_x() is x and layer not in self._seen:
+            self._seen.append(layer)
+            return
+        if len(self._seen) > 1:
+            self._settle()
+            return
+        self._seen, self._seen_x = [layer], weakref.ref(x)
+
+    def _settle(self) -> None:
+        for layer in self._layers:
+            if layer not in self._seen:
+                layer.leave_pack()
+        self._layers, self._seen, self._seen_x = self._seen, [], None
+        self._settled = True
+
+    def _give_up(self) -> None:
+        for layer in self._layers:
+            layer.leave_pack()
