@@ -21,6 +21,7 @@ OURS, OURS_FP32 = "lora_kernels", "lora_kernels, fp32 adapters"
 UNFUSED, ADDMM = "unfused torch", "addmm autograd"
 PEFT, PEFT_FP32, PEFT_COMPILED = "PEFT, same dtype", "PEFT, fp32 adapters", "PEFT, torch.compile"
 PEFT_FUSED = "PEFT, fuse_peft"
+BLOCKS = "lora_kernels, fuse_blocks"
 PEERS = (FROZEN, UNFUSED, ADDMM, PEFT, PEFT_FP32, PEFT_COMPILED, OURS_FP32, OURS)
 _PLAN = f"{OURS}, plan "
 

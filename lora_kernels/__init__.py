@@ -4,6 +4,7 @@ from lora_kernels import adapters
 from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapters import adapter_names, lora_parameters, lora_state_dict
 from lora_kernels.ahead import warmup
+from lora_kernels.blocks import BlockReport, fuse_blocks, unfuse_blocks
 from lora_kernels.check import AdapterReport, check_adapters
 from lora_kernels.checkpoint import load_adapter, save_adapter
 from lora_kernels.convert import (
@@ -20,7 +21,9 @@ from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
 from lora_kernels.integrations import transformers as _transformers
 from lora_kernels.integrations.transformers import register_experts
 from lora_kernels.merged import merged_state_dict
+from lora_kernels.mlp import lora_swiglu_mlp
 from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
+from lora_kernels.packed import Projection, lora_linear_packed
 from lora_kernels.quantizing import (
     QuantizationReport,
     load_quantized,
@@ -35,10 +38,12 @@ from lora_kernels.weights import QuantizedWeight, quantize
 
 __all__ = [
     "AdapterReport",
+    "BlockReport",
     "FusedLoRAConv1D",
     "FusedLoRALinear",
     "Groups",
     "LoraReport",
+    "Projection",
     "QuantizationReport",
     "QuantizedWeight",
     "TuningReport",
@@ -52,6 +57,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "evaluate_model",
+    "fuse_blocks",
     "fuse_peft",
     "load_adapter",
     "load_quantized",
@@ -60,8 +66,10 @@ __all__ = [
     "lora_add_grouped",
     "lora_linear",
     "lora_linear_grouped",
+    "lora_linear_packed",
     "lora_parameters",
     "lora_state_dict",
+    "lora_swiglu_mlp",
     "low_rank_approximation",
     "merge_lora",
     "merged_state_dict",
@@ -75,6 +83,7 @@ __all__ = [
     "set_adapter",
     "train_model",
     "tune",
+    "unfuse_blocks",
     "unfuse_peft",
     "unmerge_lora",
     "warmup",

@@ -265,6 +265,14 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
 def is_unwatched(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing would see an op on these tensors, where nothing is compiled: what it computes
     is then all that matters. Written for speed."""
+    if profiler._is_profiler_enabled or _is_any_autocast_enabled():
+        return False
+    return is_plain(x, w, *others)
+
+
+def is_plain(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
+    """Whether all of them are ordinary tensors and no mode or transform would do something else
+    with an op on them. A profiler, which looks on, and autocast are not asked."""
     return (
         PRIVATE
         and type(x) in _TENSORS
@@ -274,9 +282,7 @@ def is_unwatched(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and not _are_functorch_transforms_active()
-        and not _is_any_autocast_enabled()
         and not _is_tracing()
-        and not profiler._is_profiler_enabled
         and getattr(forward_ad, "_current_level", 0) < 0
     )
 

@@ -7,7 +7,7 @@ code computes it.
 """
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_kernels import names, targets
 from lora_kernels.backends.gating import ACTIVATIONS
 from lora_kernels.mlp import lora_swiglu_mlp
+from lora_kernels.nn import LoRAExpertProduct
 from lora_kernels.packed import Projection
 from lora_kernels.packs import Pack, Packable
 
@@ -73,7 +74,7 @@ def fuse_blocks(model: nn.Module) -> BlockReport:
                 report.mlps.append(name)
             else:
                 report.left[name] = found
-        for group in _by_width(adapted):
+        for group in [] if isinstance(module, _FusedMlp) else _by_width(adapted):
             Pack(group)
             own = {child: key for key, child in module.named_children()}
             report.packed.append(names.join(name, " + ".join(own[layer] for layer in group)))
@@ -95,6 +96,8 @@ _Linear = nn.Module  # nn.Linear itself, or a layer with an adapter
 
 
 def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, LoRAExpertProduct):
+        return False
     return type(module) is nn.Linear or isinstance(module, Packable)
 
 
@@ -136,6 +139,9 @@ def _may_be_mlp(module: nn.Module, linear: list[_Linear]) -> bool:
     return ups >= len(linear) - 1
 
 
+_Node = Any  # of fx, whose arguments may be anything
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -158,8 +164,8 @@ class _Unlike(Exception):
 
 
 def _matched(module: nn.Module, graph: fx.Graph) -> _Mlp:
-    nodes = list(graph.nodes)
-    inputs = [n for n in nodes if n.op == "placeholder"]
+    nodes: list[_Node] = list(graph.nodes)
+    inputs: list[_Node] = [n for n in nodes if n.op == "placeholder"]
     if len(inputs) != 1:
         raise _Unlike("its forward takes more than one input")
     (x,), output = inputs, nodes[-1]
@@ -180,7 +186,7 @@ def _matched(module: nn.Module, graph: fx.Graph) -> _Mlp:
     raise last
 
 
-def _sides(module: nn.Module, graph: fx.Graph, known: tuple[fx.Node, ...]) -> _Mlp:
+def _sides(module: nn.Module, graph: fx.Graph, known: tuple[_Node, ...]) -> _Mlp:
     """With `act` as the side that is activated."""
     x, act, up, *_ = known
     chain = _chain(act)
@@ -189,9 +195,9 @@ def _sides(module: nn.Module, graph: fx.Graph, known: tuple[fx.Node, ...]) -> _M
         raise _Unlike("its gate is its other side too")
     known = (*known, *chain)
     if _half(gate) == 0 and _half(up) == 1 and gate.args[0] is up.args[0]:
-        both = gate.args[0].args[0]  # type: ignore[union-attr]  # of what `_half` has looked at
+        both = gate.args[0].args[0]
         first, second = _linear(module, both, "its halves"), None
-        known = (*known, gate.args[0], both)  # type: ignore[arg-type]
+        known = (*known, gate.args[0], both)
     else:
         first = _linear(module, gate, "its gate")
         second = _linear(module, up, "its other side")
@@ -208,7 +214,7 @@ def _sides(module: nn.Module, graph: fx.Graph, known: tuple[fx.Node, ...]) -> _M
     return _Mlp(str(first.target), up_name, str(down.target), found, others)
 
 
-def _linear(module: nn.Module, node: object, what: str) -> fx.Node:
+def _linear(module: nn.Module, node: _Node, what: str) -> _Node:
     """A call of a linear layer on one tensor."""
     called = isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1
     if not called or not isinstance(node, fx.Node) or node.kwargs:
@@ -218,12 +224,12 @@ def _linear(module: nn.Module, node: object, what: str) -> fx.Node:
     return node
 
 
-def _is_call(node: object, *targets: object) -> bool:
+def _is_call(node: _Node, *targets: object) -> bool:
     called = isinstance(node, fx.Node) and node.op in ("call_function", "call_method")
-    return called and node.target in targets  # type: ignore[attr-defined]  # a node
+    return called and node.target in targets
 
 
-def _half(node: fx.Node) -> int | None:
+def _half(node: _Node) -> int | None:
     """Which half of the columns of something it is; None if it is none."""
     if not _is_call(node, operator.getitem) or not isinstance(node.args[0], fx.Node):
         return None
@@ -234,14 +240,14 @@ def _half(node: fx.Node) -> int | None:
     return index if (given.get("chunks"), given.get("dim")) == (2, -1) else None
 
 
-def _what(node: object) -> str:
+def _what(node: _Node) -> str:
     if not isinstance(node, fx.Node):
         return f"{node!r}"
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
     return f"{node.op.replace('_', ' ')} {target}"
 
 
-def _chain(act: fx.Node) -> list[fx.Node]:
+def _chain(act: _Node) -> list[_Node]:
     """What is computed from the gate alone, the gate first: a linear layer or one of two halves."""
     chain = [act]
     while True:
@@ -254,10 +260,10 @@ def _chain(act: fx.Node) -> list[fx.Node]:
         chain.insert(0, before[0])
 
 
-def _activation(module: nn.Module, chain: list[fx.Node]) -> str:
+def _activation(module: nn.Module, chain: list[_Node]) -> str:
     """The name of what the chain computes of the gate, told by its values."""
     probe = torch.linspace(-6, 6, 257, dtype=torch.float64)[None]
-    values: dict[fx.Node, Tensor] = {chain[0]: probe}
+    values: dict[_Node, Tensor] = {chain[0]: probe}
     try:
         with torch.no_grad():
             for node in chain[1:]:
@@ -265,7 +271,7 @@ def _activation(module: nn.Module, chain: list[fx.Node]) -> str:
                 if node.op == "call_module":
                     values[node] = module.get_submodule(str(node.target))(*args, **kwargs)
                 elif node.op == "call_function":
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    values[node] = node.target(*args, **kwargs)
                 else:
                     values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         found = values[chain[-1]]
@@ -284,7 +290,8 @@ class _FusedMlp(nn.Module):
     plain_class: type[nn.Module]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _empty, (self.plain_class,), self.__getstate__()
+        state: Any = self.__getstate__()  # type: ignore[no-untyped-call]  # torch's own
+        return _empty, (self.plain_class,), state
 
     def _get_name(self) -> str:
         return self.plain_class.__name__
@@ -356,6 +363,3 @@ def _projection(layer: nn.Module, x: Tensor) -> Projection | None:
     if type(layer) is not nn.Linear or weight is None or (bias is None and layer.bias is not None):
         return None
     return Projection(weight, bias=bias)
-
-
-Forward = Callable[..., Tensor]

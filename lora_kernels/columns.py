@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels._dispatch import any_requires_grad, is_unwatched
+from lora_kernels._dispatch import any_requires_grad, is_plain
 from lora_kernels.backends import columns, native
 from lora_kernels.backends.dropout import keep_mask, keep_scale
 from lora_kernels.backends.masks import mask
@@ -23,7 +23,7 @@ from lora_kernels.sharding import is_sharded, replicated
 def scale_columns(z: Tensor, factor: Tensor, added: Tensor | None = None) -> Tensor:
     """z * factor + added in z's dtype, of z [..., N], factor [N] in fp32 (fp64 of fp64), added [N]
     or as z."""
-    if torch.compiler.is_compiling() or not is_unwatched(z, factor, added):
+    if torch.compiler.is_compiling() or not is_plain(z, factor, added):
         y = z * factor if added is None else torch.addcmul(added.to(factor.dtype), z, factor)
         return y.to(z.dtype)
     if torch.is_grad_enabled() and any_requires_grad(z, factor, added):
@@ -46,7 +46,7 @@ class _Scaled(torch.autograd.Function):
             return None, None, None
         z, factor = ctx.saved_tensors
         need_z, need_factor, need_added = ctx.needs_input_grad
-        if torch.is_grad_enabled() or not is_unwatched(dy, factor, z):
+        if torch.is_grad_enabled() or not is_plain(dy, factor, z):
             wide = dy.to(factor.dtype)
             dz = (wide * factor).to(dy.dtype) if need_z else None
             dfactor = (wide * z).flatten(0, -2).sum(0) if need_factor else None
@@ -66,7 +66,7 @@ _scaled: Callable[..., Tensor] = _Scaled.apply
 def dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """drop(x) of x [..., K]: the values of the library's mask, those kept scaled, of which the op
     itself never makes a matrix."""
-    if torch.compiler.is_compiling() or not is_unwatched(x, seed):
+    if torch.compiler.is_compiling() or not is_plain(x, seed):
         K = x.shape[-1]
         kept = keep_mask(seed, 0, x.shape[:-1].numel(), K, p).view(x.shape)
         if is_sharded(x):

@@ -33,6 +33,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
     a, b, scaling, p = pair
     if not _dispatch.is_unwatched(x, weight, a, b, bias) or not x.is_cpu:
         return None
+    if x.dtype != weight.dtype:  # the kernel takes a wider one, as autocast leaves it
+        return None
     few = backends.few_rows()
     if few is None or type(scaling) not in _NUMBERS or type(p) not in _NUMBERS:
         return None

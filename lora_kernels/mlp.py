@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lora_kernels.backends import gating, packed
 from lora_kernels.backends.gating import ACTIVATIONS
-from lora_kernels.backends.packed import Layer
+from lora_kernels.backends.packed import Asked, Layer, Rows
 from lora_kernels.packed import (
     Kept,
     Projection,
-    any_requires_grad,
+    as_one,
     fits,
     flat,
     prepared,
@@ -21,6 +21,7 @@ from lora_kernels.packed import (
     refuse_double_backward,
     tensors_of,
     wanted_of,
+    without_autocast,
 )
 
 
@@ -54,11 +55,16 @@ def lora_swiglu_mlp(
         raise ValueError(f"act: got {act!r}, legal values are {', '.join(ACTIVATIONS)}")
     first = [gate] if up is None else [gate, up]
     _check_sizes(first, down)
-    if not _is_fused(x, [*first, down]):
+    rows = as_one(x, first)
+    if rows is None or rows.numel() == 0 or not _fits_down(x, down, rows.dtype):
         return _separately(x, first, down, act)
-    layers = [prepared(x, p) for p in (*first, down)]
-    y: Tensor = _apply(x, layers, act, *tensors_of(layers))
-    return y
+    layers = [prepared(rows, p) for p in (*first, down)]
+    return _mlp(rows, layers, act, *tensors_of(layers))
+
+
+def _fits_down(x: Tensor, down: Projection, dtype: torch.dtype) -> bool:
+    inner = x.new_empty(0, down.weight.shape[-1])  # as what it gets is
+    return fits(inner, down, dtype, torch.is_autocast_enabled(x.device.type))
 
 
 def _check_sizes(first: Sequence[Projection], down: Projection) -> None:
@@ -81,18 +87,6 @@ def _separately(x: Tensor, first: Sequence[Projection], down: Projection, act: s
     return down(function(g) * u)
 
 
-def _is_fused(x: Tensor, projections: Sequence[Projection]) -> bool:
-    """Whether it is computed as one: for training, where nobody watches."""
-    *first, down = projections
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not torch.is_grad_enabled():
-        return False
-    if x.dim() == 0 or x.numel() == 0 or not all(fits(x, p) for p in first):
-        return False
-    inner = x.new_empty(0, down.weight.shape[-1])  # what down gets is such
-    tensors = (t for p in projections for t in (p.lora_a, p.lora_b))
-    return fits(inner, down) and any_requires_grad(x, *tensors)
-
-
 def _halves(outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(gate(x), up(x)) of one output or two."""
     g, u = outputs if len(outputs) == 2 else outputs[0].chunk(2, 1)
@@ -106,9 +100,10 @@ class _Mlp(torch.autograd.Function):
         wanted = wanted_of(layers, needs)
         rows = x.reshape(-1, x.shape[-1])
         saves = [b for _, b in wanted]
-        outputs, kept = packed.forward(rows, layers[:-1], saves[:-1])
-        h = gating.gated(*_halves(outputs), act)
-        (y,), (s,) = packed.forward(h, layers[-1:], saves[-1:])
+        with without_autocast(x):
+            outputs, kept = packed.forward(rows, layers[:-1], saves[:-1])
+            h = gating.gated(*_halves(outputs), act)
+            (y,), (s,) = packed.forward(h, layers[-1:], saves[-1:])
         held = Kept.of(layers, [*kept, s])
         ctx.set_materialize_grads(False)
         ctx.others, ctx.shape, ctx.act, ctx.outputs = held.others, x.shape, act, len(outputs)
@@ -126,27 +121,40 @@ class _Mlp(torch.autograd.Function):
         outputs, tensors = saved[: ctx.outputs], saved[ctx.outputs :]
         layers, kept = Kept(tensors, ctx.others).layers()
         wanted = wanted_of(layers, needs)
-        g, u = _halves(outputs)
-        need_first = need_x or any(a or b for a, b in wanted[:-1])
-        h = gating.gated(g, u, ctx.act) if wanted[-1].a else None
-        dh, of_down = packed.backward(
-            [dy.reshape(-1, dy.shape[-1])], h, kept[-1:], layers[-1:], wanted[-1:], need_first
-        )
-        dx, pairs = None, [(None, None)] * ctx.outputs
-        if dh is not None:
-            if ctx.outputs == 1:
-                dz = dh.new_empty(len(dh), 2 * dh.shape[1])
-                dg, du = dz.chunk(2, 1)
-                dys = [dz]
-            else:  # h has been read, and nobody else has it, nor dh
-                dg, du = torch.empty_like(dh) if h is None else h, dh
-                dys = [dg, du]
-            gating.gradients((g, u), dh, ctx.act, (dg, du))
-            of_x = None if x is None else x.reshape(-1, x.shape[-1])
-            dx, pairs = packed.backward(dys, of_x, kept[:-1], layers[:-1], wanted[:-1], need_x)
+        rows = Rows([dy.reshape(-1, dy.shape[-1])], None, kept[-1:])
+        first = Rows([], None if x is None else x.reshape(-1, x.shape[-1]), kept[:-1])
+        with without_autocast(dy):
+            dx, pairs = _backward(
+                ctx.act, _halves(outputs), (first, rows), layers, Asked(wanted, need_x)
+            )
         if dx is not None:
             dx = dx.view(ctx.shape)
-        return dx, None, None, *flat(layers, [*pairs, *of_down])
+        return dx, None, None, *flat(layers, pairs)
 
 
-_apply: Callable[..., Tensor] = _Mlp.apply
+def _backward(
+    act: str, of: tuple[Tensor, Tensor], rows: tuple[Rows, Rows], layers: list[Layer], asked: Asked
+) -> tuple[Tensor | None, packed.Pairs]:
+    """dx and the gradients of all layers, of = (gate(x), up(x)); rows of the first layers, which
+    lack their dys, and of the last."""
+    *wanted, of_down = asked.of
+    first, last = rows
+    count = len(layers) - 1
+    h = gating.gated(*of, act) if of_down.a else None
+    need_first = asked.x or any(a or b for a, b in wanted)
+    dh, pairs = packed.backward(last._replace(x=h), layers[count:], Asked([of_down], need_first))
+    if dh is None:
+        return None, [(None, None)] * count + pairs
+    if count == 1:
+        dz = dh.new_empty(len(dh), 2 * dh.shape[1])
+        dg, du = dz.chunk(2, 1)
+        dys = [dz]
+    else:  # h has been read, and nobody else has it, nor dh
+        dg, du = torch.empty_like(dh) if h is None else h, dh
+        dys = [dg, du]
+    gating.gradients(of, dh, act, (dg, du))
+    dx, more = packed.backward(first._replace(dys=dys), layers[:count], Asked(wanted, asked.x))
+    return dx, more + pairs
+
+
+_mlp: Callable[..., Tensor] = _Mlp.apply

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels import backends, functional
-from lora_kernels._dispatch import any_requires_grad, is_unwatched
+from lora_kernels._contract import DTYPES
+from lora_kernels._dispatch import any_requires_grad, is_plain
 from lora_kernels.backends import packed
-from lora_kernels.backends.packed import Layer, Wanted
+from lora_kernels.backends.packed import Asked, Layer, Rows, Wanted
 from lora_kernels.branch import Branch, Dense
 from lora_kernels.functional import lora_linear
 
@@ -96,15 +97,11 @@ def project(
 ) -> tuple[Tensor, ...]:
     """`lora_linear_packed` of what is put together already; nothing where that would be a call of
     each and it is wanted only as one."""
-    if not projections:
-        return ()
-    if not _is_fused(x, projections):
-        if only_as_one:
-            return ()
-        return tuple(_numbered(i, p, x) for i, p in enumerate(projections))
-    layers = [prepared(x, p) for p in projections]
-    ys: tuple[Tensor, ...] = _apply(x, layers, *tensors_of(layers))
-    return ys
+    rows = as_one(x, projections)
+    if rows is None:
+        return () if only_as_one else tuple(_numbered(i, p, x) for i, p in enumerate(projections))
+    layers = [prepared(rows, p) for p in projections]
+    return _packed(rows, layers, *tensors_of(layers))
 
 
 def packs_rows(x: Tensor) -> bool:
@@ -122,39 +119,51 @@ def _numbered(i: int, projection: Projection, x: Tensor) -> Tensor:
         raise type(error)(f"layer {i}: {error}") from None
 
 
-def _is_fused(x: Tensor, projections: Sequence[Projection]) -> bool:
-    """Whether one call is better than one of each, and sees what these would: for training, of more
-    than few rows."""
-    return (
-        not torch.compiler.is_compiling()
-        and isinstance(x, Tensor)
-        and torch.is_grad_enabled()
-        and all(fits(x, p) for p in projections)
-        and any_requires_grad(x, *(t for p in projections for t in (p.lora_a, p.lora_b)))
-    )
+def as_one(x: Tensor, projections: Sequence[Projection]) -> Tensor | None:
+    """x as one call of all takes it; None where each is to be called: nothing trains, somebody
+    watches, or they are other than ordinary frozen layers."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not projections:
+        return None
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.is_meta:
+        return None
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype in DTYPES[:3]
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if not all(fits(x, p, dtype, autocast) for p in projections):
+        return None
+    if not any_requires_grad(x, *(t for p in projections for t in (p.lora_a, p.lora_b))):
+        return None
+    return x.to(dtype)
 
 
-def fits(x: Tensor, p: Projection) -> bool:
-    """Whether a projection is such as one call computes: a frozen layer in x's dtype, a number as
-    scaling, nobody who watches."""
-    if p.lora_a is None or p.lora_b is None:
-        sound = p.lora_a is None and p.lora_b is None and _is_frozen_layer(x, p)
-    else:
-        sound = functional.are_sound(x, p.lora_a, p.lora_b, p.weight, p.bias, linear=True)
+def fits(x: Tensor, p: Projection, dtype: torch.dtype, autocast: bool) -> bool:
+    """Whether a projection is such as one call computes: an ordinary frozen layer, with a branch
+    whose scaling is a number or without."""
+    weight, a, b, bias = p.weight, p.lora_a, p.lora_b, p.bias
+    if not isinstance(weight, Tensor) or not is_plain(x, weight, a, b, bias):
+        return False
+    base = (weight,) if bias is None else (weight, bias)
+    legal = DTYPES[:3] if autocast else (dtype,)
+    if any(t.dtype not in legal or t.requires_grad or t.device != x.device for t in base):
+        return False
+    if dtype not in DTYPES or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        return False
+    N, K = weight.shape
+    if bias is not None and bias.shape != (N,):
+        return False
+    if a is None or b is None:
+        return a is b
+    low = (dtype,) if dtype == torch.float64 else (dtype, torch.float32)
     return (
-        sound
+        a.dtype in low
+        and b.dtype in low
+        and a.device == b.device == x.device
+        and a.dim() == 2
+        and a.shape[1] == K
+        and a.shape[0] > 0
+        and b.shape == (N, a.shape[0])
         and type(p.scaling) in (float, int)
         and type(p.dropout_p) in (float, int)
-        and is_unwatched(x, p.weight, p.lora_a, p.lora_b, p.bias)
-        and not (p.weight.requires_grad or (p.bias is not None and p.bias.requires_grad))
     )
-
-
-def _is_frozen_layer(x: Tensor, p: Projection) -> bool:
-    plain = isinstance(p.weight, Tensor) and p.weight.dim() == 2 and x.dim() > 0
-    if not plain or p.weight.dtype != x.dtype or p.weight.shape[1] != x.shape[-1]:
-        return False
-    return p.bias is None or (p.bias.dtype == x.dtype and p.bias.shape == p.weight.shape[:1])
 
 
 def prepared(x: Tensor, p: Projection) -> Layer:
@@ -219,8 +228,8 @@ class _Packed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layers: list[Layer], *tensors: Tensor) -> tuple[Tensor, ...]:
         _, _, *needs = ctx.needs_input_grad
         wanted = wanted_of(layers, needs)
-        rows = x.reshape(-1, x.shape[-1])
-        ys, kept = packed.forward(rows, layers, [b for _, b in wanted])
+        with without_autocast(x):
+            ys, kept = packed.forward(_rows(x), layers, [b for _, b in wanted])
         held = Kept.of(layers, kept)
         ctx.set_materialize_grads(False)
         ctx.others, ctx.leading = held.others, x.shape[:-1]
@@ -229,28 +238,43 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        refuse_double_backward(dys)
+        given = [None if dy is None else _rows(dy) for dy in dys]
+        some = next((dy for dy in given if dy is not None), None)
+        if some is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, *saved = ctx.saved_tensors
         need_x, _, *needs = ctx.needs_input_grad
         layers, kept = Kept(saved, ctx.others).layers()
-        refuse_double_backward(dys)
-        rows = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        of_x = None if x is None else x.reshape(-1, x.shape[-1])
-        wanted = wanted_of(layers, needs)
-        dx, pairs = packed.backward(rows, of_x, kept, layers, wanted, need_x)
+        asked = Asked(wanted_of(layers, needs), need_x)
+        with without_autocast(some):
+            rows = Rows(given, None if x is None else _rows(x), kept)
+            dx, pairs = packed.backward(rows, layers, asked)
         if dx is not None:
             dx = dx.view(*ctx.leading, dx.shape[1])
         return dx, None, *flat(layers, pairs)
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def without_autocast(like: Tensor) -> torch.autocast:
+    """Dtypes are settled above: ATen's calls must not be cast again."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def flat(layers: Sequence[Layer], pairs: packed.Pairs) -> list[Tensor | None]:
     """The gradients of `tensors_of`."""
-    return [g for layer, p in zip(layers, pairs, strict=True) if layer.branch is not None for g in p]
+    return [
+        g for layer, p in zip(layers, pairs, strict=True) if layer.branch is not None for g in p
+    ]
 
 
 def refuse_double_backward(dys: Sequence[Tensor | None]) -> None:
-    """Past the op nothing would raise."""
+    """Past the op nothing else would raise."""
     if torch.is_grad_enabled() and any_requires_grad(*dys):
         raise NotImplementedError("lora_kernels: double backward is not supported")
 
 
-_apply: Callable[..., tuple[Tensor, ...]] = _Packed.apply
+_packed: Callable[..., tuple[Tensor, ...]] = _Packed.apply

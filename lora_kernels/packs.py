@@ -23,7 +23,6 @@ class Packable(nn.Module):
     """A layer that can be one of a pack; mixed in before nn.Module."""
 
     _pack: "Pack | None" = None
-    in_features: int
 
     def projection(self, x: Tensor) -> Projection | None:
         """What the forward of x computes now; None where it is more than that."""

@@ -89,7 +89,7 @@ def check_fsdp():
 
 
 def check_fsdp_with_dora():
-    """In evaluation norms are not held: FSDP fills a weight without torch's count of its changes."""
+    """In evaluation norms are not held: FSDP fills a weight without counting its changes."""
     for dropout in (0.0, 0.25):
         model, single = (build(use_dora=True, dropout=dropout) for _ in range(2))
         assert whole(model[0].up.lora_magnitude).shape == (32,)

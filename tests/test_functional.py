@@ -544,3 +544,15 @@ def test_a_trace_serves_other_batches(trains):
         lambda x: lora_linear(x, weight, a, b, dropout_p=0.5), x, check_trace=False
     )
     assert not torch.equal(dropping(x), dropping(x))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wider_weight_is_for_autocast_alone(rows, dtype):
+    """Few rows too, whose kernel could read it."""
+    x, weight = torch.randn(rows, 16).to(dtype), torch.randn(8, 16)
+    a, b = torch.randn(2, 16), torch.randn(8, 2)
+    with pytest.raises(TypeError, match="weight: expected x's dtype"):
+        lora_linear(x, weight, a, b)
+    with torch.autocast("cpu", dtype):
+        assert lora_linear(x, weight, a, b).dtype == dtype

@@ -1,5 +1,5 @@
-"""Several layers on the same rows: x is read once for all shrinks and once for all dA, and dx is one
-sum.
+"""Several layers on the same rows: x is read once for all shrinks and once for all dA, and dx is
+one sum.
 
 Where the branches go together (a device on which ATen's products or the CPU kernels compute, no
 dropout, which gives every layer rows of its own, one scaling) their lora_a are one matrix of all
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_kernels.backends import blocked, choose, native, reference, serving
+from lora_kernels.backends import blocked, native, reference, serving
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branch, Dense, Need
 
@@ -27,10 +27,40 @@ class Layer(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Of a layer's gradients which are asked for."""
+    """Which gradients of a layer's branch are asked for."""
 
     a: bool
     b: bool
+
+
+class Asked(NamedTuple):
+    """Which gradients are asked for, of each layer and x."""
+
+    of: Sequence[Wanted]
+    x: bool
+
+
+class Rows(NamedTuple):
+    """What has the rows of a backward: dy of each layer, None where nothing comes back through it;
+    x, read for dA; s of each, read for dB."""
+
+    dys: Sequence[Tensor | None]
+    x: Tensor | None
+    kept: Sequence[Tensor | None]
+
+    def only(self, indices: Sequence[int]) -> "Rows":
+        """Those of some layers."""
+        return Rows([self.dys[i] for i in indices], self.x, [self.kept[i] for i in indices])
+
+    @property
+    def first(self) -> Tensor:
+        """The first dy; all are there."""
+        (dy, *_) = self.given
+        return dy
+
+    @property
+    def given(self) -> list[Tensor]:
+        return [dy for dy in self.dys if dy is not None]
 
 
 Pairs = list[tuple[Tensor | None, Tensor | None]]
@@ -45,7 +75,8 @@ def forward(
         return _one_by_one(x, layers, saves)
     low, high = split(together.scaling, x.dtype)
     shrunk = together.shrink(x, low)
-    ys, kept = [], []
+    ys: list[Tensor] = []
+    kept: list[Tensor | None] = []
     parts = together.parts(shrunk)
     for layer, save in zip(layers, saves, strict=True):
         base, branch = layer
@@ -65,30 +96,20 @@ def forward(
     return ys, kept
 
 
-def backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor | None,
-    kept: Sequence[Tensor | None],
-    layers: Sequence[Layer],
-    wanted: Sequence[Wanted],
-    need_x: bool,
-) -> tuple[Tensor | None, Pairs]:
-    """(dx, (dA, dB) of each layer). A dy is None where nothing comes back through that layer; x is
-    read for dA, s for dB."""
+def backward(rows: Rows, layers: Sequence[Layer], asked: Asked) -> tuple[Tensor | None, Pairs]:
+    """(dx, (dA, dB) of each layer)."""
     found: Pairs = [(None, None)] * len(layers)
-    active = [i for i, dy in enumerate(dys) if dy is not None]
+    active = [i for i, dy in enumerate(rows.dys) if dy is not None]
     if not active:
         return None, found
-    some: list[Tensor] = [dy for dy in dys if dy is not None]
+    some = rows.only(active)
     here = [layers[i] for i in active]
-    needs = [wanted[i] for i in active]
-    together = _together(some[0], here)
+    asked = Asked([asked.of[i] for i in active], asked.x)
+    together = _together(some.first, here)
     if together is None:
-        dx, pairs = _backward_one_by_one(some, x, [kept[i] for i in active], here, needs, need_x)
+        dx, pairs = _backward_one_by_one(some, here, asked)
     else:
-        dx, pairs = _backward_together(
-            together, some, x, [kept[i] for i in active], here, needs, need_x
-        )
+        dx, pairs = _backward_together(together, some, here, asked)
     for i, pair in zip(active, pairs, strict=True):
         found[i] = pair
     return dx, found
@@ -143,7 +164,8 @@ def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
 def _one_by_one(
     x: Tensor, layers: Sequence[Layer], saves: Sequence[bool]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    ys, kept = [], []
+    ys: list[Tensor] = []
+    kept: list[Tensor | None] = []
     for (base, branch), save in zip(layers, saves, strict=True):
         if branch is None:
             y, s = _frozen(x, base), None
@@ -155,24 +177,18 @@ def _one_by_one(
 
 
 def _backward_one_by_one(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    kept: Sequence[Tensor | None],
-    layers: Sequence[Layer],
-    wanted: Sequence[Wanted],
-    need_x: bool,
+    rows: Rows, layers: Sequence[Layer], asked: Asked
 ) -> tuple[Tensor | None, Pairs]:
-    dx, pairs = None, []
-    for dy, s, (base, branch), (a, b) in zip(dys, kept, layers, wanted, strict=True):
+    dx, pairs, empty = None, [], rows.first.new_empty(0)
+    x = empty if rows.x is None else rows.x
+    for dy, s, (base, branch), (a, b) in zip(rows.given, rows.kept, layers, asked.of, strict=True):
         part = d_a = d_b = None
         if branch is None:
-            part = dy @ base.weight.to(dy.dtype) if need_x else None
-        elif need_x or a or b:
-            empty = dy.new_empty(0)
+            part = dy @ base.weight.to(dy.dtype) if asked.x else None
+        elif asked.x or a or b:
             part, _, d_a, d_b = serving(base, dy, branch).backward(
-                base, dy, empty if x is None else x, empty if s is None else s, branch,
-                Need(need_x, False, a, b),
-            )  # fmt: skip
+                base, dy, x, empty if s is None else s, branch, Need(asked.x, False, a, b)
+            )
         if part is not None:
             dx = part if dx is None else dx.add_(part)
         pairs.append((d_a, d_b))
@@ -180,53 +196,44 @@ def _backward_one_by_one(
 
 
 def _backward_together(
-    together: _Together,
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    kept: Sequence[Tensor | None],
-    layers: Sequence[Layer],
-    wanted: Sequence[Wanted],
-    need_x: bool,
+    together: _Together, rows: Rows, layers: Sequence[Layer], asked: Asked
 ) -> tuple[Tensor | None, Pairs]:
-    M, K = len(dys[0]), together.lora_a.shape[1]
-    like = dys[0]
-    need_a = any(a for a, _ in wanted)
-    ds = like.new_empty(M, sum(together.ranks))
-    parts, high = together.parts(ds), split(together.scaling, like.dtype)[1]
+    like, scaling = rows.first, together.scaling
+    ds = like.new_empty(len(like), sum(together.ranks))
+    parts, high = together.parts(ds), split(scaling, like.dtype)[1]
     d_bs: list[Tensor | None] = []
-    for dy, s, (_, branch), (_, b) in zip(dys, kept, layers, wanted, strict=True):
+    for dy, s, (_, branch), (_, b) in zip(rows.given, rows.kept, layers, asked.of, strict=True):
         if branch is None:
             d_bs.append(None)
             continue
         part, lora_b = next(parts), branch.lora_b
-        of_b = b and s is not None
-        d_b = lora_b.new_empty(lora_b.shape) if of_b else None
+        d_b = torch.empty_like(lora_b) if b and s is not None else None
         if together.native:
             gradient = None if s is None or d_b is None else (s, d_b.t(), high)
-            native.shrink(dy, lora_b.t(), together.scaling, gradient, out=part)
+            native.shrink(dy, lora_b.t(), scaling, gradient, out=part)
         else:
-            part.copy_(reference.scaled_product(dy, lora_b.to(dy.dtype), together.scaling))
+            part.copy_(reference.scaled_product(dy, lora_b.to(dy.dtype), scaling))
             if d_b is not None and s is not None:
                 d_b.copy_(reference.scaled_product(dy.t(), s, high))
         d_bs.append(d_b)
     dx = d_as = None
-    if need_x:
+    if asked.x:
         if together.native:
-            dx = like.new_empty(M, K)
+            dx = like.new_empty(len(like), together.lora_a.shape[1])
             native.expand(ds, together.lora_a, dx)
         else:
             dx = torch.mm(ds, together.lora_a.to(like.dtype))
-        for dy, (base, _) in zip(dys, layers, strict=True):
+        for dy, (base, _) in zip(rows.given, layers, strict=True):
             dx.addmm_(dy, base.weight.to(dy.dtype))
-    if need_a and x is not None:
+    if rows.x is not None and any(a for a, _ in asked.of):
         if together.native:
             d_as = torch.empty_like(together.lora_a)
-            native.outer(x, ds, d_as)
+            native.outer(rows.x, ds, d_as)
         else:
-            d_as = torch.mm(ds.t(), x).to(together.lora_a.dtype)
+            d_as = torch.mm(ds.t(), rows.x).to(together.lora_a.dtype)
     of_a = iter(()) if d_as is None else together.parts(d_as, 0)
     pairs: Pairs = []
-    for (_, branch), (a, _), d_b in zip(layers, wanted, d_bs, strict=True):
+    for (_, branch), (a, _), d_b in zip(layers, asked.of, d_bs, strict=True):
         d_a = None if branch is None or d_as is None else next(of_a)
         pairs.append((d_a if a else None, d_b))
     return dx, pairs

@@ -345,9 +345,9 @@ class _Fused(OfRows, Packable, _Layer):
             or not self._has_dtypes_of_the_op(x, adapters)
         ):
             return None
-        (name,), modules = adapters, self._modules
-        base: Any = modules["base_layer"]
-        A, B = (modules[key]._modules[name] for key in ("lora_A", "lora_B"))  # type: ignore[union-attr]
+        (name,), modules = adapters, dict[str, Any](self._modules)
+        base = modules["base_layer"]
+        A, B = (modules[key]._modules[name] for key in ("lora_A", "lora_B"))
         if B.bias is not None:
             return None
         weight = base.weight.t() if type(base) is Conv1D else base.weight

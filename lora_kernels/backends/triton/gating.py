@@ -116,9 +116,7 @@ def gated(g: Tensor, u: Tensor, act: str) -> Tensor:
     return h
 
 
-def gradients(
-    of: tuple[Tensor, Tensor], dh: Tensor, act: str, out: tuple[Tensor, Tensor]
-) -> None:
+def gradients(of: tuple[Tensor, Tensor], dh: Tensor, act: str, out: tuple[Tensor, Tensor]) -> None:
     """out = (dg, du) of dh, of = (g, u); one of them may be dh."""
     (M, N), strides = dh.shape, (n for t in (*of, dh, *out) for n in t.stride())
     launch(
