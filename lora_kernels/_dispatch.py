@@ -262,6 +262,18 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
     return bool(_any_requires_grad(*tensors))
 
 
+def in_backward() -> bool:
+    """Whether a backward is being computed, in which a forward is one that is computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def saved_tensors_have_hooks() -> bool:
+    """Whether what is saved for backward goes through hooks now, as under
+    `torch.utils.checkpoint`; where torch does not tell, it may."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
 def is_unwatched(x: Tensor, w: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing would see an op on these tensors, where nothing is compiled: what it computes
     is then all that matters. Written for speed."""

@@ -111,7 +111,7 @@ def _by_width(layers: list[Any]) -> Iterator[list[Any]]:
 # ------------------------------------------------------------------------------------- gated MLPs
 
 _BLOCK = "_fused_block"
-# Up to which difference an activation is one of torch's, of values around 1 in fp64.
+# Up to which relative difference an activation is one of torch's, in fp64.
 _SAME = 1e-6
 
 
@@ -262,7 +262,8 @@ def _chain(act: _Node) -> list[_Node]:
 
 def _activation(module: nn.Module, chain: list[_Node]) -> str:
     """The name of what the chain computes of the gate, told by its values."""
-    probe = torch.linspace(-6, 6, 257, dtype=torch.float64)[None]
+    far = torch.logspace(1, 5, 33, dtype=torch.float64)  # beyond any limit that a model sets
+    probe = torch.cat([-far, torch.linspace(-10, 10, 257, dtype=torch.float64), far])[None]
     values: dict[_Node, Tensor] = {chain[0]: probe}
     try:
         with torch.no_grad():
@@ -277,7 +278,7 @@ def _activation(module: nn.Module, chain: list[_Node]) -> str:
         found = values[chain[-1]]
         for name, (function, _) in ACTIVATIONS.items():
             right = function(probe)
-            if found.shape == right.shape and float((found - right).abs().max()) < _SAME:
+            if found.shape == right.shape and torch.allclose(found, right, _SAME, _SAME):
                 return name
     except Exception as error:  # whatever an activation raises on such values
         raise _Unlike(f"its activation cannot be tried ({type(error).__name__})") from None

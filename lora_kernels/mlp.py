@@ -16,6 +16,7 @@ from lora_kernels.packed import (
     as_one,
     fits,
     flat,
+    flat_rows,
     prepared,
     project,
     refuse_double_backward,
@@ -59,7 +60,8 @@ def lora_swiglu_mlp(
     if rows is None or rows.numel() == 0 or not _fits_down(x, down, rows.dtype):
         return _separately(x, first, down, act)
     layers = [prepared(rows, p) for p in (*first, down)]
-    return _mlp(rows, layers, act, *tensors_of(layers))
+    y = _mlp(flat_rows(rows), layers, act, *tensors_of(layers))
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _fits_down(x: Tensor, down: Projection, dtype: torch.dtype) -> bool:
@@ -94,22 +96,23 @@ def _halves(outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class _Mlp(torch.autograd.Function):
+    """Of matrices."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: list[Layer], act: str, *tensors: Tensor) -> Tensor:
         _, _, _, *needs = ctx.needs_input_grad
         wanted = wanted_of(layers, needs)
-        rows = x.reshape(-1, x.shape[-1])
         saves = [b for _, b in wanted]
         with without_autocast(x):
-            outputs, kept = packed.forward(rows, layers[:-1], saves[:-1])
+            outputs, kept = packed.forward(x, layers[:-1], saves[:-1])
             h = gating.gated(*_halves(outputs), act)
             (y,), (s,) = packed.forward(h, layers[-1:], saves[-1:])
         held = Kept.of(layers, [*kept, s])
         ctx.set_materialize_grads(False)
-        ctx.others, ctx.shape, ctx.act, ctx.outputs = held.others, x.shape, act, len(outputs)
+        ctx.others, ctx.act, ctx.outputs = held.others, act, len(outputs)
         reads_x = any(a for a, _ in wanted[:-1])
         ctx.save_for_backward(x if reads_x else None, *outputs, *held.tensors)
-        return y.view(*x.shape[:-1], y.shape[1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
@@ -121,14 +124,12 @@ class _Mlp(torch.autograd.Function):
         outputs, tensors = saved[: ctx.outputs], saved[ctx.outputs :]
         layers, kept = Kept(tensors, ctx.others).layers()
         wanted = wanted_of(layers, needs)
-        rows = Rows([dy.reshape(-1, dy.shape[-1])], None, kept[-1:])
-        first = Rows([], None if x is None else x.reshape(-1, x.shape[-1]), kept[:-1])
+        rows = Rows([dy], None, kept[-1:])
+        first = Rows([], x, kept[:-1])
         with without_autocast(dy):
             dx, pairs = _backward(
                 ctx.act, _halves(outputs), (first, rows), layers, Asked(wanted, need_x)
             )
-        if dx is not None:
-            dx = dx.view(ctx.shape)
         return dx, None, None, *flat(layers, pairs)
 
 

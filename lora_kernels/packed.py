@@ -101,7 +101,9 @@ def project(
     if rows is None:
         return () if only_as_one else tuple(_numbered(i, p, x) for i, p in enumerate(projections))
     layers = [prepared(rows, p) for p in projections]
-    return _packed(rows, layers, *tensors_of(layers))
+    ys = _packed(flat_rows(rows), layers, *tensors_of(layers))
+    # Views are made out here, where autograd knows what may be changed in place.
+    return ys if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
 def packs_rows(x: Tensor) -> bool:
@@ -224,23 +226,24 @@ class Kept(NamedTuple):
 
 
 class _Packed(torch.autograd.Function):
+    """Of matrices."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: list[Layer], *tensors: Tensor) -> tuple[Tensor, ...]:
         _, _, *needs = ctx.needs_input_grad
         wanted = wanted_of(layers, needs)
         with without_autocast(x):
-            ys, kept = packed.forward(_rows(x), layers, [b for _, b in wanted])
+            ys, kept = packed.forward(x, layers, [b for _, b in wanted])
         held = Kept.of(layers, kept)
         ctx.set_materialize_grads(False)
-        ctx.others, ctx.leading = held.others, x.shape[:-1]
+        ctx.others = held.others
         ctx.save_for_backward(x if any(a for a, _ in wanted) else None, *held.tensors)
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward(dys)
-        given = [None if dy is None else _rows(dy) for dy in dys]
-        some = next((dy for dy in given if dy is not None), None)
+        some = next((dy for dy in dys if dy is not None), None)
         if some is None:
             return (None,) * len(ctx.needs_input_grad)
         x, *saved = ctx.saved_tensors
@@ -248,15 +251,13 @@ class _Packed(torch.autograd.Function):
         layers, kept = Kept(saved, ctx.others).layers()
         asked = Asked(wanted_of(layers, needs), need_x)
         with without_autocast(some):
-            rows = Rows(given, None if x is None else _rows(x), kept)
-            dx, pairs = packed.backward(rows, layers, asked)
-        if dx is not None:
-            dx = dx.view(*ctx.leading, dx.shape[1])
+            dx, pairs = packed.backward(Rows(dys, x, kept), layers, asked)
         return dx, None, *flat(layers, pairs)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+def flat_rows(tensor: Tensor) -> Tensor:
+    """[..., K] as [M, K]."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def without_autocast(like: Tensor) -> torch.autocast:

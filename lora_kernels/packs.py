@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels._dispatch import in_backward, saved_tensors_have_hooks
 from lora_kernels.packed import Projection, packs_rows, project
 
 _MOST_MISSES = 3
@@ -33,7 +34,12 @@ class Packable(nn.Module):
 
 
 class Pack:
-    """Layers of one width. They are made its own."""
+    """Layers of one width. They are made its own.
+
+    What is computed together changes between forwards only, and none of which a part may be
+    computed again in a backward (`torch.utils.checkpoint`) sees a change in between: where hooks of
+    saved tensors were there, it waits for an optimizer's step, after which no earlier graph counts.
+    """
 
     def __init__(self, layers: Sequence[Packable]) -> None:
         self._layers: list[Packable] = list(layers)
@@ -41,6 +47,8 @@ class Pack:
         self._seen: list[Packable] = []
         self._seen_x: weakref.ref[Tensor] | None = None
         self._misses = 0
+        # Of the parameters, when a forward was last one that may be computed again.
+        self._versions: list[int] | None = None
         # Of each thread: the tensor, its version then, the outputs that wait for their layers.
         self._held: dict[int, tuple[Tensor, int, dict[Packable, Tensor]]] = {}
         for layer in self._layers:
@@ -57,8 +65,8 @@ class Pack:
         return self._blank()
 
     def _blank(self) -> dict[str, Any]:
-        """Without what is of a call that is being made."""
-        return {**self.__dict__, "_seen": [], "_seen_x": None, "_held": {}}
+        """Without what is of calls that are being made."""
+        return {**self.__dict__, "_seen": [], "_seen_x": None, "_versions": None, "_held": {}}
 
     def __call__(self, layer: Packable, x: Tensor) -> Tensor | None:
         """The layer's output; None where it is to compute for itself."""
@@ -76,15 +84,17 @@ class Pack:
                 return y
         if not self._settled:
             self._watch(layer, x)
-            return None
+            if not self._settled:
+                return None
         if layer is not self._layers[0] or not packs_rows(x):
             return None
-        if held is not None:  # outputs that nobody took
-            del self._held[thread]
-            self._misses += 1
-            if self._misses == _MOST_MISSES:
-                self._give_up()
-                return None
+        if held is not None and self._held.pop(thread, None) is not None:
+            self._misses += 1  # outputs that nobody took
+        if self._misses >= _MOST_MISSES and self._may_change():
+            for one in self._layers:
+                one.leave_pack()
+            return None
+        self._note()
         return self._compute(x, thread)
 
     def _compute(self, x: Tensor, thread: int) -> Tensor | None:
@@ -101,21 +111,38 @@ class Pack:
 
     def _watch(self, layer: Packable, x: Tensor) -> None:
         """Until a layer gets another tensor; then those that had the last one are the pack."""
+        if _is_computed_again():
+            return
         if self._seen_x is not None and self._seen_x() is x and layer not in self._seen:
             self._seen.append(layer)
-            return
-        if len(self._seen) > 1:
-            self._settle()
-            return
-        self._seen, self._seen_x = [layer], weakref.ref(x)
+        elif len(self._seen) > 1:
+            # With the first of them in a new round.
+            if layer is self._seen[0] and self._may_change():
+                for one in self._layers:
+                    if one not in self._seen:
+                        one.leave_pack()
+                self._layers, self._seen, self._seen_x = self._seen, [], None
+                self._settled = True
+                return
+        else:
+            self._seen, self._seen_x = [layer], weakref.ref(x)
+        self._note()
 
-    def _settle(self) -> None:
-        for layer in self._layers:
-            if layer not in self._seen:
-                layer.leave_pack()
-        self._layers, self._seen, self._seen_x = self._seen, [], None
-        self._settled = True
+    def _note(self) -> None:
+        """That a forward is made, which a backward may compute again."""
+        if saved_tensors_have_hooks() and not in_backward():
+            self._versions = self._counted()
 
-    def _give_up(self) -> None:
-        for layer in self._layers:
-            layer.leave_pack()
+    def _may_change(self) -> bool:
+        if _is_computed_again():
+            return False
+        return self._versions is None or self._versions != self._counted()
+
+    def _counted(self) -> list[int]:
+        return [p._version for layer in self._layers for p in layer.parameters() if p.requires_grad]
+
+
+def _is_computed_again() -> bool:
+    """Whether this is a forward that must save what the first one did. (A reentrant checkpoint's is
+    the first that saves anything.)"""
+    return in_backward() and saved_tensors_have_hooks()

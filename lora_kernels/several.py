@@ -10,10 +10,11 @@ import torch.utils.checkpoint
 from torch import nn
 
 from lora_kernels import adapters, names
+from lora_kernels._dispatch import in_backward
 from lora_kernels.bypass import update_fast_paths
 from lora_kernels.convert import refuse, remove_lora
 from lora_kernels.grouped import Groups
-from lora_kernels.nn import OfRows, Rows, in_backward
+from lora_kernels.nn import OfRows, Rows
 from lora_kernels.nn.tensors import frozen_by_adapter, note_frozen
 
 

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import backends, direct, targets
 from lora_kernels._contract import DTYPES
+from lora_kernels.blocks import BlockReport, fuse_blocks, unfuse_blocks
 from lora_kernels.functional import linear_quantized, lora_add, lora_linear, scaled_linear
 from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
 from lora_kernels.integrations import peft_bases, peft_experts
@@ -80,6 +81,7 @@ class PeftReport:
     read: list[str] = field(default_factory=list)
     no_gradient: dict[str, str] = field(default_factory=dict)
     gpu: str = ""
+    blocks: BlockReport | None = None
 
     def __str__(self) -> str:
         lines = [f"fused {len(self.fused)} layers: {targets.summary(self.fused)}"]
@@ -91,12 +93,13 @@ class PeftReport:
         if self.read:
             lines.append(f"quantised weights are read as they lie in {len(self.read)} layers")
         lines += [self.gpu] if self.gpu else []
+        lines += [] if self.blocks is None else [str(self.blocks)]
         lines += [f"left to PEFT {name}: {reason}" for name, reason in self.left.items()]
         lines += [f"no gradient through {name}: {why}" for name, why in self.no_gradient.items()]
         return "\n".join(lines)
 
 
-def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
+def fuse_peft(peft_model: nn.Module, *, exact: bool = False, blocks: bool = False) -> PeftReport:
     """Moves the LoRA linear layers of a PEFT model onto the fused op, in place.
 
     Parameters, their names and the modules stay the same objects, so optimizers, checkpoints
@@ -119,16 +122,18 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
         peft_model: a PeftModel or any module that holds PEFT's LoRA layers.
         exact: leave fp32 adapters on a 16-bit base to PEFT outside autocast; otherwise they are
             rounded to the base's dtype at use.
+        blocks: `fuse_blocks` too: gated MLPs and projections of one tensor as one, in training.
 
     Returns:
         What is fused now, and what PEFT goes on computing and why; empty without LoRA layers.
 
     Raises:
-        TypeError: not a module, or `exact` not a bool.
+        TypeError: not a module, or `exact` or `blocks` not a bool.
     """
     _require_module(peft_model)
-    if not isinstance(exact, bool):
-        raise TypeError(f"exact: expected a bool, got {type(exact).__name__}")
+    for name, flag in (("exact", exact), ("blocks", blocks)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
     report = PeftReport()
     inner: dict[int, str | None] = {}  # wrappers within others, which compute for them
     for name, layer in peft_model.named_modules():
@@ -163,12 +168,15 @@ def fuse_peft(peft_model: nn.Module, *, exact: bool = False) -> PeftReport:
             # A partial is copied and pickled with the model, and then holds the copy.
             model._enable_peft_forward_hooks = partial(_with_rows, model)  # type: ignore[method-assign]
     report.gpu = backends.on_gpu(peft_model.parameters()) if report.fused else ""
+    if blocks:
+        report.blocks = fuse_blocks(peft_model)
     return report
 
 
 def unfuse_peft(peft_model: nn.Module) -> None:
     """Gives every layer that `fuse_peft` moved back to PEFT. TypeError: not a module."""
     _require_module(peft_model)
+    unfuse_blocks(peft_model)
     for layer in peft_model.modules():
         if isinstance(layer, (_Fused, FusedExperts)):
             layer.__class__ = layer.peft_class  # type: ignore[assignment]  # PEFT's again

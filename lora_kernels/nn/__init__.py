@@ -9,7 +9,7 @@ from lora_kernels.nn.dora import FusedDoRAConv1D, FusedDoRALinear
 from lora_kernels.nn.experts import LoRAExpertProduct, LoRAExperts
 from lora_kernels.nn.layer import AdapterOptions, LoRALayer
 from lora_kernels.nn.linear import FusedLoRALinear
-from lora_kernels.nn.named import DEFAULT, NamedAdapter, OfRows, Rows, check_name, in_backward
+from lora_kernels.nn.named import DEFAULT, NamedAdapter, OfRows, Rows, check_name
 
 __all__ = [
     "DEFAULT",
@@ -25,7 +25,6 @@ __all__ = [
     "OfRows",
     "Rows",
     "check_name",
-    "in_backward",
     "layer_class",
 ]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels._dispatch import in_backward
 from lora_kernels.grouped import Groups
 from lora_kernels.nn.tensors import FACTORS, Factors, LayerTensors
 from lora_kernels.sharding import is_sharded
@@ -153,11 +154,6 @@ class Rows:
         index = torch.tensor([*here, -1], device=x.device)[self._index]
         each = x.shape[:-1].numel() // self._index.shape[0]
         return Groups.from_rows(index.repeat_interleave(each), len(names))
-
-
-def in_backward() -> bool:
-    """Whether a backward is being computed, in which a forward is one that is computed again."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class OfRows:
