@@ -322,8 +322,13 @@ def apart_in_blocks(model, given) -> str:
     """What differs where blocks are computed as one: gradients in fp64, in which rounding does not
     grow to what a fault would be; in fp32 where the model's own code takes no other."""
     model, bound = copy.deepcopy(model), 1e-3
+    with contextlib.suppress(Exception):  # grouped products are not of fp64
+        model.set_experts_implementation("eager")
     with contextlib.suppress(RuntimeError, TypeError):
-        wide = {n: v.double() if v.is_floating_point() else v for n, v in given.items()}
+        wide = {
+            n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for n, v in given.items()
+        }
         forward(copy.deepcopy(model).double(), wide)
         model, given, bound = model.double(), wide, 1e-6
     parameters = list(lk.lora_parameters(model))
