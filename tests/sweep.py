@@ -32,6 +32,7 @@ import transformers
 
 import lora_kernels as lk
 from lora_kernels import packs
+from lora_kernels.nn import LoRAExpertProduct
 
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "build" / "sweep.json"
@@ -169,6 +170,10 @@ def adapters_that_do_not_act(model, plain, given) -> str:
 def switch_off_others(theirs, ours) -> None:
     """Zero those of PEFT's adapters that our model has none for."""
     here = {name for name, module in ours.named_modules() if hasattr(module, "lora_A")}
+    for name, module in ours.named_modules():
+        if isinstance(module, LoRAExpertProduct):  # PEFT wraps their module, once for each
+            around = name.rpartition(".")[0]
+            here |= {around, f"{around}.base_layer"}
     for name, module in theirs.base_model.model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and name not in here:
             for factor in module.lora_B.values():
@@ -238,6 +243,8 @@ def examine(kind: str, name: str | None = None) -> dict:
 
     with check("start"), torch.no_grad():
         agree("start", before, forward(model, given), 1e-5)
+        if checks["start"] and (apart := apart_in_double(model, plain, given)) < 1e-9:
+            checks["start"] = f"(rounding, magnified: {apart:.0e} in fp64)"
     randomise(lk.lora_parameters(model))
     with torch.no_grad():
         adapted = forward(model, given)
@@ -349,6 +356,11 @@ def apart_in_blocks(model, given) -> str:
     if [type(m) for m in model.modules()] != classes or gap(right, step()) > 0:
         return "unfuse_blocks leaves something"
     return ""
+
+
+def apart_in_double(one, other, given) -> float:
+    given = {n: v.double() if v.is_floating_point() else v for n, v in given.items()}
+    return gap(*(forward(copy.deepcopy(model).double(), given) for model in (one, other)))
 
 
 def merged_apart_in_double(model, given) -> float:

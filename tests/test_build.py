@@ -124,7 +124,8 @@ while [ "$1" != -o ]; do shift; done
 echo library > "$2"
 """
 STEMS = (
-    "low_rank", "linear", "grouped", "base", "avx2", "avx512", "avx512_bf16", "neon", "neon_bf16",
+    "low_rank", "linear", "grouped", "gating", "base", "avx2", "avx512", "avx512_bf16", "neon",
+    "neon_bf16",
 )  # fmt: skip
 NVCC = """while [ $# -gt 0 ]; do
 case "$1" in -MF) dependencies=$2;; -o) output=$2;; esac
@@ -167,8 +168,9 @@ def test_an_editable_install_compiles_what_a_change_concerns(tmp_path):
         return {name for name, time in made(tree / "build").items() if before.get(name) != time}
 
     assert rebuilt(jobs="2") == {
-        "low_rank.cpp.o", "linear.cpp.o", "grouped.cpp.o", "base.cpp.o", "avx2.cpp.o",
-        "avx512.cpp.o", "avx512_bf16.cpp.o", "neon.cpp.o", "neon_bf16.cpp.o", "decode.cu.o",
+        "low_rank.cpp.o", "linear.cpp.o", "grouped.cpp.o", "gating.cpp.o", "base.cpp.o",
+        "avx2.cpp.o", "avx512.cpp.o", "avx512_bf16.cpp.o", "neon.cpp.o", "neon_bf16.cpp.o",
+        "decode.cu.o",
     }  # fmt: skip
     assert rebuilt("csrc/cpu/low_rank.inl", jobs="1") == {
         "base.cpp.o", "avx2.cpp.o", "avx512.cpp.o", "avx512_bf16.cpp.o",

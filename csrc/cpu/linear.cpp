@@ -555,9 +555,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   Scratch<1024> ds(low ? M * ranks : 0);
   const Matrix DS = {ds.data, Type::kFloat, M, r, ranks};
   // Memory for the sums of as many terms as there are rows: none where they end in registers.
-  const auto sums = [&](int64_t count, int64_t terms, int64_t columns) {
-    return terms > kernels.terms ? count * columns : 0;
-  };
+  const bool keeps_sums = M > kernels.terms;
   if (low) {
     Combination c =
         combination_of(rows_of(wide.matrix, true), B, type, static_cast<float>(scaling * keep));
@@ -567,8 +565,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   }
   if (need_b) {
     Combination c = combination_of(columns_of(wide.matrix), S, type, static_cast<float>(high));
-    Scratch<2048> sum(sums(N, M, ranks));
-    c.sum = sum.data;
+    Scratch<2048> sum(keeps_sums ? N * ranks : 0);
+    c.sum = keeps_sums ? sum.data : nullptr;
     c.sum_pitch = ranks;
     put_into(c, DB);
     combine(kernels, c, r);
@@ -576,8 +574,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   if (need_a) {
     const Widened dropped(kernels, X, drop, drop != nullptr);
     Combination c = combination_of(columns_of(DS), dropped.matrix, Type::kFloat, 1.f);
-    Scratch<2048> sum(sums(r, M, pitch));
-    c.sum = sum.data;
+    Scratch<2048> sum(keeps_sums ? r * pitch : 0);
+    c.sum = keeps_sums ? sum.data : nullptr;
     c.sum_pitch = pitch;
     put_into(c, DA);
     combine(kernels, c, K);

@@ -21,12 +21,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lora_kernels.backends import cuda
-from lora_kernels.backends.codegen.cases import COLUMNS, MANY, OTHERS, Case
+from lora_kernels.backends.codegen.cases import COLUMNS, GATING, MANY, OTHERS, Case
 from lora_kernels.backends.cuda import many
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.device import CARDS, Target, assume
 from lora_kernels.backends.scaling import split
-from lora_kernels.backends.triton import columns, decoding, dropout
+from lora_kernels.backends.triton import columns, decoding, dropout, gating
 from lora_kernels.backends.triton.launch import intercept
 from lora_kernels.branch import Branch, Branches, Dense, Need
 from lora_kernels.weights import quantize
@@ -34,7 +34,10 @@ from lora_kernels.weights import quantize
 TARGETS = {name: card for name, card in CARDS.items() if card.has_tensor_cores}
 _GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel")
 _SPECIALISED = "specialised_gemm_kernel"
-_ELEMENTWISE = ("reduce_kernel", "decode_kernel", "scale_kernel", "scale_backward_kernel")
+_ELEMENTWISE = (
+    "reduce_kernel", "decode_kernel", "scale_kernel", "scale_backward_kernel", "gate_kernel",
+    "gate_backward_kernel",
+)  # fmt: skip
 _BY_TMA = ("gemm_tma_kernel", _SPECIALISED)
 
 
@@ -245,6 +248,9 @@ def compile_case(case: Case, card: str, seen: set[str]) -> list[Kernel]:
                 factor = torch.empty(N, device="meta")
                 columns.forward(dy, factor, bias)
                 columns.backward(dy, dy, factor, True)
+            elif case.plan == GATING:
+                gating.gated(dy, dy, case.kind)
+                gating.gradients((dy, dy), dy, case.kind, (dy, dy))
             else:
                 _decode(case, x, tensor)
         return kernels

@@ -15,6 +15,7 @@ from lora_kernels.backends.cuda.choice import candidates
 from lora_kernels.backends.cuda.plan import Call, Tiles
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import Target, assume
+from lora_kernels.backends.triton import gating
 from lora_kernels.weights import KINDS
 
 
@@ -33,7 +34,7 @@ class Case(NamedTuple):
     transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
     part: bool = False  # x is a part of a larger matrix: the dropout mask has an offset
     groups: int = 0  # whose branches are computed at once
-    kind: str = ""  # of a weight that is decoded
+    kind: str = ""  # of a weight that is decoded, or the activation
     ops: tuple[str, ...] = ("forward", "backward")
     tiles: Tiles = {}  # noqa: RUF012 never changed
 
@@ -52,10 +53,11 @@ class Case(NamedTuple):
 
 
 # No plans of one branch: the kernels of many groups, the decoder of quantised weights, the
-# elementwise ones of DoRA.
-MANY, CODED, COLUMNS = "many", "coded", "columns"
-OTHERS = (MANY, CODED, COLUMNS)
+# elementwise ones of DoRA and of gated MLPs.
+MANY, CODED, COLUMNS, GATING = "many", "coded", "columns", "gating"
+OTHERS = (MANY, CODED, COLUMNS, GATING)
 SHORT = (
+    Case(plan=GATING, kind="silu"),
     Case(plan=COLUMNS, bias=True),
     Case(plan=CODED, kind="nf4"),
     Case(plan=MANY, M=512, dropout=0.1, groups=16),
@@ -110,6 +112,9 @@ def analytic() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield Case(plan=COLUMNS, dtype=dtype)
         yield Case(plan=COLUMNS, dtype=dtype, bias=True, N=1543, M=1000)
+        for act in gating.ACTIVATIONS:
+            yield Case(plan=GATING, dtype=dtype, kind=act)
+    yield Case(plan=GATING, kind="silu", N=1543, M=1000)
     half = Case(dtype=torch.float16, bias=True)
     yield half
     for r in (16, 64):
