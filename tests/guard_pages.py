@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import assume
-from lora_kernels.backends.triton import decoding, masking
+from lora_kernels.backends.triton import columns, decoding, gating, masking
 from lora_kernels.backends.triton.launch import intercept, launch
 from lora_kernels.weights import quantize
 
@@ -158,7 +158,16 @@ def check(plans: Sequence[str], cases: Sequence[Case]) -> int:
             decoding.decode(weight, slice(0, 9), slice(0, 128), torch.empty(9, 128))
             decoding.decode(weight, slice(8, 9), slice(32, 128), torch.empty(1, 96))
         launches += checker.launches
-    return launches
+    z, dy, other = (torch.randn(33, 70)[:, 3:] for _ in range(3))
+    checker = Checker("columns and gates")
+    with intercept(checker):
+        for added in (None, other, other[0]):
+            columns.forward(z, torch.rand(67), added)
+        columns.backward(dy, z, torch.rand(67), True)
+        for act in gating.ACTIVATIONS:
+            gating.gated(z, other, act)
+            gating.gradients((z, other), dy, act, tuple(torch.empty(33, 134).chunk(2, 1)))
+    return launches + checker.launches
 
 
 # ----------------------------------------------------------------------------------- faulty kernels

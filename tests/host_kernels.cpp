@@ -253,6 +253,48 @@ void passes(const Kernels& k) {
   compare("outer", of_outer, outer.data(), columns, columns, 2e-6);
 }
 
+// h = act(g) u and its gradients, rows of a wider matrix, du over dh.
+void gate(const Kernels& k) {
+  Random from{11};
+  const int64_t count = 3, columns = 1030, pitch = 2 * columns;
+  const auto both = random<float>(from, count * pitch, 6.f);
+  const auto gradient = random<float>(from, count * columns, 1.f);
+  for (int act = 0; act < kActs; ++act) {
+    std::vector<float> h(count * columns), dg(count * columns), dh = gradient;
+    Gating p = {};
+    p.act = static_cast<Act>(act);
+    p.columns = columns;
+    p.g = both.data();
+    p.u = both.data() + columns;
+    p.g_pitch = p.u_pitch = pitch;
+    p.h = h.data();
+    p.h_pitch = columns;
+    k.gate(p, 0, count);
+    p.dh = p.du = dh.data();
+    p.dg = dg.data();
+    p.dh_pitch = p.du_pitch = p.dg_pitch = columns;
+    k.gate(p, 0, count);
+    std::vector<double> of_h, of_g, of_u;
+    for (int64_t i = 0; i < count * columns; ++i) {
+      const int64_t at = i / columns * pitch + i % columns;
+      const double x = both[at], u = both[at + columns], d = gradient[i];
+      const double s = 1 / (1 + std::exp(-x)), c = 0.7978845608028654;
+      const double t = std::tanh(c * (x + 0.044715 * x * x * x)), kept = x > 0 ? x : 0;
+      const double value[] = {x * s, 0.5 * x * (1 + t), kept, kept * kept};
+      const double slope[] = {
+          s * (1 + x * (1 - s)),
+          0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x), x > 0 ? 1. : 0.,
+          2 * kept};
+      of_h.push_back(value[act] * u);
+      of_g.push_back(d * u * slope[act]);
+      of_u.push_back(d * value[act]);
+    }
+    compare("gate", of_h, h.data(), columns, columns, 3e-7);
+    compare("gate, dg", of_g, dg.data(), columns, columns, 1e-6);
+    compare("gate, du", of_u, dh.data(), columns, columns, 3e-7);
+  }
+}
+
 const Kernels* find(const std::string& name) {
   if (name == "base") return &kBase;
 #if defined(__aarch64__)
@@ -293,6 +335,7 @@ int main(int count, char** arguments) {
     bits = decode<Half>(k, w, 9, 1344, bits);
   }
   passes(k);
+  gate(k);
   std::printf("bits %016" PRIx64 "\n", masks(k, bits));
   return failures == 0 ? 0 : 1;
 }

@@ -178,7 +178,11 @@ def test_merging(keep, dtype):
         assert torch.equal(model.first.weight, base)
         assert torch.equal(model(x), before)
     else:
-        # A base that is loaded into it now is what the layer computes.
+        # The merged weight, loaded as a base, is what the layer computes: its adapter adds nothing.
+        state = {"first.weight": merged, "second.weight": model.second.weight.detach().clone()}
+        model.load_state_dict(state, strict=False)
+        assert not model.first.merged
+        torch.testing.assert_close(model(x), before, rtol=tolerance, atol=tolerance)
         state = {"first.weight": base, "second.weight": model.second.weight.detach().clone()}
         model.load_state_dict(state, strict=False)
         lk.remove_lora(model)
