@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from benchmarks.memory import peak_bytes
-from benchmarks.peers import BLOCKS, FROZEN, OURS, OURS_FP32, PEFT, PEFT_FP32
+from benchmarks.peers import BLOCKS, FROZEN, OURS, OURS_FP32, PEFT, PEFT_COMPILED, PEFT_FP32
 from benchmarks.store import Results
 from lora_kernels import apply_lora, fuse_blocks
 from lora_kernels.testing import DTYPES, WrongResult, error
@@ -130,6 +130,17 @@ def generator(model: nn.Module, ids: Tensor, tokens: int) -> Callable[[], None]:
     return step
 
 
+def calls_of(step: Callable[[], None]) -> int:
+    """How many operators a step calls: what the host has to launch."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    return sum(
+        event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::")
+        for event in profiler.events()
+        if event.name.startswith(("aten::", "lora_kernels::"))
+    )
+
+
 def measure(
     table: str, what: str, steps: dict[str, Callable[[], None]], tokens: int, args, device
 ) -> list[dict]:
@@ -146,7 +157,8 @@ def measure(
     return [
         {"table": table, "what": what, "peer": name,
          "tokens_s": round(tokens / statistics.median(spent), 2),
-         "peak_mib": round(peak_bytes(steps[name], device) / 2**20, 2), "rounds": len(spent),
+         "peak_mib": round(peak_bytes(steps[name], device) / 2**20, 2),
+         "calls": calls_of(steps[name]), "rounds": len(spent),
          **summary(spent, times[FROZEN])}
         for name, spent in times.items()
     ]  # fmt: skip
@@ -161,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=15, help="of each of the two parts")
     parser.add_argument("--rounds", type=int, nargs=2, default=(3, 50), metavar=("MIN", "MAX"))
     parser.add_argument("--new-tokens", type=int, default=32, help="decoded in a round")
+    parser.add_argument("--compiled", action="store_true", help="PEFT under torch.compile too")
     parser.add_argument("--minutes", type=float, default=3, help="time box, asked between parts")
     args = parser.parse_args(arguments)
     logging.set_verbosity_error()
@@ -194,12 +207,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"time is over before: {what}; run again to go on")
             break
         steps = {peer: make(model) for peer, model in models.items()}
+        if args.compiled and table == "train":
+            compiled = copy.deepcopy(models[PEFT]).train()
+            compiled.forward = torch.compile(compiled.forward)
+            steps[PEFT_COMPILED] = make(compiled)
         rows = measure(table, what, steps, tokens, args, device)
         results.add(rows)
         print(what)
         for row in rows:
             print(f"    {row['peer']:22} {row['tokens_s']:10.1f} tokens/s  {row['ratio']:.3f}x"
-                  f"  {row['peak_mib']:9.1f} MiB", flush=True)  # fmt: skip
+                  f"  {row['peak_mib']:9.1f} MiB  {row['calls']:6} calls", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

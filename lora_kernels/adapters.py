@@ -10,9 +10,10 @@ for copies and pickles of the module, which are made as if nothing were disabled
 import contextlib
 import copy
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -123,16 +124,58 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in found.items() if t is not None and n not in passing}
 
 
-def lora_parameters(model: nn.Module, *, adapter: str | None = None) -> Iterator[nn.Parameter]:
+@overload
+def lora_parameters(model: nn.Module, *, adapter: str | None = None) -> Iterator[nn.Parameter]: ...
+
+
+@overload
+def lora_parameters(
+    model: nn.Module, *, adapter: str | None = None, lr: float, loraplus_ratio: float
+) -> list[dict[str, Any]]: ...
+
+
+def lora_parameters(
+    model: nn.Module,
+    *,
+    adapter: str | None = None,
+    lr: float | None = None,
+    loraplus_ratio: float | None = None,
+) -> Iterator[nn.Parameter] | list[dict[str, Any]]:
     """What to give an optimizer: lora_A and lora_B of every layer, then the modules trained in
     full; or lora_A and lora_B of the adapter of this name alone.
 
+    With lr and loraplus_ratio the groups of LoRA+ (Hayou et al., 2024, arXiv:2402.12354), as PEFT
+    makes them: lora_B and vectors (biases, DoRA's magnitude) learn at lr * loraplus_ratio, all
+    others at lr.
+
     Where pruning or a parametrization computes lora_A or lora_B, the parameters it computes them
-    from. ValueError: accelerate has offloaded them, or no adapter has this name.
+    from. ValueError: accelerate has offloaded them, no adapter has this name, or one of lr and
+    loraplus_ratio is missing or not positive.
     """
     if adapter is not None:
         require_name(model, adapter)
     require_loaded(model)
+    if lr is None and loraplus_ratio is None:
+        return _trained(model, adapter)
+    for name, value in (("lr", lr), ("loraplus_ratio", loraplus_ratio)):
+        if value is None or not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a positive number beside the other, got {value!r}")
+    assert lr is not None
+    assert loraplus_ratio is not None
+    fast = {
+        parameter
+        for _, layer in lora_layers(model)
+        for one in layer.names
+        for parameter in layer.adapter(one).factor_parameters("lora_B")
+    }
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for parameter in _trained(model, adapter):
+        groups[parameter in fast or parameter.dim() == 1].append(parameter)
+    rates = {False: lr, True: lr * loraplus_ratio}
+    return [{"params": found, "lr": rates[key]} for key, found in groups.items() if found]
+
+
+def _trained(model: nn.Module, adapter: str | None) -> Iterator[nn.Parameter]:
     for _, layer in lora_layers(model):
         for name in layer.names:
             if adapter in (None, name):

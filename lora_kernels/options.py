@@ -22,7 +22,10 @@ _SAME_NAME = (
     "target_modules", "exclude_modules", "modules_to_save", "use_rslora", "rank_pattern",
     "alpha_pattern", "target_parameters", "use_dora",
 )  # fmt: skip
-_INITS = {True: "kaiming", False: "random", "pissa": "pissa"}
+_INITS = {
+    True: "kaiming", False: "random", "pissa": "pissa", "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+}  # fmt: skip
 # What PEFT's models for these tasks train in full beside the adapters, where it is there.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -196,7 +199,7 @@ def _require_supported(config: "LoraConfig", kind: str) -> None:
     if config.init_lora_weights not in _INITS:
         raise ValueError(
             f"{kind}: init_lora_weights = {config.init_lora_weights!r} is not supported, only"
-            f" True, False and 'pissa'; {cure}"
+            f" {', '.join(map(repr, _INITS))}; {cure}"
         )
 
 

@@ -328,7 +328,10 @@ def examine(kind: str, name: str | None = None) -> dict:
 def apart_in_blocks(model, given) -> str:
     """What differs where blocks are computed as one: gradients in fp64, in which rounding does not
     grow to what a fault would be; in fp32 where the model's own code takes no other."""
-    model, bound = copy.deepcopy(model), 1e-3
+    try:
+        model, bound = copy.deepcopy(model), 1e-3
+    except RuntimeError:
+        return "(the model holds activations of its last forward and cannot be copied)"
     with contextlib.suppress(Exception):  # grouped products are not of fp64
         model.set_experts_implementation("eager")
     with contextlib.suppress(RuntimeError, TypeError):
@@ -346,6 +349,8 @@ def apart_in_blocks(model, given) -> str:
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [*outputs, *(torch.zeros(()) if g is None else g for g in found)]
 
+    if not any(t.requires_grad for t in forward(model, given)):
+        return "(no output has a gradient)"
     right, classes = step(), [type(m) for m in model.modules()]
     with mock.patch.object(packs, "packs_rows", return_value=True):
         lk.fuse_blocks(model)

@@ -12,7 +12,7 @@ from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_ty
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.grouped import lora_add_grouped, lora_linear_grouped
 from lora_kernels.nn.named import DEFAULT, NamedAdapter, Rows
-from lora_kernels.nn.pissa import INITS, Init, draw, reset_factors
+from lora_kernels.nn.pissa import INITS, Init, reset_factors
 from lora_kernels.nn.state import LayerState
 from lora_kernels.nn.tensors import MERGED, PISSA, Factors, note_frozen, shape_of, thaw
 from lora_kernels.norms import HELD
@@ -87,7 +87,9 @@ class LoRALayer(Packable, LayerState):
 
         `init` is "kaiming" (A uniform, B zero: the output is unchanged), "pissa" (Meng et al.,
         2024, arXiv:2404.02948: the adapter starts as the principal part of the weight, which is
-        taken out of it) or "random" (B uniform too: the output changes at once, for tests).
+        taken out of it), "gaussian" (A normal of deviation 1 / rank, B zero), "orthogonal" (both
+        from halves of an orthogonal matrix, whose product is zero; of an even rank) or "random" (B
+        uniform too: the output changes at once, for tests).
         `use_dora` makes it a `FusedDoRALinear` (`nn.dora`).
 
         Raises:
@@ -128,8 +130,8 @@ class LoRALayer(Packable, LayerState):
         layer.reset_lora_parameters()
         if adapter.init == "pissa":
             layer._init_pissa()
-        elif adapter.init == "random":
-            draw(layer.lora_B)
+        elif adapter.init != "kaiming":
+            reset_factors(layer, adapter.init)
             layer._settle_start()
         return layer
 

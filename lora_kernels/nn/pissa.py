@@ -13,7 +13,7 @@ from lora_kernels.offloading import present
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 from lora_kernels.weights import QuantizedTensor
 
-Init = Literal["kaiming", "pissa", "random"]
+Init = Literal["kaiming", "pissa", "random", "gaussian", "orthogonal"]
 INITS = get_args(Init)
 # Above this size PiSSA takes the leading singular triplets from a randomised SVD.
 _EXACT_SVD_ELEMENTS = 1 << 20
@@ -110,13 +110,32 @@ class Initialising(LayerTensors):
         self.set_factors(*factors)
 
 
+@torch.no_grad()
 def reset_factors(adapter: Factors, init: Init = "kaiming") -> None:
-    """A Kaiming-uniform; B zero, or "random" likewise."""
-    draw(adapter.lora_A)
+    """A Kaiming-uniform and B zero; "random" B likewise, "gaussian" A normal of deviation 1 / rank,
+    "orthogonal" both from the two halves of an orthogonal matrix, whose product is zero."""
+    if init == "orthogonal":
+        return _orthogonal(adapter)
+    if init == "gaussian":
+        nn.init.normal_(adapter.lora_A, std=1 / adapter.rank)
+    else:
+        draw(adapter.lora_A)
     if init == "random":
         draw(adapter.lora_B)
     else:
         nn.init.zeros_(adapter.lora_B)
+    return None
+
+
+def _orthogonal(adapter: Factors) -> None:
+    """As PEFT's: https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation."""
+    rank, (N, K) = adapter.rank, (adapter.lora_B.shape[0], adapter.lora_A.shape[1])
+    if rank % 2:
+        raise ValueError(f"rank: 'orthogonal' needs an even one, got {rank}")
+    Q, _ = torch.linalg.qr(torch.randn(rank, rank))
+    A, B = torch.randn(K, rank // 2) @ Q[0::2], torch.randn(N, rank // 2) @ Q[1::2]
+    adapter.lora_A.copy_(A.t() / 10)
+    adapter.lora_B.copy_(B / 10)
 
 
 @torch.no_grad()
