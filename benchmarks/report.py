@@ -247,13 +247,14 @@ def model_table(document: Document) -> list[str]:
         return []
     lines = [
         [row["what"], row["peer"], _speed(row["tokens_s"]), f"{row['ratio']:.2f}×",
-         f"{row['peak_mib']:.0f}"]
+         f"{row['peak_mib']:.0f}", f"{row['calls']}" if "calls" in row else "–"]
         for row in rows
     ]  # fmt: skip
     return [
-        "A Llama-architecture model, end to end; ratio of the time to the frozen model's.",
+        "A Llama-architecture model, end to end; ratio of the time to the frozen model's. Calls are"
+        " operators that the host launches; peak memory is of a step, without parameters.",
         "",
-        *markdown(["what", "model", "tokens/s", "time", "peak MiB"], lines),
+        *markdown(["what", "model", "tokens/s", "time", "peak MiB", "calls"], lines),
     ]
 
 
