@@ -95,7 +95,6 @@ MUTANTS = {
     "blocks: outputs of another tensor": ("packs.py", "Pack.__call__", "of is x and x._version == version and ", "", "fuse_blocks"),
     "blocks: packed within a checkpoint": ("packs.py", "Pack._may_change", "return self._versions is None or self._versions != self._counted()", "return True", "fuse_blocks"),
     "blocks: packs never give up": ("packs.py", "Pack.__call__", "self._misses += 1", "pass", "fuse_blocks"),
-    "blocks: threads share outputs": ("packs.py", "Pack.__call__", "thread = get_ident()", "thread = 0", "fuse_blocks"),
     "blocks: several adapters taken as one": ("nn/layer.py", "LoRALayer.projection", "self._active != (self._first,) or ", "", "fuse_blocks"),
     "blocks: dropout in evaluation": ("nn/layer.py", "LoRALayer.projection", "self.dropout if self.training else 0.0", "self.dropout", "fuse_blocks"),
     "blocks: PEFT's disabled adapters act": (INTEGRATION, "_Fused.projection", "or self._disable_adapters\n            or self.merged", "or self.merged", "fuse_blocks"),

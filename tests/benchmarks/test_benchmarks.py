@@ -1,5 +1,6 @@
 """The benchmark scripts at tiny sizes: their files, their arithmetic of flops, bytes, ratios."""
 
+import copy
 import json
 import os
 import subprocess
@@ -443,8 +444,9 @@ def test_model_benchmark(tmp_path, capsys):
                  "--new-tokens", "2", "--out", str(out)]  # fmt: skip
     model.main(arguments)
     rows = json.loads(out.read_text())["rows"]
-    names = [FROZEN, peers.PEFT_FP32, peers.OURS_FP32, PEFT, OURS]
+    names = [FROZEN, peers.PEFT_FP32, peers.OURS_FP32, PEFT, OURS, peers.BLOCKS]
     assert [row["peer"] for row in rows] == names * 2
+    assert all(row["calls"] > 100 for row in rows)
     for row in rows:
         tokens = 2 if row["table"] == "generate" else 8
         assert row["tokens_s"] == pytest.approx(1e3 * tokens / row["ms"], rel=1e-3)
@@ -459,10 +461,14 @@ def test_model_gate_sees_a_wrong_adapter():
     models = {PEFT: model._peft(base, fp32=False), OURS: model._ours(base, fp32=False)}
     model.equalise(list(models.values()))
     ids = torch.randint(64, (1, 8))
-    model.gate(models, ids)
-    next(iter(model.adapters(models[OURS]).values())).data.mul_(1.01)
-    with pytest.raises(WrongResult):
+    for wrong in (OURS, peers.BLOCKS):
+        models[peers.BLOCKS] = copy.deepcopy(models[OURS])
         model.gate(models, ids)
+        changed = next(iter(model.adapters(models[wrong]).values()))
+        changed.data.mul_(1.01)
+        with pytest.raises(WrongResult, match=wrong):
+            model.gate(models, ids)
+        changed.data.div_(1.01)
 
 
 def test_micro_suite(tmp_path):
