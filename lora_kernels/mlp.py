@@ -118,8 +118,8 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        refuse_double_backward([dy])
-        x, *saved = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors  # once: checkpoints give them one time
+        refuse_double_backward([dy, x, *saved])
         need_x, _, _, *needs = ctx.needs_input_grad
         outputs, tensors = saved[: ctx.outputs], saved[ctx.outputs :]
         layers, kept = Kept(tensors, ctx.others).layers()

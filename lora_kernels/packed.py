@@ -242,11 +242,11 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        refuse_double_backward(dys)
         some = next((dy for dy in dys if dy is not None), None)
         if some is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, *saved = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors  # once: checkpoints give them one time
+        refuse_double_backward([*dys, x, *saved])
         need_x, _, *needs = ctx.needs_input_grad
         layers, kept = Kept(saved, ctx.others).layers()
         asked = Asked(wanted_of(layers, needs), need_x)
@@ -272,9 +272,9 @@ def flat(layers: Sequence[Layer], pairs: packed.Pairs) -> list[Tensor | None]:
     ]
 
 
-def refuse_double_backward(dys: Sequence[Tensor | None]) -> None:
-    """Past the op nothing else would raise."""
-    if torch.is_grad_enabled() and any_requires_grad(*dys):
+def refuse_double_backward(read: Sequence[Tensor | None]) -> None:
+    """Past the op nothing else would raise: what a backward has read would have no gradient."""
+    if torch.is_grad_enabled() and any_requires_grad(*read):
         raise NotImplementedError("lora_kernels: double backward is not supported")
 
 

@@ -98,6 +98,8 @@ class Pack:
         return self._compute(x, thread)
 
     def _compute(self, x: Tensor, thread: int) -> Tensor | None:
+        if any(layer.__dict__.get("_pack") is not self for layer in self._layers):
+            return None  # one is a plain layer again
         projections = [layer.projection(x) for layer in self._layers]
         known = [p for p in projections if p is not None]
         if len(known) < len(projections):

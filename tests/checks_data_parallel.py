@@ -2,6 +2,7 @@
 rows."""
 
 import contextlib
+import copy
 import functools
 import os
 from unittest import mock
@@ -46,11 +47,13 @@ from lora_kernels import (
     apply_lora,
     disable_adapters,
     evaluate_model,
+    fuse_blocks,
     load_adapter,
     lora_parameters,
     lora_state_dict,
     merge_lora,
     merged_state_dict,
+    packs,
     remove_lora,
     save_adapter,
     set_adapter,
@@ -102,6 +105,35 @@ def check_fsdp_with_dora():
                 for one in (model, single):
                     for parameter in one.parameters():
                         parameter.mul_(1.25)
+
+
+def check_fsdp_with_blocks():
+    """Packed projections and gated MLPs of a Llama whose blocks are sharded."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    single = LlamaForCausalLM(config).double()
+    apply_lora(single, 4, alpha=8, init="random")
+    model = copy.deepcopy(single)
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    ids = torch.arange(24).reshape(2, 12) % 32
+    with mock.patch.object(packs, "packs_rows", return_value=True):
+        assert len(fuse_blocks(model).mlps) == 2
+        for checkpointed in (False, True):
+            if checkpointed:
+                for one in (model, single):
+                    one.train().gradient_checkpointing_enable()
+            for _ in range(3):
+                for one in (model, single):
+                    one(input_ids=ids, labels=ids).loss.backward()
+                for one, other in zip(lora_parameters(model), lora_parameters(single), strict=True):
+                    assert torch.allclose(whole(one.grad), other.grad, rtol=1e-9, atol=1e-12)
+                    one.grad = other.grad = None
+    assert any(layer._pack is not None for layer in model.modules() if hasattr(layer, "lora_A"))
 
 
 def check_fsdp_with_activation_checkpoints():

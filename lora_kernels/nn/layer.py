@@ -34,7 +34,7 @@ _PASSING = ("_rows", HELD)
 # What a layer is given beside the adapter's tensors: a buffer, a submodule, attributes.
 _ADDED = (
     MERGED, "adapters", "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged",
-    "_disabled", "_first", "_active", "_rows",
+    "_disabled", "_first", "_active", "_rows", "_pack",
 )  # fmt: skip
 
 

@@ -501,6 +501,20 @@ def test_pefts_layers():
     assert_same(step(model, rows()), right)
 
 
+def test_a_layer_that_loses_its_adapter():
+    model = adapted(Attention())
+    lk.fuse_blocks(model)
+    for _ in range(2):
+        step(model, rows())
+    model[0].k.move_out()
+    assert type(model[0].k) is nn.Linear
+    assert "_pack" not in vars(model[0].k)
+    other = copy.deepcopy(model)
+    lk.unfuse_blocks(other)
+    for _ in range(2):
+        assert_same(step(model, rows()), step(other, rows()))
+
+
 def test_bad_input():
     for call in (lk.fuse_blocks, lk.unfuse_blocks):
         with pytest.raises(TypeError, match="model: expected"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_kernels import Projection, lora_swiglu_mlp
+from lora_kernels import Projection, lora_linear, lora_linear_packed, lora_swiglu_mlp
 from lora_kernels.backends import gating, native, use_backend
 from lora_kernels.backends.gating import ACTIVATIONS
 
@@ -151,6 +151,21 @@ def test_half_is_kept(one, profiled):
     torch.testing.assert_close(y, z)
 
 
+def test_with_a_frozen_no_input_is_kept():
+    """LoRA-FA: of one layer, of several on one x and of an MLP."""
+    problem, kept = Problem(1500, torch.float32), []
+    for part in problem.parts:
+        part.lora_a.requires_grad_(False)
+    pairs = [(p.weight, p.lora_a, p.lora_b) for p in (problem.gate, problem.up)]
+    x = problem.x.detach() * 1.0
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        lora_linear(x, *pairs[0])
+        lora_linear_packed(x, *zip(*pairs, strict=True))
+        lora_swiglu_mlp(x, *problem.parts)
+    assert not any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in kept)
+    assert sum(tuple(t.shape) == (1500, INNER) for t in kept) == 2  # gate(x) and up(x)
+
+
 def test_nothing_that_is_used_twice_is_overwritten():
     problem = Problem(1500, torch.float32)
     y = problem.as_one("silu")
@@ -202,7 +217,7 @@ def test_autocast_compile_and_double_backward():
     assert dx.any()
     y = problem.as_one("silu")
     with pytest.raises(NotImplementedError, match="double backward"):
-        torch.autograd.grad(y.square().sum(), problem.x, create_graph=True)
+        torch.autograd.grad(y.sum(), problem.x, create_graph=True)
 
 
 def test_bad_input():
