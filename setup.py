@@ -30,7 +30,7 @@ CPU = "lora_kernels._native_cpu"
 CUDA = "lora_kernels._native_cuda"
 CPU_STEMS = (
     "low_rank", "linear", "grouped", "gating", "base", "avx2", "avx512", "avx512_bf16", "neon",
-    "neon_bf16",
+    "neon_bf16", "single_threaded",
 )  # fmt: skip
 CPU_SOURCES = [f"csrc/cpu/{stem}.cpp" for stem in CPU_STEMS]
 CUDA_SOURCES = ["csrc/cuda/decode.cu"]
@@ -297,7 +297,11 @@ def extensions() -> dict:
                     done.append(part.extension)
             self.extensions = done
 
-    return {"ext_modules": [part.extension for part in planned], "cmdclass": {"build_ext": Build}}
+    return {
+        "ext_modules": [part.extension for part in planned],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
 setup(**extensions())

