@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_kernels.backends import dequantized
+from lora_kernels.backends import blocked, dequantized
 from lora_kernels.weights import QuantizedTensor, QuantizedWeight
 
 HELD = "_norms"  # the key under which a module's dictionary holds those of evaluation
@@ -49,9 +49,8 @@ def _of_strips(weight: QuantizedWeight, a: Tensor) -> tuple[Tensor, Tensor]:
     (N, K), r = weight.shape, a.shape[0]
     squares, cross = a.new_empty(N), a.new_empty(N, r)
     step = max(1, _STRIP_BYTES // (K * a.element_size() * 128)) * 128
-    for first in range(0, N, step):
-        rows = slice(first, min(N, first + step))
-        memory = a.new_empty(rows.stop - first, K)
+    for rows in blocked.blocks(N, step):
+        memory = a.new_empty(rows.stop - rows.start, K)
         strip = dequantized.decode(weight, rows, slice(0, K), memory)
         squares[rows] = strip.square().sum(1)
         cross[rows] = strip @ a.t()

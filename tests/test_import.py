@@ -103,7 +103,7 @@ FLOORS["backends"] = {
     "trial": 0,
     "triton": 1,
     "masks": 2,
-    "columns": 2,
+    "columns": 3.3,
     "blocked": 3,
     "reference": 3.1,
     "native": 3.2,

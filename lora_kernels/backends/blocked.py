@@ -73,7 +73,8 @@ def _step(like: Tensor, K: int, N: int = 0) -> int:
     return max(1, _ACCELERATOR_BLOCK_BYTES // (4 * K))
 
 
-def _blocks(count: int, step: int) -> Iterator[slice]:
+def blocks(count: int, step: int) -> Iterator[slice]:
+    """So many rows or columns, a step of them at a time."""
     for first in range(0, count, step):
         yield slice(first, min(first + step, count))
 
@@ -84,7 +85,7 @@ def forward(base: Dense, x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
     a, b = _adapters(x, branch)
     _, high = split(branch.scaling, x.dtype)
     y, s = x.new_empty(M, N), x.new_empty(M, a.shape[0])
-    for block in _blocks(M, _step(x, K, N)):
+    for block in blocks(M, _step(x, K, N)):
         rows = x[block].to(a.dtype)
         _shrink(rows, block, a, branch, s[block])
         product = _Product(s[block].to(a.dtype), b.t(), high)
@@ -97,7 +98,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty(M, N)
     dtype = _compute_dtype(x)
-    for block in _blocks(M, _step(x, K, N)):
+    for block in blocks(M, _step(x, K, N)):
         rows = x[block].to(dtype)
         nothing = _Product(rows.new_empty(len(rows), 0), rows.new_empty(0, N), 1.0)
         _multiply(rows, weight.t(), bias, nothing, y[block])
@@ -107,7 +108,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def add_product(out: Tensor, rows: Tensor, matrix: Tensor) -> None:
     """out += rows @ matrix, rounded once."""
     dtype = _compute_dtype(rows)
-    for block in _blocks(len(rows), _step(rows, *matrix.shape)):
+    for block in blocks(len(rows), _step(rows, *matrix.shape)):
         total = out[block].to(dtype)
         out[block] = total.addmm_(rows[block].to(dtype), matrix.to(dtype))
 
@@ -118,7 +119,7 @@ def add_branch(y: Tensor, x: Tensor, branch: Branch) -> Tensor:
     a, b = _adapters(x, branch)
     _, high = split(branch.scaling, x.dtype)
     s = x.new_empty(M, a.shape[0])
-    for block in _blocks(M, _step(x, K, N)):
+    for block in blocks(M, _step(x, K, N)):
         _shrink(x[block].to(a.dtype), block, a, branch, s[block])
         y[block] = y[block].to(a.dtype).addmm_(s[block].to(a.dtype), b.t(), alpha=high)
     return s
@@ -136,7 +137,7 @@ def backward(
     _, high = split(branch.scaling, dy.dtype)
     dx = dy.new_empty(M, K) if need.x else None
     d_a = d_b = None
-    for block in _blocks(M, _step(dy, K, N)):
+    for block in blocks(M, _step(dy, K, N)):
         rows = dy[block].to(a.dtype)
         if need.b:
             d_b = _summed(d_b, s[block].t(), rows, high)
@@ -165,9 +166,9 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     (M, N), K = dy.shape, x.shape[1]
     step = _step(dy, K, N)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for columns in _blocks(N, step):
+    for columns in blocks(N, step):
         strip = None
-        for block in _blocks(M, step):
+        for block in blocks(M, step):
             strip = _summed(strip, dy[block, columns].t(), x[block], 1.0)
         dweight[columns] = 0 if strip is None else strip
     return dweight
@@ -240,7 +241,7 @@ def _multiply(
     low, lora, scale, keep = product
     wide = rows.dtype != out.dtype
     width = lora.shape[1]
-    for columns in _blocks(width, _step(rows, rows.shape[1]) if wide else width):
+    for columns in blocks(width, _step(rows, rows.shape[1]) if wide else width):
         total = rows.new_empty(len(rows), columns.stop - columns.start) if wide else out
         if matrix is None:
             total.zero_()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import trial
+from lora_kernels.backends import blocked, trial
 
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -72,9 +72,7 @@ def _backward(
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
-    for first in range(0, rows.shape[0], step):
-        yield slice(first, min(rows.shape[0], first + step))
+    return blocked.blocks(len(rows), max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1])))
 
 
 _right: dict[torch.device, bool] = {}

@@ -4,7 +4,7 @@ core or a few launches want it: at no time is there a copy of the whole.
 The weight is rounded to the dtype of the rows, as its owner's own method rounds it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         bias = bias.to(x.dtype)
     step = _step(K, x)
     memory = x.new_empty(min(N, step), K)
-    for rows in _slices(N, step):
+    for rows in blocked.blocks(N, step):
         strip = decode(weight, rows, slice(0, K), memory[: rows.stop - rows.start])
         some = None if bias is None else bias[rows]
         if wide:
@@ -45,7 +45,7 @@ def add_gradient(dx: Tensor, dy: Tensor, weight: QuantizedWeight) -> None:
     wide = blocked.is_wide(dy)
     step = _step(N, dy)
     memory = dy.new_empty(N * min(K, step))
-    for columns in _slices(K, step):
+    for columns in blocked.blocks(K, step):
         width = columns.stop - columns.start
         strip = decode(weight, slice(0, N), columns, memory[: N * width].view(N, width))
         if wide:
@@ -108,8 +108,3 @@ def _step(length: int, rows: Tensor) -> int:
     """How many vectors of a length are a strip, in the dtype of rows."""
     most = _CPU_STRIP_BYTES if rows.device.type == "cpu" else _ACCELERATOR_STRIP_BYTES
     return max(1, most // (length * rows.element_size() * _ALIGNED)) * _ALIGNED
-
-
-def _slices(count: int, step: int) -> Iterator[slice]:
-    for first in range(0, count, step):
-        yield slice(first, min(count, first + step))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.backends import native, trial
+from lora_kernels.backends import blocked, native, trial
 from lora_kernels.backends.native import extension
 
 _aten, _ops = torch.ops.aten, torch.ops.lora_kernels
@@ -98,9 +98,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // max(1, rows.shape[1]))
-    for first in range(0, rows.shape[0], step):
-        yield slice(first, min(rows.shape[0], first + step))
+    return blocked.blocks(
+        len(rows), max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // max(1, rows.shape[1]))
+    )
 
 
 _right: dict[torch.device, bool] = {}
