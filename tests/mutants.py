@@ -104,7 +104,7 @@ MUTANTS = {
     "blocks: triton's tanh": (TRITON + "gating.py", "tanh", "tl.where(x < 0, -t, t)", "t", "interpreted_gating"),
     "blocks: triton's strides of u": (TRITON + "gating.py", "gate_backward_kernel", "Matrix(u, stride_ur, stride_uc, rows, cols)", "Matrix(u, stride_gr, stride_gc, rows, cols)", "interpreted_gating"),
     "cpu: sums of few ranks without memory": (CPU + "linear.cpp", "c.sum = keeps_sums ? sum.data : nullptr;\n    c.sum_pitch = pitch;", "c.sum = sum.data;\n    c.sum_pitch = pitch;", "few_rows"),
-    "direct: a wider weight taken": ("direct.py", "linear", "if x.dtype != weight.dtype:", "if False:", "functional"),
+    "direct: a wider weight taken": ("direct.py", "linear", "if x.dtype != weight.dtype:", "if False:", "functional few_rows"),
     "sign of ds": (REFERENCE, "_whole_backward", "if turned else b, branch.scaling)", "if turned else b, -branch.scaling)", "ops"),
     "scaling dropped in s": (REFERENCE, "forward", "x).t(), low)", "x).t(), 1)", "ops"),
     "scaling dropped in s of lora_add": (REFERENCE, "add_branch", "x).t(), low)", "x).t(), 1)", "ops"),
@@ -686,6 +686,8 @@ def killed_by(mutant):
             failed = re.findall(r"^FAILED \S*?::(.*?)(?: - .*)?$", result.stdout, re.MULTILINE)
             if result.returncode == 1 and failed:
                 return failed[0]
+            if result.returncode < 0:  # a signal: memory that is not there
+                return f"{test} ended by signal {-result.returncode}"
             if result.returncode:
                 raise SystemExit(result.stdout + result.stderr)
     return None

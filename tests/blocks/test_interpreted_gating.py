@@ -38,6 +38,11 @@ def test_halves_of_wider_rows(kernels, act, size, dtype):
     kernels.gradients((g, u), dh, act, tuple(out.chunk(2, 1)))
     plain._gradients((g, u), dh, act, tuple(right.chunk(2, 1)))
     torch.testing.assert_close(out, right, **tolerance)
+    turned = u.t().contiguous().t()  # other strides than g's
+    plain._gradients((g, turned), dh, act, tuple(right.chunk(2, 1)))
+    kernels.gradients((g, turned), dh, act, tuple(out.chunk(2, 1)))
+    torch.testing.assert_close(out, right, **tolerance)
+    torch.testing.assert_close(kernels.gated(g, turned, act), plain._gated(g, u, act), **tolerance)
     memory = dh.clone()
     other = torch.empty_like(memory)
     kernels.gradients((g, u), memory, act, (other, memory))
