@@ -77,7 +77,6 @@ MUTANTS = {
     "blocks: dropout together": ("backends/packed.py", "_together", "b.dropout_p or b.scaling != first.scaling", "b.scaling != first.scaling", "packed"),
     "blocks: dx of the last layer alone": ("backends/packed.py", "_backward_one_by_one", "part if dx is None else dx.add_(part)", "part", "packed"),
     "blocks: dx lacks a frozen layer": ("backends/packed.py", "_backward_one_by_one", "dy @ base.weight.to(dy.dtype) if asked.x else None", "None", "packed"),
-    "blocks: dA of nobody": ("backends/packed.py", "_backward_together", "pairs.append((d_a if a else None, d_b))", "pairs.append((d_a, d_b))", "packed"),
     "blocks: gradients of other layers": ("packed.py", "wanted_of", "Wanted(next(rest), next(rest))", "Wanted(*reversed((next(rest), next(rest))))", "packed mlp"),
     "blocks: a base that trains is taken": ("packed.py", "fits", "or t.requires_grad ", "", "fuse_blocks"),
     "blocks: autocast casts again": ("packed.py", "without_autocast", "enabled=False", "enabled=True", "packed"),
