@@ -363,7 +363,7 @@ MUTANTS = {
     "direct: subclasses taken": ("_dispatch.py", "is_plain", "type(x) in _TENSORS", "isinstance(x, Tensor)", "few_rows::test_what_is_traced_compiled_or_no_plain_tensor"),
     "direct: a base that trains taken": ("direct.py", "linear", "weight.requires_grad or", "False or", "few_rows::test_a_base_that_trains_goes_by_the_op"),
     "direct: graphs of a backward lost": ("direct.py", "_Linear.backward", "watched = torch.is_grad_enabled() or", "watched =", "few_rows::test_other_ways_to_ask_for_gradients"),
-    "layer: an overridden product taken as it lies": ("nn/layer.py", "LoRALayer._directly", "if weight is None or not self._as_it_lies:", "if weight is None:", "few_rows::test_parameters_that_do_not_lie_as_they_act"),
+    "layer: an overridden product taken as it lies": ("nn/layer.py", "LoRALayer._directly", " or not self._as_it_lies:", ":", "few_rows::test_parameters_that_do_not_lie_as_they_act"),
     "layer: the base of a merged layer taken for it": ("nn/layer.py", "LoRALayer._directly", "if idle and (self._merged or", "if idle and (False or", "few_rows::test_states_of_a_layer"),
     "native: power of two dropped in y": (NATIVE, "forward", "y, high, bias)", "y, 1.0, bias)", f"native::{LARGE}"),
     "native: power of two dropped in lora_add": (NATIVE, "forward", "y, high, accumulate", "y, 1.0, accumulate", f"native::{LARGE}"),

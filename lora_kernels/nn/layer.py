@@ -270,12 +270,12 @@ class LoRALayer(Packable, LayerState):
 
     def projection(self, x: Tensor) -> Projection | None:
         parameters = self._parameters
-        weight, bias = parameters.get("weight"), parameters.get("bias")
+        weight = parameters.get("weight")
         if weight is None or not self._as_it_lies or isinstance(weight, QuantizedTensor):
             return None
-        if self._rows is not None or (bias is None and self.bias is not None):
+        if self._rows is not None or "bias" not in parameters:
             return None
-        base = Projection(self._oriented(weight), bias=bias)
+        base = Projection(self._oriented(weight), bias=parameters["bias"])
         idle = self._disabled or not self._active
         if idle or self._merged:
             changed = self._merged or self._buffers["pissa_A"] is not None
@@ -306,7 +306,7 @@ class LoRALayer(Packable, LayerState):
         parametrization computes does not lie there."""
         parameters = self._parameters
         weight = parameters.get("weight")
-        if weight is None or not self._as_it_lies:
+        if weight is None or "bias" not in parameters or not self._as_it_lies:
             return None
         pair = direct.FROZEN
         idle = self._disabled or not self._active
@@ -327,8 +327,8 @@ class LoRALayer(Packable, LayerState):
         if isinstance(weight, QuantizedTensor):
             if x.dtype != weight.dtype or weight.transposed != self.fan_in_fan_out:
                 return None
-            return direct.quantized(x, weight.record, parameters.get("bias"), pair)
-        return direct.linear(x, self._oriented(weight), parameters.get("bias"), pair)
+            return direct.quantized(x, weight.record, parameters["bias"], pair)
+        return direct.linear(x, self._oriented(weight), parameters["bias"], pair)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         """The layer without its adapter, whatever state it is in."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
 
 from lora_kernels import FusedLoRAConv1D, FusedLoRALinear
 from lora_kernels.nn.tensors import MERGED
@@ -234,6 +235,30 @@ def test_adapters_beside_16_bits_are_fp32_unless_asked_otherwise(dtype, expected
     layers = [make(dtype=dtype), FusedLoRALinear.from_linear(nn.Linear(K, N, dtype=dtype), R)]
     assert {p.dtype for layer in layers for p in (layer.lora_A, layer.lora_B)} == {expected}
     assert make(dtype=dtype, adapter_dtype=dtype).lora_A.dtype == dtype
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor):
+        return 2 * tensor
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda layer: parametrize.register_parametrization(layer, "bias", Doubled()),
+        lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+    ],
+    ids=["parametrized", "pruned"],
+)
+def test_a_bias_that_is_computed_is_added(compute, rows):
+    layer, x = make(), inputs(torch.float32, rows)
+    before = layer.bias.detach().clone()
+    compute(layer)
+    y = layer(x)  # in which pruning computes it
+    assert (layer.bias - before).abs().max() > 0.01
+    branch = layer.scaling * F.linear(F.linear(x, layer.lora_A), layer.lora_B)
+    torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias) + branch)
 
 
 @pytest.mark.parametrize("master", [False, True])
