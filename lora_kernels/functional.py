@@ -91,7 +91,7 @@ def lora_linear(
         y = direct.linear(x, weight, bias, (lora_a, lora_b, scaling, dropout_p))
         if y is not None:
             return y
-    if not are_sound(x, lora_a, lora_b, weight, bias, linear=True):
+    if not _are_sound(x, lora_a, lora_b, weight, bias, linear=True):
         if _is_jagged(x):
             y = lora_linear(
                 x.values(), weight, lora_a, lora_b, bias,
@@ -103,7 +103,7 @@ def lora_linear(
     scaling, dropout_p, seed = check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
     y = _dispatch.call(
-        "lora_linear", _rows(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
+        "lora_linear", flat_rows(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
         torch.is_grad_enabled() and lora_b.requires_grad,
     )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
@@ -133,7 +133,7 @@ def _with_magnitude(
         weight = _record(weight, x)
     if isinstance(weight, QuantizedWeight):
         _check_quantized(x, weight, pair, bias)
-    elif not are_sound(x, *pair, weight, bias, linear=True):
+    elif not _are_sound(x, *pair, weight, bias, linear=True):
         _check_linear(x, weight, *pair, bias)
     N = weight.shape[0]
     if magnitude.shape != (N,):
@@ -144,10 +144,10 @@ def _with_magnitude(
             f"magnitude: expected x's dtype {x.dtype} or float32, got {magnitude.dtype}"
         )
     _check_devices(x.device, {"magnitude": magnitude})
-    scaling, p, _ = check_values(*values, x.device)
+    scaling, p, seed = check_values(*values, x.device)
     norms = weight_norms(weight, *pair, scaling)
     factor = magnitude.to(norms.dtype) / norms
-    return scaled_linear(x, weight, pair, bias, (scaling, p, values[2]), factor)
+    return scaled_linear(x, weight, pair, bias, (scaling, p, seed), factor)
 
 
 def scaled_linear(
@@ -201,7 +201,7 @@ def _on_quantized(
         scaling, dropout_p, seed = check_values(*values, x.device)
         scaling, lora_b = _fold(scaling, given[1])
         branch = Branch(given[0], lora_b, scaling, dropout_p, seed)
-    return quantized.linear(_rows(x), weight, bias, branch).view(*x.shape[:-1], N)
+    return quantized.linear(flat_rows(x), weight, bias, branch).view(*x.shape[:-1], N)
 
 
 def _check_quantized(
@@ -254,7 +254,7 @@ def lora_add(
         base_out, x, lora_a, lora_b, scaling, dropout_p, seed
     )
     y = _dispatch.call(
-        "lora_add", _rows(base_out), _rows(x), lora_a, lora_b, scaling, dropout_p, seed,
+        "lora_add", flat_rows(base_out), flat_rows(x), lora_a, lora_b, scaling, dropout_p, seed,
         torch.is_grad_enabled() and lora_b.requires_grad,
     )  # fmt: skip
     return y if base_out.dim() == 2 else y.view(base_out.shape)
@@ -294,7 +294,8 @@ def lora_add_(
             f"base_out: expected leading dimensions that view as one, got strides {result.stride()}"
             f" for shape {_shape(result)}"
         ) from error
-    _dispatch.call_in_place("lora_add_", rows, _rows(x), lora_a, lora_b, scaling, dropout_p, seed)
+    given = flat_rows(x), lora_a, lora_b, scaling, dropout_p, seed
+    _dispatch.call_in_place("lora_add_", rows, *given)
     return result
 
 
@@ -319,7 +320,7 @@ def _is_jagged(x: Tensor) -> bool:
     return isinstance(x, Tensor) and x.layout == torch.jagged and x.dim() == 3 and x.is_contiguous()
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def flat_rows(tensor: Tensor) -> Tensor:
     """[..., K] as [M, K], copied only where the strides leave no other way."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
@@ -334,7 +335,7 @@ def _prepare_add(
     seed: int | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float, Tensor | None]:
     """The tensors as the op takes them; scaling, dropout_p and seed as numbers and a tensor."""
-    if not are_sound(x, lora_a, lora_b, base_out, None, linear=False):
+    if not _are_sound(x, lora_a, lora_b, base_out, None, linear=False):
         base_out, x, lora_a, lora_b = _check_add(base_out, x, lora_a, lora_b)
     scaling, dropout_p, seed = check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
@@ -353,7 +354,7 @@ def _fold(scaling: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
 # -------------------------------------------------------- checks: rank, shape, dtype, device, value
 
 
-def are_sound(
+def _are_sound(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor, bias: Tensor | None, linear: bool
 ) -> bool:
     """Whether the tensors are such as they nearly always are, told at one look: a tenth of the time

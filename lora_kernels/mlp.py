@@ -10,13 +10,13 @@ from torch import Tensor
 from lora_kernels.backends import gating, packed
 from lora_kernels.backends.gating import ACTIVATIONS
 from lora_kernels.backends.packed import Asked, Layer, Rows
+from lora_kernels.functional import flat_rows
 from lora_kernels.packed import (
     Kept,
     Projection,
     as_one,
     fits,
     flat,
-    flat_rows,
     prepared,
     project,
     refuse_double_backward,

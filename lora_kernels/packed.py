@@ -1,7 +1,7 @@
 """Projections of one x in one call: query, key and value, gate and up.
 
-One node of autograd, past the dispatcher, where nobody watches: what torch.compile, transforms,
-tensor subclasses and profilers see are the calls of `lora_linear` that it equals.
+One node of autograd, past the dispatcher, where nobody acts on it: what torch.compile, transforms
+and tensor subclasses get are the calls of `lora_linear` that it equals.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from lora_kernels._dispatch import any_requires_grad, is_plain
 from lora_kernels.backends import packed
 from lora_kernels.backends.packed import Asked, Layer, Rows, Wanted
 from lora_kernels.branch import Branch, Dense
-from lora_kernels.functional import lora_linear
+from lora_kernels.functional import flat_rows, lora_linear
 
 
 class Projection(NamedTuple):
@@ -253,11 +253,6 @@ class _Packed(torch.autograd.Function):
         with without_autocast(some):
             dx, pairs = packed.backward(Rows(dys, x, kept), layers, asked)
         return dx, None, *flat(layers, pairs)
-
-
-def flat_rows(tensor: Tensor) -> Tensor:
-    """[..., K] as [M, K]."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def without_autocast(like: Tensor) -> torch.autocast:

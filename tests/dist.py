@@ -2,10 +2,10 @@
 
     python tests/dist.py [--out dist] [--torch 2.13.0 ...]
 
-An sdist is made of what git knows, a wheel of the sdist alone, so that nothing is missing from it.
-The wheel's libraries must load with glibc 2.28 and need nothing but torch's (auditwheel names it
-manylinux_2_28 then). Both are installed into empty environments with each torch that is named, and
-must give the compiled CPU kernels, a passing `doctor` and a right layer, from another folder.
+The wheel is made of the sdist alone, so that nothing is missing from that. Its libraries must load
+with glibc 2.28 and need nothing but torch's (auditwheel names it manylinux_2_28 then). Both are
+installed into empty environments with each torch that is named, and must give the compiled CPU
+kernels, a passing `doctor` and a right layer, from another folder.
 """
 
 import argparse
