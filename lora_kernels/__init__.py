@@ -16,13 +16,14 @@ from lora_kernels.convert import (
     remove_lora,
     unmerge_lora,
 )
+from lora_kernels.embedding import lora_embedding
 from lora_kernels.functional import lora_add, lora_add_, lora_linear
 from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
 from lora_kernels.integrations import transformers as _transformers
 from lora_kernels.integrations.transformers import register_experts
 from lora_kernels.merged import merged_state_dict
 from lora_kernels.mlp import lora_swiglu_mlp
-from lora_kernels.nn import FusedLoRAConv1D, FusedLoRALinear
+from lora_kernels.nn import FusedLoRAConv1D, FusedLoRAEmbedding, FusedLoRALinear
 from lora_kernels.packed import Projection, lora_linear_packed
 from lora_kernels.quantizing import (
     QuantizationReport,
@@ -40,6 +41,7 @@ __all__ = [
     "AdapterReport",
     "BlockReport",
     "FusedLoRAConv1D",
+    "FusedLoRAEmbedding",
     "FusedLoRALinear",
     "Groups",
     "LoraReport",
@@ -64,6 +66,7 @@ __all__ = [
     "lora_add",
     "lora_add_",
     "lora_add_grouped",
+    "lora_embedding",
     "lora_linear",
     "lora_linear_grouped",
     "lora_linear_packed",

@@ -49,7 +49,9 @@ def warmup(model: nn.Module, rows: int | Iterable[int], *, backward: bool = True
     linear = [
         layer
         for layer in layers
-        if layer.weight.dim() == 2 and not isinstance(layer.weight, QuantizedTensor)
+        if layer.weight.dim() == 2
+        and not isinstance(layer.weight, QuantizedTensor)
+        and not isinstance(layer, nn.Embedding)
     ]
     distinct = {_signature(layer): layer for layer in linear if not layer.merged}
     calls = 0

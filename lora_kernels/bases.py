@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
     from typing_extensions import TypeIs
 
-    Linear = nn.Linear | Conv1D
+    Linear = nn.Linear | Conv1D | nn.Embedding
 
 # What a base may hold; beside the first two adapters are fp32 by default, or most steps round away.
 HALVES = (torch.float16, torch.bfloat16)
@@ -37,6 +37,8 @@ def features(module: nn.Module) -> tuple[int, int]:
     linear: Any = module  # of several classes that have nothing in common but these
     if is_conv1d(module):
         return linear.nx, linear.nf
+    if isinstance(module, nn.Embedding):
+        return linear.num_embeddings, linear.embedding_dim
     return linear.in_features, linear.out_features
 
 
@@ -50,15 +52,32 @@ def stores(
 def objection(module: nn.Module, reserved: Container[str]) -> str | None:
     """Why a module cannot carry an adapter, whose layer needs the `reserved` names; None if it
     can."""
-    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+    if not isinstance(module, (nn.Linear, nn.Embedding)) and not is_conv1d(module):
         return f"{type(module).__name__} is not a torch.nn.Linear"
-    known = type(module) is nn.Linear or is_conv1d(module)
+    known = type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module)
     if not known and not is_parametrized(module):
-        return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
+        plain = "nn.Embedding" if isinstance(module, nn.Embedding) else "nn.Linear"
+        return f"{type(module).__name__} is a subclass of {plain} with behaviour of its own"
+    if isinstance(module, nn.Embedding) and (reason := embedding_objection(module)) is not None:
+        return reason
     if (reason := refusal(module, reserved)) is not None:
         return reason
     shape = list(module.weight.shape)
     return f"its weight is empty, {shape}" if 0 in shape else None
+
+
+def names_of(module: nn.Module) -> tuple[str, ...]:
+    """The parameters that a layer of its kind has."""
+    return ("weight",) if isinstance(module, nn.Embedding) else ("weight", "bias")
+
+
+def embedding_objection(embedding: nn.Embedding) -> str | None:
+    """Why the table of an embedding is more than a frozen weight; None if it is that."""
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(embedding, option):
+            value = getattr(embedding, option)
+            return f"has {option}={value}, with which an adapter's rows would not be its base's"
+    return None
 
 
 def refusal(linear: "Linear", reserved: Container[str]) -> str | None:
@@ -66,7 +85,7 @@ def refusal(linear: "Linear", reserved: Container[str]) -> str | None:
     if is_parametrized(linear):
         names = (n for n, _ in linear.get_submodule("parametrizations").named_children())
         return f"has parametrizations on {', '.join(names)}; remove them first"
-    if (reason := computed(linear, ("weight", "bias"))) is not None:
+    if (reason := computed(linear, names_of(linear))) is not None:
         return reason
     weight = linear.weight
     if is_sharded(weight):
@@ -77,7 +96,7 @@ def refusal(linear: "Linear", reserved: Container[str]) -> str | None:
     if (odd := odd_type(weight, quantised=True)) is not None:
         return f"its weight is {odd}"
     K, N = features(linear)
-    expected = (K, N) if is_conv1d(linear) else (N, K)
+    expected = (N, K) if isinstance(linear, nn.Linear) else (K, N)
     if weight.shape != expected:
         return f"its weight has shape {tuple(weight.shape)}, expected {expected} of its features"
     if (reason := foreign_forward(linear)) is not None:

@@ -126,8 +126,10 @@ def write_files(
         if magnitude is not None:
             own = names.join(name, MAGNITUDE)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = (given or {}).get(own, magnitude)
+        in_table = isinstance(of_layers[name][0], nn.Embedding)
+        key = "lora_embedding_{}" if in_table else "lora_{}.weight"
         for part, tensor in zip("AB", pair, strict=True):
-            tensors[f"{PREFIX}{wrapped.get(name, name)}.lora_{part}.weight"] = tensor
+            tensors[f"{PREFIX}{wrapped.get(name, name)}.{key.format(part)}"] = tensor
     for saved in adapters.saved_tensors(model):
         tensors[PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
@@ -381,7 +383,9 @@ def _say(
 ) -> None:
     """Warns of everything that is not loaded and that the config speaks of; raises if strict."""
     modules = dict(names.named_modules(model))
-    linear = [n for n, m in modules.items() if targets.is_linear(m)]
+    all_linear = config.entries.get("target_modules") == targets.ALL_LINEAR
+    can = targets.is_linear if all_linear else targets.can_be_named
+    linear = [n for n, m in modules.items() if can(m)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     head = next((name for name, module in modules.items() if module is head), None)
     able = [
@@ -510,7 +514,7 @@ def _sort(
             continue
         # None for a second adapter of one module, which is one of a parameter.
         module = modules.get(layer)
-        if module is not None and targets.is_linear(module):
+        if module is not None and targets.can_be_named(module):
             there = isinstance(module, LoRALayer) and adapter in module.names
             why = None if there else targets.objection(module, adapter)
             # PEFT computes nothing from an adapter there: attention reads the weight itself.

@@ -360,6 +360,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             adapter = AdapterOptions(ranks[name], alphas[name], *settings)
             prepared.append((module, LoRAExpertProduct.prepare(module, parameter, adapter)))
         weights = {module.get_parameter(parameter) for module, parameter in experts.values()}
+        weights |= {layer.weight for layer in found.values()}  # type: ignore[misc]  # parameters
         left_out = targets.others(model, in_full, weights)
         base = sum(p.numel() for p in model.parameters())
         if chosen.further:
@@ -378,10 +379,10 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
             unregistered=unregistered_linears(model),
             new_heads=list(heads),
-            adapted=sum(w.numel() for w in weights | {layer.weight for layer in found.values()}),
+            adapted=sum(w.numel() for w in weights),
             base=base,
             shared={name: others[1:] for name, others in all_of.items() if len(others) > 1},
-            gpu=backends.on_gpu([*weights, *(layer.weight for layer in found.values())]),
+            gpu=backends.on_gpu(weights),
             left_out={kind: list(weights) for kind, weights in left_out.items()},
             left_out_parameters={
                 kind: sum(p.numel() for p in set(weights.values()))

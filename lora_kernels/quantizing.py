@@ -173,6 +173,8 @@ def _objection(layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if isinstance(weight, QuantizedTensor):
         return "its weight is quantised already"
+    if isinstance(layer, nn.Embedding):
+        return "is an embedding, whose rows are looked up"
     if weight is not None and weight.dim() != 2:
         return "its weights are those of experts"
     if isinstance(layer, LoRALayer):

@@ -120,6 +120,12 @@ def is_linear(module: nn.Module) -> "TypeIs[Linear]":
     return own or isinstance(module, nn.Linear) or bases.is_conv1d(module)
 
 
+def can_be_named(module: nn.Module) -> "TypeIs[Linear]":
+    """Whether it can carry an adapter where `target_modules` names it: linear layers do without
+    that."""
+    return is_linear(module) or isinstance(module, nn.Embedding)
+
+
 def objection(module: nn.Module, adapter: str | None = None) -> str | None:
     """Why a module cannot carry an adapter, of this name beside others; None if it can."""
     if isinstance(module, LoRALayer):
@@ -159,7 +165,8 @@ def find_targets(
     name is to stand beside others, layers that carry adapters too.
 
     The default is every nn.Linear and Conv1D but output heads, which are `get_output_embeddings()`
-    of the model or of one within it, and layers whose weight something else holds too.
+    of the model or of one within it, and layers whose weight something else holds too. Embeddings
+    are to be named.
 
     Raises:
         ValueError: a pattern matches nothing, only modules that cannot carry an adapter, or a layer
@@ -175,7 +182,8 @@ def find_targets(
     if target_modules == ALL_LINEAR:
         target_modules = None
     places = all_names(model)
-    linear = {names[0]: module for module, names in places.items() if is_linear(module)}
+    can = is_linear if target_modules is None else can_be_named
+    linear = {names[0]: module for module, names in places.items() if can(module)}
     wanted = _Patterns("target_modules", target_modules)
     excluded = _Patterns("exclude_modules", exclude_modules)
     if target_modules is not None and not wanted:
@@ -241,7 +249,7 @@ def _left_out(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[nn.Modu
 def _what_else(model: nn.Module, predicate: _Predicate) -> str | None:
     """What a pattern that matches no linear layer names instead."""
     for name, module in named_modules(model):
-        if is_linear(module):
+        if can_be_named(module):
             continue
         if name and predicate(name):
             return f"matches no linear layer: {name} is {_a(type(module).__name__)}"

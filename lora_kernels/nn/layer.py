@@ -12,7 +12,7 @@ from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_ty
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.grouped import lora_add_grouped, lora_linear_grouped
 from lora_kernels.nn.named import DEFAULT, NamedAdapter, Rows
-from lora_kernels.nn.pissa import INITS, Init, reset_factors
+from lora_kernels.nn.pissa import INITS, Init
 from lora_kernels.nn.state import LayerState
 from lora_kernels.nn.tensors import MERGED, PISSA, Factors, note_frozen, shape_of, thaw
 from lora_kernels.norms import HELD
@@ -131,7 +131,7 @@ class LoRALayer(Packable, LayerState):
         if adapter.init == "pissa":
             layer._init_pissa()
         elif adapter.init != "kaiming":
-            reset_factors(layer, adapter.init)
+            layer._start(layer, adapter.init)
             layer._settle_start()
         return layer
 
@@ -199,7 +199,8 @@ class LoRALayer(Packable, LayerState):
             )
         other = NamedAdapter().train(self.training)
         self._fill(other, adapter)
-        reset_factors(other, adapter.init)
+        with torch.no_grad():
+            self._start(other, adapter.init)
         return other
 
     @torch.inference_mode(False)  # in which parameters would be made that cannot be trained
@@ -227,7 +228,9 @@ class LoRALayer(Packable, LayerState):
         if "_merged" not in vars(self):  # nn.Linear's constructor calls this
             return self._reset_base()
         self._require_unmerged("reset_parameters")
-        self._refuse("reset_parameters", self.why_fixed("weight", "bias", *self.adapter_parameters))
+        self._refuse(
+            "reset_parameters", self.why_fixed(*self.base_tensors, *self.adapter_parameters)
+        )
         self.pissa_A = self.pissa_B = None
         self._reset_base()
         self.reset_lora_parameters()
@@ -343,7 +346,7 @@ class LoRALayer(Packable, LayerState):
     def why_stuck(self) -> str | None:
         """Why the adapter cannot be taken out of the layer; None if it can."""
         reason = foreign_forward(self) or computed(
-            self, ("weight", "bias", *self.adapter_parameters)
+            self, (*self.base_tensors, *self.adapter_parameters)
         )
         if reason is None and (self._merged == "kept" or self.pissa_A is not None):
             reason = self.why_valueless("weight")
@@ -376,8 +379,7 @@ class LoRALayer(Packable, LayerState):
         self._return_pissa()
 
     def extra_repr(self) -> str:
-        base = f"in_features={self.in_features}, out_features={self.out_features}"
-        parts = [f"{base}, bias={self.bias is not None}"]
+        parts = [self._base_repr()]
         if self.names != (DEFAULT,):
             parts.append(f"adapters={', '.join(self.names)}, active={', '.join(self._active)}")
         parts += [f"rank={self.rank}", f"scaling={self.scaling:g}"]
@@ -388,6 +390,10 @@ class LoRALayer(Packable, LayerState):
         if self.merged:
             parts.append("merged=True")
         return ", ".join(parts)
+
+    def _base_repr(self) -> str:
+        base = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{base}, bias={self.bias is not None}"
 
 
 @functools.cache

@@ -32,8 +32,12 @@ class Initialising(LayerTensors):
         self._require_unmerged("reset_lora_parameters")
         self._refuse("reset_lora_parameters", self.why_fixed())
         self._return_pissa()
-        reset_factors(self)
+        self._start(self, "kaiming")
         self._settle_start()
+
+    def _start(self, adapter: Factors, init: Init) -> None:
+        """The first values of lora_A and lora_B of an adapter of this layer."""
+        reset_factors(adapter, init)
 
     def _settle_start(self) -> None:
         """What follows from the first values of lora_A and lora_B."""

@@ -118,6 +118,8 @@ class LayerTensors(Factors):
     `reset_lora_parameters` and says in `low_rank` what it does to A and B.
     """
 
+    # What the plain layer holds, with its dimensions.
+    base_tensors: ClassVar[Mapping[str, str]] = BASE
     # Whether `weight` is [in_features, out_features].
     fan_in_fan_out = False
     # What its name in a model has after that of its weight's module or parameter.
@@ -144,7 +146,7 @@ class LayerTensors(Factors):
     @classmethod
     def dimensions(cls) -> dict[str, str]:
         """The dimensions of all tensors, by name."""
-        return {**BASE, **cls.adapter_parameters, **PISSA}
+        return {**cls.base_tensors, **cls.adapter_parameters, **PISSA}
 
     @classmethod
     def adapter_names(cls) -> tuple[str, ...]:
