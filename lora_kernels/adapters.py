@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from lora_kernels import names
 from lora_kernels.bypass import update_fast_paths
-from lora_kernels.nn import LoRALayer, NamedAdapter
+from lora_kernels.nn import LoRALayer, NamedAdapter, TrainableTokens
 from lora_kernels.nn.tensors import PISSA, Factors, note_frozen, thaw
+from lora_kernels.nn.tokens import TOKENS, Tokens, move_into
 from lora_kernels.offloading import OFFLOADED, is_offloaded, present
 from lora_kernels.sharding import is_sharded
 
@@ -292,8 +293,10 @@ def attach(
     layers: Iterable[Prepared],
     saved: dict[str, nn.Module],
     trainable: set[nn.Parameter],
+    tokens: Iterable[Tokens] = (),
 ) -> None:
-    """Gives linear layers the adapters prepared for them, and leaves only adapters trainable.
+    """Gives linear layers the adapters prepared for them, and tables rows to be trained, and leaves
+    only those and what is `saved` trainable.
 
     Each module notes which of its `trainable` parameters that freezes.
     """
@@ -308,6 +311,11 @@ def attach(
                 if _BASE + attribute not in module._buffers:
                     base = tensor.detach().clone()
                     module.register_buffer(_BASE + attribute, base, persistent=False)
+    for of_one in tokens:
+        move_into(of_one)
+        for module in of_one.modules:
+            base = module.get_parameter(TOKENS).detach().clone()
+            module.register_buffer(_BASE + TOKENS, base, persistent=False)
     for module in model.modules():
         note_frozen(module, {name for name, p in module._parameters.items() if p in trainable})
     model.requires_grad_(False)
@@ -397,13 +405,17 @@ def detach(model: nn.Module) -> None:
 
 @torch.no_grad()
 def release_saved(model: nn.Module, keep_saved: bool) -> None:
-    """Ends full training of `modules_to_save`, with their trained or their original values."""
+    """Ends full training of `modules_to_save` and of rows of tables, with their trained or their
+    original values."""
     for saved in list(saved_tensors(model)):
         saved.tensor.copy_(saved.trained if keep_saved else saved.base)
         _end_swap(saved)
         del saved.module._buffers[_BASE + saved.attribute]
         saved.module._non_persistent_buffers_set.discard(_BASE + saved.attribute)
         saved.tensor.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, TrainableTokens):
+            module.move_out(keep_saved)
 
 
 def swap_saved(tensors: list[Saved]) -> None:

@@ -29,11 +29,14 @@ from lora_kernels.nn import (
 )
 from lora_kernels.nn.experts import from_peft, matrices, to_peft
 from lora_kernels.nn.tensors import FACTORS, MAGNITUDE, Factors
+from lora_kernels.nn.tokens import TOKENS
 from lora_kernels.peft_config import PREFIX, Config
 from lora_kernels.sharding import copy_whole, is_sharded, whole
+from lora_kernels.tokens import read_rows, token_rows
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
+_ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -130,8 +133,13 @@ def write_files(
         key = "lora_embedding_{}" if in_table else "lora_{}.weight"
         for part, tensor in zip("AB", pair, strict=True):
             tensors[f"{PREFIX}{wrapped.get(name, name)}.{key.format(part)}"] = tensor
+    rows = token_rows(model)
     for saved in adapters.saved_tensors(model):
-        tensors[PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
+        if saved.attribute != TOKENS:
+            tensors[PREFIX + saved.name] = (given or {}).get(saved.name, saved.trained)
+        elif saved.name.rpartition(".")[0] in rows:
+            key = saved.name.removesuffix(TOKENS) + "token_adapter.trainable_tokens_delta"
+            tensors[PREFIX + key] = (given or {}).get(saved.name, saved.trained)
     # Safetensors takes no two tensors in one storage: tied modules_to_save are written twice.
     for key, tensor in tensors.items():
         if tensor.is_meta:
@@ -221,6 +229,7 @@ def _config(
         ]
         or None,
         "task_type": None,
+        "trainable_token_indices": token_rows(model) or None,
         "use_dora": bool(dora),
         "use_rslora": rslora,
     }
@@ -292,7 +301,10 @@ def _load(
 ) -> None:
     config, left_out = read.config, list(read.left_out)
     places = targets.expert_parameters(model)
-    pairs, magnitudes, saved = _sort(model, adapter, read, left_out)
+    pairs, magnitudes, saved, rows = _sort(model, adapter, read, left_out)
+    tokens, values_of_rows = read_rows(model, config.entries.get("trainable_token_indices"), rows)
+    in_full = saved.keys()
+    saved = saved | values_of_rows
     others = dict(lora_layers(model))
     present = adapters.adapters_of(model, adapter)
     further = bool(others) and not present
@@ -316,7 +328,7 @@ def _load(
             )
     _say(model, config, pairs, saved, left_out, strict)
     modules = dict(names.named_modules(model))
-    saved_modules = {n.rpartition(".")[0]: modules[n.rpartition(".")[0]] for n in saved}
+    saved_modules = {n.rpartition(".")[0]: modules[n.rpartition(".")[0]] for n in in_full}
     targets.require_whole_ties(model, saved_modules)
     past = bypassed(model)
     idle = [name for name in pairs if modules.get(name) in past]
@@ -354,8 +366,8 @@ def _load(
 
     if further:
         adapters.attach_other(model, adapter, made, before.trainable)
-    elif made or saved_modules:
-        adapters.attach(model, made, saved_modules, before.trainable)
+    elif made or saved_modules or tokens:
+        adapters.attach(model, made, saved_modules, before.trainable, tokens)
     adapters.guard(model)
     attached = adapters.adapters_of(model, adapter)
     for name, (A, B, alpha, use_rslora) in values.items():
@@ -405,7 +417,9 @@ def _say(
                 f"target_parameters: {parameter!r} is not the weight of a linear layer or of"
                 " experts of the model, and no other parameter can carry an adapter"
             )
-    kept = [one.name for one in adapters.saved_tensors(model) if one.name not in saved]
+    there = list(adapters.saved_tensors(model))
+    read = {one.tensor for one in there if one.name in saved}
+    kept = [one.name for one in there if one.tensor not in read]
     for wanted in config.modules_to_save:
         places = [n for n, m in modules.items() if f".{n}".endswith(f".{wanted}")]
         held = any(
@@ -413,6 +427,8 @@ def _say(
         )
         if places and not held and any(adapters.state_of(modules[n]) for n in places):
             left_out.append(f"modules_to_save: {wanted!r} is not in the file")
+    if config.entries.get("trainable_token_indices") and not any(n.endswith(TOKENS) for n in saved):
+        left_out.append("trainable_token_indices: their rows are not in the file")
     if kept:
         left_out.append(
             f"{targets.summary(kept)}: trained in full in the model but not in the file, it keeps"
@@ -440,9 +456,11 @@ def _say(
 
 def _sort(
     model: nn.Module, adapter: str, read: formats.Adapter, left_out: list[str]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """(layer name -> (A, B), with DoRA -> magnitude, name -> tensor of modules_to_save), each found
-    in the model, whose adapter of this name they are to be.
+) -> tuple[
+    dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]
+]:
+    """(layer name -> (A, B), with DoRA -> magnitude, name -> tensor of modules_to_save, table ->
+    rows of it), each found in the model, whose adapter of this name they are to be.
 
     Adapters without effect where no adapter can be are noted in `left_out`."""
     modules, config = dict(names.named_modules(model)), read.config
@@ -452,11 +470,14 @@ def _sort(
         for name, tensor in adapters.state_of(module).items()
     }
     halves: dict[str, dict[str, Tensor]] = {}
-    magnitudes, saved = {}, {}
+    magnitudes, saved, rows = {}, {}, {}
     for key, tensor in read.tensors.items():
         name = key.removeprefix(PREFIX)
         if config.use_dora and (found := _MAGNITUDE.fullmatch(name)) is not None:
             magnitudes[found.group(1)] = tensor
+            continue
+        if (found := _ROWS.fullmatch(name)) is not None:
+            rows[found.group(1)] = tensor
             continue
         if (found := _FACTOR.fullmatch(name)) is not None:
             layer, part = found.groups()
@@ -541,7 +562,7 @@ def _sort(
         raise ValueError(f"no adapter of the file can go to the model: {'; '.join(left_out)}")
     if config.use_dora:
         _check_magnitudes(pairs, magnitudes)
-    return pairs, magnitudes, saved
+    return pairs, magnitudes, saved, rows
 
 
 def _check_magnitudes(

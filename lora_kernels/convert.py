@@ -27,6 +27,7 @@ from lora_kernels.nn.merging import Into
 from lora_kernels.nn.pissa import Init
 from lora_kernels.sharding import is_sharded
 from lora_kernels.targets import Names
+from lora_kernels.tokens import TokenIndices, find_tokens
 from lora_kernels.weights import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class LoraReport:
     `adapted` of the `base` parameters are weights under an adapter. Of `saved`, the `new_heads` are
     trained in full because no checkpoint holds them. `left_out` holds by kind what can carry none:
     convolutions, embeddings, and the `other_linear_maps` (fused experts). `shared` holds the other
-    names of layers that stand in several places, with one adapter.
+    names of layers that stand in several places, with one adapter, `tokens` how many rows of
+    tables are trained.
     """
 
     replaced: list[str]
@@ -61,6 +63,7 @@ class LoraReport:
     unregistered: list[str] = field(default_factory=list)
     shared: dict[str, list[str]] = field(default_factory=dict)
     gpu: str = ""
+    tokens: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -81,6 +84,7 @@ class LoraReport:
         ):
             if in_full:
                 lines.append(f"{what}: {', '.join(in_full)}")
+        lines += [f"{_IN_FULL}: {count} rows of {name}" for name, count in self.tokens.items()]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             if not reason.startswith(_IN_FULL):
@@ -116,6 +120,7 @@ def apply_lora(
     exclude_modules: Names = None,
     modules_to_save: Names = None,
     target_parameters: Names = None,
+    trainable_token_indices: TokenIndices = None,
     expert_rank: int | None = None,
     use_rslora: bool = False,
     init: Init = "kaiming",
@@ -147,6 +152,8 @@ def apply_lora(
         target_parameters: the same for weights [E, N, K] of a mixture's experts, as Transformers 5
             keeps them: ["experts.gate_up_proj", "experts.down_proj"]; each expert gets an adapter.
             With `target_modules=[]` they are all that gets any.
+        trainable_token_indices: rows of the input embedding, or {name of a table: rows}, that are
+            trained in full, for new tokens; a head that is tied to the table has them too.
         expert_rank: of the adapters of experts; `rank` by default.
         rank_pattern, alpha_pattern: ranks and alphas of single layers, {expression: value}, as in
             PEFT: an expression stands for the last parts of a name, the first that matches wins.
@@ -163,6 +170,7 @@ def apply_lora(
         "exclude_modules": exclude_modules,
         "modules_to_save": modules_to_save,
         "target_parameters": target_parameters,
+        "trainable_token_indices": trainable_token_indices,
         "expert_rank": expert_rank,
         "use_rslora": use_rslora,
         "init": init,
@@ -218,17 +226,17 @@ def add_adapter(
         "alpha_pattern": alpha_pattern,
     }
     given = _given(model, add_adapter, rank, chosen, unknown)
-    given.setdefault("modules_to_save", None)
     check_name(name)
     known = adapters.adapter_names(model)
     if name in known:
         raise ValueError(f"name: the model has an adapter {name!r} already")
     further = bool(known)
-    if further and given["modules_to_save"]:
-        raise ValueError(
-            "modules_to_save: are trained in full for all adapters of a model; give them to its"
-            " first"
-        )
+    for in_full in ("modules_to_save", "trainable_token_indices"):
+        if further and given.get(in_full):
+            raise ValueError(
+                f"{in_full}: are trained in full for all adapters of a model; give them to its"
+                " first"
+            )
     if further and given["target_modules"] is None:
         carrying = "|".join(re.escape(layer) for layer, _ in adapters.lora_layers(model))
         given["target_modules"] = f"(?:{carrying})"
@@ -267,14 +275,15 @@ class _Options(NamedTuple):
     dropout: float
     target_modules: Names
     exclude_modules: Names
-    modules_to_save: Names
     use_rslora: bool
     init: Init
     use_dora: bool
     adapter_dtype: torch.dtype | None
     rank_pattern: Mapping[str, int] | None
     alpha_pattern: Mapping[str, float] | None
+    modules_to_save: Names = None
     target_parameters: Names = None
+    trainable_token_indices: TokenIndices = None
     expert_rank: int | None = None
     name: str = DEFAULT
     further: bool = False
@@ -318,6 +327,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             " trained in full or excluded"
         )
     targets.require_whole_ties(model, saved)
+    tokens = find_tokens(model, chosen.trainable_token_indices, {*found.values(), *in_full})
     all_of = {name: places[linear] for name, linear in found.items()}
     all_of |= {name: [name] for name in experts}
     ranks = options.of_layers("rank_pattern", chosen.rank_pattern, all_of, rank, options.check_rank)
@@ -366,7 +376,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
         if chosen.further:
             adapters.attach_other(model, chosen.name, prepared, before.trainable)
         else:
-            adapters.attach(model, prepared, saved, before.trainable)
+            adapters.attach(model, prepared, saved, before.trainable, tokens.values())
         adapters.guard(model)
         trained = list(lora_parameters(model, adapter=further))
         return LoraReport(
@@ -384,6 +394,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             shared={name: others[1:] for name, others in all_of.items() if len(others) > 1},
             gpu=backends.on_gpu(weights),
             left_out={kind: list(weights) for kind, weights in left_out.items()},
+            tokens={name: len(one.indices) for name, one in tokens.items()},
             left_out_parameters={
                 kind: sum(p.numel() for p in set(weights.values()))
                 for kind, weights in left_out.items()

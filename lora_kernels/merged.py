@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from lora_kernels import adapters, names, targets
 from lora_kernels.convert import refuse, require_untied
-from lora_kernels.nn import LoRAExpertProduct, LoRALayer
+from lora_kernels.nn import LoRAExpertProduct, LoRALayer, TrainableTokens
 from lora_kernels.nn.experts import SUFFIX
+from lora_kernels.nn.tokens import INDICES, TOKENS
 from lora_kernels.offloading import present
 from lora_kernels.sharding import whole
 
@@ -29,7 +30,8 @@ class _MergedStateDict(Mapping[str, Tensor]):
                     and key.startswith(prefix)
                     and layer.is_beside_the_base(key.removeprefix(prefix))
                 )
-                if not beside:
+                of_tokens = isinstance(module, TrainableTokens) and attribute in (TOKENS, INDICES)
+                if not beside and not of_tokens:
                     self._owners[key] = module, attribute
 
     def __len__(self) -> int:
@@ -42,6 +44,8 @@ class _MergedStateDict(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         module, attribute = self._owners[name]
         if isinstance(module, LoRALayer) and attribute == "weight":
+            return whole(module.merged_weight())
+        if isinstance(module, TrainableTokens) and attribute == "weight":
             return whole(module.merged_weight())
         of_expert = module._modules.get(attribute + SUFFIX)
         if isinstance(of_expert, LoRAExpertProduct):

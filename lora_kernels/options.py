@@ -20,7 +20,7 @@ PEFT_NAMES = {
 }  # fmt: skip
 _SAME_NAME = (
     "target_modules", "exclude_modules", "modules_to_save", "use_rslora", "rank_pattern",
-    "alpha_pattern", "target_parameters", "use_dora",
+    "alpha_pattern", "target_parameters", "use_dora", "trainable_token_indices",
 )  # fmt: skip
 _INITS = {
     True: "kaiming", False: "random", "pissa": "pissa", "gaussian": "gaussian",

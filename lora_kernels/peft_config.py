@@ -14,7 +14,7 @@ _INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # Options of PEFT that change what an adapter computes and that this library does not have.
 _UNSUPPORTED = (
     "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config",
-    "layer_replication", "trainable_token_indices", "kasa_config",
+    "layer_replication", "kasa_config",
     "monteclora_config", "velora_config",
 )  # fmt: skip
 # Those that say nothing of what a stored adapter computes.
@@ -58,6 +58,12 @@ def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_rows(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_rows, value.values()))
+    return isinstance(value, list) and all(map(_is_index, value))
+
+
 def _of_patterns(of: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(map(of, value.values()))
 
@@ -79,6 +85,7 @@ _ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
     "target_modules": (_is_one_or_names, "names, or one expression"),
     "exclude_modules": (_is_one_or_names, "names, or one expression"),
     "target_parameters": (_is_names, "names"),
+    "trainable_token_indices": (_is_rows, "row numbers, or row numbers by name"),
     "modules_to_save": (_is_names, "names"),
     "layers_pattern": (_is_one_or_names, "names"),
     "layers_to_transform": (

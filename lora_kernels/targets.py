@@ -35,7 +35,7 @@ _TABLES, _ELEMENTWISE = re.compile("embed|token|position|_table"), re.compile("b
 _HEAD_NAMES = ("classifier", "score", "qa_outputs")
 
 
-def _ends_in(part: str) -> _Predicate:
+def ends_in(part: str) -> _Predicate:
     return lambda name: f".{name}".endswith(f".{part}")
 
 
@@ -59,7 +59,7 @@ class _Patterns:
             for part in names:
                 if not isinstance(part, str) or not part:
                     raise TypeError(f"{argument}: expected names as strings, got {part!r}")
-                self.predicates[part] = _ends_in(part)
+                self.predicates[part] = ends_in(part)
 
     def __bool__(self) -> bool:
         return bool(self.predicates)

@@ -234,7 +234,6 @@ def test_a_config_for_classification_names_the_head(tmp_path):
         ({"init_lora_weights": "olora"}, ValueError, "init_lora_weights = 'olora' is not supp"),
         ({"inference_mode": True}, ValueError, "inference_mode = True freezes the adapter"),
         ({"target_parameters": ["experts"]}, ValueError, "target_parameters: 'experts' matches no"),
-        ({"trainable_token_indices": [1]}, ValueError, r"trainable_token_indices = \[1\] is not"),
         ({"lora_bias": True}, ValueError, "lora_bias = True is not supported"),
         ({"layers_to_transform": [7]}, ValueError, r"layers_to_transform: no target .* \[7\]"),
     ],

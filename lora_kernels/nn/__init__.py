@@ -11,6 +11,7 @@ from lora_kernels.nn.experts import LoRAExpertProduct, LoRAExperts
 from lora_kernels.nn.layer import AdapterOptions, LoRALayer
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.named import DEFAULT, NamedAdapter, OfRows, Rows, check_name
+from lora_kernels.nn.tokens import TrainableTokens
 
 __all__ = [
     "DEFAULT",
@@ -26,6 +27,7 @@ __all__ = [
     "NamedAdapter",
     "OfRows",
     "Rows",
+    "TrainableTokens",
     "check_name",
     "layer_class",
 ]
