@@ -23,9 +23,8 @@ def by_script(folder):
     script = folder / "quickstart.py"
     script.write_text("\n".join("".join(cell["source"]) for cell in CODE))
     result = subprocess.run(
-        [sys.executable, str(script)], cwd=NOTEBOOK.parent, capture_output=True, text=True,
-        timeout=SECONDS, env={**os.environ, "PYTHONPATH": f"{NOTEBOOK.parents[1]}:{NOTEBOOK.parent}"},
-    )  # fmt: skip
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=SECONDS
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -44,7 +43,7 @@ def by_kernel():
 
 def test_the_quickstart_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("QUICKSTART_STEPS", "8")
-    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", f"{NOTEBOOK.parents[1]}{os.pathsep}{NOTEBOOK.parent}")
     if all(importlib.util.find_spec(package) for package in ("nbclient", "ipykernel")):
         shown = by_kernel()
     else:
