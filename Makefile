@@ -5,8 +5,9 @@ PY := $(VENV)/bin/python
 PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.ready
 PEERS := $(VENV)/.peers
+OTHERS := $(VENV)/.others
 
-.PHONY: setup demo test coverage codegen mutants sanitize cross guard sweep bench dist lint clean
+.PHONY: setup demo test test-integrations coverage codegen mutants sanitize cross guard sweep bench dist lint clean
 
 setup: $(STAMP)
 
@@ -30,6 +31,14 @@ $(PEERS): requirements-test.txt $(PACKAGES)
 
 test: setup $(PEERS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -p no:benchmark $(ARGS)
+
+$(OTHERS): requirements-integrations.txt $(PACKAGES)
+	$(PY) -m pip install --quiet --progress-bar off -c requirements.txt -r $<
+	touch $@
+
+# With TRL, Lightning, sentence-transformers and a Jupyter kernel, which `make test` does without.
+test-integrations: setup $(PEERS) $(OTHERS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:benchmark tests/integrations tests/test_notebook.py $(ARGS)
 
 # Lines that no test runs; of what runs in child processes it knows nothing.
 coverage: setup

@@ -33,6 +33,7 @@ from lora_kernels.quantizing import (
 )
 from lora_kernels.rank import low_rank_approximation
 from lora_kernels.recipes import add_adaptor_layer, adjust_rank, evaluate_model, train_model
+from lora_kernels.reference_model import reference_model
 from lora_kernels.several import adapter_rows, delete_adapter, set_adapter
 from lora_kernels.tuning import TuningReport, tune
 from lora_kernels.weights import QuantizedWeight, quantize
@@ -78,6 +79,7 @@ __all__ = [
     "merged_state_dict",
     "quantize",
     "quantize_base",
+    "reference_model",
     "register_experts",
     "register_fused_lora",
     "remove_lora",

@@ -60,6 +60,7 @@ FLOORS[""] = {
     "tuning": 3.2,
     "convert": 3.3,
     "several": 3.4,
+    "reference_model": 3.4,
     "merged": 3.4,
     "check": 3.4,
     "distributed": 3.3,
