@@ -101,8 +101,8 @@ def adapter_rows(
             the model in the order of `adapter_names`.
 
     Raises:
-        ValueError: a name that no adapter has; a layer that is merged, or was started with PiSSA,
-            whose weight is not the base; in a forward, rows that do not fit, or adapters of one
+        ValueError: a name that no adapter has; a layer that is merged, or was started with PiSSA
+            or OLoRA, whose weight is not the base; in a forward, rows that do not fit, or adapters of one
             batch with different dropout. TypeError: `rows` is neither.
     """
     layers = _layers(model)

@@ -72,7 +72,7 @@ def test_a_further_adapter_and_an_unknown_start():
     with pytest.raises(
         ValueError, match="legal values are kaiming, pissa, random, gaussian, ortho"
     ):
-        adapted(init="loftq")
+        adapted(init="zeros")
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
