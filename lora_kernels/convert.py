@@ -210,7 +210,8 @@ def add_adapter(
 
     Raises:
         ValueError: a name or a value out of range; a layer that is merged, sharded or was started
-            with PiSSA or OLoRA. TypeError: an option of another type or name. The model is unchanged then.
+            with PiSSA or OLoRA. TypeError: an option of another type or name. The model is
+            unchanged then.
     """
     chosen: dict[str, Any] = {
         "alpha": alpha,
@@ -348,10 +349,10 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     if init in FROM_WEIGHT:
         require_untied(model, found.values(), f"init={init!r}")
         for name, linear in found.items():
-            if ranks[name] > min(linear.weight.shape):
+            most = min(linear.weight.shape)
+            if ranks[name] > most:
                 raise ValueError(
-                    f"rank: {init!r} takes at most min(N, K) = {min(linear.weight.shape)} of {name},"
-                    f" got {ranks[name]}"
+                    f"rank: {init!r} takes at most min(N, K) = {most} of {name}, got {ranks[name]}"
                 )
     with adapters.all_or_nothing(model) as before:
         made: dict[str, LoRALayer | NamedAdapter] = {}

@@ -205,15 +205,14 @@ def _counted(batch: Any, ignored: int | None = _IGNORED) -> Tensor | None:
     """The positions of a batch of tokens that are no padding and whose label is not this one."""
     if not isinstance(batch, Mapping):
         return None
-    counted = batch.get("attention_mask")
-    counted = None if counted is None else counted.bool()
-    labels = batch.get("labels")
-    if ignored is not None and isinstance(labels, Tensor):
-        with_label = labels != ignored
-        if counted is None:
-            return with_label
-        return counted & with_label if counted.shape == with_label.shape else counted
-    return counted
+    counted: Tensor | None = batch.get("attention_mask")
+    labels: Tensor | None = batch.get("labels")
+    if ignored is None or labels is None:
+        return None if counted is None else counted.bool()
+    with_label = labels != ignored
+    if counted is None:
+        return with_label
+    return counted.bool() & with_label if counted.shape == labels.shape else counted.bool()
 
 
 class _Search:

@@ -170,7 +170,7 @@ def from_peft(
     options |= {ours: getattr(config, theirs) for theirs, ours in PEFT_NAMES.items()}
     options["init"] = _INITS[config.init_lora_weights]
     if options["init"] == "loftq":
-        options["loftq_kind"] = LOFTQ[config.loftq_config.get("loftq_bits", 4)]
+        options["loftq_kind"] = _loftq_kind(config.loftq_config, kind)
     targets: Iterable[str] | None = config.target_modules
     if targets is None or not (targets or config.target_parameters):
         targets = _default_targets(model_type, kind)
@@ -195,8 +195,6 @@ def _require_supported(config: "LoraConfig", kind: str) -> None:
             f"{kind}: init_lora_weights = {init!r} is not supported, only"
             f" {', '.join(map(repr, _INITS))}; {cure}"
         )
-    if init == "loftq":
-        _require_one_step(config.loftq_config, kind)
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         if name in _WITHOUT_EFFECT or name in _SAME_NAME or name in PEFT_NAMES:
@@ -212,13 +210,15 @@ def _require_supported(config: "LoraConfig", kind: str) -> None:
             raise ValueError(f"{kind}: {name} = {value!r} is not supported; {cure}")
 
 
-def _require_one_step(given: Mapping[str, object], kind: str) -> None:
+def _loftq_kind(given: Any, kind: str) -> str:
+    """The format that a `loftq_config` stands for."""
     bits, steps = given.get("loftq_bits", 4), given.get("loftq_iter", 1)
     if bits not in LOFTQ or steps != 1:
         raise ValueError(
             f"{kind}: loftq_config: got loftq_bits={bits}, loftq_iter={steps}, legal are"
             f" {' or '.join(map(str, LOFTQ))} bits and one step"
         )
+    return LOFTQ[bits]
 
 
 def _default_targets(model_type: str | None, kind: str) -> Iterable[str]:

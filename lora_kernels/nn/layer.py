@@ -194,8 +194,8 @@ class LoRALayer(Packable, LayerState):
         self._first, self._active = adapter.name, (adapter.name,)
 
     def prepare_other(self, adapter: AdapterOptions) -> NamedAdapter:
-        """A further adapter, for `put_other`. ValueError: `why_no_other`, "pissa" and "olora", which
-        would change the base of the others, "eva", which shares ranks between layers."""
+        """A further adapter, for `put_other`. ValueError: `why_no_other`, "pissa" and "olora",
+        which would change the base of the others, "eva", which shares ranks between layers."""
         self._refuse(adapter.name, self.why_no_other(adapter.name))
         if adapter.use_dora:
             raise ValueError("use_dora: is of a layer's only adapter, this one carries another")
