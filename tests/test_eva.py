@@ -1,4 +1,4 @@
-"""`initialize_eva` is PEFT's `initialize_lora_eva_weights`: ranks, directions, scalings, loss, files."""
+"""`initialize_eva` does what PEFT's `initialize_lora_eva_weights` does."""
 
 import copy
 
@@ -65,9 +65,9 @@ def layers_of(wrapped):
     "eva",
     [
         {},
-        {"rho": 1.0},
+        {"rho": 1.0, "tau": 0.9},
         {"rho": 1.5, "tau": 0.9, "adjust_scaling_factors": False},
-        {"use_label_mask": False},
+        {"use_label_mask": False, "tau": 0.9},
     ],
     ids=str,
 )
@@ -208,19 +208,23 @@ def test_whitening_divides_by_the_root_of_the_singular_values():
 
 
 def test_directions_are_those_of_all_rows_at_once():
-    rows = torch.randn(300, 12, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 13)
-    rows = rows + 5
+    """Exactly, where no more vary than are sought."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 4, generator=generator) * torch.tensor([8.0, 4, 2, 1])
+    rows = rows @ torch.linalg.qr(torch.randn(12, 4, generator=generator)).Q.t() + 5
     found = Directions(4, 0.99)
     for part in rows.split(60):
         found.add(part)
     _, S, Vh = torch.linalg.svd((rows - rows.mean(0)).double(), full_matrices=False)
-    torch.testing.assert_close(found.values, S[:4], rtol=1e-2, atol=0)
-    torch.testing.assert_close(
-        (found.vectors @ Vh[:4].t()).abs(), torch.eye(4).double(), atol=0.1, rtol=0
-    )
-    assert found.explained(4) == pytest.approx(float((S[:4] ** 2).sum() / (S**2).sum()), rel=1e-2)
-    found.add(torch.zeros(60, 12))
-    assert torch.isfinite(found.ratios).all()
+    torch.testing.assert_close(found.values, S[:4], rtol=1e-4, atol=0)
+    same = (found.vectors @ Vh[:4].t()).abs()
+    torch.testing.assert_close(same, torch.eye(4).double(), rtol=0, atol=1e-4)
+    assert found.settled.all()
+    assert found.explained(4) == pytest.approx(1, abs=1e-4)
+    assert found.explained(1) == pytest.approx(float(S[0] ** 2 / (S**2).sum()), abs=1e-4)
+    constant = Directions(2, 0.99)
+    constant.add(torch.ones(60, 12))
+    assert not constant.ratios.any()
 
 
 def test_bad_input_is_refused_and_changes_nothing():
@@ -235,7 +239,7 @@ def test_bad_input_is_refused_and_changes_nothing():
         (ROWS, {"max_batches": 1}, "max_batches: expected an integer of at least 2"),
         ([], {}, "batches: has no batch"),
         (iter(ROWS), {}, "is used up by the first reading"),
-        ([torch.randn(3, 32)], {}, "batches: none has as many rows as narrow, spread needs, 4"),
+        ([torch.randn(3, 32)], {}, "batches: none has as many rows as spread, narrow needs, 4"),
         ([ROWS[0] * float("nan")], {}, "the input of spread holds values that are not finite"),
         (ROWS, {"config": peft.LoraConfig()}, "config: expected a LoraConfig with an eva_config"),
     ):
