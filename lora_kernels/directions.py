@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-_TINY = torch.finfo(torch.float64).tiny
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Directions:
