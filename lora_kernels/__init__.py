@@ -17,6 +17,7 @@ from lora_kernels.convert import (
     unmerge_lora,
 )
 from lora_kernels.embedding import lora_embedding
+from lora_kernels.eva import EvaReport, initialize_eva
 from lora_kernels.functional import lora_add, lora_add_, lora_linear
 from lora_kernels.grouped import Groups, lora_add_grouped, lora_linear_grouped
 from lora_kernels.integrations import transformers as _transformers
@@ -41,6 +42,7 @@ from lora_kernels.weights import QuantizedWeight, quantize
 __all__ = [
     "AdapterReport",
     "BlockReport",
+    "EvaReport",
     "FusedLoRAConv1D",
     "FusedLoRAEmbedding",
     "FusedLoRALinear",
@@ -62,6 +64,7 @@ __all__ = [
     "evaluate_model",
     "fuse_blocks",
     "fuse_peft",
+    "initialize_eva",
     "load_adapter",
     "load_quantized",
     "lora_add",

@@ -143,7 +143,7 @@ def lora_parameters(
     loraplus_ratio: float | None = None,
 ) -> Iterator[nn.Parameter] | list[dict[str, Any]]:
     """What to give an optimizer: lora_A and lora_B of every layer, then the modules trained in
-    full; or lora_A and lora_B of the adapter of this name alone.
+    full; or lora_A and lora_B of the adapter of this name alone. A lora_A of `freeze_a` is none.
 
     With lr and loraplus_ratio the groups of LoRA+ (Hayou et al., 2024, arXiv:2402.12354), as PEFT
     makes them: lora_B and vectors (biases, DoRA's magnitude) learn at lr * loraplus_ratio, all
@@ -180,9 +180,17 @@ def _trained(model: nn.Module, adapter: str | None) -> Iterator[nn.Parameter]:
     for _, layer in lora_layers(model):
         for name in layer.names:
             if adapter in (None, name):
-                yield from layer.adapter(name).factor_parameters()
+                yield from layer.adapter(name).trained_parameters()
     if adapter is None:
         yield from saved_parameters(model)
+
+
+def frozen_factors(model: nn.Module, adapter: str | None) -> Iterator[nn.Parameter]:
+    """The lora_A of `freeze_a`, of all adapters or of that of this name."""
+    for _, layer in lora_layers(model):
+        for name in layer.names:
+            if adapter in (None, name) and layer.adapter(name).freeze_a:
+                yield from layer.adapter(name).factor_parameters("lora_A")
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:

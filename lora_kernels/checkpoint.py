@@ -50,10 +50,10 @@ def save_adapter(
     """Writes the adapter of a model in PEFT's format; PEFT's `PeftModel.from_pretrained` reads it.
 
     An interrupted save leaves the old adapter: both files are written before either is replaced,
-    and `load_adapter` notices files of two saves. An adapter started with PiSSA is written relative
-    to the original base, as plain LoRA of rank 2r. All ranks of a sharded model make the call: it
-    gathers, and rank 0 writes. Names are the plain model's, without the parts that torch.compile,
-    DistributedDataParallel and other wrappers put in.
+    and `load_adapter` notices files of two saves. An adapter started with PiSSA or OLoRA is written
+    relative to the original base, as plain LoRA of rank 2r. All ranks of a sharded model make the
+    call: it gathers, and rank 0 writes. Names are the plain model's, without the parts that
+    torch.compile, DistributedDataParallel and other wrappers put in.
 
     Warns (UserWarning) of parameters that train and are not in the files, and of layers that PEFT
     would compute differently.
@@ -641,8 +641,8 @@ def _check_present(
         raise ValueError(f"{key}: cannot go to {name}: {reason}; remove_lora(model) first")
     if layer.pissa_A is not None:
         raise ValueError(
-            f"{key}: {name} was started with PiSSA and no longer holds its original base;"
-            " remove_lora(model) first"
+            f"{key}: {name} was started with PiSSA or OLoRA and no longer holds its original"
+            " base; remove_lora(model) first"
         )
     rank = A.shape[-2]
     if rank != adapter.rank:

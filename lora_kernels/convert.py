@@ -24,7 +24,8 @@ from lora_kernels.nn import (
     layer_class,
 )
 from lora_kernels.nn.merging import Into
-from lora_kernels.nn.pissa import Init
+from lora_kernels.nn.pissa import FROM_WEIGHT, INITS, Init
+from lora_kernels.quantizing import quantize_layers
 from lora_kernels.sharding import is_sharded
 from lora_kernels.targets import Names
 from lora_kernels.tokens import TokenIndices, find_tokens
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 
 _IN_FULL = "trained in full"
+# The start by which a model's first adapters make up for what quantising their weights loses.
+_LOFTQ = "loftq"
 
 
 @dataclass
@@ -123,8 +126,9 @@ def apply_lora(
     trainable_token_indices: TokenIndices = None,
     expert_rank: int | None = None,
     use_rslora: bool = False,
-    init: Init = "kaiming",
+    init: Init | Literal["loftq"] = "kaiming",
     use_dora: bool = False,
+    freeze_a: bool = False,
     adapter_dtype: torch.dtype | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -138,9 +142,10 @@ def apply_lora(
     Args:
         model: any module; its modules and weights stay the same objects.
         rank: of the adapters; or a whole `peft.LoraConfig` in place of all other options but
-            `adapter_dtype`.
-        alpha, dropout, use_rslora, adapter_dtype, init, use_dora: as in
-            `FusedLoRALinear.from_linear`.
+            `adapter_dtype` and `freeze_a`, which it has not.
+        alpha, dropout, use_rslora, adapter_dtype, init, use_dora, freeze_a: as in
+            `FusedLoRALinear.from_linear`. init="loftq" quantises the weights under the adapters too
+            (nf4), as `quantize_base` does with loftq=True; "eva" wants `initialize_eva` next.
         target_modules: names or their last parts as a list, or one regular expression for the whole
             name (names of the plain model, without the parts of wrappers as torch.compile; any of
             its names for a module in several places); None or
@@ -179,7 +184,7 @@ def apply_lora(
         "alpha_pattern": alpha_pattern,
     }
     given = _given(model, apply_lora, rank, chosen, unknown)
-    return _apply(model, _Options(adapter_dtype=adapter_dtype, **given))
+    return _apply(model, _Options(adapter_dtype=adapter_dtype, freeze_a=freeze_a, **given))
 
 
 def add_adapter(
@@ -192,8 +197,9 @@ def add_adapter(
     target_modules: Names = None,
     exclude_modules: Names = None,
     use_rslora: bool = False,
-    init: Init = "kaiming",
+    init: Init | Literal["loftq"] = "kaiming",
     use_dora: bool = False,
+    freeze_a: bool = False,
     adapter_dtype: torch.dtype | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -212,7 +218,8 @@ def add_adapter(
 
     Raises:
         ValueError: a name or a value out of range; a layer that is merged, sharded or was started
-            with PiSSA. TypeError: an option of another type or name. The model is unchanged then.
+            with PiSSA or OLoRA. TypeError: an option of another type or name. The model is
+            unchanged then.
     """
     chosen: dict[str, Any] = {
         "alpha": alpha,
@@ -240,8 +247,8 @@ def add_adapter(
     if further and given["target_modules"] is None:
         carrying = "|".join(re.escape(layer) for layer, _ in adapters.lora_layers(model))
         given["target_modules"] = f"(?:{carrying})"
-    chosen_ones = _Options(adapter_dtype=adapter_dtype, name=name, further=further, **given)
-    return _apply(model, chosen_ones)
+    given |= {"adapter_dtype": adapter_dtype, "freeze_a": freeze_a}
+    return _apply(model, _Options(name=name, further=further, **given))
 
 
 def _given(
@@ -276,7 +283,7 @@ class _Options(NamedTuple):
     target_modules: Names
     exclude_modules: Names
     use_rslora: bool
-    init: Init
+    init: Init | Literal["loftq"]
     use_dora: bool
     adapter_dtype: torch.dtype | None
     rank_pattern: Mapping[str, int] | None
@@ -287,6 +294,8 @@ class _Options(NamedTuple):
     expert_rank: int | None = None
     name: str = DEFAULT
     further: bool = False
+    freeze_a: bool = False
+    loftq_kind: str = "nf4"
 
 
 def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
@@ -337,21 +346,23 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     if chosen.expert_rank is not None:
         rank = options.check_rank(chosen.expert_rank, "expert_rank")
         ranks |= {name: options.of_layer(chosen.rank_pattern, [name], rank) for name in experts}
+    init = _start_of(chosen)
     settings = (
         chosen.dropout,
         chosen.use_rslora,
         chosen.adapter_dtype,
-        chosen.init,
+        init,
         chosen.name,
         chosen.use_dora,
+        chosen.freeze_a,
     )
-    if chosen.init == "pissa":
-        require_untied(model, found.values(), "init='pissa'")
+    if init in FROM_WEIGHT:
+        require_untied(model, found.values(), f"init={init!r}")
         for name, linear in found.items():
-            if ranks[name] > min(linear.weight.shape):
+            most = min(linear.weight.shape)
+            if ranks[name] > most:
                 raise ValueError(
-                    f"rank: 'pissa' takes at most min(N, K) = {min(linear.weight.shape)} of {name},"
-                    f" got {ranks[name]}"
+                    f"rank: {init!r} takes at most min(N, K) = {most} of {name}, got {ranks[name]}"
                 )
     with adapters.all_or_nothing(model) as before:
         made: dict[str, LoRALayer | NamedAdapter] = {}
@@ -363,7 +374,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
                 made[name] = layer_class(linear, chosen.use_dora)._prepare(linear, adapter)
         prepared: list[adapters.Prepared] = [(found[name], one) for name, one in made.items()]
         for linear, layer in prepared:
-            if chosen.init == "pissa" and isinstance(layer, LoRALayer):
+            if init in FROM_WEIGHT and isinstance(layer, LoRALayer):
                 before.keep(linear.weight)  # type: ignore[arg-type]  # of a linear layer
                 layer._take_pissa()
         for name, (module, parameter) in experts.items():
@@ -378,7 +389,14 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
         else:
             adapters.attach(model, prepared, saved, before.trainable, tokens.values())
         adapters.guard(model)
+        if chosen.init == _LOFTQ:
+            if not found:
+                raise ValueError("init: 'loftq' is of linear layers, and no target is one")
+            layers: dict[str, nn.Module] = dict(found)
+            quantised = quantize_layers(model, layers, {}, chosen.loftq_kind, None, True, False)
+            refuse("init: 'loftq'", dict(quantised.left))
         trained = list(lora_parameters(model, adapter=further))
+        held = dict.fromkeys((*trained, *adapters.frozen_factors(model, further)))
         return LoraReport(
             replaced=[*found, *experts],
             skipped=skipped,
@@ -386,7 +404,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             other_linear_maps=list(left_out.get(targets.LINEAR_MAPS, ())),
             trainable=sum(p.numel() for p in trained),
             total=sum(p.numel() for p in model.parameters()),
-            adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
+            adapter_bytes=sum(p.numel() * p.element_size() for p in held),
             unregistered=unregistered_linears(model),
             new_heads=list(heads),
             adapted=sum(w.numel() for w in weights),
@@ -400,6 +418,17 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
                 for kind, weights in left_out.items()
             },
         )
+
+
+def _start_of(chosen: _Options) -> Init:
+    """How the layers are to start the adapters themselves."""
+    if chosen.init == _LOFTQ and not chosen.further:
+        return "kaiming"
+    if chosen.init in INITS:
+        return chosen.init
+    alone = (*FROM_WEIGHT, "eva", _LOFTQ) if chosen.further else ()
+    legal = [init for init in (*INITS, _LOFTQ) if init not in alone]
+    raise ValueError(f"init: got {chosen.init!r}, legal values are {', '.join(legal)}")
 
 
 def require_untied(model: nn.Module, layers: Iterable["targets.Linear"], what: str) -> None:
@@ -521,8 +550,8 @@ def remove_lora(model: nn.Module) -> None:
     """Takes the adapters out: plain layers that share the base weights, as before `apply_lora`.
 
     Layers merged with keep_base=False keep the sum: `merge_lora(model, keep_base=False)` and then
-    `remove_lora(model)` leave a plain model with the adapter in its weights. Where PiSSA took its
-    principal part out of a weight, that part is added back (equal up to one rounding).
+    `remove_lora(model)` leave a plain model with the adapter in its weights. Where PiSSA or OLoRA
+    took a part out of a weight, that part is added back (equal up to one rounding).
 
     Raises:
         ValueError: the model has no LoRA layer, is sharded, offloaded, or has pruned or

@@ -24,8 +24,10 @@ _SAME_NAME = (
 )  # fmt: skip
 _INITS = {
     True: "kaiming", False: "random", "pissa": "pissa", "gaussian": "gaussian",
-    "orthogonal": "orthogonal",
+    "orthogonal": "orthogonal", "olora": "olora", "eva": "eva", "loftq": "loftq",
 }  # fmt: skip
+# What `quantize_base` makes of a base that PEFT's LoftQ quantises to so many bits.
+LOFTQ = {4: "nf4", 8: "int8"}
 # What PEFT's models for these tasks train in full beside the adapters, where it is there.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -167,6 +169,8 @@ def from_peft(
     options = {name: getattr(config, name) for name in _SAME_NAME}
     options |= {ours: getattr(config, theirs) for theirs, ours in PEFT_NAMES.items()}
     options["init"] = _INITS[config.init_lora_weights]
+    if options["init"] == "loftq":
+        options["loftq_kind"] = _loftq_kind(config.loftq_config, kind)
     targets: Iterable[str] | None = config.target_modules
     if targets is None or not (targets or config.target_parameters):
         targets = _default_targets(model_type, kind)
@@ -185,9 +189,17 @@ def from_peft(
 
 def _require_supported(config: "LoraConfig", kind: str) -> None:
     cure = "make the model with PEFT and call fuse_peft(peft_model)"
+    init = config.init_lora_weights
+    if init not in _INITS:
+        raise ValueError(
+            f"{kind}: init_lora_weights = {init!r} is not supported, only"
+            f" {', '.join(map(repr, _INITS))}; {cure}"
+        )
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         if name in _WITHOUT_EFFECT or name in _SAME_NAME or name in PEFT_NAMES:
+            continue
+        if name == f"{init}_config":  # of LoftQ; EVA's goes to initialize_eva
             continue
         if name == "inference_mode" and value:
             raise ValueError(
@@ -196,11 +208,17 @@ def _require_supported(config: "LoraConfig", kind: str) -> None:
             )
         if value and value != field.default:
             raise ValueError(f"{kind}: {name} = {value!r} is not supported; {cure}")
-    if config.init_lora_weights not in _INITS:
+
+
+def _loftq_kind(given: Any, kind: str) -> str:
+    """The format that a `loftq_config` stands for."""
+    bits, steps = given.get("loftq_bits", 4), given.get("loftq_iter", 1)
+    if bits not in LOFTQ or steps != 1:
         raise ValueError(
-            f"{kind}: init_lora_weights = {config.init_lora_weights!r} is not supported, only"
-            f" {', '.join(map(repr, _INITS))}; {cure}"
+            f"{kind}: loftq_config: got loftq_bits={bits}, loftq_iter={steps}, legal are"
+            f" {' or '.join(map(str, LOFTQ))} bits and one step"
         )
+    return LOFTQ[bits]
 
 
 def _default_targets(model_type: str | None, kind: str) -> Iterable[str]:

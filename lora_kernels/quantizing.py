@@ -14,8 +14,8 @@ from lora_kernels.bypass import bypassed
 from lora_kernels.files import open_regular, replace_atomically
 from lora_kernels.nn import LoRALayer
 from lora_kernels.offloading import is_offloaded
+from lora_kernels.progress import progress_bar
 from lora_kernels.rank import low_rank_approximation
-from lora_kernels.recipes.batches import progress_bar
 from lora_kernels.targets import Names
 from lora_kernels.weights import KINDS, QuantizedTensor, QuantizedWeight, assemble, quantize
 
@@ -107,8 +107,22 @@ def quantize_base(
     if not isinstance(loftq, bool):
         raise TypeError(f"loftq: expected a bool, got {type(loftq).__name__}")
     quantize(torch.zeros(2, 1 << 12), kind, block=block)  # says what is wrong with these
-    report = QuantizationReport(kind)
-    found, report.left = _candidates(model, target_modules)
+    found, left = _candidates(model, target_modules)
+    return quantize_layers(model, found, left, kind, block, loftq, progress)
+
+
+@torch.no_grad()
+def quantize_layers(
+    model: nn.Module,
+    found: dict[str, nn.Module],
+    left: dict[str, str],
+    kind: str,
+    block: int | None = None,
+    loftq: bool = False,
+    progress: bool | None = None,
+) -> QuantizationReport:
+    """`quantize_base` of these layers by name; `left` are those that it left before."""
+    report = QuantizationReport(kind, left=dict(left))
     weights: dict[Tensor, list[tuple[str, nn.Module]]] = {}
     for name, layer in found.items():
         reason = _objection(layer) or _misfit(layer, kind, block)
@@ -210,7 +224,7 @@ def _why_no_start(layer: nn.Module) -> str | None:
     if reason is None and layer.scaling == 0:
         reason = "its scaling is 0"
     if reason is None and layer.pissa_A is not None:
-        reason = "it was started with PiSSA"
+        reason = "it was started with PiSSA or OLoRA"
     if reason is None and bool(layer.lora_B.any()):
         reason = "its adapter is not new, lora_B is not zero"
     if reason is None and layer.rank > min(layer.weight.shape):

@@ -343,7 +343,7 @@ MUTANTS = {
     "quantised: kernels past a forced reference": ("backends/native/quantized.py", "_is_left", "forced.now is not None and", "False and", "native_quantized"),
     "quantised: another kind after merging": ("weights/quantize.py", "like", '"nf4" if record.zero is None else "int4"', '"nf4"', "quantize_base"),
     "quantised: the merged sum counted against itself": ("nn/merging.py", "Merging.merge_quantised", "(held - base)", "held", "quantize_base"),
-    "quantised: tied weights quantised": ("quantizing.py", "quantize_base", "        if beside:", "        if False:", "quantize_base"),
+    "quantised: tied weights quantised": ("quantizing.py", "quantize_layers", "        if beside:", "        if False:", "quantize_base"),
     "quantised: trained adapters started anew": ("quantizing.py", "_why_no_start", "bool(layer.lora_B.any())", "False", "quantize_base"),
     "quantised: bases of another dtype read": ("integrations/peft_bases.py", "record_of_base", "owner.compute_dtype not in (None, dtype)", "False", "peft_bases"),
     "quantised: evaluation lays codes out anew": (INTEGRATION, "_Fused._of_base", "if record is None:", "if True:", "peft_bases"),

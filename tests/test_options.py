@@ -231,7 +231,11 @@ def test_a_config_for_classification_names_the_head(tmp_path):
     [
         ({"use_qalora": True}, ValueError, r"use_qalora = True is not supported; .* fuse_peft"),
         ({"bias": "all"}, ValueError, "bias = 'all' is not supported"),
-        ({"init_lora_weights": "olora"}, ValueError, "init_lora_weights = 'olora' is not supp"),
+        (
+            {"init_lora_weights": "mica"},
+            ValueError,
+            "init_lora_weights = 'mica' is not supp.* 'eva'",
+        ),
         ({"inference_mode": True}, ValueError, "inference_mode = True freezes the adapter"),
         ({"target_parameters": ["experts"]}, ValueError, "target_parameters: 'experts' matches no"),
         ({"lora_bias": True}, ValueError, "lora_bias = True is not supported"),

@@ -12,7 +12,7 @@ from lora_kernels.check.found import find_adapters, nonzero
 from lora_kernels.check.merging import check_merging
 from lora_kernels.check.report import AdapterReport, AdapterState, folded
 from lora_kernels.check.runs import run, unchanged
-from lora_kernels.check.training import check_training, name_uncalled
+from lora_kernels.check.training import BOTH_ZERO, check_training, name_uncalled
 from lora_kernels.sharding import is_sharded
 
 __all__ = ["AdapterReport", "AdapterState", "check_adapters", "first_step_problems", "folded"]
@@ -87,6 +87,8 @@ def first_step_problems(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
                 "lora_B is zero and is not trained, so the adapter stays without effect; give the"
                 " optimizer lora_parameters(model)"
             )
+        elif not nonzero(adapter.B) and not nonzero(adapter.A):
+            found[adapter.state.name] = BOTH_ZERO
     return found
 
 

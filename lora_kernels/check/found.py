@@ -27,6 +27,7 @@ class Adapter:
     # Merges all adapters of the layer; None where no comparison is made.
     merge: Callable[[], None] | None
     off: str | None  # "merged", "disabled" or "unused"
+    freeze_a: bool = False
     calls: list["Call"] = field(default_factory=list)
 
     @property
@@ -58,7 +59,9 @@ def find_adapters(model: nn.Module) -> Iterator[Adapter]:
                 state = AdapterState(f"{name} ({adapter})" if several else name)
                 A, B = (one.factor_parameters(half) for half in ("lora_A", "lora_B"))
                 unused = None if layer.active else "unused"
-                yield Adapter(layer, layer, A, B, float(one.scaling), state, merge, off or unused)
+                off_now = off or unused
+                scaling, fixed_A = float(one.scaling), one.freeze_a
+                yield Adapter(layer, layer, A, B, scaling, state, merge, off_now, fixed_A)
         elif peft is not None and isinstance(layer, peft.LoraLayer):
             yield from _peft_adapters(name, layer)
 

@@ -27,17 +27,21 @@ def check_training(adapters: list[Adapter], run: Callable[..., Any]) -> None:
             state.problem = "never called"  # `name_uncalled` looks for the reason
         elif not any(call.rows for call in calls):
             state.problem = "received no rows in this batch (an expert?); try another batch"
-        elif not all(any(p.requires_grad for p in held) for held in (adapter.A, adapter.B)):
+        elif not all(any(p.requires_grad for p in held) for held in _to_train(adapter)):
             state.problem = "is frozen: set requires_grad of lora_A and lora_B"
         elif adapter.scaling == 0:
             state.problem = "its scaling is 0; give it another alpha"
-        elif of_A is None or of_B is None:
+        elif of_B is None or (of_A is None and not adapter.freeze_a):
             state.problem = _no_gradient(calls)
-        elif not (math.isfinite(of_A) and math.isfinite(of_B)):
+        elif not all(math.isfinite(norm) for norm in (of_A or 0.0, of_B)):
             what = "" if finite else ", as the loss is"
             state.problem = f"its gradient is not finite{what}; look at the batch and the dtype"
         else:
             state.problem = _zero(adapter, of_A, of_B)
+
+
+def _to_train(adapter: Adapter) -> list[list[nn.Parameter]]:
+    return [adapter.B] if adapter.freeze_a else [adapter.A, adapter.B]
 
 
 def _gradient_norm(parameters: list[nn.Parameter]) -> float | None:
@@ -60,11 +64,13 @@ def _no_gradient(calls: list[Call]) -> str:
     return "is called under no_grad; exclude it, or call it with gradients enabled"
 
 
-def _zero(adapter: Adapter, of_A: float, of_B: float) -> str | None:
-    """A zero gradient that the other factor's being zero does not explain."""
+def _zero(adapter: Adapter, of_A: float | None, of_B: float) -> str | None:
+    """A zero gradient that the other factor's being zero does not explain. A frozen A has none."""
     zero_A, zero_B = not nonzero(adapter.A), not nonzero(adapter.B)
     if zero_A and zero_B:
-        return "lora_A and lora_B are both zero, so neither gets a gradient; initialise lora_A"
+        return BOTH_ZERO
+    if zero_A and adapter.freeze_a:
+        return "lora_A is zero and frozen, so lora_B gets no gradient; initialise lora_A"
     dead = [
         name
         for name, norm, explained in (("lora_A", of_A, zero_B), ("lora_B", of_B, zero_A))
@@ -78,6 +84,10 @@ def _zero(adapter: Adapter, of_A: float, of_B: float) -> str | None:
     )
 
 
+BOTH_ZERO = (
+    "lora_A and lora_B are both zero, so neither gets a gradient; initialise lora_A (init='eva' by"
+    " initialize_eva)"
+)
 UNCALLED = (
     "was never called in this batch: its part of the model is unused, an expert got no rows, or"
     " code takes its weight; try another batch or exclude it"

@@ -79,6 +79,11 @@ class FusedLoRAEmbedding(LoRALayer, nn.Embedding):
     def _reset_base(self) -> None:
         nn.Embedding.reset_parameters(self)
 
+    def _fill(self, holder: Factors, adapter: AdapterOptions) -> None:
+        if adapter.freeze_a:
+            raise ValueError("freeze_a: an embedding's lora_A starts at zero and has to be trained")
+        super()._fill(holder, adapter)
+
     def _start(self, adapter: Factors, init: Init) -> None:
         if init == "random":
             return reset_factors(adapter, init)
@@ -86,7 +91,7 @@ class FusedLoRAEmbedding(LoRALayer, nn.Embedding):
         nn.init.normal_(adapter.lora_B)
         return None
 
-    def _init_pissa(self) -> None:
+    def _init_from_weight(self, init: Init) -> None:
         """Nothing: PEFT too starts embeddings in one way."""
 
     def forward(self, input: Tensor) -> Tensor:  # as nn.Embedding calls it

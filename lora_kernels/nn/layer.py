@@ -12,7 +12,7 @@ from lora_kernels.bases import HALVES, computed, foreign_forward, hooked, odd_ty
 from lora_kernels.functional import lora_add, lora_linear
 from lora_kernels.grouped import lora_add_grouped, lora_linear_grouped
 from lora_kernels.nn.named import DEFAULT, NamedAdapter, Rows
-from lora_kernels.nn.pissa import INITS, Init
+from lora_kernels.nn.pissa import FROM_WEIGHT, INITS, Init
 from lora_kernels.nn.state import LayerState
 from lora_kernels.nn.tensors import MERGED, PISSA, Factors, note_frozen, shape_of, thaw
 from lora_kernels.norms import HELD
@@ -33,7 +33,7 @@ torch.fx.wrap("lora_add")
 _PASSING = ("_rows", HELD)
 # What a layer is given beside the adapter's tensors: a buffer, a submodule, attributes.
 _ADDED = (
-    MERGED, "adapters", "_base_weight_cpu", "alpha", "dropout", "use_rslora", "_merged",
+    MERGED, "adapters", "_base_weight_cpu", "alpha", "dropout", "use_rslora", "freeze_a", "_merged",
     "_disabled", "_first", "_active", "_rows", "_pack",
 )  # fmt: skip
 
@@ -49,6 +49,7 @@ class AdapterOptions(NamedTuple):
     init: Init = "kaiming"
     name: str = DEFAULT
     use_dora: bool = False
+    freeze_a: bool = False
 
 
 class LoRALayer(Packable, LayerState):
@@ -81,6 +82,7 @@ class LoRALayer(Packable, LayerState):
         adapter_dtype: torch.dtype | None = None,
         init: Init = "kaiming",
         use_dora: bool = False,
+        freeze_a: bool = False,
     ) -> "Self":
         """A layer that shares `linear`'s weight and bias objects (now frozen), its buffers,
         submodules, attributes and train mode.
@@ -88,9 +90,13 @@ class LoRALayer(Packable, LayerState):
         `init` is "kaiming" (A uniform, B zero: the output is unchanged), "pissa" (Meng et al.,
         2024, arXiv:2404.02948: the adapter starts as the principal part of the weight, which is
         taken out of it), "gaussian" (A normal of deviation 1 / rank, B zero), "orthogonal" (both
-        from halves of an orthogonal matrix, whose product is zero; of an even rank) or "random" (B
-        uniform too: the output changes at once, for tests).
-        `use_dora` makes it a `FusedDoRALinear` (`nn.dora`).
+        from halves of an orthogonal matrix, whose product is zero; of an even rank), "olora"
+        (Büyükakyüz, 2024, arXiv:2406.01775: as PiSSA with the QR decomposition of the weight),
+        "eva" (both zero: `initialize_eva` fills A) or "random" (B uniform too: the output changes
+        at once, for tests).
+        `use_dora` makes it a `FusedDoRALinear` (`nn.dora`). `freeze_a` leaves lora_A what it
+        starts as (LoRA-FA; Zhang et al., 2023, arXiv:2308.03303): it is no parameter to train, and
+        the layer keeps no x for the backward.
 
         Raises:
             TypeError: not exactly a layer of this kind. ValueError: hooks, parametrizations, or a
@@ -104,8 +110,9 @@ class LoRALayer(Packable, LayerState):
             raise ValueError(f"linear: {reason}")
         trainable = {name for name, p in linear.named_parameters(recurse=False) if p.requires_grad}
         adapter = AdapterOptions(
-            rank, alpha, dropout, use_rslora, adapter_dtype, init, use_dora=use_dora
-        )
+            rank, alpha, dropout, use_rslora, adapter_dtype, init,
+            use_dora=use_dora, freeze_a=freeze_a,
+        )  # fmt: skip
         layer = cls._prepare(linear, adapter)
         note_frozen(layer, trainable)
         layer._take_pissa()
@@ -128,8 +135,8 @@ class LoRALayer(Packable, LayerState):
         layer = _twin(linear, cls)
         layer._add_adapter(adapter)
         layer.reset_lora_parameters()
-        if adapter.init == "pissa":
-            layer._init_pissa()
+        if adapter.init in FROM_WEIGHT:
+            layer._init_from_weight(adapter.init)
         elif adapter.init != "kaiming":
             layer._start(layer, adapter.init)
             layer._settle_start()
@@ -187,13 +194,14 @@ class LoRALayer(Packable, LayerState):
         self._first, self._active = adapter.name, (adapter.name,)
 
     def prepare_other(self, adapter: AdapterOptions) -> NamedAdapter:
-        """A further adapter, for `put_other`. ValueError: `why_no_other`, "pissa", which would
-        change the base of the others."""
+        """A further adapter, for `put_other`. ValueError: `why_no_other`, "pissa" and "olora",
+        which would change the base of the others, "eva", which shares ranks between layers."""
         self._refuse(adapter.name, self.why_no_other(adapter.name))
         if adapter.use_dora:
             raise ValueError("use_dora: is of a layer's only adapter, this one carries another")
-        if adapter.init not in INITS or adapter.init == "pissa":
-            legal = ", ".join(init for init in INITS if init != "pissa")
+        alone = (*FROM_WEIGHT, "eva")
+        if adapter.init not in INITS or adapter.init in alone:
+            legal = ", ".join(init for init in INITS if init not in alone)
             raise ValueError(
                 f"init: got {adapter.init!r}, legal values beside another adapter are {legal}"
             )
@@ -220,8 +228,10 @@ class LoRALayer(Packable, LayerState):
             )
         empty = functools.partial(torch.empty, device=self.weight.device, dtype=dtype)
         holder.alpha, holder.dropout, holder.use_rslora = alpha, dropout, use_rslora
+        holder.freeze_a = options.check_flag(adapter.freeze_a, "freeze_a")
         for name in self.adapter_parameters:
-            setattr(holder, name, nn.Parameter(empty(shape_of(self, name, rank))))
+            trains = not (holder.freeze_a and name == "lora_A")
+            setattr(holder, name, nn.Parameter(empty(shape_of(self, name, rank)), trains))
 
     def reset_parameters(self) -> None:
         """Initialises base and adapter as a new layer does."""
@@ -385,6 +395,8 @@ class LoRALayer(Packable, LayerState):
         parts += [f"rank={self.rank}", f"scaling={self.scaling:g}"]
         if self.dropout:
             parts.append(f"dropout={self.dropout:g}")
+        if self.freeze_a:
+            parts.append("freeze_a=True")
         if self.lora_A.dtype != self.weight.dtype:
             parts.append(f"adapter_dtype={self.lora_A.dtype}")
         if self.merged:

@@ -50,10 +50,12 @@ class FusedLoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]  # its bias m
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         use_dora: bool = False,
+        freeze_a: bool = False,
     ) -> None:
         options.check_flag(use_dora, "use_dora")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._add_adapter(AdapterOptions(rank, alpha, dropout, use_rslora, adapter_dtype))
+        adapter = AdapterOptions(rank, alpha, dropout, use_rslora, adapter_dtype, freeze_a=freeze_a)
+        self._add_adapter(adapter)
         self.reset_lora_parameters()
 
     @staticmethod

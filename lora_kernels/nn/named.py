@@ -243,7 +243,7 @@ class Named(OfRows, LayerTensors):
         if self._merged:
             return "is merged; call unmerge_lora first"
         if self.pissa_A is not None:
-            return "was started with PiSSA, rows of other adapters need its original base"
+            return "was started with PiSSA or OLoRA, rows of other adapters need its original base"
         return self.why_more_than_factors()
 
     def why_no_other(self, name: str) -> str | None:
@@ -254,8 +254,8 @@ class Named(OfRows, LayerTensors):
             return "is merged; call unmerge_lora first"
         if self.pissa_A is not None:
             return (
-                "was started with PiSSA and no longer holds its original base; save_adapter,"
-                " remove_lora and load_adapter make it a plain one"
+                "was started with PiSSA or OLoRA and no longer holds its original base;"
+                " save_adapter, remove_lora and load_adapter make it a plain one"
             )
         if is_sharded(self.weight) or is_sharded(self.lora_A):
             return "is sharded; add adapters before parallelize_module or fully_shard"
@@ -285,7 +285,7 @@ class Named(OfRows, LayerTensors):
         if name == self._first:
             self._first = next(iter(others))
             adapter = others[self._first]
-            for key in (*FACTORS, "alpha", "dropout", "use_rslora"):
+            for key in (*FACTORS, "alpha", "dropout", "use_rslora", "freeze_a"):
                 setattr(self, key, getattr(adapter, key))
             del others[self._first]
         else:

@@ -1,5 +1,5 @@
-"""How an adapter starts; and what PiSSA, which starts it as the principal part of the weight, took
-out of that."""
+"""How an adapter starts; and what PiSSA and OLoRA, which start it as a part of the weight, took out
+of that."""
 
 import math
 from typing import Literal, get_args
@@ -13,8 +13,10 @@ from lora_kernels.offloading import present
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 from lora_kernels.weights import QuantizedTensor
 
-Init = Literal["kaiming", "pissa", "random", "gaussian", "orthogonal"]
-INITS = get_args(Init)
+Init = Literal["kaiming", "pissa", "random", "gaussian", "orthogonal", "olora", "eva"]
+INITS: tuple[Init, ...] = get_args(Init)
+# Those that take the adapter's first product out of the weight.
+FROM_WEIGHT = ("pissa", "olora")
 # Above this size PiSSA takes the leading singular triplets from a randomised SVD.
 _EXACT_SVD_ELEMENTS = 1 << 20
 
@@ -27,7 +29,7 @@ class Initialising(LayerTensors):
         """A Kaiming-uniform, B zero, as in PEFT; the layer's output is then the base's.
 
         All ranks of a sharded layer make the call; they get the A of one process.
-        What PiSSA took out of the base is added back.
+        What PiSSA or OLoRA took out of the base is added back.
         """
         self._require_unmerged("reset_lora_parameters")
         self._refuse("reset_lora_parameters", self.why_fixed())
@@ -43,23 +45,33 @@ class Initialising(LayerTensors):
         """What follows from the first values of lora_A and lora_B."""
 
     @torch.no_grad()
-    def _init_pissa(self) -> None:
+    def _init_from_weight(self, init: Init) -> None:
+        """`FROM_WEIGHT`; `_take_pissa` changes the weight afterwards."""
         if isinstance(self.weight, QuantizedTensor):
             raise ValueError(
-                "init: 'pissa' changes the weight, which is quantised; quantize_base starts an"
+                f"init: {init!r} changes the weight, which is quantised; quantize_base starts an"
                 " adapter with loftq=True"
             )
         weight = self.matrix if self.weight.dtype == torch.float64 else self.matrix.float()
         if weight.is_meta:
             raise ValueError(
-                "init: 'pissa' needs the values of the weight, which is on the meta device"
+                f"init: {init!r} needs the values of the weight, which is on the meta device"
             )
         if not weight.isfinite().all():
-            raise ValueError("init: 'pissa' needs a weight of finite values")
+            raise ValueError(f"init: {init!r} needs a weight of finite values")
         if self.rank > min(weight.shape):
             raise ValueError(
-                f"rank: 'pissa' takes at most min(N, K) = {min(weight.shape)}, got {self.rank}"
+                f"rank: {init!r} takes at most min(N, K) = {min(weight.shape)}, got {self.rank}"
             )
+        if init == "pissa":
+            self._principal(weight)
+        else:
+            Q, R = torch.linalg.qr(weight)
+            self.lora_A.copy_(R[: self.rank])
+            self.lora_B.copy_(Q[:, : self.rank])
+        self.pissa_A, self.pissa_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def _principal(self, weight: Tensor) -> None:
         if self.scaling <= 0:
             raise ValueError(f"alpha: 'pissa' needs a positive scaling, got {self.scaling}")
         if weight.numel() <= _EXACT_SVD_ELEMENTS:
@@ -70,23 +82,23 @@ class Initialising(LayerTensors):
         root = (S[: self.rank] / self.scaling).sqrt()
         self.lora_A.copy_(root[:, None] * Vh[: self.rank])
         self.lora_B.copy_(U[:, : self.rank] * root)
-        self.pissa_A, self.pissa_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     def _take_pissa(self) -> None:
-        """Takes the principal part out of the weight, if the adapter starts as that."""
+        """Takes its part out of the weight, if the adapter starts as one."""
         if self.pissa_A is not None and self.pissa_B is not None:
             add_product(self.matrix, self.pissa_B, self.pissa_A, -self.scaling)
 
     def _return_pissa(self) -> None:
-        """Adds back what PiSSA took out of the weight."""
+        """Adds back what PiSSA or OLoRA took out of the weight."""
         if self.pissa_A is not None and self.pissa_B is not None:
             add_product(self.matrix, self.pissa_B, self.pissa_A, self.scaling)
             self.pissa_A = self.pissa_B = None
 
     def delta_factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) of the first adapter relative to the original base: rank r, with PiSSA rank 2r.
+        """(A, B) of the first adapter relative to the original base: rank r, with PiSSA or
+        OLoRA rank 2r.
 
-        PiSSA took scaling B0 A0 out of the weight, so on the original base the adapter is
+        They took scaling B0 A0 out of the weight, so on the original base the adapter is
         scaling (B A - B0 A0).
         """
         with present(self):
@@ -98,9 +110,9 @@ class Initialising(LayerTensors):
 
     @torch.no_grad()
     def to_original_base(self) -> None:
-        """Makes a layer started with PiSSA a plain one of rank 2r that computes the same.
+        """Makes a layer started with PiSSA or OLoRA a plain one of rank 2r that computes the same.
 
-        The weight gets back what PiSSA took out of it (equal up to one rounding), the adapter
+        The weight gets back what was taken out of it (equal up to one rounding), the adapter
         becomes `delta_factors`. Other layers stay as they are. RuntimeError: the layer is merged.
         """
         self._require_unmerged("to_original_base")
@@ -117,11 +129,14 @@ class Initialising(LayerTensors):
 @torch.no_grad()
 def reset_factors(adapter: Factors, init: Init = "kaiming") -> None:
     """A Kaiming-uniform and B zero; "random" B likewise, "gaussian" A normal of deviation 1 / rank,
-    "orthogonal" both from the two halves of an orthogonal matrix, whose product is zero."""
+    "orthogonal" both from the two halves of an orthogonal matrix, whose product is zero, "eva" A
+    zero too until `initialize_eva`."""
     if init == "orthogonal":
         return _orthogonal(adapter)
     if init == "gaussian":
         nn.init.normal_(adapter.lora_A, std=1 / adapter.rank)
+    elif init == "eva":
+        nn.init.zeros_(adapter.lora_A)
     else:
         draw(adapter.lora_A)
     if init == "random":

@@ -18,7 +18,7 @@ BASE = {"weight": "NK", "bias": "N"}
 FACTORS = {"lora_A": "rK", "lora_B": "Nr"}
 # Of DoRA: the length that each row of the sum has.
 MAGNITUDE = "lora_magnitude"
-# What PiSSA took out of the weight, as buffers.
+# What PiSSA or OLoRA took out of the weight, as buffers.
 PISSA = {"pissa_A": "rK", "pissa_B": "Nr"}
 # The base of a merged layer, a buffer.
 MERGED = "merged_base"
@@ -62,6 +62,8 @@ class Factors(nn.Module):
     alpha: float | None
     dropout: float
     use_rslora: bool
+    # LoRA-FA: whether lora_A stays what it starts as.
+    freeze_a = False
 
     @property
     def rank(self) -> int:
@@ -109,6 +111,11 @@ class Factors(nn.Module):
         """These of the adapter's parameters, or what they are computed from; all by default."""
         keys = [k for name in names or self.adapter_parameters for k in sources(self, name)]
         return [self.get_parameter(key) for key in keys]
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of `factor_parameters` that are to train."""
+        trained = [n for n in self.adapter_parameters if not (self.freeze_a and n == "lora_A")]
+        return self.factor_parameters(*trained)
 
 
 class LayerTensors(Factors):
@@ -163,8 +170,8 @@ class LayerTensors(Factors):
         """Replaces lora_A, lora_B by new parameters of any rank; `scaling` stays the same number.
 
         A [r, in_features] and B [out_features, r] are copied, in the adapter's own dtype and
-        device. What PiSSA took out of the weight keeps its rank. An optimizer goes on holding the
-        old parameters: `adjust_rank` exchanges them there.
+        device. What PiSSA or OLoRA took out of the weight keeps its rank. An optimizer goes on
+        holding the old parameters: `adjust_rank` exchanges them there.
 
         Raises:
             ValueError: shapes that do not fit, a layer that is sharded or offloaded, lora_A or

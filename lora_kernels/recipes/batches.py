@@ -1,4 +1,4 @@
-"""What training and evaluation share: batches, the loss of one, devices, modes, progress."""
+"""What training and evaluation share: batches, the loss of one, devices, modes."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -126,12 +126,7 @@ def forward_loss(model: nn.Module, batch: Any, criterion: Criterion) -> tuple[Te
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, targets = batch
         extra = {} if criterion is not None else {_LABELS: targets}
-        if isinstance(inputs, Mapping):
-            output = model(**inputs, **extra)
-        elif _is_sequence(inputs):
-            output = model(*inputs, **extra)
-        else:
-            output = model(inputs, **extra)
+        output = call(model, inputs, **extra)
     else:
         what = type(batch).__name__
         if isinstance(batch, (tuple, list)):
@@ -143,6 +138,13 @@ def forward_loss(model: nn.Module, batch: Any, criterion: Criterion) -> tuple[Te
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"criterion: expected a loss of one floating element, got {got}")
     return loss.reshape(()), prediction, targets
+
+
+def call(model: nn.Module, inputs: Any, **extra: Any) -> Any:
+    """The output for a tensor, a packed sequence, a tuple of arguments or a mapping."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs, **extra)
+    return model(*inputs, **extra) if _is_sequence(inputs) else model(inputs, **extra)
 
 
 def _prediction(output: Any) -> Any:
@@ -187,30 +189,6 @@ def autocast(
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
-
-
-def progress_bar(progress: bool | None, total: int | None, label: str) -> Any:
-    """A tqdm bar: None shows it in a terminal only. Something silent where tqdm is missing."""
-    if progress is not False:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            pass
-        else:
-            disable = None if progress is None else not progress
-            return tqdm(total=total, desc=label, disable=disable, leave=False)
-    return _NoBar()
-
-
-class _NoBar(contextlib.AbstractContextManager[Any]):
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: int = 1) -> None:
-        pass
-
-    def set_postfix_str(self, s: str) -> None:
-        pass
 
 
 def length(loader: Iterable[Any]) -> int | None:

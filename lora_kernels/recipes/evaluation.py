@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.progress import progress_bar
 from lora_kernels.recipes import batches
 from lora_kernels.recipes.batches import Count, Criterion
 
@@ -46,7 +47,7 @@ def evaluate_model(
     device = batches.place(model, device)
     values: dict[str, list[Tensor]] = {name: [] for name in ("loss", *metrics)}
     weights = []
-    bar = batches.progress_bar(progress, batches.length(test_loader), "evaluate")
+    bar = progress_bar(progress, batches.length(test_loader), "evaluate")
     with batches.mode(model, training=False), bar:
         for batch in test_loader:
             batch = batches.to_device(batch, device)

@@ -93,7 +93,7 @@ def adjust_rank(
     Going down, B A is replaced by its best approximation at the smaller rank (`rank.refactor`),
     halving the rank until `k_final`; after each step the model is trained and its loss measured.
     Going up, new directions leave the output as it is, in one step. An adapter started with PiSSA
-    is compressed relative to the original base, which gets back what PiSSA took out of it.
+    or OLoRA is compressed relative to the original base, which gets back what that took out.
 
     Each layer's `scaling`, dtype and device stay. The optimizer gets the new lora_A and lora_B in
     place of the old ones, in the same groups with the same options; their state starts anew and

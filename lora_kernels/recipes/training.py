@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import lora_layers
 from lora_kernels.check import first_step_problems, folded
+from lora_kernels.progress import progress_bar
 from lora_kernels.recipes import batches, checks, resume
 from lora_kernels.recipes.batches import Count, Criterion
 from lora_kernels.recipes.callbacks import Callback, Goal
@@ -169,7 +170,7 @@ def train_model(
             run.save(checkpoint)
             tell("on_checkpoint")
 
-    bar = batches.progress_bar(
+    bar = progress_bar(
         progress, _total_steps(train_loader, epochs, max_steps, accumulation_steps), "train"
     )
     begun = len(history)

@@ -292,3 +292,13 @@ def test_dora_and_quantising_name_the_embedding():
     lora_kernels.apply_lora(model, R, target_modules=["q_proj", "embed_tokens"])
     report = lora_kernels.quantize_base(model, "int8")
     assert "looked up" in report.left["model.embed_tokens"]
+
+
+def test_a_frozen_lora_a_and_directions_of_inputs_are_refused_by_name():
+    targets = ["q_proj", "embed_tokens"]
+    with pytest.raises(ValueError, match="freeze_a: an embedding"):
+        lora_kernels.apply_lora(llama(), R, target_modules=targets, freeze_a=True)
+    model = llama()
+    lora_kernels.apply_lora(model, R, target_modules=targets, init="eva")
+    with pytest.raises(ValueError, match="model.embed_tokens: is an embedding"):
+        lora_kernels.initialize_eva(model, [{"input_ids": torch.randint(0, 64, (2, 9))}])
