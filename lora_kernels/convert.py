@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_kernels import adapters, backends, names, options, targets
 from lora_kernels.adapters import lora_parameters
+from lora_kernels.bases import is_convolution
 from lora_kernels.bypass import unregistered_linears
 from lora_kernels.nn import (
     DEFAULT,
@@ -23,6 +24,7 @@ from lora_kernels.nn import (
     check_name,
     layer_class,
 )
+from lora_kernels.nn.conv import why_unfit
 from lora_kernels.nn.merging import Into
 from lora_kernels.nn.pissa import Init
 from lora_kernels.sharding import is_sharded
@@ -140,7 +142,7 @@ def apply_lora(
             name (names of the plain model, without the parts of wrappers as torch.compile; any of
             its names for a module in several places); None or
             "all-linear" means every nn.Linear and Conv1D (GPT-2) but the output head
-            (`get_output_embeddings()`).
+            (`get_output_embeddings()`). A convolution gets an adapter where it is named.
         exclude_modules: the same, taken out of the targets.
         modules_to_save: the same; these modules are trained in full and saved with the adapter,
             their buffers (running statistics) too.
@@ -290,7 +292,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     )
     if options.check_flag(chosen.use_dora, "use_dora") and experts:
         raise ValueError("use_dora: experts (target_parameters) have no DoRA")
-    found: dict[str, targets.Linear] = {}
+    found: dict[str, targets.Target] = {}
     skipped: dict[str, str] = {}
     if target_modules != [] or not experts:
         found, skipped = targets.find_targets(model, target_modules, exclude_modules, further)
@@ -335,6 +337,14 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
         chosen.name,
         chosen.use_dora,
     )
+    convolutions = {name: layer for name, layer in found.items() if is_convolution(layer)}
+    if convolutions and chosen.use_dora:
+        raise NotImplementedError(
+            f"use_dora: {targets.summary(convolutions)}: convolutions have no DoRA here; leave them"
+            " out (exclude_modules)"
+        )
+    adapter_of = {n: AdapterOptions(ranks[n], alphas[n], *settings) for n in found}
+    refuse("apply_lora", {n: why_unfit(conv, adapter_of[n]) for n, conv in convolutions.items()})
     if chosen.init == "pissa":
         require_untied(model, found.values(), "init='pissa'")
         for name, linear in found.items():
@@ -346,7 +356,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     with adapters.all_or_nothing(model) as before:
         made: dict[str, LoRALayer | NamedAdapter] = {}
         for name, linear in found.items():
-            adapter = AdapterOptions(ranks[name], alphas[name], *settings)
+            adapter = adapter_of[name]
             if isinstance(linear, LoRALayer):
                 made[name] = linear.prepare_other(adapter)
             else:
@@ -360,7 +370,8 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             adapter = AdapterOptions(ranks[name], alphas[name], *settings)
             prepared.append((module, LoRAExpertProduct.prepare(module, parameter, adapter)))
         weights = {module.get_parameter(parameter) for module, parameter in experts.values()}
-        left_out = targets.others(model, in_full, weights)
+        of_convolutions = {layer.weight for layer in convolutions.values()}
+        left_out = targets.others(model, in_full, weights | of_convolutions)
         base = sum(p.numel() for p in model.parameters())
         if chosen.further:
             adapters.attach_other(model, chosen.name, prepared, before.trainable)
@@ -390,7 +401,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
         )
 
 
-def require_untied(model: nn.Module, layers: Iterable["targets.Linear"], what: str) -> None:
+def require_untied(model: nn.Module, layers: Iterable["targets.Target"], what: str) -> None:
     owners = targets.owners(model, beside=True)
     for layer in layers:
         shared = owners[layer.weight]

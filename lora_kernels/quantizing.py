@@ -174,7 +174,7 @@ def _objection(layer: nn.Module) -> str | None:
     if isinstance(weight, QuantizedTensor):
         return "its weight is quantised already"
     if weight is not None and weight.dim() != 2:
-        return "its weights are those of experts"
+        return "its weight is no matrix: of a convolution, or of experts"
     if isinstance(layer, LoRALayer):
         if layer.merged:
             return "is merged; call unmerge_lora first"

@@ -198,6 +198,7 @@ class LoRALayer(Packable, LayerState):
                 f"init: got {adapter.init!r}, legal values beside another adapter are {legal}"
             )
         other = NamedAdapter().train(self.training)
+        other.rank_dim = self.rank_dim
         self._fill(other, adapter)
         reset_factors(other, adapter.init)
         return other
@@ -375,9 +376,12 @@ class LoRALayer(Packable, LayerState):
             self.unmerge()
         self._return_pissa()
 
-    def extra_repr(self) -> str:
+    def _base_repr(self) -> str:
         base = f"in_features={self.in_features}, out_features={self.out_features}"
-        parts = [f"{base}, bias={self.bias is not None}"]
+        return f"{base}, bias={self.bias is not None}"
+
+    def extra_repr(self) -> str:
+        parts = [self._base_repr()]
         if self.names != (DEFAULT,):
             parts.append(f"adapters={', '.join(self.names)}, active={', '.join(self._active)}")
         parts += [f"rank={self.rank}", f"scaling={self.scaling:g}"]
