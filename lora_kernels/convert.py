@@ -370,7 +370,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             adapter = AdapterOptions(ranks[name], alphas[name], *settings)
             prepared.append((module, LoRAExpertProduct.prepare(module, parameter, adapter)))
         weights = {module.get_parameter(parameter) for module, parameter in experts.values()}
-        of_convolutions = {layer.weight for layer in convolutions.values()}
+        of_convolutions = {layer.get_parameter("weight") for layer in convolutions.values()}
         left_out = targets.others(model, in_full, weights | of_convolutions)
         base = sum(p.numel() for p in model.parameters())
         if chosen.further:
