@@ -43,6 +43,9 @@ class Geometry(NamedTuple):
         return dx, dweight
 
 
+_Values = tuple[Geometry, float, float]  # the last are scaling and p
+
+
 def pointwise(like: Geometry) -> Geometry:
     """That of B."""
     ones = (1,) * len(like.stride)
@@ -76,22 +79,16 @@ def add_branch(
         s = geometry.convolve(x, A)
         return torch.add(y, pointwise(geometry).convolve(s, B), alpha=scaling)
     if torch.is_grad_enabled() and any_requires_grad(y, x, A, B):
-        return _branch(y, x, A, B, geometry, scaling, p, seed)
-    _forward(y, x, A, B, geometry, scaling, p, seed)
+        return _branch(y, x, A, B, (geometry, scaling, p), seed)
+    _forward(y, x, A, B, (geometry, scaling, p), seed)
     return y
 
 
 def _forward(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    geometry: Geometry,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, values: _Values, seed: Tensor | None
 ) -> Tensor:
     """Adds to y; returns s."""
+    geometry, scaling, p = values
     s = geometry.convolve(dropped_positions(x, p, seed) if seed is not None and p else x, A)
     n, N = y.shape[:2]
     r, groups = A.shape[0], geometry.groups
@@ -111,7 +108,7 @@ def _forward(
 class _Branch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, *given: Any) -> Tensor:
-        x, A, B, *ctx.values, seed = given
+        x, A, B, ctx.values, seed = given
         s = _forward(y, *given)
         ctx.mark_dirty(y)
         ctx.shape = x.shape
@@ -139,7 +136,7 @@ class _Branch(torch.autograd.Function):
             dx, d_a = geometry.backward(ds, _or_empty(x, dy, ctx.shape), A, need_x, need_a)
         if dx is not None and p:
             dx = dropped_positions(dx, p, seed)
-        return dy if need_y else None, dx, d_a, d_b, None, None, None, None
+        return dy if need_y else None, dx, d_a, d_b, None, None
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor, shape: torch.Size) -> Tensor:
