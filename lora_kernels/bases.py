@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
     Linear = nn.Linear | Conv1D | nn.Embedding
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
 # What a base may hold; beside the first two adapters are fp32 by default, or most steps round away.
 HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*HALVES, torch.float32, torch.float64)
+_KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
@@ -32,9 +35,18 @@ def is_conv1d(module: nn.Module) -> "TypeIs[Conv1D]":
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
+def is_convolution(module: nn.Module) -> "TypeIs[Convolution]":
+    """Whether it is one of torch's convolutions, none that is transposed; with an adapter or
+    without."""
+    return isinstance(module, Convolution)
+
+
 def features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer, with an adapter or without."""
+    """(in_features, out_features) of a linear layer or a convolution, with an adapter or
+    without."""
     linear: Any = module  # of several classes that have nothing in common but these
+    if is_convolution(module):
+        return module.in_channels, module.out_channels
     if is_conv1d(module):
         return linear.nx, linear.nf
     if isinstance(module, nn.Embedding):
@@ -52,12 +64,12 @@ def stores(
 def objection(module: nn.Module, reserved: Container[str]) -> str | None:
     """Why a module cannot carry an adapter, whose layer needs the `reserved` names; None if it
     can."""
-    if not isinstance(module, (nn.Linear, nn.Embedding)) and not is_conv1d(module):
+    if not isinstance(module, _KINDS) and not is_conv1d(module):
         return f"{type(module).__name__} is not a torch.nn.Linear"
-    known = type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module)
+    known = type(module) in _KINDS or is_conv1d(module)
     if not known and not is_parametrized(module):
-        plain = "nn.Embedding" if isinstance(module, nn.Embedding) else "nn.Linear"
-        return f"{type(module).__name__} is a subclass of {plain} with behaviour of its own"
+        plain = next(kind.__name__ for kind in _KINDS if isinstance(module, kind))
+        return f"{type(module).__name__} is a subclass of nn.{plain} with behaviour of its own"
     if isinstance(module, nn.Embedding) and (reason := embedding_objection(module)) is not None:
         return reason
     if (reason := refusal(module, reserved)) is not None:
@@ -80,8 +92,8 @@ def embedding_objection(embedding: nn.Embedding) -> str | None:
     return None
 
 
-def refusal(linear: "Linear", reserved: Container[str]) -> str | None:
-    """Why a linear layer cannot be replaced without changing what it does; None if it can."""
+def refusal(linear: "Linear | Convolution", reserved: Container[str]) -> str | None:
+    """Why a layer cannot be replaced without changing what it does; None if it can."""
     if is_parametrized(linear):
         names = (n for n, _ in linear.get_submodule("parametrizations").named_children())
         return f"has parametrizations on {', '.join(names)}; remove them first"
@@ -93,10 +105,12 @@ def refusal(linear: "Linear", reserved: Container[str]) -> str | None:
             f"its weight is sharded already, {weight.placements}; give it an adapter before"
             " parallelize_module or fully_shard"
         )
-    if (odd := odd_type(weight, quantised=True)) is not None:
+    if (odd := odd_type(weight, quantised=not is_convolution(linear))) is not None:
         return f"its weight is {odd}"
     K, N = features(linear)
-    expected = (N, K) if isinstance(linear, nn.Linear) else (K, N)
+    expected: tuple[int, ...] = (N, K) if isinstance(linear, nn.Linear) else (K, N)
+    if is_convolution(linear):
+        expected = (N, K // linear.groups, *linear.kernel_size)
     if weight.shape != expected:
         return f"its weight has shape {tuple(weight.shape)}, expected {expected} of its features"
     if (reason := foreign_forward(linear)) is not None:

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import names, targets
 from lora_kernels.backends.gating import ACTIVATIONS
+from lora_kernels.bases import is_convolution
 from lora_kernels.mlp import lora_swiglu_mlp
 from lora_kernels.nn import LoRAExpertProduct
 from lora_kernels.packed import Projection
@@ -96,7 +97,7 @@ _Linear = nn.Module  # nn.Linear itself, or a layer with an adapter
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, LoRAExpertProduct):
+    if isinstance(module, LoRAExpertProduct) or is_convolution(module):
         return False
     return type(module) is nn.Linear or isinstance(module, Packable)
 

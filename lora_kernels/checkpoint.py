@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_kernels import adapters, formats, names, peft_targets, targets
 from lora_kernels.adapter_files import DIGEST, digest, naming, shown
 from lora_kernels.adapters import lora_layers
-from lora_kernels.bases import computed, features
+from lora_kernels.bases import computed, features, is_convolution
 from lora_kernels.bypass import bypassed
 from lora_kernels.files import replace_together
 from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
@@ -25,6 +25,7 @@ from lora_kernels.nn import (
     LoRAExpertProduct,
     LoRALayer,
     check_name,
+    conv,
     layer_class,
 )
 from lora_kernels.nn.experts import from_peft, matrices, to_peft
@@ -119,12 +120,16 @@ def write_files(
 
     tensors = {}
     places = targets.expert_parameters(model)
-    of_experts = {name: places[name] for name, (a, _) in factors.items() if a.dim() == 3}
+    of_experts = {name: places[name] for name in factors if name in places}
     wrapped = _wrapped(of_experts)
     of_layers = adapters.adapters_of(model, adapter)
     found = {name: one for name, (_, one) in of_layers.items() if name in factors}
     for name, pair in factors.items():
-        pair = to_peft(*map(whole, pair)) if name in of_experts else pair
+        layer, _ = of_layers[name]
+        if name in of_experts:
+            pair = to_peft(*map(whole, pair))
+        elif is_convolution(layer):
+            pair = conv.to_peft(layer, *map(whole, pair))
         magnitude = found[name].magnitude()
         if magnitude is not None:
             own = names.join(name, MAGNITUDE)
@@ -150,7 +155,7 @@ def write_files(
     }
     if sharded and dist.get_rank() != 0:
         return
-    config = _config(model, found, {n: a.shape[-2] for n, (a, _) in factors.items()})
+    config = _config(model, found, {n: a.shape[found[n].rank_dim] for n, (a, _) in factors.items()})
     config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
     peft_targets.warn_of_differences(model, config, tensors)
     dropouts = {one.dropout for one in found.values()}
@@ -347,9 +352,9 @@ def _load(
         options = AdapterOptions(
             rank, use_rslora=use_rslora, name=adapter, use_dora=config.use_dora
         )
-        if parameter is None:
+        if parameter is None and not is_convolution(base):
             _check_pair(name, base, A, B, rank, config.origin)
-        elif A.shape[1] != rank:
+        elif parameter is not None and A.shape[1] != rank:
             raise ValueError(f"{name}: has rank {A.shape[1]} in the file, {rank} in its config")
         if name in present:
             layer, one = present[name]
@@ -395,8 +400,7 @@ def _say(
 ) -> None:
     """Warns of everything that is not loaded and that the config speaks of; raises if strict."""
     modules = dict(names.named_modules(model))
-    all_linear = config.entries.get("target_modules") == targets.ALL_LINEAR
-    can = targets.is_linear if all_linear else targets.can_be_named
+    can = targets.is_target if config.names_targets else targets.is_linear
     linear = [n for n, m in modules.items() if can(m)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     head = next((name for name, module in modules.items() if module is head), None)
@@ -482,7 +486,7 @@ def _sort(
         if (found := _FACTOR.fullmatch(name)) is not None:
             layer, part = found.groups()
             if layer.replace(".base_layer", "") not in modules:
-                known = targets.summary(n for n, m in modules.items() if targets.is_linear(m))
+                known = targets.summary(n for n, m in modules.items() if targets.is_target(m))
                 raise ValueError(
                     f"{key}: the model has no module {layer!r}; its linear layers are"
                     f" {known}{config.origin}"
@@ -535,7 +539,7 @@ def _sort(
             continue
         # None for a second adapter of one module, which is one of a parameter.
         module = modules.get(layer)
-        if module is not None and targets.can_be_named(module):
+        if module is not None and targets.is_target(module):
             there = isinstance(module, LoRALayer) and adapter in module.names
             why = None if there else targets.objection(module, adapter)
             # PEFT computes nothing from an adapter there: attention reads the weight itself.
@@ -560,9 +564,33 @@ def _sort(
         del pairs[layer]
     if not pairs:
         raise ValueError(f"no adapter of the file can go to the model: {'; '.join(left_out)}")
+    _take_convolutions(modules, pairs, read)
     if config.use_dora:
         _check_magnitudes(pairs, magnitudes)
     return pairs, magnitudes, saved, rows
+
+
+def _take_convolutions(
+    modules: Mapping[str, nn.Module], pairs: dict[str, tuple[Tensor, Tensor]], read: formats.Adapter
+) -> None:
+    """Makes of PEFT's A and B of convolutions this library's."""
+    for name, pair in pairs.items():
+        module = modules.get(name)
+        if module is None or not is_convolution(module):
+            continue
+        key = f"{PREFIX}{name}.lora_A.weight"
+        if read.config.use_dora:
+            raise ValueError(f"{key}: use_dora on convolutions is not supported, only PEFT has it")
+        reason = conv.why_not_in_peft(module)
+        if reason is not None and not read.own:
+            raise ValueError(
+                f"{key}: was trained without the {reason} of {name}, which PEFT's adapter does not"
+                " have; here it would compute something else"
+            )
+        try:
+            pairs[name] = conv.from_peft(module, *pair, read.config.layer(name)[0])
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}{read.config.origin}") from None
 
 
 def _check_magnitudes(
@@ -644,6 +672,6 @@ def _check_present(
             f"{key}: {name} was started with PiSSA or OLoRA and no longer holds its original"
             " base; remove_lora(model) first"
         )
-    rank = A.shape[-2]
+    rank = A.shape[adapter.rank_dim]
     if rank != adapter.rank:
         raise ValueError(f"{key}: has rank {rank}, the model's layer has rank {adapter.rank}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_kernels import adapters, backends, names, options, targets
 from lora_kernels.adapters import lora_parameters
+from lora_kernels.bases import is_convolution
 from lora_kernels.bypass import unregistered_linears
 from lora_kernels.nn import (
     DEFAULT,
@@ -23,6 +24,7 @@ from lora_kernels.nn import (
     check_name,
     layer_class,
 )
+from lora_kernels.nn.conv import why_unfit
 from lora_kernels.nn.merging import Into
 from lora_kernels.nn.pissa import FROM_WEIGHT, INITS, Init
 from lora_kernels.quantizing import quantize_layers
@@ -150,7 +152,7 @@ def apply_lora(
             name (names of the plain model, without the parts of wrappers as torch.compile; any of
             its names for a module in several places); None or
             "all-linear" means every nn.Linear and Conv1D (GPT-2) but the output head
-            (`get_output_embeddings()`).
+            (`get_output_embeddings()`). A convolution gets an adapter where it is named.
         exclude_modules: the same, taken out of the targets.
         modules_to_save: the same; these modules are trained in full and saved with the adapter,
             their buffers (running statistics) too.
@@ -308,7 +310,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     )
     if options.check_flag(chosen.use_dora, "use_dora") and experts:
         raise ValueError("use_dora: experts (target_parameters) have no DoRA")
-    found: dict[str, targets.Linear] = {}
+    found: dict[str, targets.Target] = {}
     skipped: dict[str, str] = {}
     if target_modules != [] or not experts:
         found, skipped = targets.find_targets(model, target_modules, exclude_modules, further)
@@ -356,6 +358,14 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
         chosen.use_dora,
         chosen.freeze_a,
     )
+    convolutions = {name: layer for name, layer in found.items() if is_convolution(layer)}
+    if convolutions and chosen.use_dora:
+        raise NotImplementedError(
+            f"use_dora: {targets.summary(convolutions)}: convolutions have no DoRA here; leave them"
+            " out (exclude_modules)"
+        )
+    adapter_of = {n: AdapterOptions(ranks[n], alphas[n], *settings) for n in found}
+    refuse("apply_lora", {n: why_unfit(conv, adapter_of[n]) for n, conv in convolutions.items()})
     if init in FROM_WEIGHT:
         require_untied(model, found.values(), f"init={init!r}")
         for name, linear in found.items():
@@ -367,7 +377,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
     with adapters.all_or_nothing(model) as before:
         made: dict[str, LoRALayer | NamedAdapter] = {}
         for name, linear in found.items():
-            adapter = AdapterOptions(ranks[name], alphas[name], *settings)
+            adapter = adapter_of[name]
             if isinstance(linear, LoRALayer):
                 made[name] = linear.prepare_other(adapter)
             else:
@@ -381,7 +391,7 @@ def _apply(model: nn.Module, chosen: _Options) -> LoraReport:
             adapter = AdapterOptions(ranks[name], alphas[name], *settings)
             prepared.append((module, LoRAExpertProduct.prepare(module, parameter, adapter)))
         weights = {module.get_parameter(parameter) for module, parameter in experts.values()}
-        weights |= {layer.weight for layer in found.values()}  # type: ignore[misc]  # parameters
+        weights |= {layer.get_parameter("weight") for layer in found.values()}
         left_out = targets.others(model, in_full, weights)
         base = sum(p.numel() for p in model.parameters())
         if chosen.further:
@@ -431,7 +441,7 @@ def _start_of(chosen: _Options) -> Init:
     raise ValueError(f"init: got {chosen.init!r}, legal values are {', '.join(legal)}")
 
 
-def require_untied(model: nn.Module, layers: Iterable["targets.Linear"], what: str) -> None:
+def require_untied(model: nn.Module, layers: Iterable["targets.Target"], what: str) -> None:
     owners = targets.owners(model, beside=True)
     for layer in layers:
         shared = owners[layer.weight]

@@ -24,6 +24,7 @@ from lora_kernels.adapter_files import (
     read_tensors,
     shown,
 )
+from lora_kernels.bases import is_convolution
 from lora_kernels.peft_config import PREFIX, Config, is_number
 
 CONFIG_NAME = "adapter_config.json"
@@ -55,12 +56,14 @@ _COMPONENT = re.compile(
 
 
 class Adapter(NamedTuple):
-    """Tensors under PEFT's names, and the config; `left_out` says what is another model's."""
+    """Tensors under PEFT's names, and the config; `left_out` says what is another model's, `own`
+    whether this library wrote it."""
 
     file: Path
     tensors: dict[str, Tensor]
     config: Config
     left_out: tuple[str, ...] = ()
+    own: bool = False
 
 
 def read(path: Path, model: nn.Module) -> Adapter:
@@ -87,7 +90,7 @@ def read(path: Path, model: nn.Module) -> Adapter:
                     f" {shown(entries.get(key))}: the files are of two saves, or one was changed"
                     " since; save the adapter again, or bring the other file back"
                 )
-    return Adapter(path / name, tensors, config)
+    return Adapter(path / name, tensors, config, own=PAIRED in metadata)
 
 
 def _read_mlx(path: Path, entries: dict[str, Any]) -> Adapter:
@@ -160,7 +163,7 @@ def _read_one_file(path: Path, model: nn.Module) -> Adapter:
         own = {c: found for c, keys in parts.items() if (found := _resolve(c, keys, model))}
         if len(own) != 1:
             known = targets.summary(
-                n for n, m in names.named_modules(model) if targets.is_linear(m)
+                n for n, m in names.named_modules(model) if targets.is_target(m)
             )
             raise ValueError(
                 f"{'several' if own else 'no'} parts of it ({', '.join(parts)}) fit the model,"
@@ -168,12 +171,14 @@ def _read_one_file(path: Path, model: nn.Module) -> Adapter:
             )
         (component, layers), = own.items()  # fmt: skip
         tensors, ranks, alphas = {}, {}, {}
+        modules = dict(names.named_modules(model))
         for layer, roles in layers.items():
             for part in "AB":
                 if part in roles:
                     _, tensor = roles[part]
                     # A 1 x 1 convolution, as kohya writes linear layers of some models.
-                    flat = tensor.dim() == 4 and tensor.shape[2:] == (1, 1)
+                    as_one = tensor.dim() == 4 and tensor.shape[2:] == (1, 1)
+                    flat = as_one and not is_convolution(modules[layer])
                     tensors[f"{PREFIX}{layer}.lora_{part}.weight"] = (
                         tensor[..., 0, 0] if flat else tensor
                     )

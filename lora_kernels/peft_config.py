@@ -136,6 +136,11 @@ class Config:
         return sorted(name for name, value in self.entries.items() if value and name not in known)
 
     @property
+    def names_targets(self) -> bool:
+        """Whether it has names of targets, of which convolutions may be some."""
+        return self.entries.get("target_modules") != "all-linear"
+
+    @property
     def origin(self) -> str:
         """Where an adapter that does not fit belongs."""
         base = f", {self.base}" if self.base else ""

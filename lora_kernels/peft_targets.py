@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_kernels import adapters, names, targets
+from lora_kernels.bases import is_convolution
+from lora_kernels.nn.conv import why_not_in_peft
 from lora_kernels.peft_config import PREFIX
 
 # Projections that stood in a mixture's experts before Transformers 5 fused those. PEFT takes any
@@ -74,6 +76,14 @@ def warn_of_differences(
             " PEFT give each place a module of its own before apply_lora",
             stacklevel=4,
         )
+    for name, layer in adapters.lora_layers(model):
+        reason = why_not_in_peft(layer) if is_convolution(layer) else None
+        if reason and f"{PREFIX}{name}.lora_A.weight" in tensors:
+            warnings.warn(
+                f"{name}: PEFT's adapter of a convolution does not have its {reason}, and will fail"
+                " or compute something else from this file. load_adapter reads it as it is",
+                stacklevel=4,
+            )
     reason = _conversion(model, config, tensors)
     if reason:
         warnings.warn(

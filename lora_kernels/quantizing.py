@@ -190,7 +190,7 @@ def _objection(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.Embedding):
         return "is an embedding, whose rows are looked up"
     if weight is not None and weight.dim() != 2:
-        return "its weights are those of experts"
+        return "its weight is no matrix: of a convolution, or of experts"
     if isinstance(layer, LoRALayer):
         if layer.merged:
             return "is merged; call unmerge_lora first"

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from lora_kernels import bases
 from lora_kernels.bypass import bypassed, idle, poolers, unread
 from lora_kernels.names import all_names, join, named_modules, unwrapped
-from lora_kernels.nn import LoRAExpertProduct, LoRALayer
+from lora_kernels.nn import LoRAExpertProduct, LoRALayer, layer_class
 from lora_kernels.nn.experts import SUFFIX, layout_objection, products
 from lora_kernels.nn.layer import reserved
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
     Linear = bases.Linear | LoRALayer
+    Target = Linear | bases.Convolution
 
 Names = str | Iterable[str] | None
 _Predicate = Callable[[str], bool]
@@ -117,13 +118,19 @@ def listed(argument: str, names: Names) -> str | list[str] | None:
 def is_linear(module: nn.Module) -> "TypeIs[Linear]":
     """Whether it is a linear layer, with an adapter or without."""
     own = isinstance(module, LoRALayer) and not isinstance(module, LoRAExpertProduct)
+    own = own and not _is_to_be_named(module)
     return own or isinstance(module, nn.Linear) or bases.is_conv1d(module)
 
 
-def can_be_named(module: nn.Module) -> "TypeIs[Linear]":
-    """Whether it can carry an adapter where `target_modules` names it: linear layers do without
-    that."""
-    return is_linear(module) or isinstance(module, nn.Embedding)
+def is_target(module: nn.Module) -> "TypeIs[Target]":
+    """Whether it is a layer that can be named as a target: a linear one, a convolution, an
+    embedding."""
+    return is_linear(module) or _is_to_be_named(module)
+
+
+def _is_to_be_named(module: nn.Module) -> bool:
+    """Whether it is a target where it is named alone."""
+    return bases.is_convolution(module) or isinstance(module, nn.Embedding)
 
 
 def objection(module: nn.Module, adapter: str | None = None) -> str | None:
@@ -160,31 +167,36 @@ def find_targets(
     target_modules: Names = None,
     exclude_modules: Names = None,
     adapter: str | None = None,
-) -> tuple[dict[str, "Linear"], dict[str, str]]:
-    """(name -> linear layers to replace, name -> why others were not). Where the `adapter` of this
+) -> tuple[dict[str, "Target"], dict[str, str]]:
+    """(name -> layers to replace, name -> why others were not). Where the `adapter` of this
     name is to stand beside others, layers that carry adapters too.
 
     The default is every nn.Linear and Conv1D but output heads, which are `get_output_embeddings()`
-    of the model or of one within it, and layers whose weight something else holds too. Embeddings
-    are to be named.
+    of the model or of one within it, and layers whose weight something else holds too.
+    Convolutions and embeddings are targets where they are named.
 
     Raises:
         ValueError: a pattern matches nothing, only modules that cannot carry an adapter, or a layer
             that the model's code reads past; the model has adapters of PEFT.
     """
-    if is_linear(unwrapped(model)):
+    if is_target(unwrapped(model)):
+        itself = unwrapped(model)
+        kind = "linear layer" if is_linear(itself) else type(itself).__name__
         raise ValueError(
-            "model: is itself a linear layer, nothing can be replaced in it;"
-            " use FusedLoRALinear.from_linear"
+            f"model: is itself a {kind}, nothing can be replaced in it; use"
+            f" {layer_class(itself).__name__}.from_linear"
         )
     require_no_peft(model)
     require_shapes(model)
     if target_modules == ALL_LINEAR:
         target_modules = None
     places = all_names(model)
-    can = is_linear if target_modules is None else can_be_named
-    linear = {names[0]: module for module, names in places.items() if can(module)}
     wanted = _Patterns("target_modules", target_modules)
+    linear = {
+        names[0]: module
+        for module, names in places.items()
+        if is_target(module) and (wanted or is_linear(module))
+    }
     excluded = _Patterns("exclude_modules", exclude_modules)
     if target_modules is not None and not wanted:
         raise ValueError("target_modules: got an empty list; None means every linear layer")
@@ -194,7 +206,7 @@ def find_targets(
     )
     excluded.require_matches(chain.from_iterable(places.values()))
     left_out = {} if wanted else _left_out(model, linear)
-    targets: dict[str, Linear] = {}
+    targets: dict[str, Target] = {}
     skipped: dict[str, str] = {}
     past, behind = bypassed(model), unread(model)
     for name, module in linear.items():
@@ -249,7 +261,7 @@ def _left_out(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[nn.Modu
 def _what_else(model: nn.Module, predicate: _Predicate) -> str | None:
     """What a pattern that matches no linear layer names instead."""
     for name, module in named_modules(model):
-        if can_be_named(module):
+        if is_target(module):
             continue
         if name and predicate(name):
             return f"matches no linear layer: {name} is {_a(type(module).__name__)}"

@@ -206,6 +206,7 @@ class LoRALayer(Packable, LayerState):
                 f"init: got {adapter.init!r}, legal values beside another adapter are {legal}"
             )
         other = NamedAdapter().train(self.training)
+        other.rank_dim = self.rank_dim
         self._fill(other, adapter)
         with torch.no_grad():
             self._start(other, adapter.init)

@@ -138,9 +138,9 @@ def reset_factors(adapter: Factors, init: Init = "kaiming") -> None:
     elif init == "eva":
         nn.init.zeros_(adapter.lora_A)
     else:
-        draw(adapter.lora_A)
+        draw(adapter.lora_A, adapter.rank_dim)
     if init == "random":
-        draw(adapter.lora_B)
+        draw(adapter.lora_B, adapter.rank_dim)
     else:
         nn.init.zeros_(adapter.lora_B)
     return None
@@ -158,11 +158,11 @@ def _orthogonal(adapter: Factors) -> None:
 
 
 @torch.no_grad()
-def draw(A: Tensor) -> None:
+def draw(A: Tensor, rank_dim: int = -2) -> None:
     """Kaiming-uniform. Each rank drawing its own part would draw the same rows from equal seeds,
     and other copies from different ones, so the first rank's draw goes to all."""
     if not is_sharded(A) or A.is_meta:
-        nn.init.kaiming_uniform_(A.flatten(0, -2), a=math.sqrt(5))
+        nn.init.kaiming_uniform_(A.flatten(0, rank_dim), a=math.sqrt(5))
         return
     mesh = A.device_mesh
     value = torch.empty(A.shape, dtype=A.dtype, device=mesh.device_type)

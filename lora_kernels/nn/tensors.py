@@ -47,8 +47,7 @@ def thaw(module: nn.Module) -> None:
 
 def shape_of(layer: "LayerTensors", name: str, rank: int) -> tuple[int, ...]:
     """The shape that a tensor of an adapter has where its rank is this one."""
-    sizes = {"N": layer.out_features, "K": layer.in_features, "r": rank}
-    sizes["E"] = layer.weight.shape[0]
+    sizes = layer.sizes(rank)
     return tuple(sizes[letter] for letter in layer.dimensions()[name])
 
 
@@ -57,6 +56,8 @@ class Factors(nn.Module):
 
     # What is trained, with its dimensions: lora_A and lora_B first.
     adapter_parameters: ClassVar[Mapping[str, str]] = FACTORS
+    # Which dimension of lora_A is the rank; those behind it are what a row of A reads.
+    rank_dim: int = -2
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     alpha: float | None
@@ -67,7 +68,7 @@ class Factors(nn.Module):
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[-2]
+        return self.lora_A.shape[self.rank_dim]
 
     @property
     def scaling(self) -> float:
@@ -149,6 +150,11 @@ class LayerTensors(Factors):
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight
+
+    def sizes(self, rank: int) -> dict[str, int]:
+        """The dimensions by their letters, for an adapter of this rank."""
+        experts = self.weight.shape[0]
+        return {"N": self.out_features, "K": self.in_features, "r": rank, "E": experts}
 
     @classmethod
     def dimensions(cls) -> dict[str, str]:

@@ -300,5 +300,5 @@ def test_a_frozen_lora_a_and_directions_of_inputs_are_refused_by_name():
         lora_kernels.apply_lora(llama(), R, target_modules=targets, freeze_a=True)
     model = llama()
     lora_kernels.apply_lora(model, R, target_modules=targets, init="eva")
-    with pytest.raises(ValueError, match="model.embed_tokens: is an embedding"):
+    with pytest.raises(ValueError, match=r"model\.embed_tokens: is an embedding"):
         lora_kernels.initialize_eva(model, [{"input_ids": torch.randint(0, 64, (2, 9))}])
