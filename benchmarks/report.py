@@ -1,9 +1,9 @@
-"""Result files -> the tables of the README and the plots, by one command.
+"""Result files -> the tables of docs/performance.md and the plots, by one command.
 
-    python -m benchmarks.report     # benchmarks/results/*.json -> README.md, plots beside them
+    python -m benchmarks.report     # benchmarks/results/*.json -> the page, plots beside them
 
 The tables stand between the lines `<!-- bench:cpu -->` and `<!-- /bench:cpu -->`, and the same for
-gpu; what is between them is replaced. A README that does not exist is made of the two tables.
+gpu; what is between them is replaced. A page that does not exist is made of the two tables.
 """
 
 import argparse
@@ -424,14 +424,14 @@ def insert(text: str, name: str, body: str) -> str:
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"README: expected one {begin} … {end}")
-    return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text)
+        raise ValueError(f"page: expected one {begin} … {end}")
+    return pattern.sub(lambda _: f"{begin}\n\n{body}\n\n{end}", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--plots", type=Path, help="folder of the plots (that of the results)")
     args = parser.parse_args(arguments)
     documents, grids = load(args.results), load_grids(args.results)
@@ -442,8 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     names = ("cpu", "gpu")
     text = "\n\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->" for name in names) + "\n"
-    if args.readme.exists():
-        text = args.readme.read_text()
+    if args.page.exists():
+        text = args.page.read_text()
     for name in names:
         on_gpu = name == "gpu"
         kind = [document for document in documents if bool(document.machine["gpu"]) == on_gpu]
@@ -456,8 +456,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if found and not on_gpu:
                 body = "\n\n".join([*([] if body == NOTHING else [body]), write(found)])
         text = insert(text, name, body)
-    args.readme.write_text(text)
-    print(args.readme)
+    args.page.write_text(text)
+    print(args.page)
     folder = args.plots or args.results
     folder.mkdir(parents=True, exist_ok=True)
     for document in documents:

@@ -1,6 +1,6 @@
 """What a GPU without a tuned table has to do for a call: kernels, and bytes per element of x.
 
-    python -m benchmarks.traffic [--size M K N r]
+    python -m benchmarks.traffic [--size M K N r] [--plans]
 
 Counted from the calls themselves, on tensors without memory: every ATen op that is no view and
 every Triton launch, with the tensors that it reads and writes, each once. What an op reads again,
@@ -9,7 +9,7 @@ and what a cache keeps, is not counted. No GPU is needed.
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 from unittest import mock
 
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.peers import FROZEN, OURS, PEFT, UNFUSED
-from lora_kernels.backends import blocked, masks, reference
+from lora_kernels.backends import blocked, cuda, masks, reference
+from lora_kernels.backends.cuda.choice import use_plan
+from lora_kernels.backends.device import CARDS, assume
 from lora_kernels.backends.triton import launch
 from lora_kernels.branch import Branch, Dense, Need
 from lora_kernels.testing import DTYPES, SCALING, Aten, Case, Problem
@@ -27,6 +29,13 @@ from lora_kernels.testing import DTYPES, SCALING, Aten, Case, Problem
 
 class Traffic(NamedTuple):
     kernels: int
+    bytes: int
+
+
+class Moved(NamedTuple):
+    """An ATen op or a kernel of Triton, and what it reads and writes."""
+
+    name: str
     bytes: int
 
 
@@ -60,37 +69,52 @@ def problem(case: Case) -> Problem:
     return Problem(case, x, empty(N, K), empty(r, K), empty(N, r), empty(M, N))
 
 
-def count(name: str, case: Case) -> tuple[Traffic, Traffic]:
-    """Of forward, and of backward."""
+def calls(name: str, case: Case, plan: str | None = None) -> tuple[list[Moved], list[Moved]]:
+    """What is launched one after the other, forward and backward; by a plan of ours, as on an
+    H100, where one is given."""
     p, found = problem(case), []
 
     def counted(function: Callable[[], object]) -> object:
-        sizes: list[int] = []
+        moved: list[Moved] = []
 
         def note(name: str, values: Sequence[object]) -> None:
             tensors = {id(t): t for t in values if isinstance(t, Tensor)}.values()
-            sizes.append(sum(t.numel() * t.element_size() for t in tensors))
+            moved.append(Moved(name, sum(t.numel() * t.element_size() for t in tensors)))
 
         def launched(kernel, grid, args, meta, run) -> None:
             note(kernel.fn.__name__, args)
 
         with Aten(note), launch.intercept(launched):
             result = function()
-        found.append(Traffic(len(sizes), sum(sizes)))
+        found.append(moved)
         return result
 
-    with as_on_a_gpu():
+    with ExitStack() as held:
+        held.enter_context(as_on_a_gpu())
         if name == OURS:  # what the op computes by: of the op itself torch makes a fake
             seed = torch.empty((), dtype=torch.int64, device="meta") if case.dropout else None
             base, branch = Dense(p.weight), Branch(p.a, p.b, SCALING, case.dropout, seed)
             x, need = p.x.detach(), Need(True, False, True, True)
-            _, s = counted(lambda: reference.forward(base, x, branch, True))
-            counted(lambda: reference.backward(base, p.dy, x, s, branch, need))
+            backend = reference
+            if plan is not None:
+                backend = cuda
+                held.enter_context(assume(CARDS["90"]))
+                held.enter_context(use_plan(plan))
+            _, s = counted(lambda: backend.forward(base, x, branch, True))
+            counted(lambda: backend.backward(base, p.dy, x, s, branch, need))
         else:
             peer = peers.build(name, p)
             y = counted(lambda: peer.layer(p.x))
             counted(lambda: torch.autograd.grad(y, (p.x, *peer.adapters), p.dy))
     return found[0], found[1]
+
+
+def count(name: str, case: Case) -> tuple[Traffic, Traffic]:
+    """Of forward, and of backward."""
+    forward, backward = (
+        Traffic(len(moved), sum(one.bytes for one in moved)) for moved in calls(name, case)
+    )
+    return forward, backward
 
 
 def table(case: Case) -> str:
@@ -107,11 +131,34 @@ def table(case: Case) -> str:
     return "\n".join(lines)
 
 
+def plans_table(case: Case) -> str:
+    """Of the plans of Triton's kernels and of ATen's calls, as on an H100, in Markdown."""
+    lines = ["| plan | dropout | forward | backward |", "|---|---|---|---|"]
+    for plan in ("aten", "cublas", "shrink_gemm", "grouped", "gluon", "dual", "flag"):
+        for p in (0.0, 0.1):
+            try:
+                both = calls(OURS, case._replace(dropout=p), plan)
+            except RuntimeError:  # the plan serves no dropout
+                lines.append(f"| `{plan}` | {p:g} | – | – |")
+                continue
+            cells = [
+                f"{len(moved)} {'call' if len(moved) == 1 else 'calls'},"
+                f" {sum(one.bytes for one in moved) / 2**20:.0f} MiB"
+                for moved in both
+            ]
+            lines.append(f"| `{plan}` | {p:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, nargs=4, default=(8192, 4096, 4096, 16))
+    parser.add_argument("--plans", action="store_true", help="our plans beside one another")
     args = parser.parse_args(arguments)
     case = Case(*args.size)
+    if args.plans:
+        print(f"{case}\n\n{plans_table(case)}")
+        return
     print(f"{case}, bytes per element of x, of which it has {case.M * case.K:,}\n\n{table(case)}")
 
 

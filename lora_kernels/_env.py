@@ -1,4 +1,4 @@
-"""Every environment variable of the library, read once at import (the table is in the README)."""
+"""Every environment variable of the library, read once at import (docs/configuration.md)."""
 
 import os
 

@@ -1,6 +1,8 @@
-"""The pages under docs/ say what is: their code runs, the schemas and signatures of ops.md are the
+"""The README and the pages under docs/ say what is: their code runs, their links lead somewhere,
+what they quote is in the source or in the results, the schemas and signatures of ops.md are the
 registered ones, and the example that calls the ops runs too."""
 
+import ast
 import inspect
 import re
 import runpy
@@ -17,7 +19,11 @@ import lora_kernels
 from lora_kernels._contract import OPS
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "ops.md").read_text()
+DOCS = ROOT / "docs"
+PAGE = (DOCS / "ops.md").read_text()
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+RUN = [page for page in PAGES if "```python" in page.read_text()]
 
 
 def blocks(language, page=PAGE):
@@ -46,7 +52,7 @@ def test_signatures_are_those_of_the_functions():
     assert quoted("lora_kernels.") == signatures
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = tmp_path / f"{page.stem}_page.py"
@@ -54,6 +60,89 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     namespace = runpy.run_path(str(script), run_name=script.stem)
     if page.name == "ops.md":
         assert {"expected", "da", "kept", "part"} <= namespace.keys()
+
+
+# --------------------------------------------------------------------- links, names and quotations
+
+
+def prose(page):
+    """A page's text without its code."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^    .*$", "", text, flags=re.MULTILINE))
+
+
+def anchors(page):
+    """Of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.is_file(), f"{page.name}: {target}"
+        assert found.is_relative_to(ROOT), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(found), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md"))
+
+
+def test_every_public_name_is_on_one_page_of_the_api():
+    written = re.findall(
+        r"^::: (\S+)$", "\n".join(p.read_text() for p in DOCS.glob("api/*.md")), re.M
+    )
+    assert len(written) == len(set(written))
+    objects = []
+    for path in written:
+        module, _, name = path.rpartition(".")
+        objects.append(getattr(pytest.importorskip(module), name))
+    public = [getattr(lora_kernels, name) for name in lora_kernels.__all__]
+    assert [one for one in public if not any(one is other for other in objects)] == []
+    assert all(one.__doc__ for one in objects)
+
+
+def quoted_texts():
+    """The literal parts of every string of the package and of setup.py."""
+    for file in [*(ROOT / "lora_kernels").rglob("*.py"), ROOT / "setup.py"]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_are_those_of_the_source():
+    table = re.findall(r"^\| `(.*?)` \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(table) > 30
+    texts = "\n".join(quoted_texts())
+    parts = [part.strip() for message in table for part in message.split("…")]
+    assert [part for part in parts if part not in texts] == []
+
+
+def test_the_readme_is_short_and_its_figures_are_measured():
+    assert len(README.splitlines()) < 150
+    assert {"make demo", "make test"} <= {
+        line.partition(" #")[0].strip() for line in README.splitlines()
+    }
+    performance = (DOCS / "performance.md").read_text()
+    rows = re.findall(r"^\| .*\.json\) \|$", README, re.MULTILINE)
+    assert rows
+    for row in rows:
+        (name,) = re.findall(r"\[`(\S+\.json)`\]", row)
+        end = performance.index(f"\n`{name}`: ")
+        table = performance[performance.rfind("\n`", 0, end) : end]
+        figures = re.findall(r"\d+\.\d+×", row)
+        assert figures
+        assert [figure for figure in figures if figure not in table] == [], row
 
 
 def test_exported_with_dynamic_rows():

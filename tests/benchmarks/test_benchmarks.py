@@ -188,24 +188,24 @@ def test_layer_benchmark_and_report(tmp_path, capsys):
     assert layer.main([*arguments, "--minutes", "0"]) == 0
     assert json.loads(out.read_text()) == first
 
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nb\n"
+    page = tmp_path / "performance.md"
+    page.write_text("a\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nb\n"
                       "<!-- bench:gpu --><!-- /bench:gpu -->\nc\n")  # fmt: skip
-    command = ["--results", str(out.parent), "--readme", str(readme)]
+    command = ["--results", str(out.parent), "--page", str(page)]
     report.main(command)
-    text = readme.read_text()
-    assert text.startswith("a\n<!-- bench:cpu -->\nForward and backward")
-    assert text.endswith("b\n<!-- bench:gpu -->\nNot measured yet.\n<!-- /bench:gpu -->\nc\n")
+    text = page.read_text()
+    assert text.startswith("a\n<!-- bench:cpu -->\n\nForward and backward")
+    assert text.endswith("b\n<!-- bench:gpu -->\n\nNot measured yet.\n\n<!-- /bench:gpu -->\nc\n")
     assert "old" not in text
     assert text.count("| fp32 |") == len(expected)
     report.main(command)
-    assert readme.read_text() == text
+    assert page.read_text() == text
     for name in ("ratio", "roofline"):
         assert (out.parent / f"layer-cpu-{name}.png").stat().st_size > 10_000
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="README: expected one <!-- bench:cpu -->"):
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="page: expected one <!-- bench:cpu -->"):
         report.main(command)
-    assert readme.read_text() == "no markers"
+    assert page.read_text() == "no markers"
 
 
 @pytest.mark.skipif(not extension.available(), reason=extension.status())
@@ -224,9 +224,9 @@ def test_native_benchmark_and_report(tmp_path, capsys):
     ratios = [native.better(row) for row in some]
     assert one["worst"] == pytest.approx(max(ratios), abs=1e-3)
     assert min(ratios) < one["better"] < max(ratios)
-    readme = tmp_path / "README.md"
-    report.main(["--results", str(tmp_path), "--readme", str(readme)])
-    text = readme.read_text()
+    page = tmp_path / "performance.md"
+    report.main(["--results", str(tmp_path), "--page", str(page)])
+    text = page.read_text()
     assert f"| all | all | {cells} | " in text
     assert "| lora_kernels, one row | " in text
     assert (tmp_path / "native-cpu-grid.png").stat().st_size > 10_000
@@ -242,9 +242,9 @@ def test_grouped_benchmark_and_report(tmp_path, monkeypatch, capsys):
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 2 * (2 + 2 * 2 + 2 * 2 * 2)
     assert all(row[grouped.ONE]["ratio"] == 1 for row in rows if row["kind"] == "tenants")
-    readme = tmp_path / "README.md"
-    report.main(["--results", str(tmp_path), "--readme", str(readme)])
-    text = readme.read_text()
+    page = tmp_path / "performance.md"
+    report.main(["--results", str(tmp_path), "--page", str(page)])
+    text = page.read_text()
     assert "| fp32 | 512 | 8 | 4 | both | " in text
     assert "| bf16 | 64 | " in text
 
@@ -261,9 +261,9 @@ def test_quantized_benchmark_and_report(tmp_path, monkeypatch, capsys):
     assert all(row[quantized.DENSE]["ratio"] == 1 for row in rows if row["trains"])
     assert all(row[quantized.FROZEN]["ratio"] == 1 for row in rows if not row["trains"])
     assert rows[0]["layers"] == 2
-    readme = tmp_path / "README.md"
-    report.main(["--results", str(tmp_path), "--readme", str(readme)])
-    text = readme.read_text()
+    page = tmp_path / "performance.md"
+    report.main(["--results", str(tmp_path), "--page", str(page)])
+    text = page.read_text()
     assert "| dtype | N × K | rows | frozen | LoRA | int8 | nf4 | fp8 |" in text
     assert "| bf16 | 48 × 128 | 16 | " in text
     capsys.readouterr()
@@ -280,10 +280,10 @@ def test_dora_benchmark_and_report(tmp_path, monkeypatch, capsys):
     rows = json.loads(out.read_text())["dora"]
     assert len(rows) == 9
     assert all(row[dora.LORA]["ratio"] == 1 for row in rows)
-    readme = tmp_path / "README.md"
-    report.main(["--results", str(tmp_path), "--readme", str(readme)])
+    page = tmp_path / "performance.md"
+    report.main(["--results", str(tmp_path), "--page", str(page)])
     assert "| dtype | adapter | rows | dropout | LoRA | frozen | DoRA | PEFT's DoRA |" in (
-        readme.read_text()
+        page.read_text()
     )
 
 
@@ -324,14 +324,14 @@ def test_gpu_tables(tmp_path):
     info = {"gpu": "Test", "cpu": "c", "python": "3", "versions": {}, "commit": "x"}
     (tmp_path / "layer-gpu.json").write_text(json.dumps({"machine": info, "rows": rows}))
     (tmp_path / "other.json").write_text(json.dumps({"rows": [{"peer": "x"}]}))
-    readme = tmp_path / "report.md"
-    report.main(["--results", str(tmp_path), "--readme", str(readme)])
-    text = readme.read_text()
+    page = tmp_path / "report.md"
+    report.main(["--results", str(tmp_path), "--page", str(page)])
+    text = page.read_text()
     assert "| 0 | both | 1.200× | 1.100× |" in text  # geometric mean of 1 and 1.21
     assert "in 1 of 2 cells" in text
     assert "an H100): mean 1.50×" in text
     assert f"| {4096 * 4096 * 2 / 1e-5 / 1e9:.0f} | 1.10× |" in text
-    assert "<!-- bench:cpu -->\nNot measured yet.\n<!-- /bench:cpu -->" in text
+    assert "<!-- bench:cpu -->\n\nNot measured yet.\n\n<!-- /bench:cpu -->" in text
     assert (tmp_path / "layer-gpu-decode.png").exists()
 
 

@@ -56,8 +56,9 @@ def tabled(monkeypatch, compiled):
 # ------------------------------------------------------------------------------------ the registry
 
 
-def test_the_readme_lists_the_plans():
-    row = re.search(r"^\| `LORA_KERNELS_PLAN` \| (.*?) \|", (ROOT / "README.md").read_text(), re.M)
+def test_the_documentation_lists_the_plans():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    row = re.search(r"^\| `LORA_KERNELS_PLAN` \| (.*?) \|", page, re.M)
     assert re.findall(r"`(\w+)`", row.group(1)) == list(PLANS)
 
 
