@@ -87,7 +87,7 @@ def layers_of(adapter: Adapter) -> tuple[dict[str, Layer], list[str]]:
         else:
             beside.append(key)
     layers = {}
-    for name, pair in halves.items():
+    for name, pair in sorted(halves.items(), key=lambda item: _in_order(item[0])):
         for part in "AB":
             if part not in pair:
                 raise ValueError(f"{adapter.file}: {name}: lora_{part} is missing")
@@ -102,6 +102,11 @@ def layers_of(adapter: Adapter) -> tuple[dict[str, Layer], list[str]]:
     if not layers:
         raise ValueError(f"{adapter.file}: holds no LoRA tensor")
     return layers, beside
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def held_layers(adapter: Adapter, form: str, *, dora: bool = False) -> dict[str, Layer]:
@@ -130,7 +135,7 @@ def one_value(layers: Mapping[str, Layer], attribute: str, form: str) -> Any:
     for name, value in values.items():
         if not math.isclose(value, values[first], rel_tol=1e-6):
             raise ValueError(
-                f"{attribute}: {first} has {values[first]:g} and {name} has {value:g}"
+                f"{attribute.removeprefix('plain_')}: {first} has {values[first]:g} and {name} has {value:g}"
                 f" (rank_pattern, alpha_pattern), files of {form} hold one for all layers"
             )
     return values[first]

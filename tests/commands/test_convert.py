@@ -72,13 +72,17 @@ def test_there_and_back_it_computes_the_same(base, tmp_path, what, form):
 @pytest.mark.parametrize(
     ("form", "options", "message"),
     [
-        ("mlx", PATTERNS, r"rank: .* has 2 and .* has 3 \(rank_pattern, alpha_pattern\)"),
-        ("gguf", PATTERNS, r"plain_alpha: .* has 5 and .* has 7 \(rank_pattern"),
+        ("mlx", PATTERNS, r"rank: .* has 3 and .* has 2 \(rank_pattern"),
+        ("gguf", PATTERNS, r"convert: alpha: .* has 5 and .* has 7 \(rank_pattern"),
         ("diffusers", {"use_dora": True}, r"DoRA \(use_dora\).* Diffusers cannot hold"),
         ("kohya", {"use_dora": True}, r"DoRA \(use_dora\).* kohya cannot hold"),
         ("gguf", {"use_dora": True}, r"DoRA \(use_dora\).* GGUF cannot hold"),
-        ("mlx", {"modules_to_save": ["norm"]}, "modules_to_save: norm, which files of MLX"),
-        ("kohya", {"modules_to_save": ["norm"]}, "modules_to_save: norm, which files of kohya"),
+        ("mlx", {"modules_to_save": ["norm"]}, "modules_to_save: model.norm, which files of MLX"),
+        (
+            "kohya",
+            {"modules_to_save": ["norm"]},
+            "modules_to_save: model.norm, which files of kohya",
+        ),
     ],
 )
 def test_what_a_format_cannot_hold_is_named(base, tmp_path, capsys, form, options, message):

@@ -111,7 +111,7 @@ def numbered(*sizes):
 
 
 def test_packing_loses_nothing_and_no_document_is_learned_from_another():
-    documents = numbered(5, 9, 3, 2, 20, 1)
+    documents = numbered(5, 10, 3, 2, 20, 1)
     rows = texts.pack(documents, 8, padding=7)
     held = [i for row in rows for i in row.ids if i != 7]
     # The last document holds no target.
