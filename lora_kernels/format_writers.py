@@ -131,11 +131,11 @@ def held_layers(adapter: Adapter, form: str, *, dora: bool = False) -> dict[str,
 def one_value(layers: Mapping[str, Layer], attribute: str, form: str) -> Any:
     """What all layers have in common. ValueError where they differ, which `form` cannot hold."""
     values = {name: getattr(layer, attribute) for name, layer in layers.items()}
-    first = next(iter(values))
+    first, called = next(iter(values)), attribute.removeprefix("plain_")
     for name, value in values.items():
         if not math.isclose(value, values[first], rel_tol=1e-6):
             raise ValueError(
-                f"{attribute.removeprefix('plain_')}: {first} has {values[first]:g} and {name} has {value:g}"
+                f"{called}: {first} has {values[first]:g} and {name} has {value:g}"
                 f" (rank_pattern, alpha_pattern), files of {form} hold one for all layers"
             )
     return values[first]
