@@ -38,9 +38,9 @@ _READERS: dict[str, Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]] 
     "adapter_model.safetensors.index.json": read_sharded,
     "adapter_model.bin": lambda path: (read_pickled(path), {}),
 }
-_MLX_WEIGHTS = "adapters.safetensors"
-_DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-_DIFFUSERS_METADATA = "lora_adapter_metadata"
+MLX_WEIGHTS = "adapters.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+DIFFUSERS_METADATA = "lora_adapter_metadata"
 # What ends the names of A, of B and of alpha in files of Diffusers and kohya.
 _ROLES = {
     role: re.compile(rf"(?P<layer>.+?)(?:\.(?:{halves})\.weight|_lora\.{side}\.weight)")
@@ -70,8 +70,8 @@ def read(path: Path, model: nn.Module) -> Adapter:
     """The adapter at a path; the model's names tell what belongs to it in files for several."""
     if not path.is_dir():
         return _read_one_file(path, model)
-    if not (path / CONFIG_NAME).exists() and (path / _DIFFUSERS_WEIGHTS).exists():
-        return _read_one_file(path / _DIFFUSERS_WEIGHTS, model)
+    if not (path / CONFIG_NAME).exists() and (path / DIFFUSERS_WEIGHTS).exists():
+        return _read_one_file(path / DIFFUSERS_WEIGHTS, model)
     entries = read_json(path / CONFIG_NAME)
     if "peft_type" not in entries and "lora_parameters" in entries:
         return _read_mlx(path, entries)
@@ -104,10 +104,10 @@ def _read_mlx(path: Path, entries: dict[str, Any]) -> Adapter:
         scale: object = options.get("scale")
         if not is_number(scale):
             raise ValueError(f"lora_parameters: scale: got {shown(scale)}, legal is a number")
-    stored, _ = read_safetensors(path / _MLX_WEIGHTS)
+    stored, _ = read_safetensors(path / MLX_WEIGHTS)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    with naming(path / _MLX_WEIGHTS):
+    with naming(path / MLX_WEIGHTS):
         for key, tensor in stored.items():
             if kind == "dora" and key.endswith(".m"):
                 tensors[f"{PREFIX}{key.removesuffix('.m')}.lora_magnitude_vector"] = tensor
@@ -121,8 +121,8 @@ def _read_mlx(path: Path, entries: dict[str, Any]) -> Adapter:
             ranks[layer] = min(tensor.shape) if part == "b" else ranks.get(layer, 0)
         ranks = {layer: _rank(tensors, layer) for layer in ranks}
         alphas = {n: scale * r for n, r in ranks.items()}
-        config = _config(ranks, alphas, options.get("dropout"), use_dora=kind == "dora")
-    return Adapter(path / _MLX_WEIGHTS, tensors, config)
+        config = config_of(ranks, alphas, options.get("dropout"), use_dora=kind == "dora")
+    return Adapter(path / MLX_WEIGHTS, tensors, config)
 
 
 def _rank(tensors: dict[str, Tensor], layer: str) -> int:
@@ -131,21 +131,22 @@ def _rank(tensors: dict[str, Tensor], layer: str) -> int:
     return max(A.shape[0], 1) if A is not None and A.dim() else 1
 
 
-def _config(
+def config_of(
     ranks: dict[str, int],
     alphas: dict[str, float],
     dropout: float | None = None,
     use_dora: bool = False,
 ) -> Config:
-    """PEFT's config of such layers."""
+    """PEFT's config of such layers; those that differ from the first go to the patterns."""
     if not ranks:
         raise ValueError("holds no LoRA tensor")
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return Config({
         "peft_type": "LORA",
-        "r": 1,
-        "lora_alpha": 1,
-        "rank_pattern": {_exactly(name): rank for name, rank in ranks.items()},
-        "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items()},
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_exactly(n): r for n, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(n): a for n, a in alphas.items() if a != alpha},
         "lora_dropout": dropout,
         "use_dora": use_dora,
         "target_modules": sorted(ranks),
@@ -185,7 +186,7 @@ def _read_one_file(path: Path, model: nn.Module) -> Adapter:
             ranks[layer] = _rank(tensors, layer)
             alphas[layer] = _alpha(*roles["alpha"]) if "alpha" in roles else ranks[layer]
         described = _described(metadata, component)
-        config = _config(ranks, alphas) if described is None else Config(described)
+        config = config_of(ranks, alphas) if described is None else Config(described)
     others = tuple(
         f"{other}: another model's part of the file" for other in parts.keys() - own.keys()
     )
@@ -200,9 +201,9 @@ def _alpha(key: str, tensor: Tensor) -> float:
 
 def _described(metadata: dict[str, str], component: str) -> dict[str, Any] | None:
     """PEFT's config of a component, as newer versions of Diffusers write it."""
-    if _DIFFUSERS_METADATA not in metadata:
+    if DIFFUSERS_METADATA not in metadata:
         return None
-    entries = parse_json(metadata[_DIFFUSERS_METADATA], f"metadata {_DIFFUSERS_METADATA}")
+    entries = parse_json(metadata[DIFFUSERS_METADATA], f"metadata {DIFFUSERS_METADATA}")
     mine = {
         key.removeprefix(f"{component}."): value
         for key, value in entries.items()

@@ -47,6 +47,8 @@ FLOORS[""] = {
     "adapter_files": -1.5,
     "peft_config": -1,
     "formats": 3.15,
+    "format_writers": 3.16,
+    "gguf_adapters": 3.17,
     "options": -2,
     "names": -2,
     "progress": -2,
@@ -73,12 +75,26 @@ FLOORS[""] = {
     "__init__": 4.5,
     "integrations": 5,
     "doctor": 5,
-    "__main__": 5.1,
+    "commands": 5.1,
+    "__main__": 5.2,
 }
 
 FLOORS["tuning"] = {
     "clock": 0, "machine": 0, "table": 0, "search": 1, "worker": 2, "__init__": 1,
 }  # fmt: skip
+FLOORS["commands"] = {
+    "__init__": 0,
+    "texts": 0,
+    "loading": 1,
+    "folder": 1,
+    "doctor": 1,
+    "tune": 1,
+    "evaluate": 2,
+    "merge": 2,
+    "convert": 2,
+    "finetune": 3,
+    "inspect": 3,
+}
 FLOORS["nn"] = {
     "tensors": 0,
     "named": 0.5,
