@@ -171,8 +171,12 @@ def _kept(out: str | os.PathLike[str] | None, text: str) -> Path:
     """Where the table lies for this process; the first of a node writes what rank 0 has made."""
     try:
         path = _path(out)
-        ours = not ranks.is_maker() and ranks.is_first_of_node()
-        if ours and not (path.exists() and path.read_text() == text):
+        if ranks.is_maker() or not ranks.is_first_of_node():
+            return path
+        if out is None and not tables.is_of(torch.cuda.current_device(), json.loads(text)):
+            _logger.warning("the table of rank 0 is of another GPU than this node's")
+            return Path("(not kept)")
+        if not path.exists() or path.read_text() != text:
             replace_text(path, text)
     except (OSError, RuntimeError) as error:  # it serves this process all the same
         _logger.warning("the table of rank 0 is not kept on this node: %s; %s", error, ELSEWHERE)

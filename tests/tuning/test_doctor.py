@@ -49,7 +49,11 @@ def test_all_of_a_table(on_gpu):
 
 @pytest.mark.parametrize(
     ("day", "age"),
-    [(date.today() - timedelta(days=1), "1 day old"), (date.today(), "0 days old"), (None, "of an")],
+    [
+        (date.today() - timedelta(days=1), "1 day old"),
+        (date.today(), "0 days old"),
+        (None, "of an"),
+    ],
 )
 def test_its_age(on_gpu, day, age):
     write(tables.cache_path(0), date=None if day is None else str(day))

@@ -8,6 +8,7 @@ import torch
 
 import lora_kernels
 from lora_kernels import backends, tuning
+from lora_kernels.backends import device
 from lora_kernels.backends.cuda import choice, needs, tables
 from lora_kernels.backends.cuda.plan import Call
 
@@ -27,6 +28,7 @@ def capturing(gpu, monkeypatch):
     """Sets whether a graph is being captured."""
     state = [False]
     monkeypatch.setattr(choice, "_captured", False)
+    monkeypatch.setattr(device, "_properties", lambda index: device.CARDS["90"])
     monkeypatch.setattr(needs, "why_no_triton", lambda: None)
     monkeypatch.setattr(needs, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -43,9 +45,9 @@ def capturing(gpu, monkeypatch):
     backends.forget()
 
 
-def serving(device: str = "cuda:0") -> tuple[str, str]:
-    plan = choice.choose(CALL, torch.device(device)).plan
-    return backends.choose(device).name, plan
+def serving(of: str = "cuda:0") -> tuple[str, str]:
+    plan = choice.choose(CALL, torch.device(of)).plan
+    return backends.choose(of).name, plan
 
 
 @pytest.mark.parametrize("captured", [False, True])

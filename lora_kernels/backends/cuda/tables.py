@@ -142,8 +142,13 @@ def install(index: int, table: dict[str, Any]) -> None:
     """Makes a table that of a device and its like, for this process, whatever lies in the cache
     folder; LORA_KERNELS_TUNED is stronger, and another card's is none."""
     name = _name(index)
-    if file_name(table["gpu"]) == name and _given(name) is None:
+    if is_of(index, table) and _given(name) is None:
         _installed[name] = table
+
+
+def is_of(index: int, table: Entry) -> bool:
+    """Whether a table is of a device's kind of GPU."""
+    return file_name(table["gpu"]) == _name(index)
 
 
 def forget() -> None:
