@@ -29,7 +29,8 @@ def write(path, **more):
               "dropout": False, "plan": "aten"}  # fmt: skip
     kinds = (("aten", "bfloat16", False), ("dual", "bfloat16", False), ("aten", "float16", True))
     content = {"gpu": "A Card", "date": str(DAY), "versions": {"triton": "3"}, "failed": [FAILED],
-               "proven": [tables.proof(*kind) for kind in kinds], "buckets": [bucket] * 3}  # fmt: skip
+               "proven": [tables.proof(*kind) for kind in kinds],
+               "buckets": [bucket] * 3}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content | more))
 
@@ -65,6 +66,10 @@ def test_without_one(on_gpu):
     (line,) = lines("tuned table")
     assert line.startswith("tuned table   no tuned table for this GPU (python -m lora_kernels tune")
     write(tables.cache_path(0), versions={"triton": "2"})
+    backends.forget()
+    (line,) = lines("tuned table")
+    assert line.startswith("tuned table   no tuned table for this GPU")
+    write(on_gpu / "package" / "a_card.json", versions={"triton": "2"})
     backends.forget()
     (line,) = lines("tuned table")
     assert "is of Triton 2, this is 3" in line

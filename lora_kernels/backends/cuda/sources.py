@@ -96,8 +96,11 @@ def changed(plans: Iterable[str], kernels: Mapping[str, str]) -> tuple[str, ...]
     """Which of some plans are not those of which `of_plans` once gave these digests."""
     ours = csrc()
     found = {"decode_cuda"} if ours is not None and kernels.get("csrc") != ours else set()
-    if kernels.get("files") != files():
-        found |= {plan for plan in plans if kernels.get(plan) != of_plan(plan)}
+    same = kernels.get("files") == files()
+    for plan in plans:
+        ours = PLANS[plan].forward.run.__module__.startswith("lora_kernels.")
+        if not (same and ours) and kernels.get(plan) != of_plan(plan):
+            found.add(plan)
     return tuple(plan for plan in plans if plan in found)
 
 

@@ -181,7 +181,10 @@ def _look(name: str, cached: Path | None) -> Found:
             raise ValueError(f"LORA_KERNELS_TUNED: {path} cannot be read: {error}") from error
     if cached is not None and _is_there(cached):
         try:
-            return _checked(cached)
+            found = _checked(cached)
+            if found.absent is not None:
+                raise ValueError(found.absent)
+            return found
         except ValueError as error:
             cure = "python -m lora_kernels tune --force makes it anew"
             _logger.warning("%s is passed over, %s: %s", cached, cure, error)
