@@ -98,8 +98,8 @@ def changed(plans: Iterable[str], kernels: Mapping[str, str]) -> tuple[str, ...]
     found = {"decode_cuda"} if ours is not None and kernels.get("csrc") != ours else set()
     same = kernels.get("files") == files()
     for plan in plans:
-        ours = PLANS[plan].forward.run.__module__.startswith("lora_kernels.")
-        if not (same and ours) and kernels.get(plan) != of_plan(plan):
+        packaged = PLANS[plan].forward.run.__module__.startswith("lora_kernels.")
+        if not (same and packaged) and kernels.get(plan) != of_plan(plan):
             found.add(plan)
     return tuple(plan for plan in plans if plan in found)
 
