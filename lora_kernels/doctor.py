@@ -60,6 +60,7 @@ def describe() -> Iterator[str]:
         yield f"{name:13} {_package(name)}"
     yield f"LORA_KERNELS_BACKEND = {_env.BACKEND or 'not set'}"
     yield f"LORA_KERNELS_TUNED = {_env.TUNED or 'not set'}"
+    yield f"LORA_KERNELS_TUNE = {_env.TUNE}"
     if torch.cuda.is_available():
         for line in tables.describe(torch.cuda.current_device()):
             yield f"tuned table   {line}"

@@ -80,7 +80,8 @@ FLOORS[""] = {
 }
 
 FLOORS["tuning"] = {
-    "clock": 0, "machine": 0, "table": 0, "search": 1, "worker": 2, "__init__": 1,
+    "clock": 0, "machine": 0, "ranks": 0, "table": 0, "search": 1, "stamp": 1, "worker": 2,
+    "__init__": 1,
 }  # fmt: skip
 FLOORS["commands"] = {
     "__init__": 0,
@@ -170,6 +171,7 @@ FLOORS["backends.cuda"] = {
     "launches": 1,
     "needs": 1,
     "plans": 2,
+    "sources": 2.5,
     "tables": 3,
     "choice": 4,
     "many": 4,

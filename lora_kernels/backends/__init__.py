@@ -148,6 +148,8 @@ def choose(device: torch.device | str) -> Choice:
     force = forced.now
     if force is not None:
         return _forced(device, force.backend, force.demand)
+    if device.type == "cuda":
+        choice.watch()
     return _default(device)
 
 
@@ -160,11 +162,14 @@ def on_gpu(tensors: Iterable[Tensor]) -> str:
     return f"calls on the GPU: {chosen.name} ({chosen.reason})"
 
 
-def forget() -> None:
-    """Has all choices made anew, of tables that have changed; what has been captured or compiled
-    keeps its plans."""
+def forget() -> bool:
+    """Has all choices made anew, of tables that have changed; what has been compiled keeps its
+    plans. False once a CUDA graph was captured: then this process keeps what serves it."""
+    if choice.is_frozen():
+        return False
     choice.forget()
     _forget_choices()
+    return True
 
 
 def _forget_choices() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from lora_kernels import backends
 from lora_kernels.backends.cuda import tables
 from lora_kernels.nn import LoRALayer
 from lora_kernels.testing import DTYPES, Case
+from lora_kernels.tuning import ranks
 from lora_kernels.tuning.table import (
     BASES,
+    ELSEWHERE,
     Candidate,
     locked,
     merge,
@@ -29,6 +32,7 @@ from lora_kernels.tuning.table import (
 )
 from lora_kernels.weights import QuantizedTensor
 
+_logger = logging.getLogger("lora_kernels")
 ROWS = (8192, 2048, 16, 1)
 SHAPES = ((4096, 4096, 16), (14336, 4096, 16), (4096, 14336, 16))
 LIMIT = 60.0
@@ -42,7 +46,8 @@ class TuningReport:
 
     path: the table. buckets: how many kinds of calls it knows, of which `added` are new. proven:
     the plans that ran right, each as "plan in dtype" with or without dropout. failed: why a plan
-    was struck out, or a tile did not fit. finished: False where the time was over first.
+    was struck out, or a tile did not fit. finished: False where the time was over first. adopted:
+    False where this process goes on without, because a CUDA graph was captured before.
     """
 
     path: Path
@@ -51,6 +56,7 @@ class TuningReport:
     proven: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     finished: bool = True
+    adopted: bool = True
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.buckets} kinds of calls, {self.added} of them new"]
@@ -58,6 +64,8 @@ class TuningReport:
         lines += [f"struck out: {reason}" for reason in self.failed]
         if not self.finished:
             lines.append("the time was over; the same call goes on")
+        if not self.adopted:
+            lines.append("a CUDA graph was captured before: processes after this one use the table")
         return "\n".join(lines)
 
 
@@ -81,8 +89,9 @@ def tune(
     later ones use what was found.
 
     Everything runs in a process of its own: a kernel that hangs, dies or computes something else
-    strikes its plan out and harms nobody. Call it before CUDA graphs are captured or a model is
-    compiled; under torch.distributed by all ranks, of which the first of each node tunes.
+    strikes its plan out and harms nobody. Call it before CUDA graphs are captured, after which a
+    process keeps what serves it, or a model is compiled; under torch.distributed by all ranks:
+    rank 0 tunes, and all use its table, which every node keeps.
 
     Args:
         model: whose LoRA layers' sizes, dtypes and dropout are taken; or
@@ -100,45 +109,94 @@ def tune(
 
     Raises:
         ValueError: no GPU, a model without LoRA layers, a size that is not positive.
-        RuntimeError: another process makes the table, or in a capture of a CUDA graph.
+        RuntimeError: another process makes the table; there is nowhere to write it, and what to
+            set; in a capture of a CUDA graph; in one of several processes without their group. On
+            all ranks what rank 0 raises.
     """
+    ranks.must_be_in_group()
+
+    def make() -> _Made:
+        _check_device(out)
+        for module in plugins:
+            importlib.import_module(module)
+        path = _path(out)
+        # All of a weight first: most calls are of that kind.
+        todo = [(base, case) for base in BASES for case in _cases(model, rows, shapes, dtype)]
+        options = {
+            "backward": int(backward), "seconds": seconds, "rounds": rounds, "jobs": jobs,
+            "plugins": plugins, "todo": json.dumps(todo),
+        }  # fmt: skip
+        with locked(path):
+            if force:
+                path.unlink(missing_ok=True)
+            before = _buckets(path)
+            finished = _supervise(path, minutes, limit, options)
+        return _Made(path.read_text(), before, finished)
+
+    made = ranks.made_by_rank_0(make)
+    for module in plugins:
+        importlib.import_module(module)
+    path = _kept(out, made.text)
+    ranks.wait_for_all()
+    adopted = out is not None or _adopted(made.text)
+    return _report(path, made, adopted)
+
+
+class _Made(NamedTuple):
+    """A table as it is written, how many buckets it had before, whether all of it was done."""
+
+    text: str
+    before: int
+    finished: bool
+
+
+def _check_device(out: str | os.PathLike[str] | None) -> None:
     gpu = torch.cuda.is_available()
     if not gpu and (out is None or os.environ.get("TRITON_INTERPRET") != "1"):
         raise ValueError("tune: there is no GPU here; a trial needs TRITON_INTERPRET=1 and `out`")
     if gpu and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune: a CUDA graph is being captured; tune before")
-    for module in plugins:
-        importlib.import_module(module)
-    path = tables.cache_path(torch.cuda.current_device()) if out is None else Path(out)
-    # All of a weight first: most calls are of that kind.
-    cases = _cases(model, rows, shapes, dtype)
-    todo = [(base, case) for base in BASES for case in cases]
-    if _is_first_of_node():
-        with locked(path):
-            if force:
-                path.unlink(missing_ok=True)
-            before = _buckets(path)
-            options = {
-                "backward": int(backward), "seconds": seconds, "rounds": rounds, "jobs": jobs,
-                "plugins": plugins, "todo": json.dumps(todo),
-            }  # fmt: skip
-            finished = _supervise(path, minutes, limit, options)
-    else:
-        before, finished = 0, True
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    if out is None:
-        backends.forget()
-    return _report(path, before, finished)
+
+
+def _path(out: str | os.PathLike[str] | None) -> Path:
+    if out is not None:
+        return Path(out)
+    try:
+        return tables.cache_path(torch.cuda.current_device())
+    except RuntimeError as error:
+        raise RuntimeError(f"tune: this user has no cache folder ({error}); {ELSEWHERE}") from error
+
+
+def _kept(out: str | os.PathLike[str] | None, text: str) -> Path:
+    """Where the table lies for this process; the first of a node writes what rank 0 has made."""
+    try:
+        path = _path(out)
+        if ranks.is_maker() or not ranks.is_first_of_node():
+            return path
+        if out is None and not tables.is_of(torch.cuda.current_device(), json.loads(text)):
+            _logger.warning("the table of rank 0 is of another GPU than this node's")
+            return Path("(not kept)")
+        if not path.exists() or path.read_text() != text:
+            replace_text(path, text)
+    except (OSError, RuntimeError) as error:  # it serves this process all the same
+        _logger.warning("the table of rank 0 is not kept on this node: %s; %s", error, ELSEWHERE)
+        return Path("(not kept)")
+    return path
+
+
+def _adopted(text: str) -> bool:
+    """Whether this process uses the table from now on: the same on all ranks, whatever lies on
+    their disks."""
+    if not backends.forget():
+        return False
+    if ranks.in_group():
+        tables.install(torch.cuda.current_device(), json.loads(text))
+    return True
 
 
 def merge_files(one: Path, other: Path, out: Path) -> None:
     """Writes the table of two: `table.merge`."""
     replace_text(out, to_json(merge(*map(tables.read_table, (one, other)))))
-
-
-def _is_first_of_node() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _cases(
@@ -255,8 +313,8 @@ def _content(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def _report(path: Path, before: int, finished: bool) -> TuningReport:
-    table = tables.read_table(path)
+def _report(path: Path, made: _Made, adopted: bool) -> TuningReport:
+    table = json.loads(made.text)
     proven = [
         f"{e['plan']} in {e['dtype']}{' with dropout' * e['dropout']}" for e in table["proven"]
     ]
@@ -264,8 +322,9 @@ def _report(path: Path, before: int, finished: bool) -> TuningReport:
         f"{Candidate(e['plan'], e['tiles'])} for {e['call']}: {e['why']}"
         for e in table.get("failed", ())
     ]
-    buckets = len(table["buckets"])
-    return TuningReport(path, buckets, buckets - before, proven, failed, finished)
+    added = len(table["buckets"]) - made.before
+    known = len(table["buckets"])
+    return TuningReport(path, known, added, proven, failed, made.finished, adopted)
 
 
 __all__ = ["TuningReport", "merge_files", "tune"]

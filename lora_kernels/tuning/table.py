@@ -9,12 +9,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_kernels.backends.cuda import tables
+from lora_kernels.backends.cuda import sources, tables
 from lora_kernels.files import replace_atomically
 
 # By the base, a dense weight, or an output that is given (lora_add): the ops that are tuned.
 BASES = {"dense": ("forward", "backward"), "given": ("add", "add_backward")}
 KEY = ("op", "dtype", "M", "N", "K", "r", "dropout")
+ELSEWHERE = (
+    "set XDG_CACHE_HOME to a folder that can be written, for this and later processes, or tune with"
+    " --out FILE (`out`) and set LORA_KERNELS_TUNED to that file"
+)
+_OF_ALL = ("gpu", "versions", "ptxas", "kernels")  # what all that a table says is of
 _STALE = 600.0  # seconds after which a lock is nobody's
 
 
@@ -37,14 +42,16 @@ class Table:
             "date": str(date.today()),
             "versions": info["versions"],
             "commit": info["commit"],
+            "ptxas": sources.ptxas(),
+            "kernels": sources.of_plans(),
             "proven": [],
             "failed": [],
             "buckets": [],
         }
         if path.exists():
             found = tables.read_table(path)
-            for name in ("gpu", "versions"):
-                if found.get(name) != self.content[name]:
+            for name in _OF_ALL:
+                if found.get(name, self.content[name]) != self.content[name]:
                     raise ValueError(
                         f"{path}: {name}: the table is of {found.get(name)}, this is"
                         f" {self.content[name]}; move it away to begin a new one"
@@ -114,8 +121,9 @@ def _struck(failed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Both tables' buckets, the other's where both have one. A plan that was wrong in either is not
-    proven for that dtype and dropout. ValueError where they are of two GPUs or two versions."""
-    for name in ("gpu", "versions"):
+    proven for that dtype and dropout. ValueError where they are of two GPUs, or two versions of
+    anything."""
+    for name in _OF_ALL:
         if one.get(name) != other.get(name):
             raise ValueError(f"{name}: cannot merge {one.get(name)} with {other.get(name)}")
     buckets = {tuple(b[n] for n in KEY): b for b in (*one["buckets"], *other["buckets"])}
@@ -147,26 +155,34 @@ def to_json(document: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from making the same table. RuntimeError names the one that does; a
-    lock that is ten minutes old is nobody's."""
+    """Keeps other processes from making the same table. RuntimeError names the one that does, or
+    the folder where nothing can be written; a lock that is ten minutes old is nobody's."""
     lock = path.with_name(path.name + ".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        if time.time() - lock.stat().st_mtime > _STALE:
-            lock.unlink()
     try:
-        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        descriptor = _open_lock(lock)
     except FileExistsError:
         holder = lock.read_text().strip() or "another one"
         raise RuntimeError(
             f"{path}: process {holder} makes this table; wait for it, or remove {lock.name}"
         ) from None
+    except OSError as error:
+        raise RuntimeError(
+            f"tune: the table cannot be written to {path.parent} ({error.strerror}); {ELSEWHERE}"
+        ) from error
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(str(os.getpid()))
         yield
     finally:
         lock.unlink(missing_ok=True)
+
+
+def _open_lock(lock: Path) -> int:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - lock.stat().st_mtime > _STALE:
+            lock.unlink()
+    return os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
 
 
 def touch_lock(path: Path) -> None:

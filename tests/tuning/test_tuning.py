@@ -283,20 +283,6 @@ def test_a_lock_is_held_and_goes_stale(tmp_path):
     assert not lock.exists()
 
 
-@pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """A GPU of the name "A Card", with a cache folder and a package of its own."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "A Card")
-    monkeypatch.setattr(tables, "TUNED", tmp_path / "package")
-    monkeypatch.setattr(tables, "key_of", lambda index: "0123456789ab")
-    monkeypatch.setattr(tables, "_triton", lambda: "3")
-    monkeypatch.setattr(tables._env, "TUNED", None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    backends.forget()
-    yield tmp_path
-    backends.forget()
-
-
 def write(path: Path, M: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"gpu": "A Card", "versions": {"triton": "3"}, "proven": proofs("aten"),
@@ -432,9 +418,7 @@ def test_reports_say_what_serves_a_gpu(gpu, monkeypatch):
         path = write(gpu / "cache" / "lora_kernels" / "v1" / "a_card-0123456789ab.json", 2)
         backends.forget()
         assert backends.on_gpu([OnGpu()]) == "calls on the GPU: cuda (tuned table of this GPU)"
-        first, second = tables.describe(0)
-        assert str(path) in first
-        assert second == "1 kinds of calls; proven: aten"
+        assert str(path) in tables.describe(0)[0]
     finally:
         backends._default.cache_clear()
     report = lora_kernels.apply_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), 2)
@@ -514,3 +498,45 @@ def test_a_second_process_uses_the_table(tmp_path):
     cached.parent.mkdir(parents=True)
     cached.write_text(path.read_text())
     assert plan(XDG_CACHE_HOME=str(tmp_path / "cache")) == "dual"
+
+
+FAST = """
+def slow(*args):
+    time.sleep(0.05)
+    return reference.forward(*args[:-1])
+
+plans.PLANS["aten"] = replace(plans.PLANS["aten"], forward=Pass(slow))
+"""
+
+
+def test_what_tune_made_serves_a_second_process(tmp_path):
+    """From the command to the choice: a plan of a plugin that was faster than ATen, which here
+    waits, is taken by a fresh interpreter, until the plan's source is another."""
+    plugin = tmp_path / "standin.py"
+    plugin.write_text(f"KIND = 'fast'\n{STAND_IN}{FAST}")
+    path = tmp_path / "tuned.json"
+    tune(path, "--dtype", "fp32", "--no-backward", plugins=tmp_path)
+    code = (
+        "import torch; torch.cuda.get_device_name = lambda index=None: 'A Card'\n"
+        "import standin\n"
+        "from lora_kernels.backends.cuda import choice, tables\n"
+        "from lora_kernels.backends.cuda.plan import Call\n"
+        "tables.key_of = lambda index: 'k'\n"
+        "for M, dropout in ((16, False), (24, False), (16, True)):\n"
+        "    call = Call('forward', 'float32', M, 32, 32, 8, dropout)\n"
+        "    print(choice.choose(call, torch.device('cuda', 0)).plan)"
+    )
+    folders = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    environment |= {"TRITON_INTERPRET": "1", "LORA_KERNELS_TUNED": str(path)}
+
+    def plans_of() -> list[str]:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()
+
+    assert plans_of() == ["stand_in", "stand_in", "aten"]
+    plugin.write_text(plugin.read_text().replace("y * 1.01", "y * 1.02"))
+    assert plans_of() == ["aten"] * 3

@@ -66,6 +66,21 @@ def forget() -> None:
     tables.forget()
 
 
+_captured = False
+
+
+def watch() -> None:
+    """Of every call on a CUDA device: whether a graph is being captured, which keeps the plans."""
+    global _captured
+    if not _captured and torch.cuda.is_initialized():
+        _captured = torch.cuda.is_current_stream_capturing()
+
+
+def is_frozen() -> bool:
+    """Whether a graph was captured: what replays and what is launched must stay one choice."""
+    return _captured
+
+
 def candidates(call: Call, target: Target) -> list[tuple[str, Tiles]]:
     """(plan, tiles) of everything that may serve a call, to be timed `with use_plan(...)`.
 

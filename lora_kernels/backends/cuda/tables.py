@@ -27,6 +27,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from datetime import date
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels import _env
+from lora_kernels.backends.cuda import sources
 from lora_kernels.backends.cuda.plan import DTYPES, OPS, Call, Tiles
 from lora_kernels.backends.cuda.plans import PLANS, known
 from lora_kernels.backends.device import target
@@ -112,92 +114,182 @@ def index_of(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+class Found(NamedTuple):
+    """The table of a GPU and where it lies; or why there is none, and where it would."""
+
+    path: Path
+    table: dict[str, Any] | None
+    absent: str | None = None
+    changed: tuple[str, ...] = ()  # plans whose kernels are no longer those that were proven
+
+
 @cache
 def tuned(index: int) -> dict[str, Any] | None:
     """The table of a CUDA device, None if there is none that holds here."""
-    path = _path(index)
-    return read_table(path) if why_none(index) is None else None
-
-
-def _path(index: int) -> Path:
-    """Of the table to be used, which may not be there."""
-    name = file_name(torch.cuda.get_device_name(index))
-    if _env.TUNED is not None:
-        given = Path(_env.TUNED)
-        if not given.exists():
-            raise ValueError(f"LORA_KERNELS_TUNED: no file or folder {given}")
-        if given.is_file():
-            return given
-        if (given / name).exists():
-            return given / name
-    cached = cache_path(index)
-    return cached if cached.exists() and _is_sound(cached) else TUNED / name
+    return _installed.get(_name(index)) or _found(index).table
 
 
 @cache
-def _is_sound(path: Path) -> bool:
+def why_none(index: int) -> str | None:
+    """Why no table holds for a CUDA device; None where one does."""
+    return None if _name(index) in _installed else _found(index).absent
+
+
+_installed: dict[str, dict[str, Any]] = {}  # by file name: what `install` was given
+
+
+def install(index: int, table: dict[str, Any]) -> None:
+    """Makes a table that of a device and its like, for this process, whatever lies in the cache
+    folder; LORA_KERNELS_TUNED is stronger, and another card's is none."""
+    name = _name(index)
+    if is_of(index, table) and _given(name) is None:
+        _installed[name] = table
+
+
+def is_of(index: int, table: Entry) -> bool:
+    """Whether a table is of a device's kind of GPU."""
+    return file_name(table["gpu"]) == _name(index)
+
+
+def forget() -> None:
+    """Has tables looked for and read anew."""
+    _installed.clear()
+    for cached in (tuned, why_none, _look):
+        cached.cache_clear()
+
+
+def _name(index: int) -> str:
+    return file_name(torch.cuda.get_device_name(index))
+
+
+def _found(index: int) -> Found:
     try:
-        read_table(path)
-    except (ValueError, OSError) as error:
-        _logger.warning("%s is passed over, python -m lora_kernels tune --force makes it anew: %s",
-                        path, error)  # fmt: skip
+        cached = cache_path(index)
+    except RuntimeError:  # a user without a home
+        cached = None
+    return _look(_name(index), cached)
+
+
+@cache
+def _look(name: str, cached: Path | None) -> Found:
+    """Once a process: what appears on disk meanwhile is for the next, on a second GPU too."""
+    path = _given(name)
+    if path is not None:
+        try:
+            return _checked(path)
+        except OSError as error:
+            raise ValueError(f"LORA_KERNELS_TUNED: {path} cannot be read: {error}") from error
+    if cached is not None and _is_there(cached):
+        try:
+            found = _checked(cached)
+            if found.absent is not None:
+                raise ValueError(found.absent)
+            return found
+        except ValueError as error:
+            cure = "python -m lora_kernels tune --force makes it anew"
+            _logger.warning("%s is passed over, %s: %s", cached, cure, error)
+        except OSError as error:
+            _logger.warning("%s is passed over, it cannot be read: %s", cached, error)
+    path = TUNED / name
+    try:
+        return _checked(path)
+    except OSError:
+        return Found(path, None, "no tuned table for this GPU" + _CURE)
+
+
+def _given(name: str) -> Path | None:
+    """What LORA_KERNELS_TUNED says of a GPU with this file name."""
+    if _env.TUNED is None:
+        return None
+    given = Path(_env.TUNED)
+    if not _is_there(given):
+        raise ValueError(f"LORA_KERNELS_TUNED: no file or folder {given}")
+    if not given.is_dir():
+        return given
+    return given / name if _is_there(given / name) else None
+
+
+def _is_there(path: Path) -> bool:
+    """False too where it lies in a folder that this user may not enter."""
+    try:
+        path.stat()
+    except OSError:
         return False
     return True
 
 
+def _checked(path: Path) -> Found:
+    """A table, unless it is of another compiler, less the plans whose kernels have changed: what
+    ran right and fast is machine code."""
+    content = json.loads(path.read_text())
+    for tool, here in (("Triton", _triton()), ("ptxas", sources.ptxas())):
+        proven = content.get("versions", {}).get("triton")
+        if tool == "ptxas":
+            proven = content.get("ptxas", sources.PTXAS)
+        if proven != here:
+            absent = (
+                f"the tuned table of this GPU is of {tool} {proven}, this is {here or 'without'}"
+            )
+            return Found(path, None, absent + _CURE)
+    table = read_table(path)
+    changed = changed_plans(table)
+    kept = [entry for entry in table["proven"] if entry["plan"] not in changed]
+    return Found(path, table | {"proven": kept}, None, changed)
+
+
+def changed_plans(table: Entry) -> tuple[str, ...]:
+    """The plans whose kernels are not those that a table was made with. One without "kernels"
+    does not say."""
+    plans = dict.fromkeys(entry["plan"] for entry in table["proven"])
+    return sources.changed(plans, table["kernels"]) if "kernels" in table else ()
+
+
 def cache_path(index: int) -> Path:
-    """The user's table of a GPU: $XDG_CACHE_HOME/lora_kernels/v1/<gpu>-<key>.json."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    stem = Path(file_name(torch.cuda.get_device_name(index))).stem
-    return base / "lora_kernels" / "v1" / f"{stem}-{key_of(index)}.json"
+    """The user's table of a GPU: $XDG_CACHE_HOME/lora_kernels/v1/<gpu>-<key>.json. RuntimeError
+    where there is no such variable and the user has no home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(base) if base else Path.home() / ".cache"
+    return folder / "lora_kernels" / "v1" / f"{Path(_name(index)).stem}-{key_of(index)}.json"
 
 
 @cache
 def key_of(index: int) -> str:
-    """Of what changes the machine code: our kernels and plans, Triton, torch, CUDA, the card."""
-    folder = Path(__file__).parent
-    sources = [*folder.glob("plans/*.py"), *folder.parent.glob("triton/*.py")]
+    """Of what changes the machine code: kernels, plans, Triton, ptxas, torch, CUDA, the card."""
     card = target(torch.device("cuda", index))
-    what = (_triton(), torch.__version__, torch.version.cuda, torch.version.hip, *card)
+    what = (_triton(), sources.ptxas(), torch.__version__, torch.version.cuda, torch.version.hip,
+            *card)  # fmt: skip
     digest = hashlib.sha256(repr(what).encode())
-    for source in sorted(sources):
+    for source in sources.kernel_files():
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def describe(index: int) -> list[str]:
     """Lines on the table of a CUDA device: file, age, contents, what was struck out and why."""
-    absent, path = why_none(index), _path(index)
-    if absent is not None:
-        return [absent]
-    table = read_table(path)
-    plans = dict.fromkeys(entry["plan"] for entry in table["proven"])
-    lines = [f"{path}, of {table.get('date', 'an unknown day')}"]
-    lines.append(f"{len(table['buckets'])} kinds of calls; proven: {', '.join(plans)}")
+    found = _found(index)
+    table = tuned(index)
+    if table is None:
+        return [found.absent or ""]
+    installed = " (as installed by tune, in memory)" * (_name(index) in _installed)
+    lines = [f"{found.path}, {_age(table.get('date'))}{installed}"]
+    lines.append(f"{len(table['buckets'])} kinds of calls")
+    kinds: dict[str, list[str]] = {}
+    for entry in table["proven"]:
+        kind = f"{entry['dtype']}, {'' if entry['dropout'] else 'no '}dropout"
+        kinds.setdefault(kind, []).append(entry["plan"])
+    lines += [f"proven in {kind}: {', '.join(plans)}" for kind, plans in kinds.items()]
+    for plan in found.changed:
+        lines.append(f"passed over: {plan}: its kernels have changed since{_CURE}")
     for entry in table.get("failed", ()):
         lines.append(f"struck out: {entry['plan']} {entry['tiles']}: {entry['why']}")
     return lines
 
 
-@cache
-def why_none(index: int) -> str | None:
-    """Why no table holds for a CUDA device; None where one does. What ran right and fast is what
-    one Triton compiled: another compiles other machine code."""
-    path = _path(index)
-    if not path.exists():
-        return "no tuned table for this GPU" + _CURE
-    proven, here = json.loads(path.read_text()).get("versions", {}).get("triton"), _triton()
-    if proven != here:
-        return (
-            f"the tuned table of this GPU is of Triton {proven}, this is {here or 'without'}{_CURE}"
-        )
-    return None
-
-
-def forget() -> None:
-    """Has tables looked for and read anew."""
-    for cached in (tuned, why_none, _is_sound):
-        cached.cache_clear()
+def _age(day: str | None) -> str:
+    if day is None:
+        return "of an unknown day"
+    days = (date.today() - date.fromisoformat(day)).days
+    return f"{days} days old ({day})" if days != 1 else f"1 day old ({day})"
 
 
 def _triton() -> str | None:

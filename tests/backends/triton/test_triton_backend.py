@@ -108,12 +108,9 @@ def tuned(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "TUNED", tmp_path)
     monkeypatch.setattr(tables, "cache_path", lambda index: tmp_path / "none of the user's")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: TABLE["gpu"])
-    caches = (tables.why_none, tables.tuned, choice._choose, backends._default)
-    for cached in caches:
-        cached.cache_clear()
+    backends.forget()
     yield
-    for cached in caches:
-        cached.cache_clear()
+    backends.forget()
 
 
 def call(**changes) -> Call:
@@ -138,8 +135,7 @@ def test_a_table_of_another_triton_holds_for_nothing(tuned, monkeypatch):
     """Its kernels would be other machine code than what was proven."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert backends.choose(torch.device("cuda", 0)).name == "cuda"
-    for cached in (tables.why_none, tables.tuned, choice._choose, backends._default):
-        cached.cache_clear()
+    backends.forget()
     monkeypatch.setattr(tables, "version", lambda package: "2.1.0")
     chosen = backends.choose(torch.device("cuda", 0))
     assert chosen.name == "reference"
