@@ -167,7 +167,8 @@ def test_a_part_of_the_matrix_is_made_anew():
     first = {("cublas", "80"): "3 compiled", ("mask", "75"): "2 compiled"}
     page = pages.with_matrix(page, first, whole=True)
     assert pages.written(page) == first
-    assert page.startswith("before") and page.endswith("after\n")
+    assert page.startswith("before")
+    assert page.endswith("after\n")
     assert "old" not in page
     again = pages.with_matrix(page, {("mask", "75"): "4 compiled"}, whole=False)
     assert pages.written(again) == first | {("mask", "75"): "4 compiled"}

@@ -103,7 +103,7 @@ def with_matrix(page: str, new: Mapping[tuple[str, str], str], whole: bool) -> s
     if not whole:
         if version not in rest:
             raise ValueError(f"--page: its other cells are not of {version[:-1]}: make them all")
-        new = written(page) | new
+        new = {**written(page), **new}
     return f"{head}{BEGIN}\n{version}\n\n{matrix(new)}\n{END}{rest.partition(END)[2]}"
 
 
