@@ -220,8 +220,10 @@ WEIGHTS = (
 )  # fmt: skip
 FEW = (Case(1, 9, 0, 3, F32), Case(5, 33, 0, 17, p=0.3, bias=True), Case(35, 40, 0, 64))
 GROUPS = (
-    (20, 24, (3, 1, 2), 0.0, F32), (65, 71, (17, 40, 3), 0.3, F16), (80, 64, (16, 16, 16), 0.3, F32),
-)  # fmt: skip
+    (20, 24, (3, 1, 2), 0.0, F32),
+    (65, 71, (17, 40, 3), 0.3, F16),
+    (80, 64, (16, 16, 16), 0.3, F32),
+)
 
 
 def named_cases(plans: Sequence[str], short: bool) -> Iterator[tuple[str, Callable[[], int]]]:
@@ -258,7 +260,7 @@ def in_child(run: Callable[[], int]) -> tuple[int, str | None]:
             try:
                 print(f"{run()} launches", flush=True)
                 status = 0
-            except BaseException as error:  # noqa: BLE001 all that happens is reported
+            except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
