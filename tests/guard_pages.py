@@ -1,21 +1,26 @@
 """Every launch again on copies of its tensors between protected pages: who reads or writes past an
 end dies of it.
 
-    TRITON_INTERPRET=1 python tests/guard_pages.py [--plan NAME ...] [--short] [--fault KIND]
+    TRITON_INTERPRET=1 python tests/guard_pages.py [--plan NAME ...] [--short]
 
 Runs in Triton's interpreter, whose loads and stores go to the addresses that a kernel computes. A
 launch runs as it is; then on copies of which the end, and then the start, lies at a protected page,
 what it did not write lies in pages that cannot be written, and gaps between rows hold NaN; and must
-give the same bits. Before each launch its kernel and case are printed: what a dead process printed
-last is to blame. `--fault` launches a kernel with that fault, to see that it is found.
+give the same bits. Every case runs in a child process, which names each kernel before its launch:
+of one that dies the last is reported, with the line that it was in. Kernels with faults come first:
+where one of them is not found, nothing is reported of the others.
 """
 
 import argparse
 import ctypes
 import faulthandler
 import mmap
+import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -23,11 +28,13 @@ import triton.language as tl
 from interpreted import AMPERE, HOPPER, Case, Problem, serves
 from torch import Tensor
 
+from lora_kernels.backends.cuda import many
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import assume
-from lora_kernels.backends.triton import columns, decoding, gating, masking
+from lora_kernels.backends.triton import columns, decoding, dropout, gating, masking
 from lora_kernels.backends.triton.launch import intercept, launch
+from lora_kernels.branch import Branches
 from lora_kernels.weights import quantize
 
 F16, F32 = torch.float16, torch.float32
@@ -91,20 +98,27 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 class Checker:
-    """What stands in for every launch."""
+    """What stands in for every launch. `behind` are tensors that kernels find by their addresses,
+    which lie in a tensor of 64 bits."""
 
-    def __init__(self, what: str) -> None:
-        self.what, self.launches = what, 0
+    def __init__(self, behind: Sequence[Tensor] = ()) -> None:
+        self.behind, self.launches = behind, 0
 
     def __call__(self, kernel, grid, args, meta, run) -> None:
-        name = getattr(kernel, "fn", kernel).__name__
-        print(f"{name} in {self.what}", flush=True)
+        print(f"{BEFORE}{getattr(kernel, 'fn', kernel).__name__}", flush=True)
         tensors = {key(arg): arg for arg in args if isinstance(arg, Tensor)}
+        tables = [k for k, tensor in tensors.items() if self.addressed(tensor)]
+        for table in tables:
+            tensors |= {key(tensor): tensor for tensor in self.addressed(tensors[table])}
         before = {k: tensor.clone() for k, tensor in tensors.items()}
         run()
         written = [k for k, tensor in tensors.items() if not same(tensor, before[k])]
         for at_end in (True, False):
             guarded = {k: Guarded(tensor, at_end) for k, tensor in tensors.items()}
+            for table in tables:
+                words = guarded[table].tensor
+                for tensor in self.addressed(tensors[table]):
+                    words[words == tensor.data_ptr()] = guarded[key(tensor)].tensor.data_ptr()
             for k in tensors:
                 if k in written:
                     guarded[k].tensor.copy_(before[k])
@@ -114,52 +128,83 @@ class Checker:
             kernel[grid](*again, **meta)
             for k in written:
                 if not same(guarded[k].tensor, tensors[k]):
-                    raise AssertionError(f"{name} in {self.what}: other bits between guards")
+                    raise AssertionError("other bits between guards")
         self.launches += 1
+
+    def addressed(self, tensor: Tensor) -> list[Tensor]:
+        if tensor.dtype != torch.int64:
+            return []
+        words = set(tensor.flatten().tolist())
+        return [other for other in self.behind if other.data_ptr() in words]
+
+
+BEFORE = "launches "
 
 
 def key(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def calls(case: Case) -> Iterator[tuple[str, object]]:
-    problem = Problem(case)
-    yield "linear", problem.linear
+# -------------------------------------------------------------------------------------------- cases
+
+
+def of_plan(plan: str, target: object, case: Case, op: str) -> int:
+    problem, checker = Problem(case), Checker()
     base = torch.randn(case.M, case.N).to(case.dtype)
-    yield "add", lambda: problem.add(base)
+    with assume(target), use_plan(plan), intercept(checker):
+        problem.linear() if op == "linear" else problem.add(base)
+    return checker.launches
 
 
-def check(plans: Sequence[str], cases: Sequence[Case]) -> int:
-    torch.use_deterministic_algorithms(True)  # new memory holds NaN
-    launches = 0
-    for plan in plans:
-        for case in cases:
-            if not serves(plan, case):
-                continue
-            for card, target in (("pointers", AMPERE), ("descriptors", HOPPER)):
-                for op, call in calls(case):
-                    checker = Checker(f"{plan} {op} by {card}: {case}")
-                    with assume(target), use_plan(plan), intercept(checker):
-                        call()
-                    launches += checker.launches
-    for p, words in ((0.3, 1), (0.7, 3)):
-        seed = torch.tensor([1, 3, 8][:words])
-        x = torch.randn(33, 70)[:, 3:]
-        checker = Checker("the mask")
-        with intercept(checker):
-            total = masking.drop(x, seed, 2, p)
-            masking.add_kept(total, x, 2.0, seed, 2, p)
-        launches += checker.launches
-    dense = torch.randn(9, 128)
-    for kind, block in (("nf4", None), ("int4", 32), ("int8", None), ("fp8", None), ("fp8", 48)):
-        weight = quantize(dense, kind, block=block)
-        checker = Checker(f"decoding {kind}")
-        with intercept(checker):
-            decoding.decode(weight, slice(0, 9), slice(0, 128), torch.empty(9, 128))
-            decoding.decode(weight, slice(8, 9), slice(32, 128), torch.empty(1, 96))
-        launches += checker.launches
-    z, dy, other = (torch.randn(33, 70)[:, 3:] for _ in range(3))
-    checker = Checker("columns and gates")
+def of_mask(p: float, words: int) -> int:
+    seed, x, checker = torch.tensor([1, 3, 8][:words]), torch.randn(33, 70)[:, 3:], Checker()
+    with intercept(checker):
+        total = masking.drop(x, seed, 2, p)
+        masking.add_kept(total, x, 2.0, seed, 2, p)
+    return checker.launches
+
+
+def of_decoder(kind: str, block: int | None, K: int) -> int:
+    weight, checker = quantize(torch.randn(9, K), kind, block=block), Checker()
+    with intercept(checker):
+        decoding.decode(weight, slice(0, 9), slice(0, K), torch.empty(9, K))
+        decoding.decode(weight, slice(8, 9), slice(32, K), torch.empty(1, K - 32))
+    return checker.launches
+
+
+def of_product(kind: str, block: int | None, K: int, case: Case) -> int:
+    """Of few rows with a quantised weight."""
+    (M, N, _, r), dtype, checker = case[:4], case.dtype, Checker()
+    weight = quantize(torch.randn(N, K), kind, block=block)
+    x, a, b = torch.randn(M, K + 3)[:, 1 : K + 1].to(dtype), torch.randn(r, K), torch.randn(N, r)
+    bias = torch.randn(N).to(dtype) if case.bias else None
+    drop = dropout.of(case.p, torch.tensor([7]) if case.p else None)
+    with intercept(checker):
+        decoding.multiply(x, weight, bias, (a.to(dtype), b.to(dtype)), (1.5, 1.0), True, drop)
+    return checker.launches
+
+
+def of_many(N: int, K: int, ranks: Sequence[int], p: float, dtype: torch.dtype) -> int:
+    """Of groups of 5, 0 and 40 rows in mixed order, and of 2 rows of nobody."""
+    lengths, checker = (5, 0, 40), Checker()
+    M, places = sum(lengths) + 2, [0, 5, 5, 45]
+    order, offsets = torch.randperm(M), torch.tensor([*places, M])
+    a = [torch.randn(r, K).to(dtype) for r in ranks]
+    b = [torch.randn(N, r).to(dtype) for r in ranks]
+    gradients = tuple([torch.zeros_like(t) for t in matrices] for matrices in (a, b))
+    checker.behind = (*a, *b, *gradients[0], *gradients[1])
+    seeds = torch.tensor([3, 4, 5]) if p else None
+    branches = Branches(a, b, [1.5, 2.0, 1.0], p, seeds, order, [*places, M], offsets)
+    x, dy = torch.randn(M, K + 3)[:, 1 : K + 1].to(dtype), torch.randn(M, N).to(dtype)
+    s = torch.zeros(M, max(ranks), dtype=dtype)
+    with intercept(checker):
+        many.add_(torch.randn(M, N).to(dtype), x, branches, s)
+        many.backward(torch.randn(M, K).to(dtype), (dy, x, s), branches, gradients)
+    return checker.launches
+
+
+def of_columns_and_gates() -> int:
+    (z, dy, other), checker = (torch.randn(33, 70)[:, 3:] for _ in range(3)), Checker()
     with intercept(checker):
         for added in (None, other, other[0]):
             columns.forward(z, torch.rand(67), added)
@@ -167,7 +212,70 @@ def check(plans: Sequence[str], cases: Sequence[Case]) -> int:
         for act in gating.ACTIVATIONS:
             gating.gated(z, other, act)
             gating.gradients((z, other), dy, act, tuple(torch.empty(33, 134).chunk(2, 1)))
-    return launches + checker.launches
+    return checker.launches
+
+
+WEIGHTS = (
+    ("nf4", None, 128), ("int4", 32, 160), ("int8", None, 71), ("fp8", None, 129), ("fp8", 48, 100),
+)  # fmt: skip
+FEW = (Case(1, 9, 0, 3, F32), Case(5, 33, 0, 17, p=0.3, bias=True), Case(35, 40, 0, 64))
+GROUPS = (
+    (20, 24, (3, 1, 2), 0.0, F32),
+    (65, 71, (17, 40, 3), 0.3, F16),
+    (80, 64, (16, 16, 16), 0.3, F32),
+)
+
+
+def named_cases(plans: Sequence[str], short: bool) -> Iterator[tuple[str, Callable[[], int]]]:
+    for plan in plans:
+        for case in SHORT if short else CASES:
+            for card, target in (("pointers", AMPERE), ("descriptors", HOPPER)):
+                for op in ("linear", "add") if serves(plan, case) else ():
+                    name = f"{plan} {op} by {card}: {case}"
+                    yield name, partial(of_plan, plan, target, case, op)
+    for p, words in ((0.3, 1), (0.7, 3)):
+        yield f"the mask of p = {p}", partial(of_mask, p, words)
+    for weight in WEIGHTS:
+        yield f"decoding {weight}", partial(of_decoder, *weight)
+        for case in FEW[1:2] if short else FEW:
+            yield f"few rows of {weight}: {case}", partial(of_product, *weight, case)
+    for groups in GROUPS[1:2] if short else GROUPS:
+        yield f"many groups {groups}", partial(of_many, *groups)
+    yield "columns and gates", of_columns_and_gates
+
+
+# --------------------------------------------------------------------------------------- child each
+
+
+def in_child(run: Callable[[], int]) -> tuple[int, str | None]:
+    """(launches, None) of a call in a child process, or (0, what it died of)."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 the child's last
+            faulthandler.enable(2)
+            status = 1
+            try:
+                print(f"{run()} launches", flush=True)
+                status = 0
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        lines, errors = out.read().splitlines(), err.read()
+    if status == 0:
+        return int(lines[-1].split()[0]), None
+    kernel = next((line.removeprefix(BEFORE) for line in reversed(lines)), "before any launch")
+    if status > 0:
+        return 0, f"{kernel}: {errors.strip().splitlines()[-1]}"
+    frames = re.findall(r'File "([^"]+)", line (\d+) in (\w+)', errors)
+    ours = [f for f in frames if "lora_kernels/backends/triton" in f[0] or f[2].endswith("_kernel")]
+    where = ", ".join(f"{name} line {line}" for _, line, name in ours[:1])
+    return 0, f"{kernel}: signal {-status}{' in ' * bool(where)}{where}"
 
 
 # ----------------------------------------------------------------------------------- faulty kernels
@@ -203,12 +311,13 @@ def writer_kernel(x, y, n, BLOCK: tl.constexpr):
     tl.store(x + i, values, mask=i < n)
 
 
-def fault(kind: str) -> None:
+def fault(kind: str) -> int:
     n = 100
     # Room on both sides, so that the plain run survives.
     room, out = torch.randn(3 * n), torch.zeros(3 * n)
     x, y = room[n : 2 * n], out[n : 2 * n]
-    with intercept(Checker(f"the fault {kind}")):
+    checker = Checker()
+    with intercept(checker):
         if kind == "none":
             launch(copy_kernel, (1,), x, y, n, 1, 0, BLOCK=128)
         elif kind == "past the end":
@@ -222,32 +331,50 @@ def fault(kind: str) -> None:
         elif kind == "gap":
             # The stride is taken for one less: what lies between the elements is read.
             launch(copy_kernel, (1,), room[::3][:n], y, n, 2, 0, BLOCK=128)
+    return checker.launches
 
 
-FAULTS = (
-    "none",
-    "past the end",
-    "before the start",
-    "written past the end",
-    "input written",
-    "gap",
-)
+# What is found of each.
+FAULTS: Mapping[str, str | None] = {
+    "none": None,
+    "past the end": "copy_kernel: signal 11",
+    "before the start": "first_kernel: AssertionError: other bits between guards",
+    "written past the end": "beyond_kernel: signal 11",
+    "input written": "writer_kernel: signal 11",
+    "gap": "copy_kernel: AssertionError: other bits between guards",
+}
+
+
+def missed() -> list[str]:
+    """Faults of which something else is found than is true."""
+    found = {kind: in_child(partial(fault, kind)) for kind in FAULTS}
+    return [
+        f"{kind}: {died}"
+        for kind, (launches, died) in found.items()
+        if not (died or "").startswith(FAULTS[kind] or "") or (died is None) != (launches == 1)
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", nargs="+", choices=PLANS_HERE, default=PLANS_HERE)
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--fault", choices=FAULTS)
     args = parser.parse_args()
-    faulthandler.enable()
-    if args.fault:
-        fault(args.fault)
-    else:
-        launches = check(args.plan, SHORT if args.short else CASES)
-        print(f"{launches} launches between guards, none out of bounds")
-        return 0 if launches else 1
-    return 0
+    torch.use_deterministic_algorithms(True)  # new memory holds NaN
+    torch.set_num_threads(1)  # others would be missing in a child
+    wrong = missed()
+    if wrong:
+        print("the check does not find what is there, so it says nothing:", *wrong, sep="\n  ")
+        return 2
+    total, died = 0, 0
+    for name, run in named_cases(args.plan, args.short):
+        launches, reason = in_child(run)
+        total += launches
+        if reason is not None:
+            died += 1
+            print(f"{name}: {reason}", flush=True)
+    print(f"{total} launches between guards, {died or 'none'} out of bounds")
+    return 0 if total and not died else 1
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ FLOORS["backends.cuda.plans"] = {
     "flag": 3,
     "__init__": 4,
 }
-FLOORS["backends.codegen"] = {"cases": 0, "__init__": 1, "__main__": 2}
+FLOORS["backends.codegen"] = {"cases": 0, "calls": 1, "__init__": 2, "__main__": 3}
 
 
 def run(code):

@@ -11,7 +11,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from interpreted import AMPERE, HOPPER
+
 from lora_kernels.backends import codegen
+from lora_kernels.backends.codegen import __main__ as pages
+from lora_kernels.backends.codegen import cases
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import CARDS, assume
@@ -32,7 +36,8 @@ def test_short_check_passes():
     command = [sys.executable, "-m", "lora_kernels.backends.codegen", "--short"]
     run = subprocess.run(command, env=_environment(), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert {"gemm_tma_kernel", "dx_da_kernel"} <= set(run.stdout.split())
+    kernels = {"gemm_tma_kernel", "dx_da_kernel", "coded_kernel", "specialised_gemm_kernel"}
+    assert kernels <= set(run.stdout.split())
     assert "0 break a rule" in run.stdout
 
 
@@ -95,7 +100,11 @@ def test_buffers_are_counted_in_what_is_compiled():
     """A load with two uses, as `dual` had it, gets one too few. In a process of its own."""
     program = """
 from unittest import mock
+from interpreted import AMPERE, HOPPER
+
 from lora_kernels.backends import codegen
+from lora_kernels.backends.codegen import __main__ as pages
+from lora_kernels.backends.codegen import cases
 from lora_kernels.backends.codegen.cases import Case
 from lora_kernels.backends.triton import tiles
 
@@ -151,3 +160,58 @@ def test_triton_serves_no_card_without_tensor_cores():
         assert "no tensor cores for this GPU" in found[name]
     with assume(CARDS["86"]):
         assert PLANS["cublas"].refusal(call) is None
+
+
+def test_a_part_of_the_matrix_is_made_anew():
+    page = f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n"
+    first = {("cublas", "80"): "3 compiled", ("mask", "75"): "2 compiled"}
+    page = pages.with_matrix(page, first, whole=True)
+    assert pages.written(page) == first
+    assert page.startswith("before")
+    assert page.endswith("after\n")
+    assert "old" not in page
+    again = pages.with_matrix(page, {("mask", "75"): "4 compiled"}, whole=False)
+    assert pages.written(again) == first | {("mask", "75"): "4 compiled"}
+    with pytest.raises(ValueError, match="its other cells are not of Triton"):
+        pages.with_matrix(page.replace("Triton ", "Triton 0."), first, whole=False)
+
+
+def test_what_cells_say():
+    found = {
+        ("shrink_gemm", "90"): [SOUND, SOUND._replace(spills=8)],
+        ("shrink_gemm", "89"): [SOUND],
+        ("gluon", "90"): [SOUND],
+        ("mask", "89"): [SOUND],
+    }
+    cells = pages.cells(found)
+    ran = ", run on H100, H200"
+    assert cells["shrink_gemm", "90"] == f"2 compiled, 1 spill, 1 faulty, interpreted{ran}"
+    assert cells["shrink_gemm", "89"] == "1 compiled"
+    assert cells["gluon", "90"] == f"1 compiled{ran}"
+    assert cells["mask", "89"] == "1 compiled, interpreted"
+    assert [CARDS[card]._replace(sms=0) for card in cases.INTERPRETED_CARDS] == [
+        card._replace(sms=0) for card in (AMPERE, HOPPER)
+    ]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_every_card_has_the_elementwise_kernels(card):
+    served = {case.plan for case in cases.SHORT if cases.is_served(case, CARDS[card])}
+    assert served >= set(cases.ELEMENTWISE)
+    assert (served == set(cases.ELEMENTWISE)) == (card == "75")
+    assert ("gluon" in served) == (card == "90")
+
+
+def test_a_split_of_ds_db_that_fills_whole_waves():
+    """5 shares of 64 row tiles would be 320 programs for the 264 that run at once."""
+    assert tiles.ds_db(CARDS["90"], torch.bfloat16, (8192, 4096), 16, True).split == 5
+    assert tiles.whole_waves(64, 132, 64) == 4
+    assert tiles.whole_waves(300, 132, 64) == 1
+    assert tiles.whole_waves(1, 132, 24) == 6
+    call = Call("backward", "bfloat16", 4096, 4096, 4096, 16, False)
+    [ds_db] = [each for each in PLANS["cublas"].backward.launches if each.name == "ds_db"]
+    fields = list(ds_db.variants(call, CARDS["90"]))
+    assert fields.count({"split": 8}) == 1
+    assert {"split": 2} in fields
+    fields = list(ds_db.variants(call._replace(M=3200), CARDS["90"]))
+    assert fields[-1] == {"split": 10}

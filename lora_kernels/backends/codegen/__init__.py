@@ -12,31 +12,22 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lora_kernels.backends import cuda
-from lora_kernels.backends.codegen.cases import COLUMNS, GATING, MANY, OTHERS, Case
-from lora_kernels.backends.cuda import many
-from lora_kernels.backends.cuda.choice import use_plan
+from lora_kernels.backends.codegen.calls import run
+from lora_kernels.backends.codegen.cases import Case
 from lora_kernels.backends.device import CARDS, Target, assume
-from lora_kernels.backends.scaling import split
-from lora_kernels.backends.triton import columns, decoding, dropout, gating
 from lora_kernels.backends.triton.launch import intercept
-from lora_kernels.branch import Branch, Branches, Dense, Need
-from lora_kernels.weights import quantize
 
-TARGETS = {name: card for name, card in CARDS.items() if card.has_tensor_cores}
 _GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel")
 _SPECIALISED = "specialised_gemm_kernel"
 _ELEMENTWISE = (
-    "reduce_kernel", "decode_kernel", "scale_kernel", "scale_backward_kernel", "gate_kernel",
-    "gate_backward_kernel",
+    "reduce_kernel", "mask_kernel", "decode_kernel", "scale_kernel", "scale_backward_kernel",
+    "gate_kernel", "gate_backward_kernel",
 )  # fmt: skip
 _BY_TMA = ("gemm_tma_kernel", _SPECIALISED)
 
@@ -69,7 +60,7 @@ class _OfflineDriver:
     """Enough of a driver for JITFunction.warmup, which caches per device: one number an arch."""
 
     def __init__(self, card: str) -> None:
-        self._number, self._target = list(TARGETS).index(card), TARGETS[card]
+        self._number, self._target = list(CARDS).index(card), CARDS[card]
 
     def get_current_device(self) -> int:
         return self._number
@@ -215,10 +206,10 @@ def faults(kernel: Kernel) -> list[str]:
 def compile_case(case: Case, card: str, seen: set[str]) -> list[Kernel]:
     """The kernels of a case whose hashes are not in `seen`, which gets them. Takes the process's
     Triton driver for good."""
-    kernels, target = [], TARGETS[card]
+    kernels, target = [], CARDS[card]
 
     def build(
-        kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], run: object
+        kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], _: object
     ) -> None:
         compiled = kernel.warmup(*args, grid=grid, **meta)
         if compiled.hash in seen:
@@ -229,67 +220,8 @@ def compile_case(case: Case, card: str, seen: set[str]) -> list[Kernel]:
         constants = {**meta, "dtype": dtype, "aligned": aligned}
         kernels.append(_inspect(case, target, compiled, constants))
 
-    def tensor(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, dtype=case.dtype, device="meta")
-
-    M, N, K, r = case.M, case.N, case.K, case.r
-    weight = tensor(K, N).t() if case.transposed else tensor(N, K)
-    x, dy = (tensor(M, 2 * n)[:, :n] if case.transposed else tensor(M, n) for n in (K, N))
-    bias = tensor(1, N)[0] if case.bias else None
-    words = 3 if case.part else 1
-    seed = torch.empty(words, dtype=torch.int64, device="meta") if case.dropout else None
     # Not put back: where there is no GPU, Triton has no driver to return to.
     triton.runtime.driver.set_active(_OfflineDriver(card))
-    if case.plan in OTHERS:
-        with assume(target), intercept(build):
-            if case.plan == MANY:
-                _many(case, x, dy, tensor)
-            elif case.plan == COLUMNS:
-                factor = torch.empty(N, device="meta")
-                columns.forward(dy, factor, bias)
-                columns.backward(dy, dy, factor, True)
-            elif case.plan == GATING:
-                gating.gated(dy, dy, case.kind)
-                gating.gradients((dy, dy), dy, case.kind, (dy, dy))
-            else:
-                _decode(case, x, tensor)
-        return kernels
-    with assume(target), intercept(build), use_plan(case.plan, case.tiles):
-        base, s = Dense(weight, bias), tensor(M, r)
-        branch = Branch(tensor(r, K), tensor(N, r), case.scaling, case.dropout, seed)
-        if "forward" in case.ops:
-            cuda.forward(base, x, branch, True)
-        if "backward" in case.ops:
-            cuda.backward(base, dy, x, s, branch, Need(True, False, True, True))
+    with assume(target), intercept(build):
+        run(case)
     return kernels
-
-
-def _decode(case: Case, x: torch.Tensor, tensor: Callable[[int, int], torch.Tensor]) -> None:
-    """A strip of a quantised weight, or few rows times all of it; of 128 rows it is in square
-    blocks."""
-    block = 128 if case.kind == "fp8" and case.M == 128 else None
-    weight = quantize(torch.zeros(2, 256), case.kind, block=block).to("meta")
-    if case.M > 64:
-        decoding.decode(weight, slice(0, 2), slice(0, 256), tensor(2, 256))
-        return
-    pair, seed = (tensor(case.r, 256), tensor(2, case.r)), None
-    if case.dropout:
-        seed = torch.empty(1, dtype=torch.int64, device="meta")
-    bias = tensor(1, 2)[0] if case.bias else None
-    scale, drop = split(case.scaling, case.dtype), dropout.of(case.dropout, seed)
-    decoding.multiply(x[:, :256], weight, bias, pair, scale, True, drop)
-
-
-def _many(
-    case: Case, x: torch.Tensor, dy: torch.Tensor, tensor: Callable[[int, int], torch.Tensor]
-) -> None:
-    """The branches of many groups, whose rows lie in any order."""
-    M, N, K, r, G = case.M, case.N, case.K, case.r, case.groups
-    order, offsets, seeds = (
-        torch.empty(size, dtype=torch.int64, device="meta") for size in (M, G + 2, G)
-    )
-    a, b = [tensor(r, K)] * G, [tensor(N, r)] * G
-    rows = order, range(G + 2), offsets
-    branches = Branches(a, b, [case.scaling] * G, case.dropout, seeds, *rows)
-    many.add_(tensor(M, N), x, branches, tensor(M, r))
-    many.backward(tensor(M, K), (dy, x, tensor(M, r)), branches, ([*a], [*b]))

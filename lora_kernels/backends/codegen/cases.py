@@ -52,19 +52,27 @@ class Case(NamedTuple):
         return f"{self.plan} {dtype} {shape}{flags}{fields}"
 
 
-# No plans of one branch: the kernels of many groups, the decoder of quantised weights, the
-# elementwise ones of DoRA and of gated MLPs.
-MANY, CODED, COLUMNS, GATING = "many", "coded", "columns", "gating"
-OTHERS = (MANY, CODED, COLUMNS, GATING)
+# No plans of one branch: the products of many groups, and of few rows with a quantised weight; and
+# elementwise, so for any card, the dropout mask, the decoder of quantised weights, the kernels of
+# DoRA and of gated MLPs.
+MANY, CODED = "many", "coded"
+MASK, DECODER, COLUMNS, GATING = "mask", "decoder", "columns", "gating"
+ELEMENTWISE = (MASK, DECODER, COLUMNS, GATING)
+OTHERS = (MANY, CODED, *ELEMENTWISE)
+# The cards as which the tests interpret the plans; what is no plan's has the tiles of every card.
+INTERPRETED_CARDS = ("80", "90")
 SHORT = (
+    Case(plan=MASK, dropout=0.1, part=True),
     Case(plan=GATING, kind="silu"),
     Case(plan=COLUMNS, bias=True),
-    Case(plan=CODED, kind="nf4"),
+    Case(plan=DECODER, kind="nf4"),
+    Case(plan=CODED, kind="nf4", M=16, bias=True),
     Case(plan=MANY, M=512, dropout=0.1, groups=16),
     Case(bias=True),
     Case(r=64, dropout=0.1),
     Case(plan="grouped", ops=("backward",)),
     Case(ops=("forward",), tiles={"gemm": {"pdl": 1}}),
+    Case(plan="gluon", bias=True, ops=("forward",)),
 )
 
 
@@ -89,15 +97,15 @@ def analytic() -> Iterator[Case]:
     yield backward._replace(dtype=torch.float32)
     yield backward._replace(M=512, r=64)
     for kind in KINDS:
-        yield Case(plan=CODED, kind=kind)
-        yield Case(plan=CODED, kind=kind, dtype=torch.float32)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield Case(plan=DECODER, kind=kind, dtype=dtype)
         few = Case(plan=CODED, kind=kind, M=16, bias=True)
         yield few
         yield few._replace(M=64, r=64, dropout=0.1)
         yield few._replace(r=64, M=32)
         yield few._replace(dtype=torch.float32)
         yield few._replace(dtype=torch.float16, scaling=32.0)
-    yield Case(plan=CODED, kind="fp8", N=256, K=256, M=128)  # in square blocks
+    yield Case(plan=DECODER, kind="fp8", M=128)  # in square blocks
     many = Case(plan=MANY, M=512, groups=16)
     for r in (1, 8, 64, 128, 200):
         yield many._replace(r=r)
@@ -110,6 +118,10 @@ def analytic() -> Iterator[Case]:
     yield many._replace(dtype=torch.float32, r=64, dropout=0.1)
     yield many._replace(dtype=torch.float16, scaling=32.0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        mask = Case(plan=MASK, dtype=dtype, dropout=0.1)
+        yield mask
+        yield mask._replace(part=True, transposed=True)
+        yield mask._replace(K=1031, M=1000)
         yield Case(plan=COLUMNS, dtype=dtype)
         yield Case(plan=COLUMNS, dtype=dtype, bias=True, N=1543, M=1000)
         for act in gating.ACTIVATIONS:
@@ -186,7 +198,7 @@ def _tuned(target: Target) -> Iterator[Case]:
 def is_served(case: Case, target: Target) -> bool:
     """Whether its plan is for such a card."""
     if case.plan in OTHERS:
-        return True
+        return case.plan in ELEMENTWISE or target.has_tensor_cores
     dtype = str(case.dtype).removeprefix("torch.")
     sizes, dropout = (case.M, case.N, case.K, case.r), case.dropout > 0
     with assume(target):

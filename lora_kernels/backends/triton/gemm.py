@@ -23,6 +23,8 @@ from lora_kernels.backends.triton.blocks import (
     add_low_rank,
     column_halves,
     load_seed,
+    load_tile,
+    load_tile_hinted,
     loop_steps,
     multiply_add,
     store_tile,
@@ -70,6 +72,19 @@ def finish_tile(acc, out, out_desc, term, bias, place, STRIPS: tl.constexpr):
         values = tl.load(bias + cols, mask=cols < out.cols, other=0.0)
         acc += values.to(out.ptr.dtype.element_ty).to(tl.float32)[None, :]
     store_strips(acc, out, out_desc, term, seed, place, STRIPS)
+
+
+@triton.jit
+def load_ahead(term, bias, place):
+    """What `finish_tile` reads of a term of one block, without dropout: (low, mat, bias)."""
+    rows, cols = place.row + tl.arange(0, place.BM), place.col + tl.arange(0, place.BN)
+    rank = tl.arange(0, term.ranks.R)
+    low, mat = load_tile_hinted(term.low, rows, rank, "", ".cg"), load_tile(term.mat, rank, cols)
+    if bias is None:
+        values = tl.zeros((place.BN,), tl.float32)
+    else:
+        values = tl.load(bias + cols, mask=cols < term.mat.cols, other=0.0)
+    return low, mat, values
 
 
 @triton.jit
@@ -155,35 +170,62 @@ def gemm_tma_kernel(
     stride_xm, stride_w, stride_lr, stride_ln,
     R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, NT: tl.constexpr, STRIPS: tl.constexpr, DROP: tl.constexpr,
-    HIGH: tl.constexpr, SMS: tl.constexpr, PDL: tl.constexpr,
+    HIGH: tl.constexpr, SMS: tl.constexpr, PDL: tl.constexpr, FLATTEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Persistent version on TMA descriptors: 16-bit operands, aligned rows of unit stride. With PDL
     the kernel that writes low may still run: its end is awaited where low is first read, and
-    nothing but descriptors is written before."""
+    nothing but descriptors is written before. FLATTEN and EARLY as the fields of `GemmTile`."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     x_desc = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BM, BK])
     mat_desc = right_descriptor(mat, K, N, stride_w, BK, BN, NT)
     out_desc = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BM, BN // STRIPS])
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, SMS):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, SMS, flatten=FLATTEN):
         pm, pn = tile_order(tile, tiles_m, tiles_n, GROUP)
         row, col = pm * BM, pn * BN
+        if EARLY:
+            low_tile, low_mat_tile, values = load_ahead(
+                Term(
+                    Matrix(low, r, 1, M, r),
+                    Matrix(low_mat, stride_lr, stride_ln, r, N),
+                    Mask(seed_ptr, threshold, scale, DROP),
+                    Ranks(R, RANKS, HIGH, "ieee"),
+                ),
+                bias,
+                Place(row, col, BM, BN),
+            )
         acc = tma_loop(x_desc, mat_desc, Place(row, col, BM, BN), K, BK, NT)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        finish_tile(
-            acc,
-            Matrix(out, N, 1, M, N),
-            out_desc,
-            Term(
-                Matrix(low, r, 1, M, r),
-                Matrix(low_mat, stride_lr, stride_ln, r, N),
-                Mask(seed_ptr, threshold, scale, DROP),
-                Ranks(R, RANKS, HIGH, "ieee"),
-            ),
-            bias,
-            Place(row, col, BM, BN),
-            STRIPS,
-        )
+        if EARLY:
+            acc = tl.dot(low_tile, low_mat_tile, acc)
+            if bias is not None:
+                acc += values.to(out.dtype.element_ty).to(tl.float32)[None, :]
+            store_strips(
+                acc, Matrix(out, N, 1, M, N), out_desc,
+                Term(
+                    Matrix(low, r, 1, M, r),
+                    Matrix(low_mat, stride_lr, stride_ln, r, N),
+                    Mask(seed_ptr, threshold, scale, DROP),
+                    Ranks(R, RANKS, HIGH, "ieee"),
+                ),
+                0, Place(row, col, BM, BN), STRIPS,
+            )  # fmt: skip
+        else:
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            finish_tile(
+                acc,
+                Matrix(out, N, 1, M, N),
+                out_desc,
+                Term(
+                    Matrix(low, r, 1, M, r),
+                    Matrix(low_mat, stride_lr, stride_ln, r, N),
+                    Mask(seed_ptr, threshold, scale, DROP),
+                    Ranks(R, RANKS, HIGH, "ieee"),
+                ),
+                bias,
+                Place(row, col, BM, BN),
+                STRIPS,
+            )
 
 
 def has_tma_rows(matrix: Tensor) -> bool:
@@ -242,6 +284,9 @@ def gemm(
         "num_stages": tile.stages,
     }
     pdl = tma and bool(tile.pdl) and overlaps(device)
+    plain = not drop and not pdl
+    flatten = plain and bool(tile.flatten) and device.is_hopper
+    early = plain and bool(tile.early) and shape["RANKS"] == 1 and high == 1
     programs = tiles.cdiv(M, tile.bm) * tiles.cdiv(N, tile.bn)
     values = (
         x, mat, low, low_mat, None if bias is None else bias.contiguous(), out,
@@ -252,7 +297,8 @@ def gemm(
         launch(
             gemm_tma_kernel, (min(programs, device.sms),), *values,
             x.stride(0), stored.stride(0), *low_mat.stride(), **shape,
-            NT=stored is not mat, SMS=device.sms, PDL=pdl, descriptors=True,
+            NT=stored is not mat, SMS=device.sms, PDL=pdl, FLATTEN=flatten, EARLY=early,
+            descriptors=True,
             **meta,
         )  # fmt: skip
     else:

@@ -44,6 +44,8 @@ class GemmTile(NamedTuple):
     strips: int = 1  # of columns, stored one after the other: less staging memory and registers
     group: int = 8
     pdl: int = 0  # whether the launch may begin before the one that makes its low-rank rows ends
+    flatten: int = 0  # whether the first loads of a tile are issued in the last steps of the other
+    early: int = 0  # whether the low-rank step and the bias are loaded before the reduction loop
 
 
 class Product(NamedTuple):
@@ -125,6 +127,11 @@ def row_block(M: int, most: int) -> int:
 def _split(programs: int, sms: int, steps: int) -> int:
     """Shares of a reduction of `steps` steps: two programs per SM, at least four steps each."""
     return max(1, min(cdiv(2 * sms, programs), steps // 4, 32))
+
+
+def whole_waves(programs: int, sms: int, steps: int) -> int:
+    """As `_split`, but rounded down: all programs run at once, two per SM."""
+    return max(1, min(2 * sms // programs, steps // 4, 32))
 
 
 def _warps(target: Target, R: int, aligned: bool) -> int:

@@ -6,6 +6,7 @@ from interpreted import (
     AMPERE,
     CASES,
     HOPPER,
+    NAMES,
     Case,
     Problem,
     geometric_means,
@@ -122,3 +123,24 @@ def test_candidates_of_a_tuner(op, case):
                     ratios(problem, compute(launch))
     varied = {launch for _, fields in listed for launch in fields}
     assert varied >= ({"shrink", "gemm", "expand"} if op == "forward" else {"da", "dx", "dx_da"})
+
+
+@pytest.mark.parametrize("case", [CASES[4], CASES[11]], ids=str)
+def test_loads_ahead_change_no_bit(case):
+    """Of a tile that the loop takes in another order, or whose low-rank step is loaded early."""
+    problem, options = Problem(case._replace(p=0.0)), []
+    problem.branch = (0.5, *problem.branch[1:])  # over 1 a part of it follows the low-rank step
+
+    def watch(kernel, grid, args, meta, run):
+        if kernel.fn.__name__ == "gemm_tma_kernel":
+            options.append((meta["FLATTEN"], meta["EARLY"]))
+        run()
+
+    found = []
+    with assume(HOPPER), intercept(watch):
+        for fields in ({"bm": 32}, {"bm": 32, "flatten": 1}, {"bm": 32, "early": 1}):
+            with use_plan("shrink_gemm", {"gemm": fields, "dx": fields}):
+                found.append(problem.linear())
+    assert options == [(False, False)] * 2 + [(True, False)] * 2 + [(False, True)] * 2
+    for other in found[1:]:
+        assert all(torch.equal(other[name], found[0][name]) for name in NAMES)

@@ -78,8 +78,19 @@ def _tiles(target: Target, M: int, r: int, masked: bool) -> tuple[GemmTile, ...]
     return few if M <= 512 else wide + few
 
 
+def _ahead(target: Target, call: Call, masked: bool) -> Iterator[GemmTile]:
+    """The widest tile with loads that begin earlier, for which ranks of one block leave room."""
+    if not target.has_wide_tiles or masked or call.M <= 512 or call.r > 64:
+        return
+    wide = GemmTile(128, 256, 64, 3, 8, 2)
+    yield wide._replace(early=1)
+    if target.is_hopper:
+        yield wide._replace(flatten=1)
+
+
 def _variants(call: Call, target: Target) -> Iterator[Fields]:
     yield from map(fields_of, _tiles(target, call.M, call.r, masked=False))
+    yield from map(fields_of, _ahead(target, call, masked=False))
     if target.has_wide_tiles:
         yield {"pdl": 1}
 
@@ -87,6 +98,7 @@ def _variants(call: Call, target: Target) -> Iterator[Fields]:
 def _variants_dx(call: Call, target: Target) -> Iterator[Fields]:
     for tile in _tiles(target, call.M, call.r, call.dropout):
         yield fields_of(tile._replace(strips=tile.bn // 64) if call.dropout else tile)
+    yield from map(fields_of, _ahead(target, call, call.dropout))
 
 
 PLAN = replace(  # on a given base output there is no GEMM
