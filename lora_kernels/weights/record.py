@@ -172,7 +172,8 @@ def check_finite(weight: _Weight) -> _Weight:
 
 
 def expect(name: str, tensor: Tensor, shape: Sequence[int], *dtypes: torch.dtype) -> None:
-    """Raises ValueError or TypeError unless a tensor has a shape and one of the dtypes."""
+    """Raises ValueError or TypeError unless a tensor has a shape and one of the dtypes, and is
+    frozen."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
@@ -182,3 +183,8 @@ def expect(name: str, tensor: Tensor, shape: Sequence[int], *dtypes: torch.dtype
         raise TypeError(f"{name}: expected {legal}, got {tensor.dtype}")
     if tensor.layout is not torch.strided or not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor that does not require grad, a quantised weight has no"
+            " gradient; detach it"
+        )

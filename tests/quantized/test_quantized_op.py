@@ -19,7 +19,7 @@ from lora_kernels.backends.native import extension
 from lora_kernels.backends.native import quantized as native
 from lora_kernels.functional import linear_quantized
 from lora_kernels.testing import Aten
-from lora_kernels.weights import KINDS, Int8
+from lora_kernels.weights import KINDS, Int8, assemble
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", "native") if extension.available() else ("reference",)
@@ -313,6 +313,22 @@ def test_refusals():
     op = torch.ops.lora_kernels.lora_linear_quantized
     with pytest.raises(RuntimeError, match="needs save_s=True"):
         op(x, weight.parts, weight.form, a, b, None, 1.0, 0.0, None, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trains_x", [False, True])
+def test_a_part_that_asks_for_a_gradient(kind, trains_x):
+    """After the record was made, which refuses one before."""
+    weight, (a, b) = quantize(torch.randn(48, 128), kind), adapter(128, 48)
+    scale = next(part for part in weight.parts if part.dtype == torch.float32)
+    scale.requires_grad_()
+    x = torch.randn(5, 128, requires_grad=trains_x)
+    with pytest.raises(ValueError, match="expected a tensor that does not require grad"):
+        lora_linear(x, weight, a, b)
+    with pytest.raises(ValueError, match="expected a tensor that does not require grad"):
+        linear_quantized(x, weight)
+    with pytest.raises(ValueError, match="expected a tensor that does not require grad"):
+        assemble(weight.form, weight.parts)
 
 
 @pytest.mark.parametrize(
