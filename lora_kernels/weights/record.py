@@ -24,7 +24,10 @@ class QuantizedWeight(ABC):
     does not copy. Its classes are the layouts; `quantize` makes one of a weight, `from_torchao` and
     the others of what another library holds.
 
-    Its values are those of `dequantize(torch.float32)`; other dtypes round them once.
+    Its values are those of `dequantize(torch.float32)`; other dtypes round them once. Shapes and
+    dtypes of its tensors are checked where it is made, their contents are not, which a device would
+    have to wait for: `from_torchao` and the others raise ValueError for scales that are not finite,
+    a record made by hand decodes to what they say.
     """
 
     kind: ClassVar[str]
