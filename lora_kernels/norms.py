@@ -11,7 +11,6 @@ from lora_kernels.backends import blocked, dequantized
 from lora_kernels.weights import QuantizedTensor, QuantizedWeight
 
 HELD = "_norms"  # the key under which a module's dictionary holds those of evaluation
-_STRIP_BYTES = 8 << 20
 
 
 @torch.no_grad()
@@ -48,8 +47,7 @@ def _of_strips(weight: QuantizedWeight, a: Tensor) -> tuple[Tensor, Tensor]:
     """|W|^2 of each row and W A^T, decoded a few rows at a time."""
     (N, K), r = weight.shape, a.shape[0]
     squares, cross = a.new_empty(N), a.new_empty(N, r)
-    step = max(1, _STRIP_BYTES // (K * a.element_size() * 128)) * 128
-    for rows in blocked.blocks(N, step):
+    for rows in blocked.blocks(N, dequantized.rows_of_strip(weight, a.dtype)):
         memory = a.new_empty(rows.stop - rows.start, K)
         strip = dequantized.decode(weight, rows, slice(0, K), memory)
         squares[rows] = strip.square().sum(1)

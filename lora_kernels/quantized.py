@@ -46,13 +46,12 @@ def linear(
     a, b, scaling, p, seed = branch or Branch(None, None, 1.0, 0.0, None)  # type: ignore[arg-type]
     saves = torch.is_grad_enabled() and b is not None and b.requires_grad
     y: Tensor
-    unseen = not torch.compiler.is_compiling() and is_unwatched(
-        x, weight.parts[0], a, b, bias, seed
-    )
-    if unseen and not (torch.is_grad_enabled() and any_requires_grad(x, a, b, bias)):
+    parts = weight.parts
+    unseen = not torch.compiler.is_compiling() and is_unwatched(x, parts[0], a, b, bias, seed)
+    if unseen and not (torch.is_grad_enabled() and any_requires_grad(x, a, b, bias, *parts)):
         y, _ = _forward(x, weight, bias, branch, False)
         return y
-    arguments = (x, weight.parts, weight.form, a, b, bias, scaling, p, seed, saves)
+    arguments = (x, parts, weight.form, a, b, bias, scaling, p, seed, saves)
     y = _OPS.lora_linear_quantized(*arguments)[0]
     return y
 

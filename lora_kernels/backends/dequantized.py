@@ -1,5 +1,6 @@
-"""Products with a quantised weight that is decoded strip by strip, each as large as the cache of a
-core or a few launches want it: at no time is there a copy of the whole.
+"""Products with a quantised weight that is decoded strip by strip: at most a quarter of the weight
+is there at a time, and no more than a cache holds, so that the product reads what was just written.
+Only what is small, or a few vectors in all, is a strip of its own.
 
 The weight is rounded to the dtype of the rows, as its owner's own method rounds it.
 """
@@ -13,9 +14,12 @@ from lora_kernels.backends import blocked, trial
 from lora_kernels.backends.native import quantized as native
 from lora_kernels.weights import QuantizedWeight
 
-_CPU_STRIP_BYTES = 8 << 20
-_ACCELERATOR_STRIP_BYTES = 64 << 20
+# More than 8 MiB are past a core's share of the cache, more than 32 past the last cache of a large
+# GPU. Under 4 a quarter is too narrow a matrix: the product costs more than the memory is worth.
+_CPU_STRIP_BYTES, _ACCELERATOR_STRIP_BYTES, _LEAST_BYTES = 8 << 20, 32 << 20, 4 << 20
+_SHARE = 4
 _ALIGNED = 128  # rows and columns of strips; any block of a layout fits
+_FEW = 16  # rows, of a weight that has not many
 
 
 def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -25,7 +29,7 @@ def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     wide = blocked.is_wide(x, forward=True)
     if bias is not None:
         bias = bias.to(x.dtype)
-    step = _step(K, x)
+    step = rows_of_strip(weight, _dtype_of_strips(x, wide))
     memory = x.new_empty(min(N, step), K)
     for rows in blocked.blocks(N, step):
         strip = decode(weight, rows, slice(0, K), memory[: rows.stop - rows.start])
@@ -43,7 +47,8 @@ def add_gradient(dx: Tensor, dy: Tensor, weight: QuantizedWeight) -> None:
     """dx [M,K] += dy W of dy [M,N], by strips of columns of W: each element is rounded once."""
     N, K = weight.shape
     wide = blocked.is_wide(dy)
-    step = _step(N, dy)
+    most = _fitting(weight, K, _dtype_of_strips(dy, wide))
+    step = _even(K, most, _ALIGNED)
     memory = dy.new_empty(N * min(K, step))
     for columns in blocked.blocks(K, step):
         width = columns.stop - columns.start
@@ -104,7 +109,27 @@ def _deviation(device: torch.device) -> str | None:
     return decoding.deviation(device)
 
 
-def _step(length: int, rows: Tensor) -> int:
-    """How many vectors of a length are a strip, in the dtype of rows."""
-    most = _CPU_STRIP_BYTES if rows.device.type == "cpu" else _ACCELERATOR_STRIP_BYTES
-    return max(1, most // (length * rows.element_size() * _ALIGNED)) * _ALIGNED
+def rows_of_strip(weight: QuantizedWeight, dtype: torch.dtype) -> int:
+    """How many rows of a weight are a strip in a dtype."""
+    most = _fitting(weight, weight.shape[0], dtype)
+    return _even(weight.shape[0], most, _ALIGNED if most >= _ALIGNED else _FEW)
+
+
+def _even(count: int, most: int, unit: int) -> int:
+    """The step by which `count` is gone through in equal parts, of whole units and at most `most`,
+    but at least of one unit."""
+    parts = -(-count // (max(1, most // unit) * unit))
+    return -(-count // (parts * unit)) * unit
+
+
+def _fitting(weight: QuantizedWeight, count: int, dtype: torch.dtype) -> int:
+    """Of the weight's `count` vectors, how many may be decoded at a time."""
+    N, K = weight.shape
+    whole = N * K * dtype.itemsize
+    most = _CPU_STRIP_BYTES if weight.device.type == "cpu" else _ACCELERATOR_STRIP_BYTES
+    return min(most, max(_LEAST_BYTES, whole // _SHARE)) * count // whole
+
+
+def _dtype_of_strips(rows: Tensor, wide: bool) -> torch.dtype:
+    """That which they are multiplied in: there may be such a copy of each."""
+    return torch.float32 if wide else rows.dtype

@@ -223,8 +223,9 @@ class Gptq(QuantizedWeight):
         words = self.qweight[columns.start // _WORD : columns.stop // _WORD, rows]
         codes = _unpacked(words).permute(1, 0, 2).reshape(rows.stop - rows.start, -1)
         group = self.g_idx[columns].long()
-        zeros = _unpacked(self.qzeros[group]).flatten(1)[:, rows] + self.less
-        scales = self.group_scales[group][:, rows].float()
+        some, wanted = _words(rows)
+        zeros = _unpacked(self.qzeros[:, some]).flatten(1)[:, wanted][group] + self.less
+        scales = self.group_scales[:, rows][group].float()
         return (codes - zeros.t()) * scales.t()
 
 
@@ -254,15 +255,20 @@ class Awq(QuantizedWeight):
         return [self.group_scales]
 
     def _values(self, rows: slice, columns: slice) -> Tensor:
-        words = slice(rows.start // _WORD, -(-rows.stop // _WORD))
-        begin = words.start * _WORD
-        wanted = slice(rows.start - begin, rows.stop - begin)
+        words, wanted = _words(rows)
         order = torch.tensor(_AWQ_ORDER, device=self.device)
         codes = _unpacked(self.qweight[columns, words])[..., order].flatten(1)[:, wanted]
         group = torch.arange(columns.start, columns.stop, device=self.device) // self.group
-        zeros = _unpacked(self.qzeros[:, words])[..., order].flatten(1)[group][:, wanted]
-        scales = self.group_scales[group][:, rows].float()
+        zeros = _unpacked(self.qzeros[:, words])[..., order].flatten(1)[:, wanted][group]
+        scales = self.group_scales[:, rows][group].float()
         return ((codes - zeros) * scales).t()
+
+
+def _words(rows: slice) -> tuple[slice, slice]:
+    """The words of eight values each that hold some rows, and these among their values."""
+    words = slice(rows.start // _WORD, -(-rows.stop // _WORD))
+    begin = words.start * _WORD
+    return words, slice(rows.start - begin, rows.stop - begin)
 
 
 def _unpacked(words: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def from_fp8(module: nn.Module) -> QuantizedWeight:
         )
     N, K = weight.shape
     codes, scale = weight.data, scale.data.float().contiguous()
-    if scale.numel() in (1, N) and tuple(scale.shape) != (-(-N // 128), -(-K // 128)):
+    if scale.numel() == 1 or tuple(scale.shape) in ((N,), (N, 1)):
         return check_finite(Float8((N, K), codes, scale.reshape(-1, 1)))
     side = getattr(module, "block_size", None) or (128, 128)
     if side[0] != side[1]:

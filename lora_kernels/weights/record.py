@@ -24,7 +24,10 @@ class QuantizedWeight(ABC):
     does not copy. Its classes are the layouts; `quantize` makes one of a weight, `from_torchao` and
     the others of what another library holds.
 
-    Its values are those of `dequantize(torch.float32)`; other dtypes round them once.
+    Its values are those of `dequantize(torch.float32)`; other dtypes round them once. Shapes and
+    dtypes of its tensors are checked where it is made, their contents are not, which a device would
+    have to wait for: `from_torchao` and the others raise ValueError for scales that are not finite,
+    a record made by hand decodes to what they say.
     """
 
     kind: ClassVar[str]
@@ -172,7 +175,8 @@ def check_finite(weight: _Weight) -> _Weight:
 
 
 def expect(name: str, tensor: Tensor, shape: Sequence[int], *dtypes: torch.dtype) -> None:
-    """Raises ValueError or TypeError unless a tensor has a shape and one of the dtypes."""
+    """Raises ValueError or TypeError unless a tensor has a shape and one of the dtypes, and is
+    frozen."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):
@@ -182,3 +186,8 @@ def expect(name: str, tensor: Tensor, shape: Sequence[int], *dtypes: torch.dtype
         raise TypeError(f"{name}: expected {legal}, got {tensor.dtype}")
     if tensor.layout is not torch.strided or not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor that does not require grad, a quantised weight has no"
+            " gradient; detach it"
+        )

@@ -16,14 +16,17 @@ _aten = torch.ops.aten
 _PART = "_part_"
 _OPS = torch.ops.lora_kernels
 _Handler = Callable[..., Any]
+# By the method, by the attribute; `nn.Parameter` and `Module.requires_grad_` come to the first.
+_TRAINS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 
 
 class QuantizedTensor(Tensor):
     """Stands for `record.dequantize(dtype)`, [N, K], or for its transpose.
 
     It is frozen and can be moved, copied, transposed, saved and multiplied with (`F.linear`,
-    `lora_linear`); other operations raise NotImplementedError. A change of its dtype is one of what
-    it is decoded to: the codes and scales stay.
+    `lora_linear`); other operations raise NotImplementedError, and to require a gradient, by itself
+    or with the whole model, raises ValueError. A change of its dtype is one of what it is decoded
+    to: the codes and scales stay.
     """
 
     record: QuantizedWeight
@@ -77,6 +80,8 @@ class QuantizedTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             return _linear(*args, **(kwargs or {}))
+        if func in _TRAINS:
+            _refuse_training(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -106,6 +111,15 @@ torch.serialization.add_safe_globals([_rebuild, QuantizedTensor])
 
 
 # ------------------------------------------------------------------------------------------ handled
+
+
+def _refuse_training(tensor: Tensor, requires_grad: bool = True) -> None:
+    if requires_grad and isinstance(tensor, QuantizedTensor):
+        raise ValueError(
+            f"requires_grad: expected False of a quantised weight, got True: {tensor.record!r} has"
+            " no gradient; train adapters (lora_parameters(model)), or replace the weight by its"
+            " dequantize()"
+        )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

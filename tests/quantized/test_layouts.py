@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from quantized_layouts import awq_layer, gptq_layer
 from torch import nn
 
 from lora_kernels import QuantizedWeight, quantize
@@ -26,6 +27,7 @@ from lora_kernels.weights import (
     owners,
     shape_of,
 )
+from lora_kernels.weights.record import check_finite
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,49 +36,6 @@ def needs(package):
     return pytest.mark.skipif(
         importlib.util.find_spec(package) is None, reason=f"needs {package}, which is not here"
     )
-
-
-def gptq_layer(N, K, group, act_order):
-    """What AutoGPTQ packs, and the weight that it packs, by the formulas of its `pack`."""
-    groups = K // group
-    g_idx = (torch.randperm(K) if act_order else torch.arange(K)).int() // group
-    codes, zeros = torch.randint(16, (K, N)), torch.randint(1, 16, (groups, N))
-    scales = torch.rand(groups, N).half() + 0.1
-    weight = (codes - zeros[g_idx.long()]) * scales[g_idx.long()].float()
-    qweight = torch.zeros(K // 8, N, dtype=torch.int64)
-    for i in range(8):
-        qweight |= codes[i::8] << 4 * i
-    qzeros = torch.zeros(groups, N // 8, dtype=torch.int64)
-    for i in range(8):
-        qzeros |= (zeros[:, i::8] - 1) << 4 * i
-    as_words = lambda t: torch.where(t >= 2**31, t - 2**32, t).int()  # noqa: E731
-    layer = nn.Module()
-    for name, tensor in {
-        "qweight": as_words(qweight), "qzeros": as_words(qzeros), "scales": scales, "g_idx": g_idx,
-    }.items():  # fmt: skip
-        layer.register_buffer(name, tensor)
-    return layer, weight.t()
-
-
-def awq_layer(N, K, group):
-    """What AutoAWQ's `WQLinear_GEMM` packs, and the weight that it packs."""
-    codes, zeros = torch.randint(16, (K, N)), torch.randint(16, (K // group, N))
-    scales = torch.rand(K // group, N).half() + 0.1
-    of = torch.arange(K) // group
-    weight = (codes - zeros[of]) * scales[of].float()
-
-    def packed(values):
-        words = torch.zeros(len(values), N // 8, dtype=torch.int64)
-        for i, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
-            words |= values[:, column::8] << 4 * i
-        return torch.where(words >= 2**31, words - 2**32, words).int()
-
-    layer = nn.Module()
-    for name, tensor in {
-        "qweight": packed(codes), "qzeros": packed(zeros), "scales": scales,
-    }.items():  # fmt: skip
-        layer.register_buffer(name, tensor)
-    return layer, weight.t()
 
 
 def every_layout():
@@ -328,6 +287,217 @@ def test_layers_that_are_not_sound():
     layer.bits = 8
     with pytest.raises(ValueError, match="a layer of 4 bits, got 8"):
         from_gptq(layer)
+
+
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+
+
+def spoilt(tensor, value):
+    """With one element that is not finite, the last."""
+    spoilt = tensor.clone()
+    spoilt.view(-1)[-1] = value
+    return spoilt
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_scales_of_gptq_awq_and_fp8_that_are_not_finite(value):
+    for layer, take in (
+        (gptq_layer(24, 64, 16, True)[0], from_gptq), (awq_layer(24, 64, 16)[0], from_awq),
+    ):  # fmt: skip
+        layer.scales = spoilt(layer.scales, value)
+        with pytest.raises(ValueError, match="group_scales: expected finite numbers"):
+            take(layer)
+    for name, shape in (
+        ("weight_scale_inv", (2, 3)), ("weight_scale", (200, 1)), ("weight_scale", (1,)),
+    ):  # fmt: skip
+        layer = nn.Module()
+        layer.weight = torch.randn(200, 300).to(torch.float8_e4m3fn)
+        setattr(layer, name, spoilt(torch.ones(shape), value))
+        with pytest.raises(ValueError, match=r"^scale: expected finite numbers"):
+            from_fp8(layer)
+
+
+def params4bit(double):
+    """What `from_bitsandbytes` reads of a Params4bit of 4 x 128 values."""
+    state = SimpleNamespace(
+        nested=double, code=torch.linspace(-1, 1, 16), absmax=torch.rand(8), blocksize=64,
+        shape=(4, 128), offset=torch.tensor(0.5),
+    )  # fmt: skip
+    if double:
+        state.absmax = torch.randint(256, (8,)).byte()
+        state.state2 = SimpleNamespace(code=torch.rand(256), absmax=torch.rand(1), blocksize=256)
+    return SimpleNamespace(quant_state=state, data=torch.zeros(256, 1).byte())
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize(
+    ("double", "held", "name"),
+    [
+        (False, "absmax", "scale"), (False, "code", "table"), (True, "offset", "offset"),
+        (True, "state2.absmax", "outer_scale"), (True, "state2.code", "outer_table"),
+    ],
+)  # fmt: skip
+def test_absmax_of_4_bits_that_is_not_finite(double, held, name, value):
+    param = params4bit(double)
+    owners._of_params4bit(param)
+    *path, last = held.split(".")
+    holder = getattr(param.quant_state, path[0]) if path else param.quant_state
+    setattr(holder, last, spoilt(getattr(holder, last), value))
+    with pytest.raises(ValueError, match=f"^{name}: expected finite numbers"):
+        owners._of_params4bit(param)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_absmax_of_8_bits_that_is_not_finite(value):
+    codes = torch.zeros(4, 64, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"^scale: expected finite numbers"):
+        owners.of_llm_int8(codes, spoilt(torch.ones(4), value))
+
+
+class Int8Tensor(SimpleNamespace):
+    """torchao's by name, as far as it is read."""
+
+
+class Float8Tensor(SimpleNamespace):
+    """torchao's by name, as far as it is read."""
+
+
+def of_torchao(kind, codes, scale, block, zero=None):
+    return kind(
+        qdata=codes, scale=scale, block_size=block, zero_point=zero, act_quant_kwargs=None
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_scales_of_torchao_that_are_not_finite(value):
+    codes = torch.zeros(4, 64, dtype=torch.int8)
+    bytes_ = codes.to(torch.float8_e4m3fn)
+    ones, bad = torch.ones(4, 1), spoilt(torch.ones(4, 1), value)
+    for tensor, name in (
+        (of_torchao(Int8Tensor, codes, bad, (1, 64)), "scale"),
+        (of_torchao(Int8Tensor, codes, ones, (1, 64), bad), "zero"),
+        (of_torchao(Float8Tensor, bytes_, bad, (1, 64)), "scale"),
+        (of_torchao(Float8Tensor, bytes_, bad[-1:], (4, 64)), "scale"),
+        (of_torchao(Float8Tensor, bytes_, bad[-2:].view(1, 2), (32, 32)), "scale"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected finite numbers"):
+            from_torchao(tensor)
+
+
+@pytest.mark.parametrize("index", range(14))
+def test_a_record_of_scales_that_are_not_finite_decodes_to_such(index):
+    """To make one reads no values, which would cost a device a wait in every call of the op."""
+    weight = list(every_layout())[index]
+    if weight.scales[-1].dtype == torch.uint8:
+        return
+    names = [name for name, one in weight.tensors().items() if one is weight.scales[-1]]
+    broken = dataclasses.replace(weight, **{names[0]: spoilt(weight.scales[-1], float("nan"))})
+    assert broken.dequantize(torch.float32).isnan().any()
+    with pytest.raises(ValueError, match=f"{names[0]}: expected finite numbers"):
+        check_finite(broken)
+
+
+WORDS = torch.zeros(8, 24, dtype=torch.int32)  # of GPTQ: 24 x 64
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Gptq((24, 60), *gptq_parts()), ValueError, "shape: expected multiples of 8"),
+        (lambda: Gptq((20, 64), *gptq_parts()), ValueError, "shape: expected multiples of 8"),
+        (lambda: Gptq((24, 64), *gptq_parts(qweight=WORDS[1:])), ValueError, "qweight: expected"),
+        (lambda: Gptq((24, 64), *gptq_parts(qweight=WORDS.long())), TypeError, "qweight"),
+        (lambda: Gptq((24, 64), *gptq_parts(qzeros=WORDS[:4, :2])), ValueError, "qzeros: expected"),
+        (lambda: Gptq((24, 64), *gptq_parts(scales=torch.ones(4, 23))), ValueError, "group_scales"),
+        (lambda: Gptq((24, 64), *gptq_parts(g_idx=WORDS[0])), ValueError, "g_idx: expected shape"),
+        (lambda: Awq((24, 64), *awq_parts(), group=24), ValueError, "multiples of 8 and 24"),
+        (lambda: Awq((20, 64), *awq_parts(), group=16), ValueError, "multiples of 8 and 16"),
+        (lambda: Awq((24, 64), *awq_parts(), group=0), ValueError, "multiples of 8 and 0"),
+        (lambda: Awq((24, 64), *awq_parts(), group=32), ValueError, "group_scales: expected shape"),
+        (lambda: Awq((32, 64), *awq_parts(), group=16), ValueError, "qweight: expected shape"),
+        (lambda: Float8((4, 64), E4M3, torch.ones(3, 1)), ValueError, "scale: expected shape"),
+        (lambda: Float8((4, 64), E4M3, torch.ones(4)), ValueError, "scale: expected shape"),
+        (lambda: Float8((4, 64), E4M3, torch.ones(1, 2), block=-1), ValueError, "block: expected"),
+        (lambda: Float8((4, 63), E4M3, torch.ones(4, 1)), ValueError, "codes: expected shape"),
+        (
+            lambda: Float8((4, 64), E4M3.to(torch.float8_e5m2), torch.ones(4, 1)),
+            TypeError,
+            "codes: expected float8_e4m3fn",
+        ),
+        (lambda: four_bits(block=63), ValueError, "block: expected an even number"),
+        (lambda: four_bits(scale=torch.ones(3)), ValueError, "scale: expected shape"),
+        (lambda: four_bits(zero=torch.ones(3)), ValueError, "zero: expected shape"),
+        (lambda: four_bits(codes=torch.zeros(127).byte()), ValueError, "codes: expected shape"),
+        (lambda: four_bits(table=torch.zeros(16).half()), TypeError, "table: expected float32"),
+    ],
+)
+def test_a_packing_that_does_not_fit(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+E4M3 = torch.zeros(4, 64).to(torch.float8_e4m3fn)
+
+
+def gptq_parts(**change):
+    layer, _ = gptq_layer(24, 64, 16, False)
+    own = {name: getattr(layer, name) for name in ("qweight", "scales", "qzeros", "g_idx")}
+    return list({**own, **change}.values())
+
+
+def awq_parts():
+    layer, _ = awq_layer(24, 64, 16)
+    return layer.qweight, layer.scales, layer.qzeros
+
+
+def four_bits(**change):
+    given = {"codes": torch.zeros(128).byte(), "table": torch.zeros(16), "scale": torch.ones(4)}
+    return FourBit((4, 64), **{**given, **change})
+
+
+def test_as_many_square_blocks_as_rows():
+    """Scales are those of blocks by their shape, not by their number."""
+    layer = nn.Module()
+    layer.weight = torch.randn(64, 1024).to(torch.float8_e4m3fn)
+    layer.weight_scale_inv, layer.block_size = torch.rand(2, 32), (32, 32)
+    found = from_fp8(layer)
+    assert found.block == 32
+    whole = layer.weight_scale_inv.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    assert torch.equal(found.dequantize(torch.float32), layer.weight.float() * whole)
+
+
+def test_layers_whose_packing_does_not_fit():
+    layer, _ = gptq_layer(24, 64, 16, False)
+    layer.qzeros = layer.qzeros[:, :2].contiguous()
+    with pytest.raises(ValueError, match="qzeros: expected shape"):
+        from_gptq(layer)
+    layer, _ = awq_layer(24, 64, 16)
+    layer.scales = layer.scales[:3]
+    with pytest.raises(ValueError, match="scales: expected a divisor of 64 groups, got 3"):
+        from_awq(layer)
+    layer.scales = torch.ones(4, 16)
+    with pytest.raises(ValueError, match="group_scales: expected shape"):
+        from_awq(layer)
+    layer = nn.Module()
+    layer.weight, layer.weight_scale_inv = E4M3, torch.ones(2, 2)
+    with pytest.raises(ValueError, match="scale: expected shape"):
+        from_fp8(layer)
+    layer.block_size = (64, 128)
+    with pytest.raises(ValueError, match="expected square blocks"):
+        from_fp8(layer)
+    param = params4bit(False)
+    param.quant_state.shape = (4, 130)
+    with pytest.raises(ValueError, match="codes: expected shape"):
+        owners._of_params4bit(param)
+    with pytest.raises(ValueError, match="scale: expected shape"):
+        owners.of_llm_int8(torch.zeros(4, 64, dtype=torch.int8), torch.ones(5))
+    for block in ((1, 32), (2, 64)):
+        with pytest.raises(ValueError, match="expected a scale for each row"):
+            from_torchao(
+                of_torchao(Int8Tensor, torch.zeros(4, 64).to(torch.int8), torch.ones(4, 2), block)
+            )
+        with pytest.raises(ValueError, match="square blocks or a scale for each row"):
+            from_torchao(of_torchao(Float8Tensor, E4M3, torch.ones(4, 2), block))
 
 
 @needs("bitsandbytes")

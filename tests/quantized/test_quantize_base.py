@@ -551,3 +551,52 @@ def test_recipes():
     adjust_rank(model, 4, 2, data, F.cross_entropy, optimizer, progress=False)
     assert model.up.rank == 2
     assert model.up.weight is weight
+
+
+# -------------------------------------------------------------------------------- a trained weight
+
+
+NOT_TRAINED = "requires_grad: expected False of a quantised weight, got True: QuantizedWeight"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "train",
+    [
+        lambda model: model.up.weight.requires_grad_(True),
+        lambda model: model.up.weight.requires_grad_(),
+        lambda model: setattr(model.up.weight, "requires_grad", True),
+        lambda model: model.up.requires_grad_(),
+        lambda model: torch.optim.AdamW(model.requires_grad_(True).parameters()),
+        lambda model: nn.Parameter(model.up.weight.detach()),
+        lambda model: nn.Parameter(QuantizedTensor(model.up.weight.record, torch.float32)),
+    ],
+)
+def test_a_quantised_weight_is_not_trained(kind, train):
+    model = adapted(kind)
+    with pytest.raises(ValueError, match=NOT_TRAINED):
+        train(model)
+    assert not model.up.weight.requires_grad
+    model(x()).sum().backward()
+    assert model.up.lora_A.grad is not None
+
+
+def test_frozen_it_may_be_again():
+    model = adapted("nf4")
+    model.up.weight.requires_grad_(False)
+    model.up.weight.requires_grad = False
+    model.requires_grad_(False)
+    nn.Parameter(model.up.weight.detach(), requires_grad=False)
+    assert not copy.deepcopy(model).up.weight.requires_grad
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_an_optimizer_of_all_parameters_leaves_it_alone():
+    model = adapted("nf4")
+    before = [part.clone() for part in model.up.weight.record.parts]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    model(x()).square().sum().backward()
+    optimizer.step()
+    assert model.up.weight.grad is None
+    after = model.up.weight.record.parts
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_layouts import assert_accurate
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +20,7 @@ from lora_kernels.backends.native import extension
 from lora_kernels.backends.native import quantized as native
 from lora_kernels.functional import linear_quantized
 from lora_kernels.testing import Aten
-from lora_kernels.weights import KINDS, Int8
+from lora_kernels.weights import KINDS, Int8, assemble
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", "native") if extension.available() else ("reference",)
@@ -34,30 +35,8 @@ def small_strips(size=1, most=0):
         yield
 
 
-def assert_accurate(case, kind, op=lora_linear):
-    """The rule of `oracle.assert_accurate`, of all but dW."""
-    block, sums = 32 if kind == "int4" else None, {}
-    for draw in case.draws():
-        tensors, dy = oracle.make(draw)
-        weight = quantize(tensors["weight"], kind, block=block)
-        tensors["weight"] = weight.dequantize(case.dtype).requires_grad_()
-        truth, peer = (f(draw, tensors, dy) for f in (oracle.reference64, oracle.unfused))
-        del tensors["weight"], truth["weight"], peer["weight"]
-        options = {"scaling": case.scaling, "dropout_p": case.p, "seed": draw.seed}
-        y = op(weight=weight, **tensors, **options)
-        grads = torch.autograd.grad(y, list(tensors.values()), dy)
-        ours = {"y": y.detach(), **dict(zip(tensors, grads, strict=True))}
-        for name, exact in truth.items():
-            assert ours[name].dtype == (case.dtype if name == "y" else tensors[name].dtype)
-            assert ours[name].shape == exact.shape
-            apart = [(v[name].double() - exact).square().sum() for v in (ours, peer)]
-            sums[name] = sums.get(name, 0) + torch.stack([*apart, exact.square().sum()])
-    eps = torch.finfo(case.dtype).eps
-    if not eps > 1e-4:  # as `oracle.assert_accurate` has it
-        eps *= max(1.0, max(case.M, case.K, case.N, case.r) ** 0.5 / 2)
-    for name, squares in sums.items():
-        mine, other, size = squares.sqrt().tolist()
-        assert mine <= 2 * other + eps * size, (name, mine, other, size)
+def of_kind(kind):
+    return lambda weight: quantize(weight, kind, block=32 if kind == "int4" else None)
 
 
 @st.composite
@@ -85,7 +64,7 @@ def test_values_and_gradients(case, kind, backend, most):
     dtype = case.dtype if case.dtype in DTYPES else None
     forced = backend if dtype is not None else None  # fp64 has no kernels
     with small_strips(most=most), use_backend(forced):
-        assert_accurate(case, kind)
+        assert_accurate(case, of_kind(kind))
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -93,14 +72,14 @@ def test_values_and_gradients(case, kind, backend, most):
 def test_where_16_bits_are_formed_in_fp32(kind, dtype, monkeypatch):
     monkeypatch.setattr(blocked, "_multiplies", lambda dtype: False)
     with small_strips(), use_backend("reference"):
-        assert_accurate(oracle.Case(20, 128, 200, 8, dtype, p=0.1), kind)
+        assert_accurate(oracle.Case(20, 128, 200, 8, dtype, p=0.1), of_kind(kind))
 
 
 @pytest.mark.parametrize("shape", [(33, 130), (7, 66)])
 def test_rows_that_are_no_whole_blocks(shape):
     N, K = shape
     with small_strips():
-        assert_accurate(oracle.Case(5, K, N, 4), "nf4")
+        assert_accurate(oracle.Case(5, K, N, 4), of_kind("nf4"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,27 +116,24 @@ def test_no_rows_and_any_number_of_dimensions(M):
         assert lora_linear(x[0, 0].detach(), weight, a, b).shape == (48,)
 
 
-# Memory and traffic: that of a strip, never of the weight.
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("M", [3, 300])
-def test_no_copy_of_the_weight(kind, backend, M):
-    N = K = 1024
-    weight, (a, b) = quantize(torch.randn(N, K), kind), adapter(K, N)
-    x = torch.randn(M, K, requires_grad=True)
-    largest = []
+def test_strips_are_a_quarter_and_no_more_than_a_cache_holds():
+    """Rows of a strip, in forward; those of an accelerator too, of which "meta" is one here."""
 
-    def report(name, values):
-        sizes = [t.untyped_storage().nbytes() for t in values if isinstance(t, torch.Tensor)]
-        largest.append(max(sizes, default=0))
+    def rows(N, K, device, dtype=torch.bfloat16):
+        codes, scale = torch.empty(N, K, dtype=torch.int8), torch.empty(N)
+        weight = Int8((N, K), codes.to("meta"), scale.to("meta"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Int8, "device", torch.device(device))
+            return dequantized.rows_of_strip(weight, dtype)
 
-    own = {part.untyped_storage().nbytes() for part in weight.parts}
-    with small_strips(64 << 10, 16), use_backend(backend), Aten(report):
-        lora_linear(x, weight, a, b).sum().backward()
-    most = max(size for size in largest if size not in own)
-    # A strip of 128 vectors, a MiB of codes that ATen unpacks, or the rows themselves.
-    assert most <= max(128 * K * 4, (1 << 18) * 4 * 2, x.nbytes)
-    assert most < N * K * 4 * 0.6
+    for device, most in (("cpu", 8 << 20), ("meta", 32 << 20)):
+        assert rows(4096, 4096, device) == 1024
+        assert rows(4096, 4096, device, torch.float32) == min(1024, most // (4096 * 4))
+        assert rows(1 << 14, 8192, device) == most // (8192 * 2)
+        assert rows(2, 1 << 20, device) == 16
+        assert rows(100, 1 << 18, device) == 16
+        assert rows(3072, 768, device) == 1536  # equal parts, of 4 MiB at most
+        assert rows(512, 512, device) == 512
 
 
 def test_nothing_of_the_weight_is_kept_but_itself():
@@ -313,6 +289,22 @@ def test_refusals():
     op = torch.ops.lora_kernels.lora_linear_quantized
     with pytest.raises(RuntimeError, match="needs save_s=True"):
         op(x, weight.parts, weight.form, a, b, None, 1.0, 0.0, None, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trains_x", [False, True])
+def test_a_part_that_asks_for_a_gradient(kind, trains_x):
+    """After the record was made, which refuses one before."""
+    weight, (a, b) = quantize(torch.randn(48, 128), kind), adapter(128, 48)
+    scale = next(part for part in weight.parts if part.dtype == torch.float32)
+    scale.requires_grad_()
+    x = torch.randn(5, 128, requires_grad=trains_x)
+    with pytest.raises(ValueError, match="expected a tensor that does not require grad"):
+        lora_linear(x, weight, a, b)
+    with pytest.raises(ValueError, match="expected a tensor that does not require grad"):
+        linear_quantized(x, weight)
+    with pytest.raises(ValueError, match="expected a tensor that does not require grad"):
+        assemble(weight.form, weight.parts)
 
 
 @pytest.mark.parametrize(
