@@ -34,11 +34,15 @@ SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, b
     "cpu": (512, 1408, 4, 8, 4, 4096, 2, 256),
     "wide": (1024, 2816, 4, 16, 4, 4096, 2, 512),
     "smoke": (32, 64, 1, 2, 1, 64, 1, 8),
+    "host": (64, 176, 2, 4, 2, 64, 1, 16),  # of `benchmarks.host`
 }
 
 
-def base_model(size: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    hidden, intermediate, layers, heads, key_value, vocabulary, _, length = SIZES[size]
+def base_model(
+    size: str, dtype: torch.dtype, device: torch.device, layers: int | None = None
+) -> LlamaForCausalLM:
+    hidden, intermediate, own, heads, key_value, vocabulary, _, length = SIZES[size]
+    layers = layers or own
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_value,
@@ -50,14 +54,14 @@ def base_model(size: str, dtype: torch.dtype, device: torch.device) -> LlamaForC
     return model.requires_grad_(False)
 
 
-def _peft(base: nn.Module, fp32: bool) -> nn.Module:
+def make_peft(base: nn.Module, fp32: bool) -> nn.Module:
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules="all-linear", exclude_modules=["lm_head"]
     )
     return get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=fp32)
 
 
-def _ours(base: nn.Module, fp32: bool) -> nn.Module:
+def make_ours(base: nn.Module, fp32: bool) -> nn.Module:
     model = copy.deepcopy(base)
     dtype = torch.float32 if fp32 else base.dtype
     apply_lora(model, RANK, alpha=ALPHA, adapter_dtype=dtype)
@@ -182,9 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(machine_line(info), flush=True)
     results = Results(args.out, info)
     base = base_model(args.size, DTYPES[args.dtype], device)
-    models = {PEFT: _peft(base, fp32=False), OURS: _ours(base, fp32=False)}
+    models = {PEFT: make_peft(base, fp32=False), OURS: make_ours(base, fp32=False)}
     if args.dtype != "fp32":
-        masters = {PEFT_FP32: _peft(base, fp32=True), OURS_FP32: _ours(base, fp32=True)}
+        masters = {PEFT_FP32: make_peft(base, fp32=True), OURS_FP32: make_ours(base, fp32=True)}
         models = {**masters, **models}
     models[BLOCKS] = copy.deepcopy(models[OURS])
     fuse_blocks(models[BLOCKS])

@@ -458,7 +458,7 @@ def test_model_benchmark(tmp_path, capsys):
 def test_model_gate_sees_a_wrong_adapter():
     model = pytest.importorskip("benchmarks.model")
     base = model.base_model("smoke", torch.float32, CPU)
-    models = {PEFT: model._peft(base, fp32=False), OURS: model._ours(base, fp32=False)}
+    models = {PEFT: model.make_peft(base, fp32=False), OURS: model.make_ours(base, fp32=False)}
     model.equalise(list(models.values()))
     ids = torch.randint(64, (1, 8))
     for wrong in (OURS, peers.BLOCKS):
