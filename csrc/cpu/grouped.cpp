@@ -1,7 +1,7 @@
 // The private CPU ops of many branches, each of its own rows: those of group g are the elements
-// bounds[g] .. bounds[g + 1] of `order`, or where there is none the rows of these numbers. Threads
-// share out the groups, or the rows of one where it has most of them; a group's bits follow from
-// its own rows alone.
+// bounds[g] .. bounds[g + 1] of `order`, or where there is none the rows of these numbers. Groups
+// of more than `most_rows` are left out. Threads share out the groups, or the rows of one where it
+// has most of them; a group's bits follow from its own rows alone.
 #include <vector>
 
 #include "checks.h"
@@ -14,6 +14,7 @@ struct Groups {
   const Kernels& kernels;
   Type type;
   std::vector<int64_t> bounds;
+  int64_t most_rows;
   const int64_t* order;  // may be null
   double keep;
   uint32_t threshold;
@@ -21,6 +22,7 @@ struct Groups {
 
   int64_t begin(int64_t g) const { return bounds[g]; }
   int64_t count(int64_t g) const { return bounds[g + 1] - bounds[g]; }
+  bool takes(int64_t g) const { return 0 < count(g) && count(g) <= most_rows; }
   std::optional<Dropout> dropout(int64_t g) const {
     if (seeds == nullptr) return std::nullopt;
     const uint64_t seed = static_cast<uint64_t>(seeds[g]);
@@ -64,17 +66,21 @@ struct Own {
   Rows rows;
 };
 
-// Calls of(g) for every group with rows.
+// Calls of(g) for every group that is computed.
 template <typename Of>
 void for_each(const Groups& groups, const Of& of) {
   const int64_t G = static_cast<int64_t>(groups.bounds.size()) - 2;
-  int64_t most = 0;
-  for (int64_t g = 0; g < G; ++g) most = std::max(most, groups.count(g));
+  int64_t most = 0, all = 0;
+  for (int64_t g = 0; g < G; ++g) {
+    if (!groups.takes(g)) continue;
+    most = std::max(most, groups.count(g));
+    all += groups.count(g);
+  }
   const auto some = [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g)
-      if (groups.count(g) > 0) of(g);
+      if (groups.takes(g)) of(g);
   };
-  if (2 * most > groups.bounds[G]) return some(0, G);
+  if (2 * most > all) return some(0, G);
   torch::stable::parallel_for(0, G, 1, some);
 }
 
@@ -86,8 +92,8 @@ void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns
 }
 
 Groups groups_of(const Kernels& kernels, Type type, int64_t rows, std::vector<int64_t> bounds,
-                 const std::optional<Tensor>& order, size_t count, double keep, int64_t threshold,
-                 const std::optional<Tensor>& seeds) {
+                 int64_t most_rows, const std::optional<Tensor>& order, size_t count, double keep,
+                 int64_t threshold, const std::optional<Tensor>& seeds) {
   STD_TORCH_CHECK(count >= 1 && bounds.size() == count + 2 && bounds[0] == 0, "bounds: must be ",
                   count + 2, " numbers from 0 on");
   for (size_t i = 0; i + 1 < bounds.size(); ++i)
@@ -96,7 +102,8 @@ Groups groups_of(const Kernels& kernels, Type type, int64_t rows, std::vector<in
   STD_TORCH_CHECK(0 <= threshold && threshold < 65536, "threshold: must be in [0, 65536), got ",
                   threshold);
   Groups groups = {
-      kernels, type, std::move(bounds), nullptr, keep, static_cast<uint32_t>(threshold), nullptr};
+      kernels, type, std::move(bounds), most_rows, nullptr, keep, static_cast<uint32_t>(threshold),
+      nullptr};
   const auto numbers = [](const Tensor& t, const char* name, int64_t size) {
     check_tensor(t, name, 1);
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && is_aligned(t) &&
@@ -140,9 +147,10 @@ Rows transposed(const Tensor& t, const char* name) {
 // where it is given, in the order of the groups.
 void add_grouped_cpu(Tensor y, const Tensor x, const std::vector<Tensor> lora_a,
                      const std::vector<Tensor> lora_b, const std::optional<Tensor> order,
-                     const std::vector<int64_t> bounds, const std::vector<double> scale,
-                     const std::vector<double> high, int64_t threshold,
-                     const std::optional<Tensor> seeds, int64_t isa, std::optional<Tensor> s) {
+                     const std::vector<int64_t> bounds, int64_t most_rows,
+                     const std::vector<double> scale, const std::vector<double> high,
+                     int64_t threshold, const std::optional<Tensor> seeds, int64_t isa,
+                     std::optional<Tensor> s) {
   const Kernels& kernels = kernels_of(isa);
   check_matrix(x, "x");
   const Type type = type_of(x, "x");
@@ -153,7 +161,7 @@ void add_grouped_cpu(Tensor y, const Tensor x, const std::vector<Tensor> lora_a,
   STD_TORCH_CHECK(K >= 1 && N >= 1, "x, y: must have columns");
   check_pairs(lora_a, lora_b, K, N, type);
   const Groups groups =
-      groups_of(kernels, type, M, bounds, order, lora_a.size(), 1., threshold, seeds);
+      groups_of(kernels, type, M, bounds, most_rows, order, lora_a.size(), 1., threshold, seeds);
   STD_TORCH_CHECK(scale.size() == lora_a.size() && high.size() == lora_a.size(),
                   "scale, high: must be one of each group");
   if (s.has_value()) {
@@ -192,10 +200,10 @@ void add_grouped_cpu(Tensor y, const Tensor x, const std::vector<Tensor> lora_a,
 void backward_grouped_cpu(std::optional<Tensor> dx, const Tensor dy, const std::optional<Tensor> x,
                           const std::vector<Tensor> lora_a, const std::vector<Tensor> lora_b,
                           const std::optional<Tensor> s, const std::optional<Tensor> order,
-                          const std::vector<int64_t> bounds, const std::vector<double> scaling,
-                          const std::vector<double> high, double keep, int64_t threshold,
-                          const std::optional<Tensor> seeds, int64_t isa, std::vector<Tensor> d_a,
-                          std::vector<Tensor> d_b) {
+                          const std::vector<int64_t> bounds, int64_t most_rows,
+                          const std::vector<double> scaling, const std::vector<double> high,
+                          double keep, int64_t threshold, const std::optional<Tensor> seeds,
+                          int64_t isa, std::vector<Tensor> d_a, std::vector<Tensor> d_b) {
   const Kernels& kernels = kernels_of(isa);
   check_matrix(dy, "dy");
   const Type type = type_of(dy, "dy");
@@ -207,7 +215,7 @@ void backward_grouped_cpu(std::optional<Tensor> dx, const Tensor dy, const std::
   STD_TORCH_CHECK(K >= 1 && N >= 1, "dy, lora_a: must have columns");
   check_pairs(lora_a, lora_b, K, N, type);
   const Groups groups =
-      groups_of(kernels, type, M, bounds, order, lora_a.size(), keep, threshold, seeds);
+      groups_of(kernels, type, M, bounds, most_rows, order, lora_a.size(), keep, threshold, seeds);
   STD_TORCH_CHECK(scaling.size() == lora_a.size() && high.size() == lora_a.size() &&
                       d_a.size() == lora_a.size() && d_b.size() == lora_a.size(),
                   "scaling, high, d_a, d_b: must be one of each group");

@@ -290,6 +290,62 @@ def test_isolation(experts, p):
     assert all(map(torch.equal, *results))
 
 
+def _of_group(batch, dy, added):
+    """y, dx of group 0's rows and its gradients: of lora_linear_grouped, or of lora_add_grouped."""
+    mine = [m for m, g in enumerate(batch.index) if g == 0]
+    x, weight, bias, a, b = batch.leaves()
+    if added:
+        rest = {"scaling": batch.scaling, "dropout_p": batch.p, "seed": list(batch.seeds)}
+        y = lora_add_grouped(F.linear(x, weight, bias).detach(), x, a, b, batch.groups, **rest)
+    else:
+        y = batch.call((x, weight, bias, a, b))
+    y.backward(dy)
+    with torch.no_grad():
+        inferred = batch.call((x, weight, bias, a, b))
+    return y[mine], inferred[mine], x.grad[mine], a[0].grad, b[0].grad
+
+
+OTHERS = {
+    "nobody's": lambda made: [g and -1 for g in made.index],
+    "half of them nobody's": lambda made: [-1 if g == 2 else g for g in made.index],
+    "one group's": lambda made: [g and 1 for g in made.index],
+}
+
+
+@pytest.mark.parametrize("others", [*OTHERS, "of other ranks", "past the last segment"])
+@pytest.mark.parametrize(("M", "share"), [(4, 4), (12, 3), (40, 2), (150, 3), (150, 9), (700, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("added", [False, True])
+def test_isolation_from_whose_the_others_are(added, dtype, M, share, others):
+    """In a batch of one shape a group keeps its bits when the other rows change hands. Of 700
+    rows each group has more than are computed together, or others do once they are one's."""
+    index = [0] * (M // share) + [1 + m % 2 for m in range(M - M // share)]
+    made = batch(index, dtype=dtype, K=72, N=40, ranks=(5, 3, 8), p=0.3 if M == 40 else 0.0)
+    changed = copy.copy(made)
+    if others == "of other ranks":
+        changed.a = [made.a[0], randn(9, 72, dtype=dtype), randn(70, 72, dtype=dtype)]
+        changed.b = [made.b[0], randn(40, 9, dtype=dtype), randn(40, 70, dtype=dtype)]
+    elif others == "past the last segment":
+        changed.groups = Groups.from_segments([M // share, 0, 0])
+    else:
+        changed.index = OTHERS[others](made)
+        changed.groups = Groups.from_rows(changed.index, 3)
+    dy = randn(M, 40, dtype=dtype)
+    assert all(map(torch.equal, _of_group(made, dy, added), _of_group(changed, dy, added)))
+
+
+def test_isolation_from_adapters_that_are_not_handed_over():
+    """A layer is handed the adapters that a batch names: a group may be one of three or alone."""
+    made = batch([0] * 3 + [1, 2] * 4, K=72, N=40)
+    alone = copy.copy(made)
+    alone.__dict__.update(
+        a=made.a[:1], b=made.b[:1], scaling=made.scaling[:1], seeds=made.seeds[:1],
+        groups=Groups.from_rows([0] * 3 + [-1] * 8, 1),
+    )  # fmt: skip
+    dy = randn(11, 40)
+    assert all(map(torch.equal, _of_group(made, dy, False), _of_group(alone, dy, False)))
+
+
 def test_groups_without_rows():
     """Zeros in a stack; in a sequence None, so that Adam neither moves nor decays them."""
     index = [0, 2, 0]
