@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy
 import oracle
 import pytest
 import torch
@@ -11,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -548,6 +553,59 @@ def test_forward_mode_is_refused(which):
             OPS.lora_linear_grouped(x, made.weight, a, made.b, None, *rest)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vjp])
+@pytest.mark.parametrize("added", [False, True])
+def test_transforms_of_gradients_are_refused(transform, added):
+    made = batch(INDEX)
+
+    def run(x):
+        if added:
+            return lora_add_grouped(F.linear(x, made.weight), x, made.a, made.b, made.groups).sum()
+        return made.call((x, made.weight, made.bias, made.a, made.b)).sum()
+
+    with pytest.raises(NotImplementedError, match=r"grouped ops under torch\.func's grad, vjp"):
+        transform(run, made.x) if transform is torch.func.vjp else transform(run)(made.x)
+    assert run(made.x).isfinite()  # without a transform
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "a", "b", "stack", "base_out"])
+def test_dtensors_are_refused_by_name(name):
+    made = batch(INDEX, ranks=(4, 4, 4))
+    given = {
+        "x": made.x, "weight": made.weight, "bias": made.bias, "a": made.a, "b": made.b,
+        "base_out": F.linear(made.x, made.weight),
+    }  # fmt: skip
+    with on_a_mesh() as mesh:
+
+        def spread(t):
+            return distribute_tensor(t, mesh, [Replicate()])
+
+        if name == "stack":
+            given["a"] = spread(torch.stack(made.a))
+        else:
+            whole = given[name]
+            given[name] = [*map(spread, whole)] if isinstance(whole, list) else spread(whole)
+        words = {"a": r"lora_a\[0\]", "b": r"lora_b\[0\]", "stack": "lora_a"}.get(name, name)
+        refused = pytest.raises(NotImplementedError, match=f"^{words}: .*got a DTensor")
+        x, a, b = given["x"], given["a"], given["b"]
+        if name != "base_out":
+            with refused:
+                lora_linear_grouped(x, given["weight"], a, b, made.groups, given["bias"])
+        if name not in ("weight", "bias"):
+            with refused:
+                lora_add_grouped(given["base_out"], x, a, b, made.groups)
+
+
+@contextmanager
+def on_a_mesh():
+    """A mesh of this process alone."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_double_backward_and_vmap_are_refused():
     made = batch(INDEX)
     leaves = made.leaves()
@@ -556,6 +614,14 @@ def test_double_backward_and_vmap_are_refused():
         dx.sum().backward()
     with pytest.raises(NotImplementedError, match="more rows"):
         torch.vmap(lambda x: made.call((x, *leaves[1:])))(made.x[None])
+    base = F.linear(made.x, made.weight)
+    for in_dims in ((0, None), (None, 0), (0, 0)):
+        pairs = zip((base, made.x), in_dims, strict=True)
+        batched = [t if dim is None else t[None] for t, dim in pairs]
+        with pytest.raises(NotImplementedError, match="more rows"):
+            torch.vmap(
+                lambda base, x: lora_add_grouped(base, x, made.a, made.b, made.groups), in_dims
+            )(*batched)
 
 
 @pytest.mark.parametrize("experts", [0, 3])
@@ -569,6 +635,18 @@ def test_flops(experts):
         y.sum().backward()
     expected = 2 * (3 * M * K * N + ranks * (K + N) + ranks * 2 * (K + N))
     assert counter.get_total_flops() == expected
+
+
+def test_flops_of_lora_add_grouped():
+    made = batch(INDEX, ranks=(2, 3, 4))
+    x, _, _, a, b = made.leaves()
+    base = randn(13, 20).requires_grad_()
+    K, N, ranks = 24, 20, 5 * 2 + 2 * 3 + 4 * 4
+    with FlopCounterMode(display=False) as counter:
+        y = lora_add_grouped(base, x, a, b, made.groups)
+        assert counter.get_total_flops() == 2 * ranks * (K + N)
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * ranks * (K + N) * 3
 
 
 def test_a_module_with_an_optimizer():
@@ -672,6 +750,15 @@ def test_select_of_segments():
         groups.select([])
 
 
+def test_whole_numbers_of_other_types():
+    """What counts as an integer elsewhere in Python: numpy's, tensors without dimensions."""
+    numbers = numpy.array([0, 2, -1])
+    for index in (numbers, list(numbers), list(torch.tensor(numbers))):
+        assert index_of(Groups.from_rows(index, numpy.int64(3)), 3) == [0, 2, -1]
+    assert Groups.from_segments(numpy.array([2, 1])).bounds == (0, 2, 3, 3)
+    assert Groups.from_names(["a", "b"], ["a", "b"], numpy.array([2, 1])).bounds == (0, 2, 3, 3)
+
+
 def test_groups_are_a_value():
     groups = Groups.from_rows(INDEX, 3)
     with pytest.raises(AttributeError, match="immutable"):
@@ -695,6 +782,35 @@ def test_groups_are_a_value():
             lambda: Groups.from_rows(torch.ones(2), 3),
             TypeError,
             "integer tensor, got torch.float32",
+        ),
+        (lambda: Groups.from_rows([0.5, 1], 2), TypeError, "index: expected integers, got 0.5"),
+        (lambda: Groups.from_rows([True, 1], 2), TypeError, "index: expected integers, got True"),
+        (
+            lambda: Groups.from_rows(torch.ones(2).bool(), 2),
+            TypeError,
+            "index: expected an integer",
+        ),
+        (lambda: Groups.from_rows([0, 1], 2.0), TypeError, "count: expected an integer, got float"),
+        (
+            lambda: Groups.from_segments(torch.tensor([2.0, 3.0])),
+            TypeError,
+            "lengths: expected an integer tensor, got torch.float32",
+        ),
+        (lambda: Groups.from_segments([2.0, 3]), TypeError, "lengths: expected integers, got 2.0"),
+        (
+            lambda: Groups.from_segments([2, 3], [0.0, 1]),
+            TypeError,
+            "groups: expected integers, got 0.0",
+        ),
+        (
+            lambda: Groups.from_segments(torch.tensor([[2], [3]])),
+            ValueError,
+            "lengths: expected shape [S], got (2, 1)",
+        ),
+        (
+            lambda: Groups.from_names(["a"], ["a"], 2.5),
+            TypeError,
+            "rows_per_sample: expected integers, got 2.5",
         ),
         (lambda: Groups.from_rows([0], 0), ValueError, "count: expected at least one"),
         (lambda: Groups.from_segments([1, -1]), ValueError, "lengths: expected at least 0, got -1"),
@@ -741,6 +857,11 @@ WRONG = {
     ),
     "one weight": ({"weight_of": [0, 0, 0]}, ValueError, "weight_of: expected None"),
     "experts": ({"weight": randn(2, 20, 24), "bias": None}, ValueError, "say which is whose"),
+    "half an expert": (
+        {"weight": randn(2, 20, 24), "bias": None, "weight_of": [0, 1.5, 0]},
+        TypeError,
+        "weight_of: expected integers, got 1.5",
+    ),
     "no expert": (
         {"weight": randn(2, 20, 24), "bias": None, "weight_of": [0, 1, 2]},
         ValueError,

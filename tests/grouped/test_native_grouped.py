@@ -24,8 +24,8 @@ def arguments(M=30, K=70, N=50, dtype=torch.float32, isa=0, **changes):
         "y": randn(M, N, dtype=dtype), "x": randn(M, K, dtype=dtype),
         "lora_a": [randn(r, K, dtype=dtype) for r in RANKS],
         "lora_b": [randn(N, r, dtype=dtype) for r in RANKS],
-        "order": None, "bounds": [0, 8, 9, 25, 30], "most_rows": 30, "scale": [1.0, 2.0, 3.0], "high": [1.0] * 3,
-        "threshold": 0, "seeds": None, "isa": isa, "s": None,
+        "order": None, "bounds": [0, 8, 9, 25, 30], "most_rows": 30,
+        "scale": [1.0, 2.0, 3.0], "high": [1.0] * 3, "threshold": 0, "seeds": None, "isa": isa, "s": None,
     }  # fmt: skip
     return {**given, **changes}
 
@@ -131,8 +131,8 @@ def test_wrong_arguments_of_the_backward_are_refused(change, words):
     given = {
         "dx": randn(30, 70), "dy": base["y"], "x": base["x"], "lora_a": base["lora_a"],
         "lora_b": base["lora_b"], "s": randn(30, 40), "order": None, "bounds": base["bounds"],
-        "most_rows": 30, "scaling": [1.0] * 3, "high": [1.0] * 3, "keep": 1.0, "threshold": 0, "seeds": None,
-        "isa": 0, "d_a": [torch.empty(r, 70) for r in RANKS],
+        "most_rows": 30, "scaling": [1.0] * 3, "high": [1.0] * 3, "keep": 1.0, "threshold": 0,
+        "seeds": None, "isa": 0, "d_a": [torch.empty(r, 70) for r in RANKS],
         "d_b": [torch.empty(50, r) for r in RANKS], **change,
     }  # fmt: skip
     with pytest.raises(RuntimeError) as caught:

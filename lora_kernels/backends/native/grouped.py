@@ -43,8 +43,8 @@ def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
     keep = keep_scale(branches.dropout_p)
     torch.ops.lora_kernels._add_grouped_cpu(
         y, readable(x), *_given(branches), branches.order, list(branches.bounds),
-        _MOST_ROWS, [low * keep for low, _ in splits], [high for _, high in splits], drops, seeds, isa,
-        s,
+        _MOST_ROWS, [low * keep for low, _ in splits], [high for _, high in splits], drops, seeds,
+        isa, s,
     )  # fmt: skip
 
 
