@@ -2,9 +2,10 @@
 // bounds[g] .. bounds[g + 1] of `order`, or where there is none the rows of these numbers. Groups
 // of more than `most_rows` are left out. Threads share out the groups, or the rows of one where it
 // has most of them; a group's bits follow from its own rows alone.
+#include <cmath>
 #include <vector>
 
-#include "checks.h"
+#include "few_rows.h"
 
 namespace lora {
 namespace {
@@ -289,10 +290,148 @@ void backward_grouped_cpu(std::optional<Tensor> dx, const Tensor dy, const std::
   });
 }
 
+// A group's rows as the products of few rows take them: where they lie, or a copy, widened where a
+// matrix of the type is multiplied in fp32.
+struct Few {
+  Few(const Groups& groups, int64_t g, const Matrix& x, Type matrix)
+      : wide(x.type != Type::kFloat && !(groups.kernels.takes_bf16 && x.type == Type::kBFloat16 &&
+                                         matrix == Type::kBFloat16)),
+        pitch(wide ? up(x.columns, groups.kernels.columns) : x.columns),
+        memory(wide || groups.order != nullptr
+                   ? groups.count(g) * pitch * (wide ? 4 : size_of(x.type))
+                   : 0),
+        rows(x) {
+    const int64_t size = size_of(x.type);
+    const auto row = [&](int64_t m) {
+      const int64_t at = groups.begin(g) + m;
+      return static_cast<const char*>(x.data) +
+             (groups.order != nullptr ? groups.order[at] : at) * x.pitch * size;
+    };
+    rows.rows = groups.count(g);
+    if (!wide && groups.order == nullptr) {
+      rows.data = row(0);
+      return;
+    }
+    for (int64_t m = 0; m < rows.rows; ++m) {
+      if (wide)
+        groups.kernels.load({row(m), x.type, x.columns, 0, 1}, 0, 1, nullptr,
+                            reinterpret_cast<float*>(memory.data) + m * pitch, pitch);
+      else
+        std::memcpy(memory.data + m * pitch * size, row(m), x.columns * size);
+    }
+    rows.data = memory.data;
+    rows.type = wide ? Type::kFloat : x.type;
+    rows.pitch = pitch;
+  }
+  const bool wide;
+  const int64_t pitch;
+  BufferOf<char> memory;
+  Matrix rows;
+};
+
+// y [..., N] = x W^T + bias + scaling_g * (x A_g^T) B_g^T of few rows x [..., K], rounded once;
+// rows past the last segment are zero.
+Tensor linear_grouped_cpu(const Tensor x, const Tensor weight, const std::vector<Tensor> lora_a,
+                          const std::vector<Tensor> lora_b, const std::optional<Tensor> order,
+                          const std::vector<int64_t> bounds, const std::optional<Tensor> bias,
+                          const std::vector<double> scaling, int64_t isa) {
+  const Kernels& kernels = kernels_of(isa);
+  const Matrix rows = read_rows(x, "x");
+  const Type type = rows.type;
+  const int64_t M = rows.rows, K = rows.columns, size = size_of(type);
+  check_tensor(weight, "weight", 2);
+  const int64_t N = weight.size(0);
+  STD_TORCH_CHECK(N >= 1, "weight: must have rows");
+  check_pairs(lora_a, lora_b, K, N, type);
+  int64_t most = 0;
+  for (size_t g = 0; g < lora_a.size(); ++g) {
+    check_columns(lora_a[g], "lora_a");
+    check_columns(lora_b[g], "lora_b");
+    most = std::max(most, lora_a[g].size(0));
+  }
+  const Groups groups =
+      groups_of(kernels, type, M, bounds, M, order, lora_a.size(), 1., 0, std::nullopt);
+  STD_TORCH_CHECK(scaling.size() == lora_a.size(), "scaling: must be one of each group");
+  for (const double factor : scaling)
+    STD_TORCH_CHECK(std::isfinite(factor), "scaling: must be finite");
+  if (bias.has_value()) {
+    check_tensor(*bias, "bias", 1);
+    STD_TORCH_CHECK(bias->size(0) == N, "bias: must have ", N, " elements");
+    check_starts(*bias, "bias");
+    STD_TORCH_CHECK(N == 1 || bias->stride(0) == 1, "bias: must be contiguous");
+    check_type(*bias, "bias", type, false);
+  }
+  Tensor y = empty_rows(x, "x", N);
+  if (M == 0) return y;
+  char* const out = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t pitch = apart(N, kernels), G = static_cast<int64_t>(lora_a.size());
+  Buffer sum(M * pitch);
+  sums_of(kernels, rows, weight, sum.data, pitch);
+  // Rows of the result from sums and, where it is given, the low-rank part of a group's.
+  const auto put = [&](int64_t at, int64_t count, Product p) {
+    const int64_t step = groups.order != nullptr ? 1 : count;
+    p.type = p.matrix_type = Type::kFloat;  // of no columns
+    p.rounded = type;
+    p.scale = 1.f;
+    p.count = step;
+    p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+    p.sum_pitch = pitch;
+    p.out_type = type;
+    p.out_pitch = N;
+    for (int64_t m = 0; m < count; m += step) {
+      const int64_t row = groups.order != nullptr ? groups.order[at + m] : at + m;
+      p.sum = sum.data + row * pitch;
+      p.out = out + row * N * size;
+      multiply(kernels, p, N);
+      if (p.low != nullptr) p.low += p.low_pitch;
+    }
+  };
+  const auto branch = [&](int64_t g) {
+    const int64_t count = groups.count(g), r = lora_a[g].size(0), ranks = up(r, kernels.width);
+    const Rows a = view(lora_a[g], "lora_a"), b = view(lora_b[g], "lora_b");
+    const Few own(groups, g, rows, a.type);
+    Scratch<1024> low(count * ranks);
+    std::fill(low.data, low.data + count * ranks, 0.f);
+    Product p = {};
+    p.x = own.rows.data;
+    p.type = own.rows.type;
+    p.count = count;
+    p.columns = K;
+    p.pitch = own.rows.pitch;
+    p.matrix = a.data;
+    p.matrix_type = a.type;
+    p.matrix_pitch = a.row_stride;
+    p.rounded = type;
+    p.scale = static_cast<float>(scaling[g]);
+    p.out = low.data;
+    p.out_type = Type::kFloat;
+    p.out_pitch = ranks;
+    multiply(kernels, p, r);
+    Product second = {};
+    second.low = low.data;
+    second.low_pitch = ranks;
+    second.ranks = r;
+    second.b = b.data;
+    second.b_type = b.type;
+    second.b_pitch = b.row_stride;
+    put(groups.begin(g), count, second);
+  };
+  if (groups.begin(G) * most * (K + N) < kSerial) {
+    for (int64_t g = 0; g < G; ++g)
+      if (groups.takes(g)) branch(g);
+  } else {
+    for_each(groups, branch);
+  }
+  if (groups.count(G) > 0) put(groups.begin(G), groups.count(G), {});
+  std::memset(out + groups.bounds.back() * N * size, 0, (M - groups.bounds.back()) * N * size);
+  return y;
+}
+
 }  // namespace
 }  // namespace lora
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("_linear_grouped_cpu", TORCH_BOX(&lora::linear_grouped_cpu));
   m.impl("_add_grouped_cpu", TORCH_BOX(&lora::add_grouped_cpu));
   m.impl("_backward_grouped_cpu", TORCH_BOX(&lora::backward_grouped_cpu));
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_kernels import _checks, _dispatch
 from lora_kernels._contract import DTYPES
 from lora_kernels.direct import draw_seed
-from lora_kernels.grouped import ops
+from lora_kernels.grouped import direct, ops
 from lora_kernels.grouped.groups import Groups, whole_numbers
 from lora_kernels.sharding import is_sharded
 
@@ -65,6 +65,10 @@ def lora_linear_grouped(
     (DTensors), naming the argument; NotImplementedError under torch.vmap, torch.func's transforms
     and forward-mode AD.
     """
+    if weight_of is None and dropout_p == 0 and not torch.compiler.is_compiling():
+        found = direct.linear(x, weight, (lora_a, lora_b), groups, bias, scaling)
+        if found is not None:
+            return found
     pairs = _pairs(lora_a, lora_b)
     K = _columns(x)
     _require_tensors({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
