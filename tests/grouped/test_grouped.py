@@ -172,6 +172,89 @@ def test_a_stack(experts):
     require_right(batch(INDEX, ranks=(4, 4, 4), stack=True, experts=experts))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experts", [0, 3])
+def test_errors_beside_those_of_unfused_torch(dtype, experts):
+    """The geometric mean over calls, of y and of each gradient: no more is lost."""
+    logs = {}
+    for M, K, N, r in ((13, 96, 80, 4), (64, 64, 128, 8), (150, 160, 48, 16), (300, 72, 72, 8)):
+        made = batch([m * 7 % 3 for m in range(M)], dtype=dtype, K=K, N=N, ranks=(r, 2 * r, r),
+                     experts=experts)  # fmt: skip
+        dy, leaves = randn(M, N, dtype=dtype), made.leaves()
+        y = made.call(leaves)
+        y.backward(dy)
+        sides = [[y.detach(), *grads(flat(leaves))]]
+        for one in (torch.float64, dtype):
+            out, tensors = made.by_hand(one)
+            out.backward(dy.to(one))
+            sides.append([out.detach(), *grads(tensors)])
+        names = ("y", "x", "weight", "bias", *["a"] * 3, *["b"] * 3)
+        for name, got, exact, rival in zip(names, *sides, strict=True):
+            error, theirs = ((t.double() - exact).norm() / exact.norm() for t in (got, rival))
+            logs.setdefault(name, []).append((error / theirs).log())
+    for name in ("y", "x", "a", "b"):
+        assert torch.stack(logs[name]).mean().exp() <= 1.02, name
+
+
+def test_lanes_past_a_rank_are_never_read():
+    """Adapters that are the first rows, or columns, of larger memory: NaN beside them is nothing,
+    neither where one call computes small groups nor where each is its own."""
+    for M in (12, 60, 900):
+        made = batch([m % 3 for m in range(M)], K=40, N=24)
+        results = []
+        for filling in (0.0, float("nan")):
+            leaves = list(made.leaves())
+            wide_a = [torch.full((16, 40), filling) for _ in made.a]
+            wide_b = [torch.full((24, 16), filling) for _ in made.b]
+            for wide, narrow in zip((*wide_a, *wide_b), (*made.a, *made.b), strict=True):
+                wide[: narrow.shape[0], : narrow.shape[1]] = narrow
+            leaves[3] = [w[: len(t)].requires_grad_() for w, t in zip(wide_a, made.a, strict=True)]
+            leaves[4] = [
+                w[:, : t.shape[1]].requires_grad_() for w, t in zip(wide_b, made.b, strict=True)
+            ]
+            y = made.call(leaves)
+            y.sum().backward()
+            with torch.no_grad():
+                results.append([y, made.call(leaves), *grads(flat(leaves))])
+        assert all(t.isfinite().all() for t in results[1])
+        assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("M", [13, 200])
+def test_experts_on_any_number_of_threads(M):
+    made = batch([m * 7 % 3 for m in range(M)], K=96, N=80, experts=3, p=0.3)
+    threads, results, dy = torch.get_num_threads(), [], randn(M, 80)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaves = made.leaves()
+            y = made.call(leaves)
+            y.backward(dy)
+            results.append([y, *grads(flat(leaves))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_nothing_is_kept_but_s(experts):
+    """Beside what the caller has anyway: the arguments and the groups."""
+    made = batch(INDEX, experts=experts, p=0.4)
+    leaves, kept = made.leaves(), {}
+    groups = (made.groups.order, made.groups.offsets)
+    theirs = {t.data_ptr() for t in (*flat(leaves), *groups)}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in theirs and tensor.dtype.is_floating_point:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made.call(leaves)
+    assert sum(kept.values()) == len(INDEX) * max(len(a) for a in made.a) * 4
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_master_copies(dtype):
     made = batch(INDEX, dtype=dtype, adapter_dtype=torch.float32)
@@ -841,6 +924,11 @@ WRONG = {
     "K": ({"weight": randn(20, 23)}, ValueError, "weight: expected shape [N, K]"),
     "a": ({"a": [randn(3, 24), randn(5, 24), randn(2, 23)]}, ValueError, "lora_a[2]: expected"),
     "b": ({"b": [randn(20, 3), randn(20, 4), randn(20, 2)]}, ValueError, "lora_b[1]: expected"),
+    "ranks": (
+        {"a": randn(3, 4, 24), "b": randn(3, 20, 5)},
+        ValueError,
+        "lora_b[0]: expected shape [N, r] = [20, 4], got (20, 5)",
+    ),
     "stack": ({"a": randn(3, 24)}, ValueError, "lora_a: expected a stack of 3 dimensions"),
     "bias": ({"bias": randn(19)}, ValueError, "bias: expected shape (20,)"),
     "dtype": ({"weight": randn(20, 24).half()}, TypeError, "weight: expected x's dtype"),
