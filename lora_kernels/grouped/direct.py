@@ -27,8 +27,7 @@ def linear(
 ) -> Tensor | None:
     """What `lora_linear_grouped` returns of one weight [N,K], without dropout; None where the op is
     to say it. The caller knows that nothing is compiled."""
-    few = backends.few_rows()
-    if few is None or type(groups) is not Groups or groups.bounds is None:
+    if type(groups) is not Groups or groups.bounds is None:
         return None
     try:
         a, b = (each.unbind(0) if isinstance(each, Tensor) else each for each in pair)
@@ -37,6 +36,9 @@ def linear(
         if torch.is_grad_enabled() and _dispatch.any_requires_grad(x, weight, bias, *a, *b):
             return None
         if not x.is_cpu or x.dtype != weight.dtype or weight.dim() != 2:
+            return None
+        few = backends.few_rows()
+        if few is None:
             return None
         if x.numel() > few.most(weight, False) * weight.shape[1]:
             return None
