@@ -35,7 +35,7 @@ try:
         _len_torch_dispatch_stack,
         _len_torch_function_stack,
     )
-    from torch._C._functorch import is_legacy_batchedtensor
+    from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd.forward_ad import _set_fwd_grad_enabled
     from torch.autograd.function import _SingleLevelFunction
@@ -198,6 +198,17 @@ def register(
     torch.library.register_fake(full, fake, lib=LIBRARY)
     torch.library.register_vmap(full, refuse_vmap, lib=LIBRARY)
     torch.library.register_autograd(full, gradients, setup_context=setup, lib=LIBRARY)
+
+
+def refuse_gradient_transforms(what: str) -> None:
+    """For ops registered by `register`, whose autograd torch.func's transforms do not know."""
+    if not PRIVATE or not _are_functorch_transforms_active():
+        return
+    if any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ()):
+        raise NotImplementedError(
+            f"lora_kernels: {what} under torch.func's grad, vjp and jacrev are not supported; take"
+            " gradients by backward() or torch.autograd.grad"
+        )
 
 
 @cache

@@ -120,7 +120,9 @@ FLOORS["weights"] = {
     "tensor": 3,
     "__init__": 4,
 }
-FLOORS["grouped"] = {"groups": 0, "composite": 0, "ops": 1, "functional": 2, "__init__": 3}
+FLOORS["grouped"] = {
+    "groups": 0, "composite": 0, "direct": 1, "ops": 1, "functional": 2, "__init__": 3,
+}  # fmt: skip
 FLOORS["check"] = {"report": 0, "found": 1, "runs": 2, "training": 3, "merging": 4, "__init__": 5}
 FLOORS["backends"] = {
     "device": 0,

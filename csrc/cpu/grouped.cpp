@@ -1,10 +1,11 @@
 // The private CPU ops of many branches, each of its own rows: those of group g are the elements
-// bounds[g] .. bounds[g + 1] of `order`, or where there is none the rows of these numbers. Threads
-// share out the groups, or the rows of one where it has most of them; a group's bits follow from
-// its own rows alone.
+// bounds[g] .. bounds[g + 1] of `order`, or where there is none the rows of these numbers. Groups
+// of more than `most_rows` are left out. Threads share out the groups, or the rows of one where it
+// has most of them; a group's bits follow from its own rows alone.
+#include <cmath>
 #include <vector>
 
-#include "checks.h"
+#include "few_rows.h"
 
 namespace lora {
 namespace {
@@ -14,6 +15,7 @@ struct Groups {
   const Kernels& kernels;
   Type type;
   std::vector<int64_t> bounds;
+  int64_t most_rows;
   const int64_t* order;  // may be null
   double keep;
   uint32_t threshold;
@@ -21,6 +23,7 @@ struct Groups {
 
   int64_t begin(int64_t g) const { return bounds[g]; }
   int64_t count(int64_t g) const { return bounds[g + 1] - bounds[g]; }
+  bool takes(int64_t g) const { return 0 < count(g) && count(g) <= most_rows; }
   std::optional<Dropout> dropout(int64_t g) const {
     if (seeds == nullptr) return std::nullopt;
     const uint64_t seed = static_cast<uint64_t>(seeds[g]);
@@ -64,17 +67,21 @@ struct Own {
   Rows rows;
 };
 
-// Calls of(g) for every group with rows.
+// Calls of(g) for every group that is computed.
 template <typename Of>
 void for_each(const Groups& groups, const Of& of) {
   const int64_t G = static_cast<int64_t>(groups.bounds.size()) - 2;
-  int64_t most = 0;
-  for (int64_t g = 0; g < G; ++g) most = std::max(most, groups.count(g));
+  int64_t most = 0, all = 0;
+  for (int64_t g = 0; g < G; ++g) {
+    if (!groups.takes(g)) continue;
+    most = std::max(most, groups.count(g));
+    all += groups.count(g);
+  }
   const auto some = [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g)
-      if (groups.count(g) > 0) of(g);
+      if (groups.takes(g)) of(g);
   };
-  if (2 * most > groups.bounds[G]) return some(0, G);
+  if (2 * most > all) return some(0, G);
   torch::stable::parallel_for(0, G, 1, some);
 }
 
@@ -86,8 +93,8 @@ void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns
 }
 
 Groups groups_of(const Kernels& kernels, Type type, int64_t rows, std::vector<int64_t> bounds,
-                 const std::optional<Tensor>& order, size_t count, double keep, int64_t threshold,
-                 const std::optional<Tensor>& seeds) {
+                 int64_t most_rows, const std::optional<Tensor>& order, size_t count, double keep,
+                 int64_t threshold, const std::optional<Tensor>& seeds) {
   STD_TORCH_CHECK(count >= 1 && bounds.size() == count + 2 && bounds[0] == 0, "bounds: must be ",
                   count + 2, " numbers from 0 on");
   for (size_t i = 0; i + 1 < bounds.size(); ++i)
@@ -96,7 +103,8 @@ Groups groups_of(const Kernels& kernels, Type type, int64_t rows, std::vector<in
   STD_TORCH_CHECK(0 <= threshold && threshold < 65536, "threshold: must be in [0, 65536), got ",
                   threshold);
   Groups groups = {
-      kernels, type, std::move(bounds), nullptr, keep, static_cast<uint32_t>(threshold), nullptr};
+      kernels, type, std::move(bounds), most_rows, nullptr, keep, static_cast<uint32_t>(threshold),
+      nullptr};
   const auto numbers = [](const Tensor& t, const char* name, int64_t size) {
     check_tensor(t, name, 1);
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && is_aligned(t) &&
@@ -140,9 +148,10 @@ Rows transposed(const Tensor& t, const char* name) {
 // where it is given, in the order of the groups.
 void add_grouped_cpu(Tensor y, const Tensor x, const std::vector<Tensor> lora_a,
                      const std::vector<Tensor> lora_b, const std::optional<Tensor> order,
-                     const std::vector<int64_t> bounds, const std::vector<double> scale,
-                     const std::vector<double> high, int64_t threshold,
-                     const std::optional<Tensor> seeds, int64_t isa, std::optional<Tensor> s) {
+                     const std::vector<int64_t> bounds, int64_t most_rows,
+                     const std::vector<double> scale, const std::vector<double> high,
+                     int64_t threshold, const std::optional<Tensor> seeds, int64_t isa,
+                     std::optional<Tensor> s) {
   const Kernels& kernels = kernels_of(isa);
   check_matrix(x, "x");
   const Type type = type_of(x, "x");
@@ -153,7 +162,7 @@ void add_grouped_cpu(Tensor y, const Tensor x, const std::vector<Tensor> lora_a,
   STD_TORCH_CHECK(K >= 1 && N >= 1, "x, y: must have columns");
   check_pairs(lora_a, lora_b, K, N, type);
   const Groups groups =
-      groups_of(kernels, type, M, bounds, order, lora_a.size(), 1., threshold, seeds);
+      groups_of(kernels, type, M, bounds, most_rows, order, lora_a.size(), 1., threshold, seeds);
   STD_TORCH_CHECK(scale.size() == lora_a.size() && high.size() == lora_a.size(),
                   "scale, high: must be one of each group");
   if (s.has_value()) {
@@ -192,10 +201,10 @@ void add_grouped_cpu(Tensor y, const Tensor x, const std::vector<Tensor> lora_a,
 void backward_grouped_cpu(std::optional<Tensor> dx, const Tensor dy, const std::optional<Tensor> x,
                           const std::vector<Tensor> lora_a, const std::vector<Tensor> lora_b,
                           const std::optional<Tensor> s, const std::optional<Tensor> order,
-                          const std::vector<int64_t> bounds, const std::vector<double> scaling,
-                          const std::vector<double> high, double keep, int64_t threshold,
-                          const std::optional<Tensor> seeds, int64_t isa, std::vector<Tensor> d_a,
-                          std::vector<Tensor> d_b) {
+                          const std::vector<int64_t> bounds, int64_t most_rows,
+                          const std::vector<double> scaling, const std::vector<double> high,
+                          double keep, int64_t threshold, const std::optional<Tensor> seeds,
+                          int64_t isa, std::vector<Tensor> d_a, std::vector<Tensor> d_b) {
   const Kernels& kernels = kernels_of(isa);
   check_matrix(dy, "dy");
   const Type type = type_of(dy, "dy");
@@ -207,7 +216,7 @@ void backward_grouped_cpu(std::optional<Tensor> dx, const Tensor dy, const std::
   STD_TORCH_CHECK(K >= 1 && N >= 1, "dy, lora_a: must have columns");
   check_pairs(lora_a, lora_b, K, N, type);
   const Groups groups =
-      groups_of(kernels, type, M, bounds, order, lora_a.size(), keep, threshold, seeds);
+      groups_of(kernels, type, M, bounds, most_rows, order, lora_a.size(), keep, threshold, seeds);
   STD_TORCH_CHECK(scaling.size() == lora_a.size() && high.size() == lora_a.size() &&
                       d_a.size() == lora_a.size() && d_b.size() == lora_a.size(),
                   "scaling, high, d_a, d_b: must be one of each group");
@@ -281,10 +290,148 @@ void backward_grouped_cpu(std::optional<Tensor> dx, const Tensor dy, const std::
   });
 }
 
+// A group's rows as the products of few rows take them: where they lie, or a copy, widened where a
+// matrix of the type is multiplied in fp32.
+struct Few {
+  Few(const Groups& groups, int64_t g, const Matrix& x, Type matrix)
+      : wide(x.type != Type::kFloat && !(groups.kernels.takes_bf16 && x.type == Type::kBFloat16 &&
+                                         matrix == Type::kBFloat16)),
+        pitch(wide ? up(x.columns, groups.kernels.columns) : x.columns),
+        memory(wide || groups.order != nullptr
+                   ? groups.count(g) * pitch * (wide ? 4 : size_of(x.type))
+                   : 0),
+        rows(x) {
+    const int64_t size = size_of(x.type);
+    const auto row = [&](int64_t m) {
+      const int64_t at = groups.begin(g) + m;
+      return static_cast<const char*>(x.data) +
+             (groups.order != nullptr ? groups.order[at] : at) * x.pitch * size;
+    };
+    rows.rows = groups.count(g);
+    if (!wide && groups.order == nullptr) {
+      rows.data = row(0);
+      return;
+    }
+    for (int64_t m = 0; m < rows.rows; ++m) {
+      if (wide)
+        groups.kernels.load({row(m), x.type, x.columns, 0, 1}, 0, 1, nullptr,
+                            reinterpret_cast<float*>(memory.data) + m * pitch, pitch);
+      else
+        std::memcpy(memory.data + m * pitch * size, row(m), x.columns * size);
+    }
+    rows.data = memory.data;
+    rows.type = wide ? Type::kFloat : x.type;
+    rows.pitch = pitch;
+  }
+  const bool wide;
+  const int64_t pitch;
+  BufferOf<char> memory;
+  Matrix rows;
+};
+
+// y [..., N] = x W^T + bias + scaling_g * (x A_g^T) B_g^T of few rows x [..., K], rounded once;
+// rows past the last segment are zero.
+Tensor linear_grouped_cpu(const Tensor x, const Tensor weight, const std::vector<Tensor> lora_a,
+                          const std::vector<Tensor> lora_b, const std::optional<Tensor> order,
+                          const std::vector<int64_t> bounds, const std::optional<Tensor> bias,
+                          const std::vector<double> scaling, int64_t isa) {
+  const Kernels& kernels = kernels_of(isa);
+  const Matrix rows = read_rows(x, "x");
+  const Type type = rows.type;
+  const int64_t M = rows.rows, K = rows.columns, size = size_of(type);
+  check_tensor(weight, "weight", 2);
+  const int64_t N = weight.size(0);
+  STD_TORCH_CHECK(N >= 1, "weight: must have rows");
+  check_pairs(lora_a, lora_b, K, N, type);
+  int64_t most = 0;
+  for (size_t g = 0; g < lora_a.size(); ++g) {
+    check_columns(lora_a[g], "lora_a");
+    check_columns(lora_b[g], "lora_b");
+    most = std::max(most, lora_a[g].size(0));
+  }
+  const Groups groups =
+      groups_of(kernels, type, M, bounds, M, order, lora_a.size(), 1., 0, std::nullopt);
+  STD_TORCH_CHECK(scaling.size() == lora_a.size(), "scaling: must be one of each group");
+  for (const double factor : scaling)
+    STD_TORCH_CHECK(std::isfinite(factor), "scaling: must be finite");
+  if (bias.has_value()) {
+    check_tensor(*bias, "bias", 1);
+    STD_TORCH_CHECK(bias->size(0) == N, "bias: must have ", N, " elements");
+    check_starts(*bias, "bias");
+    STD_TORCH_CHECK(N == 1 || bias->stride(0) == 1, "bias: must be contiguous");
+    check_type(*bias, "bias", type, false);
+  }
+  Tensor y = empty_rows(x, "x", N);
+  if (M == 0) return y;
+  char* const out = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t pitch = apart(N, kernels), G = static_cast<int64_t>(lora_a.size());
+  Buffer sum(M * pitch);
+  sums_of(kernels, rows, weight, sum.data, pitch);
+  // Rows of the result from sums and, where it is given, the low-rank part of a group's.
+  const auto put = [&](int64_t at, int64_t count, Product p) {
+    const int64_t step = groups.order != nullptr ? 1 : count;
+    p.type = p.matrix_type = Type::kFloat;  // of no columns
+    p.rounded = type;
+    p.scale = 1.f;
+    p.count = step;
+    p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+    p.sum_pitch = pitch;
+    p.out_type = type;
+    p.out_pitch = N;
+    for (int64_t m = 0; m < count; m += step) {
+      const int64_t row = groups.order != nullptr ? groups.order[at + m] : at + m;
+      p.sum = sum.data + row * pitch;
+      p.out = out + row * N * size;
+      multiply(kernels, p, N);
+      if (p.low != nullptr) p.low += p.low_pitch;
+    }
+  };
+  const auto branch = [&](int64_t g) {
+    const int64_t count = groups.count(g), r = lora_a[g].size(0), ranks = up(r, kernels.width);
+    const Rows a = view(lora_a[g], "lora_a"), b = view(lora_b[g], "lora_b");
+    const Few own(groups, g, rows, a.type);
+    Scratch<1024> low(count * ranks);
+    std::fill(low.data, low.data + count * ranks, 0.f);
+    Product p = {};
+    p.x = own.rows.data;
+    p.type = own.rows.type;
+    p.count = count;
+    p.columns = K;
+    p.pitch = own.rows.pitch;
+    p.matrix = a.data;
+    p.matrix_type = a.type;
+    p.matrix_pitch = a.row_stride;
+    p.rounded = type;
+    p.scale = static_cast<float>(scaling[g]);
+    p.out = low.data;
+    p.out_type = Type::kFloat;
+    p.out_pitch = ranks;
+    multiply(kernels, p, r);
+    Product second = {};
+    second.low = low.data;
+    second.low_pitch = ranks;
+    second.ranks = r;
+    second.b = b.data;
+    second.b_type = b.type;
+    second.b_pitch = b.row_stride;
+    put(groups.begin(g), count, second);
+  };
+  if (groups.begin(G) * most * (K + N) < kSerial) {
+    for (int64_t g = 0; g < G; ++g)
+      if (groups.takes(g)) branch(g);
+  } else {
+    for_each(groups, branch);
+  }
+  if (groups.count(G) > 0) put(groups.begin(G), groups.count(G), {});
+  std::memset(out + groups.bounds.back() * N * size, 0, (M - groups.bounds.back()) * N * size);
+  return y;
+}
+
 }  // namespace
 }  // namespace lora
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("_linear_grouped_cpu", TORCH_BOX(&lora::linear_grouped_cpu));
   m.impl("_add_grouped_cpu", TORCH_BOX(&lora::add_grouped_cpu));
   m.impl("_backward_grouped_cpu", TORCH_BOX(&lora::backward_grouped_cpu));
 }

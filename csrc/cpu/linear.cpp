@@ -4,23 +4,15 @@
 // alone, so the bits of a result do not depend on the number of threads.
 #include <vector>
 
-#include "checks.h"
+#include "few_rows.h"
 
 namespace lora {
 namespace {
 
-constexpr int64_t kSerial = 65536;       // multiply-adds that are not worth a second thread
 constexpr int64_t kGrain = kSerial / 2;  // of a thread, at least
 constexpr int64_t kMostDimensions = 16;
 
 // -------------------------------------------------------------------------------------- arguments
-
-// What a caller owns, or memory made for it.
-struct Matrix {
-  const void* data;
-  Type type;
-  int64_t rows, columns, pitch;
-};
 
 Matrix read(const Tensor& t, const char* name, int64_t rows, int64_t columns, Type type,
             bool or_float) {
@@ -111,7 +103,8 @@ Coded read_coded(const CodedTensors& given) {
   return c;
 }
 
-// x [..., K] as rows of one stride.
+}  // namespace
+
 Matrix read_rows(const Tensor& x, const char* name) {
   const int64_t d = x.dim();
   STD_TORCH_CHECK(d >= 1, name, ": must have a dimension");
@@ -133,6 +126,8 @@ Matrix read_rows(const Tensor& x, const char* name) {
   return {x.const_data_ptr(), type, rows, K, pitch};
 }
 
+namespace {
+
 // By the function itself, as the dispatcher would take longer.
 Tensor empty(const Tensor& like, const int64_t* shape, int64_t d) {
   int64_t strides[kMostDimensions], pitch = 1;
@@ -148,7 +143,8 @@ Tensor empty(const Tensor& like, const int64_t* shape, int64_t d) {
   return Tensor(made);
 }
 
-// [..., columns] for x [..., K].
+}  // namespace
+
 Tensor empty_rows(const Tensor& x, const char* name, int64_t columns) {
   const int64_t d = x.dim();
   STD_TORCH_CHECK(d <= kMostDimensions, name, ": must have at most ", kMostDimensions,
@@ -157,6 +153,8 @@ Tensor empty_rows(const Tensor& x, const char* name, int64_t columns) {
   for (int64_t i = 0; i < d; ++i) shape[i] = i == d - 1 ? columns : x.size(i);
   return empty(x, shape, d);
 }
+
+namespace {
 
 // [rows, columns] in the dtype of `like`, of size 0 where it is not asked for.
 Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, bool asked) {
@@ -209,7 +207,8 @@ void share(const Kernels& kernels, const Product& product, int64_t N) {
   });
 }
 
-// N is the number of the matrix's rows.
+}  // namespace
+
 void multiply(const Kernels& kernels, const Product& product, int64_t N) {
   const Narrow* const narrow = kernels.narrow;
   if (narrow == nullptr || product.type != Type::kBFloat16 || product.count < narrow->least_rows ||
@@ -230,6 +229,8 @@ void multiply(const Kernels& kernels, const Product& product, int64_t N) {
   p.tiles = laid_out.data;
   share(kernels, p, N);
 }
+
+namespace {
 
 // x(i, t) of fp32 memory: its rows, or by swapped strides its columns; `narrow` rows hold values of
 // the call's dtype.
@@ -314,11 +315,6 @@ void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
   }
 }
 
-// The pitch of padded rows, none of which begin at the same place of a cache's sets.
-int64_t apart(int64_t columns, const Kernels& kernels) {
-  return up(columns, kernels.columns) + kernels.columns;
-}
-
 // Rows in fp32, where they are not already.
 struct Widened {
   Widened(const Kernels& kernels, const Matrix& from, const Dropout* dropout, bool needed)
@@ -359,6 +355,26 @@ Factors rows_of(const Matrix& m, bool narrow) {
 Factors columns_of(const Matrix& m) {
   return {static_cast<const float*>(m.data), 1, m.pitch, m.columns, m.rows, false};
 }
+
+}  // namespace
+
+void sums_of(const Kernels& kernels, const Matrix& rows, const Tensor& weight, float* sum,
+             int64_t pitch) {
+  const Type type = rows.type;
+  const int64_t N = weight.size(0);
+  const Weight W = read_weight(weight, N, rows.columns, type);
+  const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16;
+  const bool wide = type != Type::kFloat && (!narrow || W.transposed || W.held.type != type);
+  const Widened x(kernels, rows, nullptr, wide);
+  if (!W.transposed)
+    return multiply(kernels, product_of(x.matrix, W.held, type, {sum, Type::kFloat, pitch}), N);
+  Combination c = combination_of(rows_of(x.matrix, true), W.held, type, 1.f);
+  c.sum = sum;
+  c.sum_pitch = pitch;
+  combine(kernels, c, N);
+}
+
+namespace {
 
 // -------------------------------------------------------------------------------------------- ops
 

@@ -1,9 +1,10 @@
 """The grouped ops, made of the calls of one group that every backend has.
 
 A shared base is one product of all rows; then each group's branch is added to its rows, on the CPU
-those of many groups by one native call. Experts are one whole call each. What a group computes
-depends on its own rows and tensors alone. Beside the outputs there is a copy of one group's rows at
-a time, and none where a group's rows lie together.
+those of all small groups by one native call. Experts are one whole call each. What a group computes
+depends on its own rows and tensors alone, and so does by which kernels: others, whether they have
+rows or not, change no bit of it. Beside the outputs there is a copy of one group's rows at a time,
+and none where a group's rows lie together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,11 +37,17 @@ class Members(NamedTuple):
         """Whether each of these rows has a group."""
         return self.bounds[-2] == rows.shape[0]
 
-    def of_groups(self) -> Iterator[tuple[int, slice]]:
-        """(group, its place in the order) of the groups that have rows."""
+    def of_groups(self, besides: Any = None) -> Iterator[tuple[int, slice]]:
+        """(group, its place in the order) of the groups that have rows, but for those that
+        `besides`, what computes many at once, takes."""
         for group in range(len(self.bounds) - 2):
-            if self.bounds[group] < self.bounds[group + 1]:
-                yield group, slice(self.bounds[group], self.bounds[group + 1])
+            begin, end = self.bounds[group], self.bounds[group + 1]
+            if begin < end and (besides is None or not besides.takes(end - begin)):
+                yield group, slice(begin, end)
+
+    def of_nobody(self) -> slice:
+        """The place of the rows that have no group."""
+        return slice(self.bounds[-2], self.bounds[-1])
 
     def take(self, rows: Tensor, place: slice) -> Tensor:
         return rows[place] if self.order is None else rows[self.order[place]]
@@ -130,8 +137,7 @@ def forward(
     together = None if isinstance(base, Experts) else _together(x, branches)
     if together is not None:
         together.add_(y, x, branches, s)
-        return y, s
-    for group, place in members.of_groups():
+    for group, place in members.of_groups(together):
         some, branch = members.take(x, place), adapters.branch(group)
         rank = branch.lora_a.shape[0]
         if isinstance(base, Experts):
@@ -161,7 +167,7 @@ def backward(
     served = members.served
     dx = dweight = dbias = None
     if needs.x and isinstance(base, Dense):
-        dx = _padded(_product(dy[:served], base.weight.t(), None), dy.shape[0])
+        dx = _without_strangers(_product(dy, base.weight.t(), None), members)
     elif needs.x:
         dx = _to_fill(dy, K, isinstance(base, Experts) and members.are_all(dy))
     if isinstance(base, Dense):
@@ -179,8 +185,7 @@ def backward(
     together = None if isinstance(base, Experts) else _together(dy, branches)
     if together is not None:
         together.backward(dx, rows, branches, (d_as, d_bs))
-        return dx, dweight, dbias, d_as, d_bs
-    for group, place in members.of_groups():
+    for group, place in members.of_groups(together):
         branch, need = adapters.branch(group), needs.of(group, isinstance(base, Experts))
         own: Dense | Given = Given(None)
         if isinstance(base, Experts):
@@ -206,8 +211,8 @@ def backward(
 
 
 def _together(rows: Tensor, branches: Branches) -> Any:
-    """What computes the branches of all groups at once, for rows x or dy; None where each is a call
-    of its own."""
+    """What computes the branches of the groups that it takes at once, for rows x or dy; None where
+    each is a call of its own."""
     return next((each for each in (native, triton) if each.serves(rows, branches)), None)
 
 
@@ -218,14 +223,15 @@ def _base(base: Dense | Experts | Given, x: Tensor, members: Members) -> Tensor:
         return base.out.clone(memory_format=torch.contiguous_format)
     if isinstance(base, Experts):
         return _to_fill(x, base.weight.shape[1], members.are_all(x))
-    rows, weight = x[: members.served], base.weight
-    if members.bounds[-2] < members.bounds[-1]:
-        # Rows of no group have the bits of torch's own layer.
-        bias = None if base.bias is None else base.bias.to(x.dtype)
-        y = F.linear(rows, weight.to(x.dtype), bias)
-    else:
-        y = _product(rows, weight, base.bias)
-    return _padded(y, x.shape[0])
+    y = _fast_product(x, base.weight, base.bias)
+    if y is None:
+        y = _torch_product(x, base.weight, base.bias)
+    elif members.bounds[-2] < members.bounds[-1]:
+        # Rows of no group have the bits of torch's own layer; those of groups keep what they have
+        # without such neighbours.
+        frozen, nobody = _torch_product(x, base.weight, base.bias), members.of_nobody()
+        members.put(y, nobody, members.take(frozen, nobody))
+    return _without_strangers(y, members)
 
 
 def _to_fill(rows: Tensor, columns: int, whole: bool) -> Tensor:
@@ -233,20 +239,31 @@ def _to_fill(rows: Tensor, columns: int, whole: bool) -> Tensor:
     return (rows.new_empty if whole else rows.new_zeros)(rows.shape[0], columns)
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows W^T + bias by the fastest kernel."""
+def _fast_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """rows W^T + bias, None where torch's own is the fastest. All rows count, whose they are does
+    not: a product of fewer may add up in another order."""
     with torch.no_grad():
         y = direct.linear(rows, weight, bias, direct.FROZEN)
-    if y is not None:
-        return y
-    if blocked.is_wide(rows):
+    if y is None and blocked.is_wide(rows):
         return blocked.product(rows, weight, bias)
+    return y
+
+
+def _torch_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
 
 
-def _padded(rows: Tensor, count: int) -> Tensor:
-    """The rows and zeros up to so many."""
-    return rows if len(rows) == count else F.pad(rows, (0, 0, 0, count - len(rows)))
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows W^T + bias by the fastest kernel."""
+    y = _fast_product(rows, weight, bias)
+    return _torch_product(rows, weight, bias) if y is None else y
+
+
+def _without_strangers(rows: Tensor, members: Members) -> Tensor:
+    """The rows, with zeros past the served ones."""
+    if members.served < len(rows):
+        rows[members.served :] = 0
+    return rows
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:

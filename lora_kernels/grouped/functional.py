@@ -10,8 +10,9 @@ from torch import Tensor
 from lora_kernels import _checks, _dispatch
 from lora_kernels._contract import DTYPES
 from lora_kernels.direct import draw_seed
-from lora_kernels.grouped import ops
-from lora_kernels.grouped.groups import Groups
+from lora_kernels.grouped import direct, ops
+from lora_kernels.grouped.groups import Groups, whole_numbers
+from lora_kernels.sharding import is_sharded
 
 _OPS = torch.ops.lora_kernels
 Stack = Tensor | Sequence[Tensor]
@@ -60,8 +61,14 @@ def lora_linear_grouped(
     Returns:
         [..., N] in x's dtype, differentiable in x, weight, lora_a, lora_b and bias.
 
-    Raises ValueError (shapes, devices, values) and TypeError (dtypes), naming the argument.
+    Raises ValueError (shapes, devices, values), TypeError (dtypes) and NotImplementedError
+    (DTensors), naming the argument; NotImplementedError under torch.vmap, torch.func's transforms
+    and forward-mode AD.
     """
+    if weight_of is None and dropout_p == 0 and not torch.compiler.is_compiling():
+        found = direct.linear(x, weight, (lora_a, lora_b), groups, bias, scaling)
+        if found is not None:
+            return found
     pairs = _pairs(lora_a, lora_b)
     K = _columns(x)
     _require_tensors({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
@@ -91,7 +98,7 @@ def lora_linear_grouped(
         *call.rest,
         _saves(call),
     )
-    _refuse_forward_mode(call, rows, weight, bias)
+    _refuse_other_modes(call, rows, weight, bias)
     unseen = _is_unseen(call, rows, weight, bias)
     y: Tensor = (ops.linear if unseen else _OPS.lora_linear_grouped)(*arguments)[0]
     return y.view(*x.shape[:-1], N)
@@ -129,7 +136,7 @@ def lora_add_grouped(
     call = _call(pairs, groups, rows, (scaling, dropout_p, seed))
     base_rows = base_out.reshape(-1, N)
     arguments: tuple[Any, ...] = (base_rows, rows, *call.pairs, *call.rest, _saves(call))
-    _refuse_forward_mode(call, rows, base_rows)
+    _refuse_other_modes(call, rows, base_rows)
     unseen = _is_unseen(call, rows, base_rows, None)
     y: Tensor = (ops.add if unseen else _OPS.lora_add_grouped)(*arguments)[0]
     return y.view(base_out.shape)
@@ -179,7 +186,10 @@ class _Unbound(list[Tensor]):
 
 def _pairs(lora_a: Stack, lora_b: Stack) -> tuple[list[Tensor], list[Tensor]]:
     for name, stack in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if isinstance(stack, Tensor) and stack.dim() != 3:
+        if not isinstance(stack, Tensor):
+            continue
+        _require_tensors({name: stack})
+        if stack.dim() != 3:
             raise ValueError(
                 f"{name}: expected a stack of 3 dimensions or a sequence, got {_shape(stack)}"
             )
@@ -196,6 +206,12 @@ def _require_tensors(given: dict[str, Tensor]) -> None:
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if is_sharded(tensor):
+            raise NotImplementedError(
+                f"{name}: expected a plain tensor, got a DTensor, which the grouped ops do not"
+                " compute with; give each rank its own rows and whole adapters (to_local,"
+                " full_tensor)"
+            )
 
 
 def _with_rows(tensors: list[Tensor], bounds: Sequence[int]) -> list[Tensor]:
@@ -211,8 +227,9 @@ def _saves(call: _Call) -> bool:
     return torch.is_grad_enabled() and any(b.requires_grad for b in call.pairs[1])
 
 
-def _refuse_forward_mode(call: _Call, *others: Tensor | None) -> None:
+def _refuse_other_modes(call: _Call, *others: Tensor | None) -> None:
     if not torch.compiler.is_compiling():
+        _dispatch.refuse_gradient_transforms("grouped ops")
         _dispatch.refuse_forward_mode((*others, *call.pairs[0], *call.pairs[1]))
 
 
@@ -261,7 +278,7 @@ def _weight_of(weight_of: Sequence[int] | None, experts: int, groups: int) -> li
                 " whose by weight_of"
             )
         return [*range(groups)]
-    found = [int(expert) for expert in weight_of]
+    found = whole_numbers("weight_of", weight_of)
     if len(found) != groups or not all(0 <= expert < experts for expert in found):
         raise ValueError(
             f"weight_of: expected one of {experts} experts for each of {groups} groups, got {found}"

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import NoReturn
+from numbers import Integral, Real
+from operator import index as as_int
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -61,11 +63,11 @@ class Groups:
                 shape is that of x without its last dimension, or numbers.
             count: G, the number of groups.
 
-        Raises ValueError for a group out of range, TypeError for a tensor of another dtype.
+        Raises ValueError for a group out of range, TypeError for what is not an integer.
         """
-        index = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64)
-        if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
-            raise TypeError(f"index: expected an integer tensor, got {index.dtype}")
+        if not isinstance(index, Tensor):
+            index = torch.tensor(whole_numbers("index", index), dtype=torch.int64)
+        _check_integers("index", index)
         _check_count(count)
         index = index.reshape(-1).long()
         wrong = ((index < -1) | (index >= count)).any()
@@ -100,12 +102,19 @@ class Groups:
             groups: the group of each segment, -1 for none; segment i is group i if not given.
             count: G, the number of groups; as many as there are segments if not given.
 
-        Raises ValueError for a negative length, a group out of range or lists of other lengths.
+        Raises ValueError for a negative length, a group out of range or lists of other lengths,
+        TypeError for what is not an integer.
         """
+        if isinstance(lengths, Tensor):
+            _check_integers("lengths", lengths)
+            if lengths.dim() != 1:
+                raise ValueError(f"lengths: expected shape [S], got {tuple(lengths.shape)}")
+        else:
+            lengths = whole_numbers("lengths", lengths)
         given = lengths.tolist() if isinstance(lengths, Tensor) and _waits(lengths) else lengths
         count = len(lengths) if count is None else count
         _check_count(count)
-        segments = [*range(len(lengths))] if groups is None else [*groups]
+        segments = [*range(len(lengths))] if groups is None else whole_numbers("groups", groups)
         if len(segments) != len(lengths):
             raise ValueError(
                 f"groups: expected one of each of {len(lengths)} segments, got {len(segments)}"
@@ -142,18 +151,17 @@ class Groups:
             table: the names in the order of their groups, or name -> group.
             rows_per_sample: the rows of each sample, or of one each.
 
-        Raises ValueError for an unknown name, listing the known.
+        Raises ValueError for an unknown name, listing the known, TypeError for numbers of rows that
+        are not integers.
         """
         table = table if isinstance(table, Mapping) else {name: i for i, name in enumerate(table)}
         unknown = [name for name in names if name is not None and name not in table]
         if unknown:
             known = ", ".join(map(repr, table)) or "none"
             raise ValueError(f"names: got {unknown[0]!r}, known adapters are {known}")
-        each = (
-            [rows_per_sample] * len(names)
-            if isinstance(rows_per_sample, int)
-            else [*rows_per_sample]
-        )
+        single = isinstance(rows_per_sample, Real)
+        given: Any = [rows_per_sample] * len(names) if single else rows_per_sample
+        each = whole_numbers("rows_per_sample", given)
         if len(each) != len(names):
             raise ValueError(
                 f"rows_per_sample: expected one of each of {len(names)} samples, got {len(each)}"
@@ -221,7 +229,29 @@ def _consecutive(lengths: Tensor | Sequence[int], given: Tensor | Sequence[int])
     return _made(len(lengths), None, None, offsets, bounds, True)
 
 
+def whole_numbers(name: str, values: Sequence[Any]) -> list[int]:
+    """As ints; TypeError, naming the argument, for others, which int() would cut off."""
+    found = []
+    for value in values:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            found.append(as_int(value))
+        except TypeError:
+            raise TypeError(
+                f"{name}: expected integers, got {value!r} of type {type(value).__name__}"
+            ) from None
+    return found
+
+
+def _check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {tensor.dtype}")
+
+
 def _check_count(count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, Integral):
+        raise TypeError(f"count: expected an integer, got {type(count).__name__}")
     if count < 1:
         raise ValueError(f"count: expected at least one group, got {count}")
 

@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy
 import oracle
 import pytest
 import torch
@@ -11,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -167,6 +172,89 @@ def test_a_stack(experts):
     require_right(batch(INDEX, ranks=(4, 4, 4), stack=True, experts=experts))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experts", [0, 3])
+def test_errors_beside_those_of_unfused_torch(dtype, experts):
+    """The geometric mean over calls, of y and of each gradient: no more is lost."""
+    logs = {}
+    for M, K, N, r in ((13, 96, 80, 4), (64, 64, 128, 8), (150, 160, 48, 16), (300, 72, 72, 8)):
+        made = batch([m * 7 % 3 for m in range(M)], dtype=dtype, K=K, N=N, ranks=(r, 2 * r, r),
+                     experts=experts)  # fmt: skip
+        dy, leaves = randn(M, N, dtype=dtype), made.leaves()
+        y = made.call(leaves)
+        y.backward(dy)
+        sides = [[y.detach(), *grads(flat(leaves))]]
+        for one in (torch.float64, dtype):
+            out, tensors = made.by_hand(one)
+            out.backward(dy.to(one))
+            sides.append([out.detach(), *grads(tensors)])
+        names = ("y", "x", "weight", "bias", *["a"] * 3, *["b"] * 3)
+        for name, got, exact, rival in zip(names, *sides, strict=True):
+            error, theirs = ((t.double() - exact).norm() / exact.norm() for t in (got, rival))
+            logs.setdefault(name, []).append((error / theirs).log())
+    for name in ("y", "x", "a", "b"):
+        assert torch.stack(logs[name]).mean().exp() <= 1.02, name
+
+
+def test_lanes_past_a_rank_are_never_read():
+    """Adapters that are the first rows, or columns, of larger memory: NaN beside them is nothing,
+    neither where one call computes small groups nor where each is its own."""
+    for M in (12, 60, 900):
+        made = batch([m % 3 for m in range(M)], K=40, N=24)
+        results = []
+        for filling in (0.0, float("nan")):
+            leaves = list(made.leaves())
+            wide_a = [torch.full((16, 40), filling) for _ in made.a]
+            wide_b = [torch.full((24, 16), filling) for _ in made.b]
+            for wide, narrow in zip((*wide_a, *wide_b), (*made.a, *made.b), strict=True):
+                wide[: narrow.shape[0], : narrow.shape[1]] = narrow
+            leaves[3] = [w[: len(t)].requires_grad_() for w, t in zip(wide_a, made.a, strict=True)]
+            leaves[4] = [
+                w[:, : t.shape[1]].requires_grad_() for w, t in zip(wide_b, made.b, strict=True)
+            ]
+            y = made.call(leaves)
+            y.sum().backward()
+            with torch.no_grad():
+                results.append([y, made.call(leaves), *grads(flat(leaves))])
+        assert all(t.isfinite().all() for t in results[1])
+        assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("M", [13, 200])
+def test_experts_on_any_number_of_threads(M):
+    made = batch([m * 7 % 3 for m in range(M)], K=96, N=80, experts=3, p=0.3)
+    threads, results, dy = torch.get_num_threads(), [], randn(M, 80)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaves = made.leaves()
+            y = made.call(leaves)
+            y.backward(dy)
+            results.append([y, *grads(flat(leaves))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_nothing_is_kept_but_s(experts):
+    """Beside what the caller has anyway: the arguments and the groups."""
+    made = batch(INDEX, experts=experts, p=0.4)
+    leaves, kept = made.leaves(), {}
+    groups = (made.groups.order, made.groups.offsets)
+    theirs = {t.data_ptr() for t in (*flat(leaves), *groups)}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in theirs and tensor.dtype.is_floating_point:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made.call(leaves)
+    assert sum(kept.values()) == len(INDEX) * max(len(a) for a in made.a) * 4
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_master_copies(dtype):
     made = batch(INDEX, dtype=dtype, adapter_dtype=torch.float32)
@@ -288,6 +376,62 @@ def test_isolation(experts, p):
         mine = [m for m, g in enumerate(index) if g == 0]
         results.append((y[mine], leaves[0].grad[mine], leaves[3][0].grad, leaves[4][0].grad))
     assert all(map(torch.equal, *results))
+
+
+def _of_group(batch, dy, added):
+    """y, dx of group 0's rows and its gradients: of lora_linear_grouped, or of lora_add_grouped."""
+    mine = [m for m, g in enumerate(batch.index) if g == 0]
+    x, weight, bias, a, b = batch.leaves()
+    if added:
+        rest = {"scaling": batch.scaling, "dropout_p": batch.p, "seed": list(batch.seeds)}
+        y = lora_add_grouped(F.linear(x, weight, bias).detach(), x, a, b, batch.groups, **rest)
+    else:
+        y = batch.call((x, weight, bias, a, b))
+    y.backward(dy)
+    with torch.no_grad():
+        inferred = batch.call((x, weight, bias, a, b))
+    return y[mine], inferred[mine], x.grad[mine], a[0].grad, b[0].grad
+
+
+OTHERS = {
+    "nobody's": lambda made: [g and -1 for g in made.index],
+    "half of them nobody's": lambda made: [-1 if g == 2 else g for g in made.index],
+    "one group's": lambda made: [g and 1 for g in made.index],
+}
+
+
+@pytest.mark.parametrize("others", [*OTHERS, "of other ranks", "past the last segment"])
+@pytest.mark.parametrize(("M", "share"), [(4, 4), (12, 3), (40, 2), (150, 3), (150, 9), (700, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("added", [False, True])
+def test_isolation_from_whose_the_others_are(added, dtype, M, share, others):
+    """In a batch of one shape a group keeps its bits when the other rows change hands. Of 700
+    rows each group has more than are computed together, or others do once they are one's."""
+    index = [0] * (M // share) + [1 + m % 2 for m in range(M - M // share)]
+    made = batch(index, dtype=dtype, K=72, N=40, ranks=(5, 3, 8), p=0.3 if M == 40 else 0.0)
+    changed = copy.copy(made)
+    if others == "of other ranks":
+        changed.a = [made.a[0], randn(9, 72, dtype=dtype), randn(70, 72, dtype=dtype)]
+        changed.b = [made.b[0], randn(40, 9, dtype=dtype), randn(40, 70, dtype=dtype)]
+    elif others == "past the last segment":
+        changed.groups = Groups.from_segments([M // share, 0, 0])
+    else:
+        changed.index = OTHERS[others](made)
+        changed.groups = Groups.from_rows(changed.index, 3)
+    dy = randn(M, 40, dtype=dtype)
+    assert all(map(torch.equal, _of_group(made, dy, added), _of_group(changed, dy, added)))
+
+
+def test_isolation_from_adapters_that_are_not_handed_over():
+    """A layer is handed the adapters that a batch names: a group may be one of three or alone."""
+    made = batch([0] * 3 + [1, 2] * 4, K=72, N=40)
+    alone = copy.copy(made)
+    alone.__dict__.update(
+        a=made.a[:1], b=made.b[:1], scaling=made.scaling[:1], seeds=made.seeds[:1],
+        groups=Groups.from_rows([0] * 3 + [-1] * 8, 1),
+    )  # fmt: skip
+    dy = randn(11, 40)
+    assert all(map(torch.equal, _of_group(made, dy, False), _of_group(alone, dy, False)))
 
 
 def test_groups_without_rows():
@@ -492,6 +636,59 @@ def test_forward_mode_is_refused(which):
             OPS.lora_linear_grouped(x, made.weight, a, made.b, None, *rest)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vjp])
+@pytest.mark.parametrize("added", [False, True])
+def test_transforms_of_gradients_are_refused(transform, added):
+    made = batch(INDEX)
+
+    def run(x):
+        if added:
+            return lora_add_grouped(F.linear(x, made.weight), x, made.a, made.b, made.groups).sum()
+        return made.call((x, made.weight, made.bias, made.a, made.b)).sum()
+
+    with pytest.raises(NotImplementedError, match=r"grouped ops under torch\.func's grad, vjp"):
+        transform(run, made.x) if transform is torch.func.vjp else transform(run)(made.x)
+    assert run(made.x).isfinite()  # without a transform
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "a", "b", "stack", "base_out"])
+def test_dtensors_are_refused_by_name(name):
+    made = batch(INDEX, ranks=(4, 4, 4))
+    given = {
+        "x": made.x, "weight": made.weight, "bias": made.bias, "a": made.a, "b": made.b,
+        "base_out": F.linear(made.x, made.weight),
+    }  # fmt: skip
+    with on_a_mesh() as mesh:
+
+        def spread(t):
+            return distribute_tensor(t, mesh, [Replicate()])
+
+        if name == "stack":
+            given["a"] = spread(torch.stack(made.a))
+        else:
+            whole = given[name]
+            given[name] = [*map(spread, whole)] if isinstance(whole, list) else spread(whole)
+        words = {"a": r"lora_a\[0\]", "b": r"lora_b\[0\]", "stack": "lora_a"}.get(name, name)
+        refused = pytest.raises(NotImplementedError, match=f"^{words}: .*got a DTensor")
+        x, a, b = given["x"], given["a"], given["b"]
+        if name != "base_out":
+            with refused:
+                lora_linear_grouped(x, given["weight"], a, b, made.groups, given["bias"])
+        if name not in ("weight", "bias"):
+            with refused:
+                lora_add_grouped(given["base_out"], x, a, b, made.groups)
+
+
+@contextmanager
+def on_a_mesh():
+    """A mesh of this process alone."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_double_backward_and_vmap_are_refused():
     made = batch(INDEX)
     leaves = made.leaves()
@@ -500,6 +697,14 @@ def test_double_backward_and_vmap_are_refused():
         dx.sum().backward()
     with pytest.raises(NotImplementedError, match="more rows"):
         torch.vmap(lambda x: made.call((x, *leaves[1:])))(made.x[None])
+    base = F.linear(made.x, made.weight)
+    for in_dims in ((0, None), (None, 0), (0, 0)):
+        pairs = zip((base, made.x), in_dims, strict=True)
+        batched = [t if dim is None else t[None] for t, dim in pairs]
+        with pytest.raises(NotImplementedError, match="more rows"):
+            torch.vmap(
+                lambda base, x: lora_add_grouped(base, x, made.a, made.b, made.groups), in_dims
+            )(*batched)
 
 
 @pytest.mark.parametrize("experts", [0, 3])
@@ -513,6 +718,18 @@ def test_flops(experts):
         y.sum().backward()
     expected = 2 * (3 * M * K * N + ranks * (K + N) + ranks * 2 * (K + N))
     assert counter.get_total_flops() == expected
+
+
+def test_flops_of_lora_add_grouped():
+    made = batch(INDEX, ranks=(2, 3, 4))
+    x, _, _, a, b = made.leaves()
+    base = randn(13, 20).requires_grad_()
+    K, N, ranks = 24, 20, 5 * 2 + 2 * 3 + 4 * 4
+    with FlopCounterMode(display=False) as counter:
+        y = lora_add_grouped(base, x, a, b, made.groups)
+        assert counter.get_total_flops() == 2 * ranks * (K + N)
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * ranks * (K + N) * 3
 
 
 def test_a_module_with_an_optimizer():
@@ -616,6 +833,15 @@ def test_select_of_segments():
         groups.select([])
 
 
+def test_whole_numbers_of_other_types():
+    """What counts as an integer elsewhere in Python: numpy's, tensors without dimensions."""
+    numbers = numpy.array([0, 2, -1])
+    for index in (numbers, list(numbers), list(torch.tensor(numbers))):
+        assert index_of(Groups.from_rows(index, numpy.int64(3)), 3) == [0, 2, -1]
+    assert Groups.from_segments(numpy.array([2, 1])).bounds == (0, 2, 3, 3)
+    assert Groups.from_names(["a", "b"], ["a", "b"], numpy.array([2, 1])).bounds == (0, 2, 3, 3)
+
+
 def test_groups_are_a_value():
     groups = Groups.from_rows(INDEX, 3)
     with pytest.raises(AttributeError, match="immutable"):
@@ -639,6 +865,35 @@ def test_groups_are_a_value():
             lambda: Groups.from_rows(torch.ones(2), 3),
             TypeError,
             "integer tensor, got torch.float32",
+        ),
+        (lambda: Groups.from_rows([0.5, 1], 2), TypeError, "index: expected integers, got 0.5"),
+        (lambda: Groups.from_rows([True, 1], 2), TypeError, "index: expected integers, got True"),
+        (
+            lambda: Groups.from_rows(torch.ones(2).bool(), 2),
+            TypeError,
+            "index: expected an integer",
+        ),
+        (lambda: Groups.from_rows([0, 1], 2.0), TypeError, "count: expected an integer, got float"),
+        (
+            lambda: Groups.from_segments(torch.tensor([2.0, 3.0])),
+            TypeError,
+            "lengths: expected an integer tensor, got torch.float32",
+        ),
+        (lambda: Groups.from_segments([2.0, 3]), TypeError, "lengths: expected integers, got 2.0"),
+        (
+            lambda: Groups.from_segments([2, 3], [0.0, 1]),
+            TypeError,
+            "groups: expected integers, got 0.0",
+        ),
+        (
+            lambda: Groups.from_segments(torch.tensor([[2], [3]])),
+            ValueError,
+            "lengths: expected shape [S], got (2, 1)",
+        ),
+        (
+            lambda: Groups.from_names(["a"], ["a"], 2.5),
+            TypeError,
+            "rows_per_sample: expected integers, got 2.5",
         ),
         (lambda: Groups.from_rows([0], 0), ValueError, "count: expected at least one"),
         (lambda: Groups.from_segments([1, -1]), ValueError, "lengths: expected at least 0, got -1"),
@@ -669,6 +924,11 @@ WRONG = {
     "K": ({"weight": randn(20, 23)}, ValueError, "weight: expected shape [N, K]"),
     "a": ({"a": [randn(3, 24), randn(5, 24), randn(2, 23)]}, ValueError, "lora_a[2]: expected"),
     "b": ({"b": [randn(20, 3), randn(20, 4), randn(20, 2)]}, ValueError, "lora_b[1]: expected"),
+    "ranks": (
+        {"a": randn(3, 4, 24), "b": randn(3, 20, 5)},
+        ValueError,
+        "lora_b[0]: expected shape [N, r] = [20, 4], got (20, 5)",
+    ),
     "stack": ({"a": randn(3, 24)}, ValueError, "lora_a: expected a stack of 3 dimensions"),
     "bias": ({"bias": randn(19)}, ValueError, "bias: expected shape (20,)"),
     "dtype": ({"weight": randn(20, 24).half()}, TypeError, "weight: expected x's dtype"),
@@ -685,6 +945,11 @@ WRONG = {
     ),
     "one weight": ({"weight_of": [0, 0, 0]}, ValueError, "weight_of: expected None"),
     "experts": ({"weight": randn(2, 20, 24), "bias": None}, ValueError, "say which is whose"),
+    "half an expert": (
+        {"weight": randn(2, 20, 24), "bias": None, "weight_of": [0, 1.5, 0]},
+        TypeError,
+        "weight_of: expected integers, got 1.5",
+    ),
     "no expert": (
         {"weight": randn(2, 20, 24), "bias": None, "weight_of": [0, 1, 2]},
         ValueError,

@@ -580,11 +580,12 @@ def test_example_of_a_service(tmp_path, capsys):
     assert (tmp_path / "user2" / "adapter_model.safetensors").exists()
 
 
-def test_example_of_training_many(monkeypatch, capsys):
+@pytest.mark.parametrize("rows", ["1", "2"])
+def test_example_of_training_many(monkeypatch, capsys, rows):
     folder = Path(__file__).parents[2] / "examples"
     monkeypatch.syspath_prepend(str(folder))  # as for a script
     found = script("examples/train_adapters.py")(
-        ["--users", "3", "--rows", "2", "--steps", "2", "--width", "32", "--base-steps", "1"]
+        ["--users", "3", "--rows", rows, "--steps", "2", "--width", "32", "--base-steps", "1"]
     )
     assert found["equal"] == 3
     assert found["off"] < 1e-5

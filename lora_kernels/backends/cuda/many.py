@@ -34,6 +34,11 @@ def serves(rows: Tensor, branches: Branches) -> bool:
     return alike and len(rows) > 0 and len(branches.lora_a) <= _MOST_GROUPS
 
 
+def takes(rows: int) -> bool:
+    """Whether a group of so many rows is computed with others: every one is."""
+    return True
+
+
 def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
     """Adds the branches to y [M,N]; fills s [M, the largest rank]."""
     from lora_kernels.backends.triton import many

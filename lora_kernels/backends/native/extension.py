@@ -32,12 +32,14 @@ _CPU_SCHEMAS = (
     "_linear_backward_cpu(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b,"
     " Tensor? s, float scaling, float high, float keep, int threshold, Tensor? seed, int isa,"
     " bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+    "_linear_grouped_cpu(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor? order,"
+    " int[] bounds, Tensor? bias, float[] scaling, int isa) -> Tensor",
     "_add_grouped_cpu(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor? order,"
-    " int[] bounds, float[] scale, float[] high, int threshold, Tensor? seeds, int isa,"
-    " Tensor(b!)? s) -> ()",
+    " int[] bounds, int most_rows, float[] scale, float[] high, int threshold, Tensor? seeds,"
+    " int isa, Tensor(b!)? s) -> ()",
     "_backward_grouped_cpu(Tensor(a!)? dx, Tensor dy, Tensor? x, Tensor[] lora_a, Tensor[] lora_b,"
-    " Tensor? s, Tensor? order, int[] bounds, float[] scaling, float[] high, float keep,"
-    " int threshold, Tensor? seeds, int isa, Tensor(b!)[] d_a, Tensor(c!)[] d_b) -> ()",
+    " Tensor? s, Tensor? order, int[] bounds, int most_rows, float[] scaling, float[] high,"
+    " float keep, int threshold, Tensor? seeds, int isa, Tensor(b!)[] d_a, Tensor(c!)[] d_b) -> ()",
 )
 _CUDA_SCHEMAS = (
     "_decode_cuda(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias,"

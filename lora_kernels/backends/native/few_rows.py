@@ -64,9 +64,11 @@ class FewRows:
         self.linear: Any
         """_linear_cpu; with no seed and no s, what infers."""
         # What the overloads call, if they still have it: their own part takes half a microsecond.
-        self.linear, self._backward = (
+        self.grouped: Any
+        """_linear_grouped_cpu, of many adapters, which infers."""
+        self.linear, self._backward, self.grouped = (
             getattr(op.default, "_op", op.default)
-            for op in (ops._linear_cpu, ops._linear_backward_cpu)
+            for op in (ops._linear_cpu, ops._linear_backward_cpu, ops._linear_grouped_cpu)
         )
 
     def most(self, weight: Tensor, trains: bool) -> int:

@@ -16,31 +16,35 @@ from lora_kernels.backends.native.few_rows import readable
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branches
 
-# Groups of more rows than this on average are better served one by one: by all threads, and without
-# dropout by torch's own products.
+# A group of more rows is better served by a call of its own: by all threads, and without dropout by
+# torch's own products. Asked of each group alone, so that its bits do not follow from others.
 _MOST_ROWS = 256
 
 
 def serves(rows: Tensor, branches: Branches) -> bool:
-    """Whether one call is the better one for these rows, x or dy."""
-    bounds = branches.bounds
+    """Whether one call computes the small groups of these rows, x or dy."""
     if not rows.is_cpu or rows.dtype not in extension.DTYPES or not extension.available():
         return False
     if forced.now is not None and forced.now.backend != "native":
         return False
-    groups = sum(begin < end for begin, end in pairwise(bounds[:-1]))
-    return groups > 1 and bounds[-2] <= _MOST_ROWS * groups
+    return any(begin < end and takes(end - begin) for begin, end in pairwise(branches.bounds[:-1]))
+
+
+def takes(rows: int) -> bool:
+    """Whether a group of so many rows is computed with others."""
+    return rows <= _MOST_ROWS
 
 
 def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
-    """Adds the branches to y [M,N], whose columns are contiguous; fills s [M, the largest rank]."""
+    """Adds the branches that it takes to y [M,N], whose columns are contiguous; fills their rows of
+    s [M, the largest rank]."""
     splits = [split(scaling, x.dtype) for scaling in branches.scaling]
     drops, seeds, isa = _mask(branches)
     keep = keep_scale(branches.dropout_p)
     torch.ops.lora_kernels._add_grouped_cpu(
         y, readable(x), *_given(branches), branches.order, list(branches.bounds),
-        [low * keep for low, _ in splits], [high for _, high in splits], drops, seeds, isa,
-        s,
+        _MOST_ROWS, [low * keep for low, _ in splits], [high for _, high in splits], drops, seeds,
+        isa, s,
     )  # fmt: skip
 
 
@@ -51,7 +55,7 @@ def backward(
     gradients: tuple[list[Tensor | None], list[Tensor | None]],
 ) -> None:
     """Of rows (dy, x, s) fills the gradients of A and B that are not None, but those of groups
-    without rows, and adds to dx [M,K]."""
+    without rows or not taken, and adds to dx [M,K]."""
     dy, x, s = rows
     highs = [split(scaling, dy.dtype)[1] for scaling in branches.scaling]
     d_a, d_b = gradients
@@ -60,7 +64,7 @@ def backward(
     torch.ops.lora_kernels._backward_grouped_cpu(
         dx, readable(dy), readable(x) if any(t is not None for t in d_a) else None,
         *_given(branches), s if any(t is not None for t in d_b) else None,
-        branches.order, list(branches.bounds),
+        branches.order, list(branches.bounds), _MOST_ROWS,
         list(branches.scaling), highs, keep_scale(branches.dropout_p), drops, seeds, isa,
         [nothing if t is None else t for t in d_a], [nothing if t is None else t for t in d_b],
     )  # fmt: skip
