@@ -158,6 +158,7 @@ FLOORS["backends.triton"] = {
     "gradients": 2,
     "low_rank": 2,
     "masking": 2,
+    "packed": 2,
     "columns": 2,
     "decoding": 2,
     "gating": 2,
@@ -177,6 +178,7 @@ FLOORS["backends.cuda"] = {
     "tables": 3,
     "choice": 4,
     "many": 4,
+    "packed": 4,
     "coded": 4,
     "__init__": 5,
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_kernels.backends import blocked, native, reference, serving
+from lora_kernels.backends.cuda import packed as launches
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branch, Dense, Need
 
@@ -75,9 +76,14 @@ def forward(
         return _one_by_one(x, layers, saves)
     low, high = split(together.scaling, x.dtype)
     shrunk = together.shrink(x, low)
-    ys: list[Tensor] = []
-    kept: list[Tensor | None] = []
     parts = together.parts(shrunk)
+    if together.one_launch:
+        bs = [None if layer.branch is None else layer.branch.lora_b for layer in layers]
+        ys = launches.forward(x, shrunk, [layer.base for layer in layers], bs, high)
+        of_each = [None if b is None else next(parts) for b in bs]
+        return ys, [s if save else None for s, save in zip(of_each, saves, strict=True)]
+    ys = []
+    kept: list[Tensor | None] = []
     for layer, save in zip(layers, saves, strict=True):
         base, branch = layer
         if branch is None:
@@ -122,6 +128,8 @@ class _Together(NamedTuple):
     ranks: list[int]
     scaling: float
     native: bool
+    # Of all outputs, and of dx, on a GPU.
+    one_launch: bool
 
     def shrink(self, x: Tensor, scale: float) -> Tensor:
         if self.native:
@@ -136,21 +144,23 @@ class _Together(NamedTuple):
 def _together(rows: Tensor, layers: Sequence[Layer]) -> _Together | None:
     """None where the layers are better computed one after the other."""
     branches = [layer.branch for layer in layers if layer.branch is not None]
-    if len(branches) < 2 or blocked.is_wide(rows) or rows.numel() == 0:
+    if len(branches) < 2 or rows.numel() == 0:
         return None
     first = branches[0]
     if any(b.dropout_p or b.scaling != first.scaling for b in branches):
         return None
     if any(b.lora_a.dtype != first.lora_a.dtype for b in branches):
         return None
-    backends = {serving(layer.base, rows, layer.branch) for layer in layers if layer.branch}
-    if not backends <= {reference, native}:
-        return None
-    by_kernels = backends == {native}
-    if by_kernels and not all(native.has_many_rows(layer.base, rows) for layer in layers):
-        return None
-    lora_a = torch.cat([b.lora_a for b in branches])
-    return _Together(lora_a, [len(b.lora_a) for b in branches], first.scaling, by_kernels)
+    one_launch, by_kernels = launches.serves(rows, [layer.base for layer in layers]), False
+    if not one_launch:
+        backends = {serving(layer.base, rows, layer.branch) for layer in layers if layer.branch}
+        by_kernels = backends == {native}
+        if not backends <= {reference, native} or blocked.is_wide(rows):
+            return None
+        if by_kernels and not all(native.has_many_rows(layer.base, rows) for layer in layers):
+            return None
+    lora_a, ranks = torch.cat([b.lora_a for b in branches]), [len(b.lora_a) for b in branches]
+    return _Together(lora_a, ranks, first.scaling, by_kernels, one_launch)
 
 
 def _frozen(x: Tensor, base: Dense) -> Tensor:
@@ -217,7 +227,9 @@ def _backward_together(
                 d_b.copy_(reference.scaled_product(dy.t(), s, high))
         d_bs.append(d_b)
     dx = d_as = None
-    if asked.x:
+    if asked.x and together.one_launch:
+        dx = launches.dx(rows.given, [layer.base for layer in layers], ds, together.lora_a)
+    elif asked.x:
         if together.native:
             dx = like.new_empty(len(like), together.lora_a.shape[1])
             native.expand(ds, together.lora_a, dx)

@@ -1,0 +1,185 @@
+"""Several layers of one x in one launch: their outputs, x W^T + s B^T + bias each, and what their
+gradients give x, the sum of dy W + ds A.
+
+A tile of columns belongs to one layer, which gives its matrices by address; which layer it is, is
+found from how many tiles come before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.device import target
+from lora_kernels.backends.triton import tiles
+from lora_kernels.backends.triton.blocks import (
+    Mask,
+    Matrix,
+    Place,
+    Ranks,
+    Term,
+    add_low_rank,
+    load_tile,
+    loop_steps,
+    multiply_add,
+    store_tile,
+)
+from lora_kernels.backends.triton.launch import fp32_precision, launch
+
+_WORDS: tl.constexpr = tl.constexpr(8)
+
+
+class Layer(NamedTuple):
+    """weight [N,K] and lora_b [N,r] contiguous, as is y [M,N]; lora_b None for no branch."""
+
+    weight: Tensor
+    lora_b: Tensor | None
+    bias: Tensor | None
+    y: Tensor
+
+
+@triton.jit
+def word_of(table, layer, index: tl.constexpr, like):
+    """An address in a layer's row of the table, as a pointer like this one."""
+    pointer = tl.load(table + layer * _WORDS + index).to(like.dtype)
+    return tl.multiple_of(pointer, 16)
+
+
+@triton.jit(do_not_specialize=["M"])
+def packed_kernel(
+    x, low, table, M, K, width, layers, stride_xm, stride_xk,
+    LAYERS: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of columns of all layers, tile of rows). A row of the table is a layer's:
+    weight, lora_b, bias, y, N, r, its first column of low, how many tiles end with its last."""
+    tile, row = tl.program_id(0), tl.program_id(1) * BM
+    lane = tl.arange(0, LAYERS)
+    ends = tl.load(table + lane * _WORDS + 7, mask=lane < layers, other=2147483647)
+    layer = tl.sum((ends <= tile).to(tl.int32), 0)
+    begin = tl.max(tl.where(lane < layer, ends, 0), 0)
+    col = (tile - begin).to(tl.int32) * BN
+    N = tl.load(table + layer * _WORDS + 4).to(tl.int32)
+    r = tl.load(table + layer * _WORDS + 5).to(tl.int32)
+    first = tl.load(table + layer * _WORDS + 6)
+    weight, lora_b = word_of(table, layer, 0, x), word_of(table, layer, 1, x)
+    bias, y = word_of(table, layer, 2, x), word_of(table, layer, 3, x)
+    rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i in range(loop_steps(K, BK)):
+        ks = i * BK + tl.arange(0, BK)
+        x_tile = load_tile(Matrix(x, stride_xm, stride_xk, M, K), rows, ks)
+        weight_tile = load_tile(Matrix(weight, 1, K, K, N), ks, cols)
+        acc = multiply_add(x_tile, weight_tile, acc, PRECISION)
+    acc = add_low_rank(
+        acc,
+        Term(
+            Matrix(low + first, width, 1, M, r),
+            Matrix(lora_b, 1, r, r, N),
+            Mask(x, 0, 1.0, 0),
+            Ranks(R, RANKS, HIGH, PRECISION),
+        ),
+        0,
+        Place(row, col, BM, BN),
+    )
+    has_bias = tl.load(table + layer * _WORDS + 2) != 0
+    acc += tl.load(bias + cols, mask=(cols < N) & has_bias, other=0.0).to(tl.float32)[None, :]
+    store_tile(Matrix(y, N, 1, M, N), acc, rows, cols)
+
+
+@triton.jit(do_not_specialize=["M"])
+def packed_dx_kernel(
+    low, mat, dx, table, M, K, r, layers,
+    R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of columns of dx, tile of rows): the sum over layers of dy W, and low @ mat,
+    [M,r] and [r,K] of all ranks. A row of the table is a layer's: weight, -, -, dy, N."""
+    col, row = tl.program_id(0) * BK, tl.program_id(1) * BM
+    rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BK)
+    acc = tl.zeros((BM, BK), tl.float32)
+    for layer in range(layers):
+        N = tl.load(table + layer * _WORDS + 4).to(tl.int32)
+        weight, dy = word_of(table, layer, 0, dx), word_of(table, layer, 3, dx)
+        for i in range(loop_steps(N, BN)):
+            ns = i * BN + tl.arange(0, BN)
+            dy_tile = load_tile(Matrix(dy, N, 1, M, N), rows, ns)
+            weight_tile = load_tile(Matrix(weight, K, 1, N, K), ns, cols)
+            acc = multiply_add(dy_tile, weight_tile, acc, PRECISION)
+    acc = add_low_rank(
+        acc,
+        Term(
+            Matrix(low, r, 1, M, r),
+            Matrix(mat, K, 1, r, K),
+            Mask(dx, 0, 1.0, 0),
+            Ranks(R, RANKS, 1.0, PRECISION),
+        ),
+        0,
+        Place(row, col, BM, BK),
+    )
+    store_tile(Matrix(dx, K, 1, M, K), acc, rows, cols)
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether a matrix lies as the kernels read it: its rows one after the other, from a multiple
+    of 16 bytes on."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
+def _sizes(rows: Tensor, columns: int) -> dict[str, int]:
+    """Tiles, warps and stages of a product of [M,·] rows with as many columns."""
+    M, device = rows.shape[0], target(rows.device)
+    if rows.dtype == torch.float32:
+        return {"BM": tiles.row_block(M, 64), "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 3}
+    wide = tiles.cdiv(M, 128) * tiles.cdiv(columns, 128) > device.sms
+    bm, step = 128 if wide else tiles.row_block(M, 64), 64 if device.has_wide_tiles else 32
+    return {"BM": bm, "BN": 128, "BK": step, "num_warps": 8 if wide else 4, "num_stages": 3}
+
+
+def _table(words: list[list[int]], device: torch.device) -> Tensor:
+    return torch.tensor(words, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def packed_forward(x: Tensor, low: Tensor, layers: Sequence[Layer], high: float) -> None:
+    """y = x W^T + high * s B^T + bias of each layer, whose s are columns of low [M, all ranks]."""
+    (M, K), sizes = x.shape, _sizes(x, sum(layer.weight.shape[0] for layer in layers))
+    words, first, tiles_before, most = [], 0, 0, 1
+    for weight, lora_b, bias, y in layers:
+        N, r = weight.shape[0], 0 if lora_b is None else lora_b.shape[1]
+        tiles_before += tiles.cdiv(N, sizes["BN"])
+        pointers = [0 if each is None else each.data_ptr() for each in (weight, lora_b, bias, y)]
+        words.append([*pointers, N, r, first, tiles_before])
+        first, most = first + r, max(most, r)
+    R = tiles.rank_block(x.dtype, most, 64)
+    meta: dict[str, Any] = {
+        "LAYERS": tiles.next_power_of_2(len(layers)), "R": R, "RANKS": tiles.cdiv(most, R),
+        "HIGH": high, "PRECISION": fp32_precision(), **sizes,
+    }  # fmt: skip
+    launch(
+        packed_kernel, (tiles_before, tiles.cdiv(M, sizes["BM"])),
+        x, low, _table(words, x.device), M, K, low.shape[1], len(layers), *x.stride(), **meta,
+    )  # fmt: skip
+
+
+def packed_dx(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], low: Tensor, mat: Tensor, dx: Tensor
+) -> None:
+    """dx [M,K] = the sum of dy W, and low @ mat: low [M, all ranks], mat [all ranks, K]."""
+    (M, K), sizes = dx.shape, _sizes(dx, dx.shape[1])
+    sizes["BN"], sizes["BK"] = sizes["BK"], sizes["BN"]
+    words = [
+        [w.data_ptr(), 0, 0, dy.data_ptr(), len(w), 0, 0, 0]
+        for dy, w in zip(dys, weights, strict=True)
+    ]
+    r = low.shape[1]
+    R = tiles.rank_block(dx.dtype, r, 64)
+    launch(
+        packed_dx_kernel, (tiles.cdiv(K, sizes["BK"]), tiles.cdiv(M, sizes["BM"])),
+        low, mat, dx, _table(words, dx.device), M, K, r, len(dys),
+        R=R, RANKS=tiles.cdiv(r, R), PRECISION=fp32_precision(), **sizes,
+    )  # fmt: skip
