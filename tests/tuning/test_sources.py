@@ -10,6 +10,7 @@ import torch
 
 from lora_kernels import backends
 from lora_kernels.backends.cuda import sources, tables
+from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
 
 ROOT = Path(__file__).parents[2]
@@ -197,3 +198,16 @@ def test_calls_that_are_compiled():
     assert [tiles for _, tiles in found if tiles] == [bucket["tiles"] for bucket in taken]
     assert not torch.cuda.is_initialized()
     assert list(stamp.calls(table, "decode_cuda")) == []
+
+
+def test_what_plans_launch_is_told_without_a_gpu(tmp_path):
+    """Of two trees: where a kernel stands is nothing, what it computes is."""
+    stamp = pytest.importorskip("lora_kernels.tuning.stamp")
+    shutil.copytree(ROOT / "lora_kernels", tmp_path / "lora_kernels")
+    change(tmp_path / BACKENDS / "triton/low_rank.py", "\n@triton.jit", "\n# Why.\n\n@triton.jit")
+    change(tmp_path / BACKENDS / "triton/dual.py", "x_tile.T, low,", "x_tile.T, low + low,")
+    call = Call("forward", "bfloat16", 2, 64, 64, 16, False)
+    asked = [("cublas", call, {}), ("decode", call, {})]
+    here, there = (stamp.digests(asked, tree) for tree in (ROOT, tmp_path))
+    assert here["cublas"] == there["cublas"]
+    assert here["decode"] != there["decode"]
