@@ -35,7 +35,7 @@ class _Record(TorchDispatchMode):
     """A line for everything that runs on the device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lines: list[str] = []
 
     def __torch_dispatch__(
