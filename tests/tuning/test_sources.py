@@ -10,6 +10,7 @@ import torch
 
 from lora_kernels import backends
 from lora_kernels.backends.cuda import sources, tables
+from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
 
 ROOT = Path(__file__).parents[2]
@@ -165,9 +166,9 @@ def test_the_stamp_of_equal_code(packaged, monkeypatch, capsys):
     stamp = pytest.importorskip("lora_kernels.tuning.stamp")
     monkeypatch.setattr(stamp, "INTERPRETED", False)
     monkeypatch.setattr(stamp.triton, "__version__", "3")
-    monkeypatch.setattr(stamp, "_codes", lambda table, plans: dict.fromkeys(plans, "now"))
+    monkeypatch.setattr(stamp, "digests", lambda asked, tree: {"dual": "now"})
     before, text = {"dual": "then"}, packaged.read_text()
-    monkeypatch.setattr(stamp, "_codes_before", lambda commit, path, plans: before)
+    monkeypatch.setattr(stamp, "_digests_at", lambda commit, asked: before)
     command = ["--before", "a-commit", str(packaged)]
     assert stamp.main(command) == 1
     assert "other code: dual" in capsys.readouterr().out
@@ -196,4 +197,17 @@ def test_calls_that_are_compiled():
     taken = [b for b in table["buckets"] if b["plan"] == "shrink_gemm" and "tiles" in b]
     assert [tiles for _, tiles in found if tiles] == [bucket["tiles"] for bucket in taken]
     assert not torch.cuda.is_initialized()
-    assert "forward" not in {call.op for call, _ in stamp.calls(table, "decode_cuda")}
+    assert list(stamp.calls(table, "decode_cuda")) == []
+
+
+def test_what_plans_launch_is_told_without_a_gpu(tmp_path):
+    """Of two trees: where a kernel stands is nothing, what it computes is."""
+    stamp = pytest.importorskip("lora_kernels.tuning.stamp")
+    shutil.copytree(ROOT / "lora_kernels", tmp_path / "lora_kernels")
+    change(tmp_path / BACKENDS / "triton/low_rank.py", "\n@triton.jit", "\n# Why.\n\n@triton.jit")
+    change(tmp_path / BACKENDS / "triton/dual.py", "x_tile.T, low,", "x_tile.T, low + low,")
+    call = Call("forward", "bfloat16", 2, 64, 64, 16, False)
+    asked = [("cublas", call, {}), ("decode", call, {})]
+    here, there = (stamp.digests(asked, tree) for tree in (ROOT, tmp_path))
+    assert here["cublas"] == there["cublas"]
+    assert here["decode"] != there["decode"]
