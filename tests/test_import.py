@@ -80,8 +80,8 @@ FLOORS[""] = {
 }
 
 FLOORS["tuning"] = {
-    "clock": 0, "machine": 0, "ranks": 0, "table": 0, "search": 1, "stamp": 1, "worker": 2,
-    "__init__": 1,
+    "cases": 0, "clock": 0, "guards": 0, "machine": 0, "ranks": 0, "table": 0, "search": 1,
+    "stamp": 1, "workers": 1, "worker": 2, "__init__": 2,
 }  # fmt: skip
 FLOORS["commands"] = {
     "__init__": 0,
