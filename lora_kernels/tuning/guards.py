@@ -39,7 +39,7 @@ class GuardBands(TorchDispatchMode):
     an op of ours that is called within is one call, whose insides it does not see."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._held: list[tuple[Tensor, torch.Size]] = []
 
     def __torch_dispatch__(
