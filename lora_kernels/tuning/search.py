@@ -280,9 +280,11 @@ def left(
 
 
 def listed(call: Call, device: torch.device, variants: bool) -> list[Candidate]:
-    """What may serve a call; without `variants` each plan with its analytic tiles alone."""
+    """What may serve a call; without `variants` each plan with its analytic tiles alone. Last are
+    those whose programs wait for one another: they may hang, and the rest is then done."""
     found = candidates(call, target(device))
-    return [Candidate(plan, _plain(tiles)) for plan, tiles in found if variants or not tiles]
+    kept = [Candidate(plan, _plain(tiles)) for plan, tiles in found if variants or not tiles]
+    return sorted(kept, key=lambda candidate: PLANS[candidate.plan].cooperates)
 
 
 def run_part(

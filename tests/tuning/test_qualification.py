@@ -175,3 +175,14 @@ def test_what_counts_is_the_ratio_within_a_round():
     ratios = search.ratios_to_aten(found, times)
     assert ratios == pytest.approx([1.0, 0.9, 1.1])
     assert search.simplest(found, ratios) == 1
+
+
+def test_what_may_hang_is_tried_last():
+    call = Call("forward", "float16", 16, 512, 512, 8, False)
+    for variants in (True, False):
+        found = search.listed(call, torch.device("cpu"), variants)
+        cooperates = [search.PLANS[candidate.plan].cooperates for candidate in found]
+        assert found[0] == ("aten", {})
+        assert cooperates == sorted(cooperates)
+        assert {"flag", "shrink_gemm"} < {candidate.plan for candidate in found}
+        assert any(candidate.tiles for candidate in found) == variants
