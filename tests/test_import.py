@@ -166,13 +166,13 @@ FLOORS["backends.triton"] = {
     "specialised": 4,
 }
 FLOORS["backends.cuda"] = {
-    "background": 0,
     "plan": 0,
     "launches": 1,
     "needs": 1,
     "plans": 2,
     "sources": 2.5,
     "tables": 3,
+    "background": 3.5,
     "choice": 4,
     "many": 4,
     "coded": 4,

@@ -341,7 +341,7 @@ def test_the_key_of_a_table(monkeypatch):
 def test_the_cases_of_a_model():
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 16))
     lora_kernels.apply_lora(model.bfloat16(), 4, dropout=0.1)
-    found = cases_of(model, (1, 64), None, "fp16")
+    found = cases_of(model, (1, 64), None, None)
     assert found == [
         Case(M, K, 16, 4, "bf16", p) for M in (1, 64) for K in (8, 16) for p in (0.1, 0.0)
     ]
@@ -353,8 +353,9 @@ def test_the_cases_of_a_peft_model():
     config = peft.LoraConfig(r=4, lora_dropout=0.25, target_modules=["0"])
     model = peft.get_peft_model(model, config)
     lora_kernels.fuse_peft(model)
-    found = cases_of(model, (64,), None, "fp16")
-    assert found == [Case(64, 8, 16, 4, "fp32", p) for p in (0.25, 0.0)]
+    for given, dtype in ((None, "fp32"), ("fp16", "fp16")):  # its own, or that of autocast
+        found = cases_of(model, (64,), None, given)
+        assert found == [Case(64, 8, 16, 4, dtype, p) for p in (0.25, 0.0)]
 
 
 def test_bad_arguments(tmp_path, monkeypatch):
