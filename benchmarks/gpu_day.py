@@ -11,7 +11,9 @@ Without a GPU the same steps run at tiny sizes in Triton's interpreter.
 """
 
 import argparse
+import ast
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -38,6 +40,10 @@ class Step(NamedTuple):
     once: bool = False  # not again in a later call what has succeeded
     tries: int = 1
     environment: dict[str, str] = {}  # noqa: RUF012
+    needs: tuple[str, ...] = ()  # packages, without which it is skipped
+
+    def lacks(self) -> str:
+        return ", ".join(name for name in self.needs if importlib.util.find_spec(name) is None)
 
 
 _BUILD = {"LORA_KERNELS_BUILD_CUDA": "1", "LORA_KERNELS_BUILD_CPU": "0"}
@@ -56,6 +62,19 @@ def gpu_tests() -> list[str]:
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
 
 
+_LONG = "tests/backends/triton/test_gpu_triton.py"  # a process for each of its tests
+_TESTS = ("pytest", "hypothesis")
+
+
+def parts(file: str) -> list[str]:
+    """What a process each is given of a file of tests."""
+    if file != _LONG:
+        return [file]
+    found = [node for node in ast.parse((ROOT / file).read_text()).body
+             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]  # fmt: skip
+    return [f"{file}::{node.name}" for node in found]
+
+
 def steps(out: Path, gpu: bool) -> list[Step]:
     python, kind = sys.executable, "gpu" if gpu else "cpu"
 
@@ -72,8 +91,8 @@ def steps(out: Path, gpu: bool) -> list[Step]:
     interpreter = {} if gpu else {"TRITON_INTERPRET": "1"}
     # Few rows among the first: decoding is what a short day would lack.
     first = ("--rows", "8192", "16", "1", "2048", "512", "64") if gpu else ()
-    tests = {f"test {file}": [python, "-m", "pytest", "-q", "-m", "gpu", file]
-             for file in gpu_tests()}  # fmt: skip
+    tests = {f"test {part}": [python, "-m", "pytest", "-q", "-m", "gpu", part]
+             for file in gpu_tests() for part in parts(file)}  # fmt: skip
     tune = [
         python,
         "-m",
@@ -93,12 +112,13 @@ def steps(out: Path, gpu: bool) -> list[Step]:
     forced = [python, "-m", "pytest", "-q", "-m", "gpu", ecosystem]
     return [
         *([Step({"build": build}, 0.15, once=True, environment=_BUILD)] if lacks_kernels() else []),
-        Step(tests, 0.35, once=True),
+        Step(tests, 0.35, once=True, needs=_TESTS),
         Step(
             {"ecosystem, forced": forced},
             0.4,
             once=True,
             environment={"LORA_KERNELS_BACKEND": "cuda"} if gpu else {},
+            needs=(*_TESTS, "peft"),
         ),
         *(
             Step(
@@ -109,9 +129,10 @@ def steps(out: Path, gpu: bool) -> list[Step]:
             )
             for dtype, until in _TUNED
         ),
-        Step({"layer": layer}, 0.88),
-        Step({"model": model}, 0.95),
-        Step({"report": report}, 1.0),
+        Step({"layer": layer}, 0.82, needs=("peft",)),
+        Step({"model": model}, 0.9, needs=("peft", "transformers")),
+        Step({"report": report}, 0.93, needs=("matplotlib",)),
+        Step({"ecosystem, with the table": forced}, 1.0, once=True, needs=(*_TESTS, "peft")),
     ]
 
 
@@ -168,6 +189,13 @@ class Day:
         return found
 
     def run(self, step: Step) -> None:
+        lacking = step.lacks()
+        if lacking:
+            for name in step.commands:
+                self.state[name] = {"status": None, "skipped": f"{lacking}: not installed"}
+                print(f"{name}: skipped, {lacking}: not installed", flush=True)
+            replace_text(self.file, json.dumps(self.state, indent=1) + "\n")
+            return
         done = {name for name in step.commands if step.once and self.status(name) == 0}
         for name in done:
             print(f"{name}: done before")
@@ -195,6 +223,10 @@ class Day:
     def status(self, name: str) -> int | None:
         """Of its last run; None if it was stopped or never ran."""
         return self.state.get(name, {}).get("status")
+
+    def failed(self, name: str) -> bool:
+        """Or was stopped, or never ran; what was skipped did not."""
+        return self.status(name) != 0 and "skipped" not in self.state.get(name, {})
 
 
 def pack(out: Path, state: Path) -> None:
@@ -251,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.state:  # after every step: the next may outlive the machine
             pack(out, args.state)
     print(f"{day.spent():.0f} s; everything is in {args.out}")
-    return int(any(day.status(name) != 0 for step in planned for name in step.commands))
+    return int(any(day.failed(name) for step in planned for name in step.commands))
 
 
 if __name__ == "__main__":

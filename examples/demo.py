@@ -226,7 +226,9 @@ def main() -> None:
     report = apply_lora(model, RANK, alpha=ALPHA)
     print(report)
     if device == "cuda":
-        print(tune(model, rows=[next(iter(train["code"]))["input_ids"].numel()], minutes=1))
+        # The rows of a step, of an evaluation and of a token that is written.
+        rows = [next(iter(data["code"]))["input_ids"].numel() for data in (train, tests)]
+        print(tune(model, rows=[*rows, 1], minutes=1, variants=False))
     optimizer = adamw(model, 4e-3)
     tuned = train_model(
         model, train["code"], None, optimizer, epochs=20, max_steps=args.steps, max_grad_norm=1.0,

@@ -17,6 +17,10 @@ def progress_bar(progress: bool | None, total: int | None, label: str) -> Any:
     return _NoBar()
 
 
+def is_shown(bar: Any) -> bool:
+    return not getattr(bar, "disable", True)
+
+
 class _NoBar(contextlib.AbstractContextManager[Any]):
     def __exit__(self, *_: object) -> None:
         pass

@@ -36,7 +36,7 @@ def _node(supervise, card="A Card"):
             (tables, "_triton", lambda: "3"),
             (tables, "TUNED", Path(folder, "package")),
             (tables._env, "TUNED", None),
-            (tuning, "_supervise", supervise),
+            (tuning, "supervise", supervise),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         given = {"XDG_CACHE_HOME": folder, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}

@@ -80,8 +80,8 @@ FLOORS[""] = {
 }
 
 FLOORS["tuning"] = {
-    "clock": 0, "machine": 0, "ranks": 0, "table": 0, "search": 1, "launched": 0,
-    "stamp": 1, "worker": 2, "__init__": 1,
+    "cases": 0, "clock": 0, "guards": 0, "launched": 0, "machine": 0, "ranks": 0, "table": 0,
+    "search": 1, "stamp": 1, "workers": 1, "worker": 2, "__init__": 2,
 }  # fmt: skip
 FLOORS["commands"] = {
     "__init__": 0,
@@ -169,13 +169,13 @@ FLOORS["backends.triton"] = {
     "specialised": 4,
 }
 FLOORS["backends.cuda"] = {
-    "background": 0,
     "plan": 0,
     "launches": 1,
     "needs": 1,
     "plans": 2,
     "sources": 2.5,
     "tables": 3,
+    "background": 3.5,
     "choice": 4,
     "many": 4,
     "packed": 4,

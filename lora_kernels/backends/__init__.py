@@ -2,7 +2,8 @@
 `lora_kernels.branch` and four words of its own, as `Backend` lists them.
 
 `choose` names the backend of a device and the reason, which `python -m lora_kernels doctor` prints;
-`serving` the one of a call. The logger "lora_kernels" says both once, at INFO.
+`serving` the one of a call. The logger "lora_kernels" says both once, at INFO; that a GPU has no
+tuned table, as a warning.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lora_kernels import _env
 from lora_kernels.backends import cuda, forced, native, reference
-from lora_kernels.backends.cuda import choice
+from lora_kernels.backends.cuda import background, choice
 from lora_kernels.backends.native import extension
 from lora_kernels.backends.native.few_rows import FewRows
 from lora_kernels.backends.reference import Gradients
@@ -100,7 +101,10 @@ def serving(base: Base, rows: Tensor, branch: Branch) -> Backend:
     refuses the call or leaves it. Raises RuntimeError where one is forced that cannot serve it."""
     choice = choose(rows.device)
     backend, reason = choice.module, None
-    if backend is not reference:
+    if backend is reference:
+        if rows.is_cuda and choice.demand is None:
+            background.hint(rows.device)
+    else:
         reason = backend.refusal(rows)
         if reason is not None and choice.demand is not None:
             raise RuntimeError(f"{choice.demand}: {reason}")

@@ -38,6 +38,10 @@ def add(subparsers: "Subparsers") -> argparse.ArgumentParser:
     tune.add_argument("--limit", type=float, default=tuning.LIMIT, help="seconds of a candidate")
     tune.add_argument("--plugins", nargs="*", default=(), help="modules that register plans")
     tune.add_argument("--no-backward", action="store_true", help="for serving")
+    tune.add_argument(
+        "--quick", action="store_true", help="each plan's analytic tiles alone; again goes on"
+    )
+    tune.add_argument("--no-progress", action="store_true")
     tune.add_argument("--force", action="store_true", help="begin anew")
     tune.add_argument("--out", type=Path, help="the table (default: the user's, of this GPU)")
     tune.add_argument("--merge", type=Path, nargs=2, metavar=("A", "B"), help="no tuning")
@@ -58,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         report = tuning.tune(
             rows=args.rows, shapes=args.shapes, dtype=args.dtype, minutes=args.minutes,
-            backward=not args.no_backward, force=args.force, out=args.out, seconds=args.seconds,
-            rounds=args.rounds, jobs=args.jobs, limit=args.limit, plugins=args.plugins,
+            backward=not args.no_backward, variants=not args.quick,
+            progress=False if args.no_progress else None, force=args.force, out=args.out,
+            seconds=args.seconds, rounds=args.rounds, jobs=args.jobs, limit=args.limit,
+            plugins=args.plugins,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)

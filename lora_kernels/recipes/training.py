@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_kernels.adapters import lora_layers
 from lora_kernels.check import first_step_problems, folded
 from lora_kernels.progress import progress_bar
-from lora_kernels.recipes import batches, checks, resume
+from lora_kernels.recipes import batches, checks, proving, resume
 from lora_kernels.recipes.batches import Count, Criterion
 from lora_kernels.recipes.callbacks import Callback, Goal
 from lora_kernels.recipes.evaluation import Metric, evaluate_model
@@ -53,6 +53,7 @@ def train_model(
     metrics: Mapping[str, Metric] | None = None,
     keep_best: str | None = None,
     callbacks: Sequence[Callback] = (),
+    tune: bool = False,
 ) -> History:
     """Trains what requires gradients: with LoRA layers, the adapters and `modules_to_save`.
 
@@ -96,6 +97,9 @@ def train_model(
             and after an exception, it has the last ones.
         callbacks: of `lora_kernels.recipes.callbacks`: EarlyStopping, CSV, TensorBoard, or your own
             `Callback`.
+        tune: proves and times the fused kernels before the first step, where the model is on a GPU
+            that has no table yet: once a card, in under a minute, with a bar as `progress` says.
+            `lora_kernels.tune(model, rows)` does it more thoroughly.
 
     Returns:
         `History`, of the whole run where it was resumed.
@@ -184,6 +188,9 @@ def train_model(
             while not run.done:
                 start = time.perf_counter()
                 for group in _groups(run.epoch_batches(), accumulation_steps):
+                    if tune and len(history) == begun:
+                        proving.prove(model, group, autocast_dtype, progress)
+                        start = time.perf_counter()
                     _step(loop, group, first=len(history) == begun)
                     history.seconds.append(time.perf_counter() - start)
                     bar.update()

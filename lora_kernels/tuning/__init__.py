@@ -4,40 +4,35 @@ import importlib
 import json
 import logging
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_kernels import backends
 from lora_kernels.backends.cuda import tables
-from lora_kernels.nn import LoRALayer
-from lora_kernels.testing import DTYPES, Case
+from lora_kernels.progress import is_shown, progress_bar
 from lora_kernels.tuning import ranks
+from lora_kernels.tuning.cases import cases_of
 from lora_kernels.tuning.table import (
     BASES,
     ELSEWHERE,
     Candidate,
     locked,
     merge,
+    missing,
     replace_text,
     to_json,
-    touch_lock,
 )
-from lora_kernels.weights import QuantizedTensor
+from lora_kernels.tuning.workers import Told, supervise
 
 _logger = logging.getLogger("lora_kernels")
 ROWS = (8192, 2048, 16, 1)
-SHAPES = ((4096, 4096, 16), (14336, 4096, 16), (4096, 14336, 16))
 LIMIT = 60.0
 SECONDS, ROUNDS = 0.15, (5, 100)
-_MOST_CRASHES = 2  # outside of any candidate
 
 
 @dataclass
@@ -74,9 +69,11 @@ def tune(
     rows: Sequence[int] = ROWS,
     *,
     shapes: Iterable[tuple[int, int, int]] | None = None,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     minutes: float = 3.0,
     backward: bool = True,
+    variants: bool = True,
+    progress: bool | None = None,
     force: bool = False,
     out: str | os.PathLike[str] | None = None,
     plugins: Sequence[str] = (),
@@ -95,10 +92,16 @@ def tune(
 
     Args:
         model: whose LoRA layers' sizes, dtypes and dropout are taken; or
-        shapes: (N, K, r) of weights [N,K] and ranks, in `dtype` ("bf16", "fp16", "fp32").
+        shapes: (N, K, r) of weights [N,K] and ranks.
+        dtype: "bf16", "fp16" or "fp32" in which all is computed; by default each layer's own, and
+            bf16 for shapes.
         rows: M, the numbers of rows (tokens) of a call.
         minutes: when to stop; what is missing is found by calling it again.
         backward: whether gradients are asked for.
+        variants: False tries every plan with its analytic tiles alone, which is several times
+            faster; a later call with them goes on from there.
+        progress: True shows a bar (if tqdm is there), False nothing, None a bar in a terminal and
+            lines elsewhere.
         force: begins a new table in place of the one that is there.
         out: the table's file; by default that of this GPU, these versions and kernels in the
             user's cache folder, where later processes look for it.
@@ -121,17 +124,20 @@ def tune(
             importlib.import_module(module)
         path = _path(out)
         # All of a weight first: most calls are of that kind.
-        todo = [(base, case) for base in BASES for case in _cases(model, rows, shapes, dtype)]
+        todo = [(base, case) for base in BASES for case in cases_of(model, rows, shapes, dtype)]
         options = {
-            "backward": int(backward), "seconds": seconds, "rounds": rounds, "jobs": jobs,
-            "plugins": plugins, "todo": json.dumps(todo),
+            "backward": int(backward), "variants": int(variants), "seconds": seconds,
+            "rounds": rounds, "jobs": jobs, "plugins": plugins, "todo": json.dumps(todo),
         }  # fmt: skip
         with locked(path):
             if force:
                 path.unlink(missing_ok=True)
-            before = _buckets(path)
-            finished = _supervise(path, minutes, limit, options)
-        return _Made(path.read_text(), before, finished)
+            known = _buckets(path)
+            lacking = sum(len(missing(known, *each, variants, backward)) for each in todo)
+            with progress_bar(progress, lacking, "tune") as bar:
+                told = Told(bar, progress is not False and not is_shown(bar))
+                finished = supervise(path, minutes, limit, options, told)
+        return _Made(path.read_text(), len(known), finished)
 
     made = ranks.made_by_rank_0(make)
     for module in plugins:
@@ -199,118 +205,8 @@ def merge_files(one: Path, other: Path, out: Path) -> None:
     replace_text(out, to_json(merge(*map(tables.read_table, (one, other)))))
 
 
-def _cases(
-    model: nn.Module | None,
-    rows: Sequence[int],
-    shapes: Iterable[tuple[int, int, int]] | None,
-    dtype: str,
-) -> list[Case]:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, legal values are {', '.join(DTYPES)}")
-    found: dict[tuple[Any, ...], None] = {}
-    if model is None:
-        for N, K, r in SHAPES if shapes is None else shapes:
-            found |= dict.fromkeys((K, N, r, dtype, p) for p in (0.0, 0.1))
-    else:
-        found |= dict.fromkeys(sizes for layer in model.modules() for sizes in _sizes(layer))
-        if not found:
-            raise ValueError("model: has no LoRA layer; call apply_lora first, or give shapes")
-    cases = [Case(M, *sizes) for M in rows for sizes in found]
-    for case in cases:
-        if min(case[:4]) < 1:
-            raise ValueError(f"rows, shapes: expected sizes of at least 1, got {case}")
-    return cases
-
-
-def _sizes(layer: nn.Module) -> Iterator[tuple[int, int, int, str, float]]:
-    """K, N, r, dtype and dropout of the calls of a LoRA layer, PEFT's too; in eval mode none
-    drops."""
-    names = {value: name for name, value in DTYPES.items()}
-    found: list[tuple[Tensor, Tensor, Tensor, float]] = []
-    if isinstance(layer, LoRALayer) and layer.weight.dim() == 2:
-        for one in map(layer.adapter, layer.names):
-            found.append((one.lora_A, one.lora_B, layer.weight, one.dropout))
-    elif isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
-        of_peft: Any = layer
-        for name, down in of_peft.lora_A.items():
-            p = getattr(of_peft.lora_dropout[name], "p", 0.0)
-            found.append((down.weight, of_peft.lora_B[name].weight, of_peft.base_layer.weight, p))
-    for a, b, weight, dropout in found:
-        if isinstance(weight, QuantizedTensor):
-            continue  # no plan that is tuned multiplies with it
-        if weight.dtype in names:
-            for p in dict.fromkeys((dropout, 0.0)):
-                yield a.shape[1], b.shape[0], a.shape[0], names[weight.dtype], p
-
-
-def _buckets(path: Path) -> int:
-    return len(tables.read_table(path)["buckets"]) if path.exists() else 0
-
-
-def _supervise(path: Path, minutes: float, limit: float, options: dict[str, Any]) -> bool:
-    """Workers one after the other until one ends well; whether all was done."""
-    end = time.monotonic() + 60 * minutes
-    command = [sys.executable, "-m", "lora_kernels.tuning.worker", "--out", str(path)]
-    for name, value in options.items():
-        command += [f"--{name}", *_texts(value)]
-    crashes = 0
-    while True:
-        minutes = max(0.0, end - time.monotonic()) / 60
-        child = subprocess.Popen([*command, "--minutes", str(minutes)])
-        try:
-            status, hung = _watch(child, path, limit, max(limit, 30 * minutes))
-        except BaseException:  # Ctrl-C: the candidate is not to blame
-            child.terminate()
-            child.wait()
-            raise
-        if status == 0:
-            break
-        content = _content(path)
-        mark = content.get("trying")
-        if mark is None:
-            crashes += 1
-            if crashes == _MOST_CRASHES:
-                raise RuntimeError(f"tune: the worker ended with {status} twice; see its output")
-            continue
-        if hung:
-            mark["why"] = f"it hung: no result in {limit:g} s"
-            replace_text(path, to_json(content))
-        candidate = Candidate(mark["plan"], mark["tiles"])
-        why = "hung" if hung else f"took its process along (exit status {status})"
-        print(f"{candidate} {why}: struck out", flush=True)
-    finished: bool = end > time.monotonic()
-    return finished
-
-
-def _texts(value: object) -> list[str]:
-    return [str(each) for each in (value if isinstance(value, (tuple, list)) else (value,))]
-
-
-def _watch(
-    child: "subprocess.Popen[bytes]", path: Path, limit: float, compiling: float
-) -> tuple[int, bool]:
-    """(exit status, whether it was killed because nothing came of a candidate in time). Before the
-    first candidate others may be compiled ahead."""
-    seen, since = None, time.monotonic()
-    while child.poll() is None:
-        time.sleep(0.1)
-        touch_lock(path)
-        try:
-            now = path.stat().st_mtime_ns
-        except FileNotFoundError:
-            now = None
-        if now != seen:
-            seen, since = now, time.monotonic()
-            continue
-        idle = time.monotonic() - since
-        if idle > limit and (idle > compiling + limit or "trying" in _content(path)):
-            child.kill()
-            return child.wait(), True
-    return child.returncode, False
-
-
-def _content(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+def _buckets(path: Path) -> list[dict[str, Any]]:
+    return list(tables.read_table(path)["buckets"]) if path.exists() else []
 
 
 def _report(path: Path, made: _Made, adopted: bool) -> TuningReport:

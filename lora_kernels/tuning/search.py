@@ -1,17 +1,19 @@
 """Every legal plan and tile set of a call: proven first, then timed.
 
 A candidate is right when its outputs are, by the rule of `lora_kernels.testing`, with all memory
-that it is given poisoned by NaN, when it gives equal bits run after run and, on a GPU, in the
-replay of a graph. Of candidates within 1 % of the fastest the simplest is taken, ATen's calls
-first of all.
+that it is given poisoned by NaN, when it writes nowhere beside it, when it gives equal bits run
+after run and, on a GPU, in the replay of a graph. A candidate's time is the median, over rounds
+in which all take turns, of its ratio to that of ATen's calls. Below 0.99 the fastest is taken, or
+the simplest within 1 % of it, else ATen's calls.
 """
 
 import contextlib
 import math
 import statistics
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from functools import cache
+from operator import truediv
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,6 @@ from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import target
 from lora_kernels.backends.triton.tiles import vectorises
 from lora_kernels.testing import (
-    DTYPES,
     SCALING,
     Case,
     Expected,
@@ -37,9 +38,11 @@ from lora_kernels.testing import (
     problem,
 )
 from lora_kernels.tuning.clock import interleaved, summary
-from lora_kernels.tuning.table import BASES, KEY, Candidate, Table
+from lora_kernels.tuning.guards import guarded, poisoned
+from lora_kernels.tuning.table import BASES, KEY, Candidate, Table, key_of, missing
 
 _CLOSE = 1.01  # as fast as the fastest
+_TAKEN = 0.99  # of ATen's time, below which a plan is taken
 _RUNS, _RUNS_COOPERATING = 5, 20
 _library = torch.ops.lora_kernels
 
@@ -103,68 +106,64 @@ def _on_top(given: Tensor, right: Expected) -> Expected:
     return right._replace(exact=[exact, *right.exact[1:]], rival=[rival, *right.rival[1:]])
 
 
-def key_of(case: Case, op: str) -> dict[str, Any]:
-    dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
-    values = (op, dtype, case.M, case.N, case.K, case.r, case.dropout > 0)
-    return dict(zip(KEY, values, strict=True))
+def overlaps(candidate: Candidate) -> bool:
+    """Whether a launch begins before the one ahead of it has ended."""
+    return any(fields.get("pdl") for fields in candidate.tiles.values())
 
 
 def qualify(candidate: Candidate, work: Work, again: bool = False) -> None:
     """Raises WrongResult, or whatever the candidate raises, unless it is right. Where its plan has
-    been proven with other tiles or sizes, a second run has to do."""
-    plan, device = PLANS[candidate.plan], work.right.rows.device
-    overlaps = any(fields.get("pdl") for fields in candidate.tiles.values())
-    cooperates = plan.cooperates or overlaps
+    been proven with other tiles or sizes, a second run has to do, unless launches overlap."""
+    device = work.right.rows.device
+    again = again and not overlaps(candidate)
+    cooperates = PLANS[candidate.plan].cooperates or overlaps(candidate)
     runs = 2 if again else _RUNS_COOPERATING if cooperates else _RUNS
     with use_plan(*candidate):
-        with poisoned():
+        with poisoned(), guarded(str(candidate)):
             first = work.run()
         work.right.require(str(candidate), first, work.names)
-        with _busy(device) if cooperates else contextlib.nullcontext():
+        with _busy(device, cooperates) as more_work:
             for run in range(1, runs):
+                more_work()
                 if not all(map(torch.equal, first, work.run())):
                     raise WrongResult(f"{candidate}: other bits in run {run + 1}")
         if device.type == "cuda" and not again:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = work.run()
-            graph.replay()
-            # By the rule: torch may choose another algorithm for a product within a graph.
-            replayed = [out.clone() for out in captured]
-            work.right.require(f"{candidate} in a graph", replayed, work.names)
-            graph.replay()
-            if not all(map(torch.equal, replayed, captured)):
-                raise WrongResult(f"{candidate}: other bits in a graph's second replay")
+            _in_a_graph(candidate, work)
+
+
+def _in_a_graph(candidate: Candidate, work: Work) -> None:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work.run()
+    graph.replay()
+    # By the rule: torch may choose another algorithm for a product within a graph.
+    replayed = [out.clone() for out in captured]
+    work.right.require(f"{candidate} in a graph", replayed, work.names)
+    graph.replay()
+    if not all(map(torch.equal, replayed, captured)):
+        raise WrongResult(f"{candidate}: other bits in a graph's second replay")
+
+
+@cache
+def _matrix(device: torch.device) -> Tensor:
+    return torch.zeros(4096, 4096, dtype=torch.float16, device=device)
 
 
 @contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN."""
-    memory: Any = torch.utils.deterministic
-    before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of cuBLAS, which need not be deterministic here
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        memory.fill_uninitialized_memory = True
-        try:
-            yield
-        finally:
-            torch.set_deterministic_debug_mode(before[0])
-            memory.fill_uninitialized_memory = before[1]
-
-
-@contextlib.contextmanager
-def _busy(device: torch.device) -> Iterator[None]:
-    """Another stream of a GPU has work meanwhile."""
-    if device.type != "cuda":
-        yield
+def _busy(device: torch.device, wanted: bool) -> Iterator[Callable[[], None]]:
+    """What gives another stream of a GPU more to do."""
+    if device.type != "cuda" or not wanted:
+        yield lambda: None
         return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        matrix = torch.zeros(4096, 4096, dtype=torch.float16, device=device)
-        for _ in range(20):
-            matrix @ matrix
-    yield
+    stream, matrix = torch.cuda.Stream(device), _matrix(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+
+    def more_work() -> None:
+        with torch.cuda.stream(stream):
+            for _ in range(4):
+                matrix @ matrix
+
+    yield more_work
     stream.synchronize()
 
 
@@ -179,7 +178,8 @@ def works_right(candidate: Candidate, work: Work, table: Table) -> bool:
     except Exception as error:
         why = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
         if is_fatal(error):
-            raise  # the mark "trying" stays: the next process knows
+            table.trying(candidate, call, why)  # the mark stays: the next process knows
+            raise
         table.failed(candidate, call, why, wrong=isinstance(error, WrongResult))
         return False
     table.worked(candidate, call)
@@ -203,15 +203,23 @@ def timed(
     return [[part[0] for part in parts] for parts in found.values()]
 
 
-def joined(candidates: Sequence[Candidate], medians: Sequence[float]) -> list[Candidate]:
+def ratios_to_aten(
+    candidates: Sequence[Candidate], times: Sequence[Sequence[float]]
+) -> list[float]:
+    """By candidate the median, over rounds, of its time over ATen's in the same round."""
+    plain = next(t for c, t in zip(candidates, times, strict=True) if c.plan == "aten")
+    return [statistics.median(map(truediv, spent, plain)) for spent in times]
+
+
+def joined(candidates: Sequence[Candidate], ratios: Sequence[float]) -> list[Candidate]:
     """For each plan the best tile of every launch together, where that is a new candidate."""
     found = []
     for plan in dict.fromkeys(candidate.plan for candidate in candidates):
-        of_plan = [(m, c) for m, c in zip(medians, candidates, strict=True) if c.plan == plan]
+        of_plan = [(m, c) for m, c in zip(ratios, candidates, strict=True) if c.plan == plan]
         analytic = min((m for m, c in of_plan if not c.tiles), default=math.inf)
         tiles: dict[str, dict[str, int]] = {}
-        for median, candidate in sorted(of_plan, key=lambda pair: pair[0]):
-            if median < analytic:
+        for ratio, candidate in sorted(of_plan, key=lambda pair: pair[0]):
+            if ratio < analytic:
                 for launch, fields in candidate.tiles.items():
                     tiles.setdefault(launch, fields)
         if len(tiles) > 1:
@@ -219,10 +227,14 @@ def joined(candidates: Sequence[Candidate], medians: Sequence[float]) -> list[Ca
     return found
 
 
-def simplest(candidates: Sequence[Candidate], medians: Sequence[float]) -> int:
-    """Index of the simplest one within 1 % of the fastest: first plans first, analytic tiles."""
-    close = [i for i, median in enumerate(medians) if median <= _CLOSE * min(medians)]
+def simplest(candidates: Sequence[Candidate], ratios: Sequence[float]) -> int:
+    """Index of what is taken: within 1 % of the fastest the first plan, with analytic tiles if it
+    may be; ATen's calls unless that is below 0.99 of their time."""
     plans = list(PLANS)
+    most = _CLOSE * min(ratios)
+    close = [i for i, ratio in enumerate(ratios) if ratio < _TAKEN and ratio <= most]
+    if not close:
+        return next(i for i, candidate in enumerate(candidates) if candidate.plan == "aten")
     return min(close, key=lambda i: (plans.index(candidates[i].plan), len(candidates[i].tiles)))
 
 
@@ -231,52 +243,59 @@ def _plain(tiles: Tiles) -> dict[str, dict[str, int]]:
 
 
 def bucket_of(
-    work: Work, table: Table, seconds: float, rounds: tuple[int, int]
+    work: Work, table: Table, seconds: float, rounds: tuple[int, int], variants: bool = True
 ) -> dict[str, Any] | None:
     """The bucket of one call; None where ATen's calls are not right."""
-    found = candidates(work.call, target(work.right.rows.device))
-    listed = [Candidate(plan, _plain(tiles)) for plan, tiles in found]
-    right = [candidate for candidate in listed if works_right(candidate, work, table)]
+    found = listed(work.call, work.right.rows.device, variants)
+    right = [candidate for candidate in found if works_right(candidate, work, table)]
     # One that ran right before its plan was found wrong is out too.
     call = work.call._asdict()
     right = [candidate for candidate in right if table.proves(candidate, call)]
     if all(candidate.plan != "aten" for candidate in right):
         return None  # nothing is taken that was not timed beside it
     times = timed(right, work, seconds, rounds)
-    more = joined(right, [statistics.median(spent) for spent in times])
+    more = joined(right, ratios_to_aten(right, times))
     more = [candidate for candidate in more if works_right(candidate, work, table)]
     if more:  # all again: times of two runs do not compare
         right += more
         times = timed(right, work, seconds, rounds)
-    best = simplest(right, [statistics.median(spent) for spent in times])
+    best = simplest(right, ratios_to_aten(right, times))
     plain = next(i for i, candidate in enumerate(right) if candidate.plan == "aten")
     figures = summary(times[best], times[plain])
     bucket = {name: getattr(work.call, name) for name in KEY} | {"plan": right[best].plan}
     if right[best].tiles:
         bucket["tiles"] = right[best].tiles
+    if not variants:
+        bucket["variants"] = False
     return bucket | {"ms": figures["ms"], "ratio_to_aten": figures["ratio"],
                      "date": str(date.today())}  # fmt: skip
 
 
-def missing(buckets: Sequence[Mapping[str, Any]], base: str, case: Case) -> list[str]:
-    """The ops of a case that no bucket is of."""
-    keys = {op: key_of(case, op).items() for op in BASES[base]}
-    return [op for op, key in keys.items() if not any(key <= b.items() for b in buckets)]
-
-
-def left(todo: Sequence[tuple[str, Case]], path: Path) -> list[tuple[str, Case]]:
+def left(
+    todo: Sequence[tuple[str, Case]], path: Path, variants: bool = True
+) -> list[tuple[str, Case]]:
     """Without the cases whose buckets the table at the path has."""
     found = tables.read_table(path)["buckets"] if path.exists() else []
-    return [(base, case) for base, case in todo if missing(found, base, case)]
+    return [(base, case) for base, case in todo if missing(found, base, case, variants)]
 
 
-def run_part(part: str, todo: Sequence[tuple[str, Case]], device: torch.device) -> None:
+def listed(call: Call, device: torch.device, variants: bool) -> list[Candidate]:
+    """What may serve a call; without `variants` each plan with its analytic tiles alone. Last are
+    those whose programs wait for one another: they may hang, and the rest is then done."""
+    found = candidates(call, target(device))
+    kept = [Candidate(plan, _plain(tiles)) for plan, tiles in found if variants or not tiles]
+    return sorted(kept, key=lambda candidate: PLANS[candidate.plan].cooperates)
+
+
+def run_part(
+    part: str, todo: Sequence[tuple[str, Case]], device: torch.device, variants: bool
+) -> None:
     """Runs every n-th candidate from the i-th on once, for part i/n, so that Triton's cache has
     what they need. Whether they are right is not asked here."""
     first, step = map(int, part.split("/"))
     for base, case in todo:
         for work in works(problem(case, device), base):
-            for found in candidates(work.call, target(device))[first::step]:
+            for found in listed(work.call, device, variants)[first::step]:
                 try:
                     with use_plan(*found):
                         work.run()

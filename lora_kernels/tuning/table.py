@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_kernels.backends.cuda import sources, tables
 from lora_kernels.files import replace_atomically
+from lora_kernels.testing import DTYPES, Case
 
 # By the base, a dense weight, or an output that is given (lora_add): the ops that are tuned.
 BASES = {"dense": ("forward", "backward"), "given": ("add", "add_backward")}
@@ -29,6 +30,27 @@ class Candidate(NamedTuple):
 
     def __str__(self) -> str:
         return self.plan + (f" {json.dumps(self.tiles)}" if self.tiles else "")
+
+
+def key_of(case: Case, op: str) -> dict[str, Any]:
+    """What a bucket is found by."""
+    dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
+    values = (op, dtype, case.M, case.N, case.K, case.r, case.dropout > 0)
+    return dict(zip(KEY, values, strict=True))
+
+
+def missing(
+    buckets: Sequence[Mapping[str, Any]],
+    base: str,
+    case: Case,
+    variants: bool = True,
+    backward: bool = True,
+) -> list[str]:
+    """The ops of a case that no bucket is of; with `variants` one that was made without is none."""
+    found = [b for b in buckets if b.get("variants", True) or not variants]
+    ops = [op for op in BASES[base] if backward or not op.endswith("backward")]
+    keys = {op: key_of(case, op).items() for op in ops}
+    return [op for op, key in keys.items() if not any(key <= b.items() for b in found)]
 
 
 class Table:
@@ -70,9 +92,11 @@ class Table:
         if self.content.pop("trying", None) is not None:
             self.write()
 
-    def trying(self, candidate: Candidate, call: Mapping[str, Any]) -> None:
-        """On disk before the first run, so that a process that dies in it is remembered."""
-        self.content["trying"] = {**candidate._asdict(), "call": call}
+    def trying(self, candidate: Candidate, call: Mapping[str, Any], why: str = "") -> None:
+        """On disk before the first run, so that a process that dies in it is remembered; `why`
+        where it is known that it will."""
+        said = {"why": why} if why else {}
+        self.content["trying"] = {**candidate._asdict(), "call": call, **said}
         self.write()
 
     def worked(self, candidate: Candidate, call: Mapping[str, Any]) -> None:
@@ -105,7 +129,9 @@ class Table:
         )
 
     def add(self, bucket: Mapping[str, Any]) -> None:
-        self.content["buckets"].append(bucket)
+        """In place of one that is of the same."""
+        others = [b for b in self.content["buckets"] if any(b[n] != bucket[n] for n in KEY)]
+        self.content["buckets"] = [*others, bucket]
         self.write()
 
 

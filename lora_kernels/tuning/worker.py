@@ -20,8 +20,8 @@ import torch
 from lora_kernels.testing import Case, problem
 from lora_kernels.tuning.clock import Deadline
 from lora_kernels.tuning.machine import machine
-from lora_kernels.tuning.search import bucket_of, left, missing, run_part, works
-from lora_kernels.tuning.table import Table
+from lora_kernels.tuning.search import bucket_of, left, run_part, works
+from lora_kernels.tuning.table import Table, missing
 
 
 def compile_ahead(arguments: Sequence[str], jobs: int, minutes: float) -> None:
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, nargs=2, required=True)
     parser.add_argument("--jobs", type=int, required=True)
     parser.add_argument("--backward", type=int, choices=(0, 1), required=True)
+    parser.add_argument("--variants", type=int, choices=(0, 1), required=True)
     parser.add_argument("--plugins", nargs="*", required=True)
+    parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--part")
     args = parser.parse_args(arguments)
     for module in args.plugins:
@@ -53,9 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     todo = [(base, Case(*case)) for base, case in json.loads(args.todo)]
+    variants = bool(args.variants)
     if args.part:
-        run_part(args.part, left(todo, args.out), device)
+        run_part(args.part, left(todo, args.out, variants), device, variants)
         return
+
+    def say(line: str) -> None:
+        if not args.quiet:
+            print(line, flush=True)
+
     deadline = Deadline(args.minutes)
     info = machine(gpu)
     table = Table(args.out, str(info["gpu"] or "interpreter"), info)
@@ -71,19 +79,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = sys.argv[1:] if arguments is None else arguments
         compile_ahead(given, args.jobs, args.minutes / 2)
     for done, (base, case) in enumerate(todo):
-        lacking = missing(table.content["buckets"], base, case)
-        ops = [op for op in lacking if args.backward or not op.endswith("backward")]
+        ops = missing(table.content["buckets"], base, case, variants, bool(args.backward))
         if not ops:
             continue
         if deadline.left() <= 0:
-            print(f"time is over with {len(todo) - done} cases left; run again to go on")
+            say(f"time is over with {len(todo) - done} cases left; run again to go on")
             break
         for work in works(problem(case, device), base):
             if work.call.op in ops:
-                bucket = bucket_of(work, table, args.seconds, tuple(args.rounds))
+                bucket = bucket_of(work, table, args.seconds, tuple(args.rounds), variants)
                 if bucket:
                     table.add(bucket)
-        print(f"{done + 1} of {len(todo)}: {base} {case}", flush=True)
+        say(f"{done + 1} of {len(todo)}: {base} {case}")
     table.write()
 
 

@@ -39,7 +39,7 @@ def capturing(gpu, monkeypatch):
         write(path)
         return True
 
-    monkeypatch.setattr(tuning, "_supervise", supervise)
+    monkeypatch.setattr(tuning, "supervise", supervise)
     yield lambda now: state.__setitem__(0, now)
     choice._captured = False
     backends.forget()

@@ -45,7 +45,7 @@ def on_gpu(gpu, monkeypatch):
     """Where `tune` would begin."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuning, "_supervise", lambda *_: pytest.fail("a worker was begun"))
+    monkeypatch.setattr(tuning, "supervise", lambda *_: pytest.fail("a worker was begun"))
     return gpu
 
 

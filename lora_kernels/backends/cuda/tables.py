@@ -43,11 +43,15 @@ from lora_kernels.backends.device import target
 
 _logger = logging.getLogger("lora_kernels")
 TUNED = Path(__file__).parent / "tuned"
-_CURE = " (python -m lora_kernels tune makes one)" if _env.TUNE != "off" else ""
 KIND = ("op", "dtype", "dropout")  # what of a bucket must be the call's own
 SIZES = ("M", "N", "K", "r")  # and what may be near it
 
 Entry = Mapping[str, Any]  # of JSON
+
+
+def cure() -> str:
+    """What ends a line on a table that is not there."""
+    return " (python -m lora_kernels tune makes one)" if _env.TUNE != "off" else ""
 
 
 class Choice(NamedTuple):
@@ -186,15 +190,15 @@ def _look(name: str, cached: Path | None) -> Found:
                 raise ValueError(found.absent)
             return found
         except ValueError as error:
-            cure = "python -m lora_kernels tune --force makes it anew"
-            _logger.warning("%s is passed over, %s: %s", cached, cure, error)
+            anew = "python -m lora_kernels tune --force makes it anew"
+            _logger.warning("%s is passed over, %s: %s", cached, anew, error)
         except OSError as error:
             _logger.warning("%s is passed over, it cannot be read: %s", cached, error)
     path = TUNED / name
     try:
         return _checked(path)
     except OSError:
-        return Found(path, None, "no tuned table for this GPU" + _CURE)
+        return Found(path, None, "no tuned table for this GPU" + cure())
 
 
 def _given(name: str) -> Path | None:
@@ -230,7 +234,7 @@ def _checked(path: Path) -> Found:
             absent = (
                 f"the tuned table of this GPU is of {tool} {proven}, this is {here or 'without'}"
             )
-            return Found(path, None, absent + _CURE)
+            return Found(path, None, absent + cure())
     table = read_table(path)
     changed = changed_plans(table)
     kept = [entry for entry in table["proven"] if entry["plan"] not in changed]
@@ -279,7 +283,7 @@ def describe(index: int) -> list[str]:
         kinds.setdefault(kind, []).append(entry["plan"])
     lines += [f"proven in {kind}: {', '.join(plans)}" for kind, plans in kinds.items()]
     for plan in found.changed:
-        lines.append(f"passed over: {plan}: its kernels have changed since{_CURE}")
+        lines.append(f"passed over: {plan}: its kernels have changed since{cure()}")
     for entry in table.get("failed", ()):
         lines.append(f"struck out: {entry['plan']} {entry['tiles']}: {entry['why']}")
     return lines
