@@ -103,9 +103,10 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(
         if len(run.history) == 9:
             raise Killed
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(CSV, "on_step", stop)
-        main([*arguments, "--checkpoint-every", "4"])
+        with pytest.raises(Killed):
+            main([*arguments, "--checkpoint-every", "4"])
     assert not (out / "adapter_model.safetensors").exists()
     refused(capsys, arguments, "--out: .* holds a run; give another folder, or --resume")
     refused(capsys, [*arguments, "--resume", "--seed", "5"], "--seed: got 5, but the run .* has 0")
@@ -130,6 +131,22 @@ def test_finetune_on_jsonl_with_a_quantised_base(base, documents, tmp_path, caps
     assert "quantize_base(model, 'nf4')" in printed
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["use_rslora"]
+
+
+@pytest.mark.parametrize("texts", [["a b c d e f"], ["a b c d e f", "g h i j k l"]])
+def test_it_is_said_where_documents_of_a_row_see_each_other(
+    base, texts, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(loading, "separates", lambda model: False)
+    paths = []
+    for text in texts:
+        paths.append(tmp_path / f"{len(paths)}.txt")
+        paths[-1].write_text(text)
+    arguments = ["finetune", "--model", base, "--out", tmp_path / "out", *SMALL, "--holdout", "0"]
+    arguments += ["--max-steps", "1", "--text", *paths]
+    assert main([str(a) for a in arguments]) == 0
+    said = "does not tell the documents of a row apart" in capsys.readouterr().out
+    assert said == (len(texts) > 1)
 
 
 def test_documents_of_a_row_do_not_see_each_other(base):
@@ -205,7 +222,9 @@ def test_inspect_sees_what_was_never_trained(base, tmp_path, capsys):
     weights = tmp_path / "half" / "adapter_model.safetensors"
     save_file({k: t * math.inf for k, t in load_file(weights).items()}, weights)
     refused(
-        capsys, ["inspect", tmp_path / "half"], r"q_proj\.lora_[AB]\.weight: holds non-finite values"
+        capsys,
+        ["inspect", tmp_path / "half"],
+        r"q_proj\.lora_[AB]\.weight: holds non-finite values",
     )
 
 

@@ -109,7 +109,8 @@ def test_layers_are_computed_together_from_the_step_on_that_they_were(
 
     file = tmp_path / "checkpoint.pt"
     expected, history, packs = run()
-    assert packs and all(pack["settled"] for pack in packs)
+    assert packs
+    assert all(pack["settled"] for pack in packs)
     run(max_steps=stop, checkpoint=file)
     resumed = run(resume_from=file)
     assert equal(resumed[0], expected)
