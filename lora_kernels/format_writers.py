@@ -98,6 +98,8 @@ def layers_of(adapter: Adapter) -> tuple[dict[str, Layer], dict[str, Tensor]]:
         kind = "embedding" if name in embeddings else "linear"
         if A.dim() == B.dim() and A.dim() > 2 and B[0, 0].numel() == 1:
             A, B, kind = A.flatten(1), B.flatten(1), "convolution"
+            if B.shape[1] and rank % B.shape[1] == 0:  # of a group the ranks that are its own
+                B = torch.block_diag(*B.chunk(rank // B.shape[1]))
         if A.dim() != 2 or B.dim() != 2 or (A.shape[0], B.shape[1]) != (rank, rank):
             if config.target_parameters:  # one of experts, which the file does not tell apart
                 beside |= {f"{name}.lora_{part}": pair[part] for part in "AB"}
