@@ -139,7 +139,9 @@ def test_packing_fills_rows():
 
 
 def test_padding_is_no_document():
-    (row,) = texts.pack(numbered(5), 8, padding=0)
+    (row,) = texts.pack(numbered(5), 8, padding=7)
+    assert row.ids == [100, 101, 102, 103, 104, 7, 7, 7]
+    assert row.labels == [IGNORED, 101, 102, 103, 104, IGNORED, IGNORED, IGNORED]
     assert row.positions == [0, 1, 2, 3, 4, 0, 1, 2]
     assert row.documents == 1
     assert [row.documents for row in texts.pack(numbered(5, 3), 8, padding=0)] == [2]
