@@ -29,7 +29,7 @@ from lora_kernels.formats import (
 )
 from lora_kernels.peft_config import PREFIX
 
-_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 # Components of a pipeline as Diffusers names them, and what kohya writes before their layers.
 COMPONENTS = {
@@ -42,13 +42,17 @@ COMPONENTS = {
 
 
 class Layer(NamedTuple):
-    """A [r, K] and B [N, r] of a linear layer; a magnitude [N] with DoRA."""
+    """A [r, K] and B [N, r]; a magnitude [N] with DoRA.
+
+    kind: "linear"; "embedding", whose update is (B A)ᵀ; "convolution", with its kernel in K.
+    """
 
     A: Tensor
     B: Tensor
     alpha: float
     use_rslora: bool
     magnitude: Tensor | None = None
+    kind: str = "linear"
 
     @property
     def rank(self) -> int:
@@ -64,43 +68,47 @@ class Layer(NamedTuple):
         return self.scaling * self.rank if self.use_rslora else self.alpha
 
 
-def layers_of(adapter: Adapter) -> tuple[dict[str, Layer], list[str]]:
-    """(layers by the model's names, keys of the tensors beside them).
+def layers_of(adapter: Adapter) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """(layers by the model's names, what else is in the file by its key: adapters of experts, rows
+    of embeddings, modules_to_save).
 
-    ValueError: half a layer, shapes that do not fit, adapters of experts, whose files do not tell
-    the experts apart.
+    ValueError: half a layer, shapes that do not fit.
     """
-    if adapter.config.target_parameters:
-        experts = targets.summary(adapter.config.target_parameters)
-        raise ValueError(
-            f"{adapter.file}: target_parameters: {experts} are experts, legal are linear layers"
-        )
+    config = adapter.config
     halves: dict[str, dict[str, Tensor]] = {}
+    embeddings: set[str] = set()
     magnitudes: dict[str, Tensor] = {}
-    beside = []
+    beside: dict[str, Tensor] = {}
     for key, tensor in adapter.tensors.items():
         name = key.removeprefix(PREFIX)
         if (found := _FACTOR.fullmatch(name)) is not None:
-            halves.setdefault(found[1], {})[found[2]] = tensor
+            halves.setdefault(found[1], {})[found[3]] = tensor
+            embeddings |= {found[1]} if found[2] else set()
         elif (found := _MAGNITUDE.fullmatch(name)) is not None:
             magnitudes[found[1]] = tensor
         else:
-            beside.append(key)
+            beside[key] = tensor
     layers = {}
     for name, pair in sorted(halves.items(), key=lambda item: _in_order(item[0])):
         for part in "AB":
             if part not in pair:
                 raise ValueError(f"{adapter.file}: {name}: lora_{part} is missing")
-        rank, alpha, use_rslora = adapter.config.layer(name)
+        rank, alpha, use_rslora = config.layer(name)
         A, B = pair["A"], pair["B"]
+        kind = "embedding" if name in embeddings else "linear"
+        if A.dim() == B.dim() and A.dim() > 2 and B[0, 0].numel() == 1:
+            A, B, kind = A.flatten(1), B.flatten(1), "convolution"
+            if B.shape[1] and rank % B.shape[1] == 0:  # of a group the ranks that are its own
+                B = torch.block_diag(*B.chunk(rank // B.shape[1]))
         if A.dim() != 2 or B.dim() != 2 or (A.shape[0], B.shape[1]) != (rank, rank):
+            if config.target_parameters:  # one of experts, which the file does not tell apart
+                beside |= {f"{name}.lora_{part}": pair[part] for part in "AB"}
+                continue
             raise ValueError(
                 f"{adapter.file}: {name}: A has shape {tuple(A.shape)} and B {tuple(B.shape)},"
                 f" expected [{rank}, K] and [N, {rank}]"
             )
-        layers[name] = Layer(A, B, alpha, use_rslora, magnitudes.get(name))
-    if not layers:
-        raise ValueError(f"{adapter.file}: holds no LoRA tensor")
+        layers[name] = Layer(A, B, alpha, use_rslora, magnitudes.get(name), kind)
     return layers, beside
 
 
@@ -113,7 +121,10 @@ def held_layers(adapter: Adapter, form: str, *, dora: bool = False) -> dict[str,
     """The layers of an adapter that has nothing else. ValueError names what `form` cannot hold."""
     layers, beside = layers_of(adapter)
     config = adapter.config
+    others = [f"{name} ({layer.kind})" for name, layer in layers.items() if layer.kind != "linear"]
     reasons = {
+        "adapters of experts (target_parameters)": config.target_parameters,
+        "layers that are not linear": others,
         "modules_to_save": config.modules_to_save,
         "tensors beside the adapter": beside,
         "DoRA (use_dora)": () if dora or not config.use_dora else ["use_dora"],
@@ -125,6 +136,8 @@ def held_layers(adapter: Adapter, form: str, *, dora: bool = False) -> dict[str,
                 f"{adapter.file}: has {what}: {targets.summary(found)}, which files of {form}"
                 " cannot hold"
             )
+    if not layers:
+        raise ValueError(f"{adapter.file}: holds no LoRA tensor")
     return layers
 
 

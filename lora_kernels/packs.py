@@ -7,13 +7,14 @@ Whoever gets another tensor (a hook changed it, a cache gave it) computes for it
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_kernels import names
 from lora_kernels._dispatch import in_backward, saved_tensors_have_hooks
 from lora_kernels.packed import Projection, packs_rows, project
 
@@ -142,6 +143,57 @@ class Pack:
 
     def _counted(self) -> list[int]:
         return [p._version for layer in self._layers for p in layer.parameters() if p.requires_grad]
+
+    def state(self, name_of: Mapping[nn.Module, str]) -> dict[str, Any]:
+        """What it has found out; its layers by name."""
+        return {
+            "layers": [name_of[layer] for layer in self._layers],
+            "seen": [name_of[layer] for layer in self._seen],
+            "settled": self._settled,
+            "misses": self._misses,
+            "waits": not self._may_change(),
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], modules: Mapping[str, Any]) -> "Pack":
+        """The other way of `state`."""
+        pack = cls([modules[name] for name in state["layers"]])
+        pack._seen = [modules[name] for name in state["seen"]]
+        pack._settled, pack._misses = state["settled"], state["misses"]
+        pack._versions = pack._counted() if state["waits"] else None
+        return pack
+
+
+def packs_state(model: nn.Module) -> list[dict[str, Any]]:
+    """What the packs of a model have found out, as plain values: sums are rounded by it."""
+    name_of = {module: name for name, module in names.named_modules(model)}
+    packs = {layer._pack: None for layer in name_of if isinstance(layer, Packable)}
+    return [pack.state(name_of) for pack in packs if pack is not None]
+
+
+def check_packs(model: nn.Module, states: Any) -> None:
+    """ValueError: no `packs_state` of a model made as this one."""
+    modules = dict(names.named_modules(model))
+    kinds = {"layers": list, "seen": list, "settled": bool, "misses": int, "waits": bool}
+    for state in states if isinstance(states, list) else [states]:
+        if not isinstance(state, dict) or {k: type(v) for k, v in state.items()} != kinds:
+            raise ValueError("packs: expected a list of what each pack of layers has found out")
+        for name in (*state["layers"], *state["seen"]):
+            layer = modules.get(name) if isinstance(name, str) else None
+            if not isinstance(layer, Packable) or layer._pack is None:
+                raise ValueError(
+                    f"packs: computes {name} together with others (fuse_blocks), the model does not"
+                )
+
+
+def load_packs(model: nn.Module, states: Sequence[Mapping[str, Any]]) -> None:
+    """Has the layers of a model packed as those that `packs_state` was asked of."""
+    modules = dict(names.named_modules(model))
+    for layer in modules.values():
+        if isinstance(layer, Packable):
+            layer.leave_pack()
+    for state in states:
+        Pack.of_state(state, modules)
 
 
 def _is_computed_again() -> bool:

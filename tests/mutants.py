@@ -41,7 +41,7 @@ LARGE = "test_large_values_in_fp16"
 GROUPED = "grouped/composite.py"
 EXPERTS = "nn/experts.py"
 INTEGRATION, TRANSFORMERS = "integrations/peft.py", "integrations/transformers.py"
-RECIPES = "recipes/"
+RECIPES, COMMANDS = "recipes/", "commands/"
 KERNELS = "interpreted_plans interpreted_ops interpreted_passes"
 
 # name: (file, function or class that the text stands in, the text, what replaces it, tests that
@@ -501,6 +501,13 @@ MUTANTS = {
     "resume: checksums unread": (RECIPES + "reading.py", "_require_intact", "if (name := archive.testzip()) is not None:", "if False:", "resume"),
     "resume: no step tried": (RECIPES + "resume.py", "Run.load", "if comparable and not self.done:", "if False:", "resume"),
     "resume: errors of loading pass": (RECIPES + "resume.py", "Run.load", "except Exception as error:  # of the", "except ZeroDivisionError as error:  # of the", "resume"),
+    "resume: layers packed anew": (RECIPES + "resume.py", "Run.load", "            load_packs(self.model, state[\"packs\"])\n", "", "resume::test_layers_are_computed_together_from_the_step_on_that_they_were"),
+    "resume: what packs have seen is forgotten": ("packs.py", "Pack.of_state", "pack._seen = [modules[name] for name in state[\"seen\"]]", "pass", "resume::test_layers_are_computed_together_from_the_step_on_that_they_were"),
+    "commands: padding is learned": (COMMANDS + "texts.py", "_row", "[*labels, *[IGNORED] * left]", "[*labels, *[padding] * left]", "texts"),
+    "commands: a document learned from the one before": (COMMANDS + "texts.py", "_row", "[IGNORED, *document.labels[1:]]", "document.labels", "texts"),
+    "commands: prompts are learned": (COMMANDS + "texts.py", "encode", "*[IGNORED] * len(prompt)", "*prompt", "texts"),
+    "commands: padding is a document": (COMMANDS + "finetune.py", "run", "any(row.documents > 1 for row in rows)", "any(0 in row.positions[1:] for row in rows)", "commands::test_it_is_said_where_documents_of_a_row_see_each_other"),
+    "commands: kohya's alpha without rsLoRA": ("format_writers.py", "write_kohya", "layer.plain_alpha", "layer.alpha", "writers::test_there_and_back_it_computes_the_same"),
     "resume: a step tried after the last": (RECIPES + "resume.py", "Run.load", "if comparable and not self.done:", "if comparable:", "resume"),
     "resume: parameters of the step tried unseen": (RECIPES + "trial.py", "step_problem", "if not all(p.isfinite().all() for", "if False and not all(p.isfinite().all() for", "resume"),
     "resume: generators changed by a refusal": (RECIPES + "resume.py", "Run.load", "            _set_random(before, self.loader)\n", "", "resume"),

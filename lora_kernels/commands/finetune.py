@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--patience {args.patience}: needs held-out texts, --eval or --holdout")
     model = loading.model(args.model, args.dtype, args.device)
     separate = loading.separates(model)
-    if not separate and any(0 in row.positions[1:] for row in rows):
+    if not separate and any(row.documents > 1 for row in rows):
         print("the model does not tell the documents of a row apart: later ones see earlier ones")
     batches = loading.loader(rows, args.batch_size, separate, args.seed)
     held = loading.loader(tests, args.batch_size, separate) if tests else None

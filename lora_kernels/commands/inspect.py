@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels import targets
 from lora_kernels.commands import convert, loading
 from lora_kernels.format_writers import Layer, layers_of
+from lora_kernels.formats import Adapter
+from lora_kernels.peft_config import PREFIX
 
 if TYPE_CHECKING:
     from lora_kernels.commands import Subparsers
@@ -90,16 +93,38 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     if adapter.config.use_dora:
         print("DoRA: norms are those of scaling · BA, before the magnitudes")
-    if beside:
-        print(f"{len(beside)} tensors beside the adapter (modules_to_save)")
+    for line in _others(adapter, layers, beside):
+        print(line)
+    if args.plot and not found:
+        raise ValueError(f"--plot: {adapter.file} holds no layers to draw")
     if args.plot:
         plot(args.plot, found)
         print(args.plot)
     return 0
 
 
+def _others(
+    adapter: Adapter, layers: Mapping[str, Layer], beside: Mapping[str, Tensor]
+) -> list[str]:
+    """Lines: layers that are not linear, and the tensors that are no layer's, by name."""
+    lines = []
+    for kind in ("embedding", "convolution"):
+        if names := [name for name, layer in layers.items() if layer.kind == kind]:
+            lines.append(f"{kind}s: {targets.summary(names)}")
+    if adapter.config.target_parameters:
+        lines.append(f"experts: {targets.summary(adapter.config.target_parameters)}")
+    if beside:
+        lines.append(f"{len(beside)} tensors beside these layers:")
+    for key, tensor in beside.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        lines.append(f"    {key.removeprefix(PREFIX)} {dtype} {list(tensor.shape)}")
+    return lines
+
+
 def report(found: Mapping[str, Spectrum]) -> list[str]:
     """Lines: each layer, each kind of layer, the whole; untrained layers are counted."""
+    if not found:
+        return ["no layers"]
     width = max(map(len, found))
     lines = [f"{'layer':{width}} {_COLUMNS}"]
     lines += [f"{name:{width}} {_line(one)}" for name, one in found.items()]

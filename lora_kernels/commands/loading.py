@@ -123,7 +123,10 @@ def loader(
     the positions too, from which such models tell the documents of a row apart."""
 
     def collate(batch: list[texts.Row]) -> dict[str, Any]:
-        ids, labels, positions = map(torch.tensor, zip(*batch, strict=True))
+        ids, labels, positions = (
+            torch.tensor([getattr(row, name) for row in batch])
+            for name in ("ids", "labels", "positions")
+        )
         found = {"input_ids": ids, "labels": labels}
         # With a cache Transformers' masks take the positions for those of one text.
         return found | ({"position_ids": positions, "use_cache": False} if separate else {})

@@ -29,11 +29,12 @@ class Example(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Tokens of one or more documents; `positions` begin anew with each."""
+    """Tokens of one or more documents; `positions` begin anew with each, and with the padding."""
 
     ids: list[int]
     labels: list[int]
     positions: list[int]
+    documents: int
 
 
 def read_text(path: Path) -> str:
@@ -198,7 +199,12 @@ def _row(documents: list[Example], length: int, padding: int) -> Row:
         labels += [IGNORED, *document.labels[1:]]
         positions += range(len(document.ids))
     left = length - len(ids)
-    return Row([*ids, *[padding] * left], [*labels, *[IGNORED] * left], [*positions, *range(left)])
+    return Row(
+        [*ids, *[padding] * left],
+        [*labels, *[IGNORED] * left],
+        [*positions, *range(left)],
+        len(documents),
+    )
 
 
 def load(

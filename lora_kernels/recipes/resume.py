@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.serialization import config
 
 from lora_kernels.files import replace_atomically
+from lora_kernels.packs import check_packs, load_packs, packs_state
 from lora_kernels.recipes.history import History
 from lora_kernels.recipes.reading import (
     is_number,
@@ -26,7 +27,7 @@ from lora_kernels.recipes.reading import (
 from lora_kernels.recipes.trial import state_after_a_step, step_problem
 from lora_kernels.recipes.undo import Undo, moving_tensors
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass
@@ -107,6 +108,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "history": dataclasses.asdict(self.history),
             "best": self.best,
+            "packs": packs_state(self.model),
             "accumulation_steps": self.accumulation_steps,
             "epoch": self.epoch,
             "batches": self.batches,
@@ -146,6 +148,7 @@ class Run:
                 if comparable and not self.done:
                     problem = step_problem(self.optimizer, self.scheduler)
                     require(problem is None, f"resume_from: {path}: {problem}")
+            load_packs(self.model, state["packs"])
         except BaseException:
             _set_random(before, self.loader)
             raise
@@ -172,8 +175,8 @@ class Run:
             f"is a checkpoint of another version (format {state['format']!r}, read is {_FORMAT})",
         )
         for key in (
-            "tensors", "optimizer", "scheduler", "scaler", "history", "best", "accumulation_steps",
-            "epoch", "batches", "epoch_random", "random",
+            "tensors", "optimizer", "scheduler", "scaler", "history", "best", "packs",
+            "accumulation_steps", "epoch", "batches", "epoch_random", "random",
         ):  # fmt: skip
             require(key in state, f"has no {key!r}")
         require_count("epoch", state["epoch"])
@@ -200,6 +203,7 @@ class Run:
         if state["best"] is not None:
             require_like("best", state["best"], {"value": 0.0, "tensors": {}})
             self._check_tensors("best: ", state["best"]["tensors"])
+        check_packs(self.model, state["packs"])
         _check_random("random", state["random"], self.loader)
         if state["batches"]:
             _check_random("epoch_random", state["epoch_random"], self.loader)

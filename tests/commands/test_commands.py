@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from lora_kernels import apply_lora, load_adapter, lora_parameters, save_adapter
 from lora_kernels.__main__ import main
 from lora_kernels.commands import loading
+from lora_kernels.recipes.callbacks import CSV
 
 SMALL = ["--rank", "4", "--length", "32", "--batch-size", "8", "--max-steps", "12", "--lr", "1e-2",
          "--eval-every", "6", "--no-progress", "--device", "cpu"]  # fmt: skip
@@ -89,21 +90,23 @@ def test_evaluate_gives_the_losses_of_the_run(tuned, base, text, tmp_path, capsy
     assert float(p) == pytest.approx(math.exp(float(before)), rel=1e-3)
 
 
-def test_a_resumed_run_ends_as_one_that_was_never_interrupted(base, text, tuned, tmp_path, capsys):
+def test_a_resumed_run_ends_as_one_that_was_never_interrupted(
+    base, text, tuned, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "out"
     arguments = ["finetune", "--model", str(base), "--text", str(text), "--out", str(out), *SMALL]
-    code = f"""
-import sys, lora_kernels.commands.folder as folder
-from lora_kernels.__main__ import main
-from lora_kernels.recipes.callbacks import CSV
-def stop(self, run):
-    if len(run.history) == 9:
-        sys.exit(9)
-CSV.on_step = stop
-main({[*arguments, "--checkpoint-every", "4"]!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 9, done.stderr
+
+    class Killed(BaseException):
+        pass
+
+    def stop(self, run):
+        if len(run.history) == 9:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CSV, "on_step", stop)
+        with pytest.raises(Killed):
+            main([*arguments, "--checkpoint-every", "4"])
     assert not (out / "adapter_model.safetensors").exists()
     refused(capsys, arguments, "--out: .* holds a run; give another folder, or --resume")
     refused(capsys, [*arguments, "--resume", "--seed", "5"], "--seed: got 5, but the run .* has 0")
@@ -111,6 +114,8 @@ main({[*arguments, "--checkpoint-every", "4"]!r})
     ours, theirs = (load_file(p / "adapter_model.safetensors") for p in (out, tuned))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = (json.loads((p / "run.json").read_text())["history"] for p in (out, tuned))
+    assert all(ours[key] == theirs[key] for key in ("loss", "grad_norm", "evaluations"))
 
 
 def test_finetune_on_jsonl_with_a_quantised_base(base, documents, tmp_path, capsys):
@@ -126,6 +131,22 @@ def test_finetune_on_jsonl_with_a_quantised_base(base, documents, tmp_path, caps
     assert "quantize_base(model, 'nf4')" in printed
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["use_rslora"]
+
+
+@pytest.mark.parametrize("texts", [["a b c d e f"], ["a b c d e f", "g h i j k l"]])
+def test_it_is_said_where_documents_of_a_row_see_each_other(
+    base, texts, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(loading, "separates", lambda model: False)
+    paths = []
+    for text in texts:
+        paths.append(tmp_path / f"{len(paths)}.txt")
+        paths[-1].write_text(text)
+    arguments = ["finetune", "--model", base, "--out", tmp_path / "out", *SMALL, "--holdout", "0"]
+    arguments += ["--max-steps", "1", "--text", *paths]
+    assert main([str(a) for a in arguments]) == 0
+    said = "does not tell the documents of a row apart" in capsys.readouterr().out
+    assert said == (len(texts) > 1)
 
 
 def test_documents_of_a_row_do_not_see_each_other(base):
@@ -201,7 +222,9 @@ def test_inspect_sees_what_was_never_trained(base, tmp_path, capsys):
     weights = tmp_path / "half" / "adapter_model.safetensors"
     save_file({k: t * math.inf for k, t in load_file(weights).items()}, weights)
     refused(
-        capsys, ["inspect", tmp_path / "half"], r"q_proj\.lora_B\.weight: holds non-finite values"
+        capsys,
+        ["inspect", tmp_path / "half"],
+        r"q_proj\.lora_[AB]\.weight: holds non-finite values",
     )
 
 

@@ -116,7 +116,7 @@ def test_packing_loses_nothing_and_no_document_is_learned_from_another():
     held = [i for row in rows for i in row.ids if i != 7]
     # The last document holds no target.
     assert sorted(held) == sorted(i for document in documents[:-1] for i in document.ids)
-    for ids, labels, positions in rows:
+    for ids, labels, positions, _ in rows:
         assert len(ids) == len(labels) == len(positions) == 8
         for before, now, label, position in zip(
             ids, ids[1:], labels[1:], positions[1:], strict=False
@@ -136,6 +136,15 @@ def test_packing_fills_rows():
         [0, 1, 2, 3, 4, 0, 1, 2],
         [0, 1, 2, 3, 4, 5, 0, 1],
     ]
+
+
+def test_padding_is_no_document():
+    (row,) = texts.pack(numbered(5), 8, padding=7)
+    assert row.ids == [100, 101, 102, 103, 104, 7, 7, 7]
+    assert row.labels == [IGNORED, 101, 102, 103, 104, IGNORED, IGNORED, IGNORED]
+    assert row.positions == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert row.documents == 1
+    assert [row.documents for row in texts.pack(numbered(5, 3), 8, padding=0)] == [2]
 
 
 def test_what_is_held_out():

@@ -7,13 +7,22 @@ import re
 
 import fuzz_files
 import pytest
+import tiny_models
 import torch
 from recipe_problem import CROSS_ENTROPY, adam, batched, equal, net, pairs, sgd, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_kernels import add_adaptor_layer, lora_parameters, train_model
+from lora_kernels import (
+    add_adaptor_layer,
+    apply_lora,
+    fuse_blocks,
+    lora_parameters,
+    train_model,
+    unfuse_blocks,
+)
 from lora_kernels.adapters import lora_layers
+from lora_kernels.packs import packs_state
 
 
 def resumable(own_generator, scaled):
@@ -73,6 +82,58 @@ def test_a_resumed_run_gives_identical_results(tmp_path, own_generator, stop, sc
     for key, value in expected[2]["state"].items():
         assert all(torch.equal(value[k], optimizer.state_dict()["state"][key][k]) for k in value)
     assert torch.equal(torch.get_rng_state(), expected[3])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_layers_are_computed_together_from_the_step_on_that_they_were(
+    tmp_path, stop, checkpointing
+):
+    """`fuse_blocks` packs from the second forward on, which rounds sums otherwise than before."""
+
+    def run(**options):
+        torch.manual_seed(0)
+        model = tiny_models.llama()
+        apply_lora(model, 4, alpha=8)
+        with torch.no_grad():
+            for _, layer in lora_layers(model):
+                layer.lora_B.normal_(std=0.1)
+        fuse_blocks(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = torch.randint(0, 64, (5, 8, 32))
+        data = [{"input_ids": one, "labels": one} for one in ids]
+        optimizer = torch.optim.AdamW(lora_parameters(model), 1e-2)
+        history = train_model(model, data, None, optimizer, **options)
+        return state(model), history, packs_state(model)
+
+    file = tmp_path / "checkpoint.pt"
+    expected, history, packs = run()
+    assert packs
+    assert all(pack["settled"] for pack in packs)
+    run(max_steps=stop, checkpoint=file)
+    resumed = run(resume_from=file)
+    assert equal(resumed[0], expected)
+    assert resumed[1] == history
+    assert resumed[2] == packs
+
+
+def test_a_checkpoint_of_packed_layers_needs_them(tmp_path):
+    model = tiny_models.llama()
+    apply_lora(model, 2)
+    fuse_blocks(model)
+    ids = torch.randint(0, 64, (2, 8))
+    data, file = [{"input_ids": ids, "labels": ids}], tmp_path / "checkpoint.pt"
+    train_model(model, data, None, adam(model), checkpoint=file)
+    kept = torch.load(file)
+    fuse_blocks(model)
+    for wrong in ({}, [{}], [{**kept["packs"][0], "misses": "1"}], [3]):
+        torch.save({**kept, "packs": wrong}, tmp_path / "wrong.pt")
+        with pytest.raises(ValueError, match="packs: expected a list"):
+            train_model(model, data, None, adam(model), resume_from=tmp_path / "wrong.pt", epochs=2)
+    unfuse_blocks(model)
+    with pytest.raises(ValueError, match=r"packs: computes .*q_proj together with others"):
+        train_model(model, data, None, adam(model), resume_from=file, epochs=2)
 
 
 def test_checkpoints_are_written_when_asked_and_survive_a_crash(tmp_path):
