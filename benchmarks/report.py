@@ -306,6 +306,13 @@ def load_groups(folder: Path) -> list[Document]:
     ]
 
 
+# Peers of `grouped.py`, as its tables name them; what a file lacks is a dash.
+_FIRST = {grouped.OURS: grouped.OURS, grouped.FORCED: grouped.FORCED, grouped.LOOP: grouped.LOOP}
+_LAST = {grouped.GROUPED_MM: "torch's grouped_mm"}
+_TENANTS = {**_FIRST, grouped.PEFT: "PEFT, `adapter_names`", **_LAST}
+_EXPERTS = {**_FIRST, grouped.PEFT: "PEFT, `target_parameters`", **_LAST}
+
+
 def groups_section(documents: Iterable[Document]) -> str:
     """What many adapters in one batch cost, each under its machine line."""
     lines: list[str] = []
@@ -315,15 +322,18 @@ def groups_section(documents: Iterable[Document]) -> str:
             names = [name for name, value in row.items() if isinstance(value, dict)]
             first, *others = names
             ratios = {name: f"{row[name]['ratio']:.2f}×" for name in others}
-            peaks = " / ".join(f"{row[name]['peak_mib']:.0f}" for name in names)
             time = f"{row[first]['ms']:.3g} ms"
             if row["kind"] == "experts":
-                known = [ratios.get(name, "–") for name in (grouped.OURS, grouped.PEFT,
-                                                            grouped.GROUPED_MM)]  # fmt: skip
-                mixtures.append([row["dtype"], str(row["r"]), time, *known, peaks])
+                known = [ratios.get(name, "–") for name in _EXPERTS]
+                peaks = " / ".join(
+                    f"{row[name]['peak_mib']:.0f}" if name in row else "–"
+                    for name in (grouped.FROZEN, *_EXPERTS)
+                )
+                mixtures.append([row["dtype"], str(row.get("G", 8)), str(row["r"]), time, *known,
+                                 peaks])  # fmt: skip
             elif row["r"] == grouped.RANKS[0] and row["G"] > 1 and row["M"] <= 512:
                 what = "both" if row["trains"] else "forward"
-                known = [ratios[name] for name in (grouped.OURS, grouped.LOOP, grouped.PEFT)]
+                known = [ratios.get(name, "–") for name in _TENANTS]
                 batches.append([row["dtype"], str(row["M"]), str(row["r"]), str(row["G"]), what,
                                 time, *known])  # fmt: skip
         lines += [
@@ -331,13 +341,12 @@ def groups_section(documents: Iterable[Document]) -> str:
             " ratios to one adapter for all rows (`benchmarks/grouped.py`; r = 64, G = 1 and"
             " M = 4096 in the file).",
             "",
-            *markdown(["dtype", "M", "r", "G", "pass", grouped.ONE, grouped.OURS, grouped.LOOP,
-                       "PEFT, `adapter_names`"], batches),
-            "Eight experts, two of each of 1024 tokens, 512 to 1024 wide, forward and backward;"
+            *markdown(["dtype", "M", "r", "G", "pass", grouped.ONE, *_TENANTS.values()], batches),
+            "Experts, two of each of 1024 tokens, 512 to 1024 wide, forward and backward;"
             " ratios to the experts without adapters.",
             "",
-            *markdown(["dtype", "r", grouped.FROZEN, grouped.OURS, "PEFT, `target_parameters`",
-                       "torch's grouped_mm", "peak MiB, in this order"], mixtures),
+            *markdown(["dtype", "experts", "r", grouped.FROZEN, *_EXPERTS.values(),
+                       "peak MiB, in this order"], mixtures),
             f"`{document.path.name}`: {machine_line(document.machine)}",
             "",
         ]  # fmt: skip
