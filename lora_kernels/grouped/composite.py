@@ -1,9 +1,9 @@
 """The grouped ops, made of the calls of one group that every backend has.
 
 A shared base is one product of all rows; then each group's branch is added to its rows, on the CPU
-those of many groups by one native call. Experts are one whole call each, or Triton's together.
-What a group computes depends on its own rows and tensors alone. Beside the outputs there is a copy of one group's rows at
-a time, and none where a group's rows lie together.
+those of many groups by one native call. Experts are one whole call each, or Triton's of them all.
+What a group computes depends on its own rows and tensors alone. Beside the outputs there is a copy
+of one group's rows at a time, and none where a group's rows lie together.
 """
 
 from collections.abc import Iterator, Sequence
