@@ -39,6 +39,9 @@ from lora_kernels.backends.triton.many import (
     row_tiles,
 )
 
+# Most ranks of a step: with 128 an RTX 30 spills.
+_RANKS = 64
+
 
 class Bases(NamedTuple):
     """mat [E,C,D] of the experts, any strides, with a bias [E,D]; expert weight_of[g] is group
@@ -136,7 +139,7 @@ def product(
     drop, groups = options["DROP"], many.groups
     tile = _tile(rows, mat, side.rank, drop)
     block, count = row_tiles(len(rows), groups, tile.bm)
-    R = tiles.gemm_rank(target(rows.device), rows.dtype, side.rank, drop)
+    R = min(tiles.gemm_rank(target(rows.device), rows.dtype, side.rank, drop), _RANKS)
     experts = torch.tensor(weight_of, dtype=torch.int64).to(rows.device, non_blocking=True)
     launch(
         experts_kernel, (count * tiles.cdiv(mat.shape[2], tile.bn),),
