@@ -83,10 +83,15 @@ def steps(out: Path, gpu: bool) -> list[Step]:
 
     table = out / "tuned.json"
     timed = ("--minutes", "{minutes}")
-    small = {"tune": ("--jobs", str(os.cpu_count())), "layer": (), "model": ()} if gpu else {
+    small = {
+        "tune": ("--jobs", str(os.cpu_count())), "layer": (), "model": (),
+        "grouped": ("--device", "cuda"),
+    } if gpu else {
         "tune": ("--rows", "16", "--shapes", "32,32,8", "--rounds", "1", "2"),
         "layer": ("--scale", "64", "--seconds", "0.02", "--dtypes", "fp32"),
         "model": ("--size", "smoke", "--seconds", "0.1", "--new-tokens", "2"),
+        "grouped": ("--rows", "16", "--tenants", "4", "--experts", "4", "--seconds", "0.02",
+                    "--rounds", "1", "2", "--dtypes", "fp32"),
     }  # fmt: skip
     interpreter = {} if gpu else {"TRITON_INTERPRET": "1"}
     # Few rows among the first: decoding is what a short day would lack.
@@ -106,6 +111,8 @@ def steps(out: Path, gpu: bool) -> list[Step]:
     ]
     layer = script("layer", "--out", str(out / f"layer-{kind}.json"), *timed, *small["layer"])
     model = script("model", "--out", str(out / f"model-{kind}.json"), *timed, *small["model"])
+    groups = script("grouped", "--out", str(out / f"grouped-{kind}.json"), *timed,
+                    *small["grouped"])  # fmt: skip
     report = script("report", "--results", str(out), "--page", str(out / "report.md"))
     build = [python, "setup.py", "build_ext", "--inplace"]
     ecosystem = "tests/backends/cuda/test_gpu_ecosystem.py"
@@ -129,7 +136,8 @@ def steps(out: Path, gpu: bool) -> list[Step]:
             )
             for dtype, until in _TUNED
         ),
-        Step({"layer": layer}, 0.82, needs=("peft",)),
+        Step({"layer": layer}, 0.8, needs=("peft",)),
+        Step({"grouped": groups}, 0.84, needs=("peft", "transformers")),
         Step({"model": model}, 0.9, needs=("peft", "transformers")),
         Step({"report": report}, 0.93, needs=("matplotlib",)),
         Step({"ecosystem, with the table": forced}, 1.0, once=True, needs=(*_TESTS, "peft")),

@@ -306,42 +306,63 @@ def load_groups(folder: Path) -> list[Document]:
     ]
 
 
+# Peers of `grouped.py` as its tables name them.
+_PEERS_OF_GROUPS = {
+    grouped.OURS: grouped.OURS, grouped.FORCED: grouped.FORCED, grouped.LOOP: grouped.LOOP,
+    grouped.PEFT: "PEFT", grouped.GROUPED_MM: "torch's grouped_mm",
+}  # fmt: skip
+
+
 def groups_section(documents: Iterable[Document]) -> str:
     """What many adapters in one batch cost, each under its machine line."""
     lines: list[str] = []
     for document in documents:
+        of_kind = {
+            kind: [row for row in document.rows if row["kind"] == kind]
+            for kind in ("tenants", "experts")
+        }
+        peers = {
+            kind: [name for name in _PEERS_OF_GROUPS if any(name in row for row in rows)]
+            for kind, rows in of_kind.items()
+        }
         batches, mixtures = [], []
-        for row in document.rows:
-            names = [name for name, value in row.items() if isinstance(value, dict)]
-            first, *others = names
-            ratios = {name: f"{row[name]['ratio']:.2f}×" for name in others}
-            peaks = " / ".join(f"{row[name]['peak_mib']:.0f}" for name in names)
-            time = f"{row[first]['ms']:.3g} ms"
-            if row["kind"] == "experts":
-                known = [ratios.get(name, "–") for name in (grouped.OURS, grouped.PEFT,
-                                                            grouped.GROUPED_MM)]  # fmt: skip
-                mixtures.append([row["dtype"], str(row["r"]), time, *known, peaks])
-            elif row["r"] == grouped.RANKS[0] and row["G"] > 1 and row["M"] <= 512:
-                what = "both" if row["trains"] else "forward"
-                known = [ratios[name] for name in (grouped.OURS, grouped.LOOP, grouped.PEFT)]
-                batches.append([row["dtype"], str(row["M"]), str(row["r"]), str(row["G"]), what,
-                                time, *known])  # fmt: skip
+        for row in of_kind["tenants"]:
+            if row["r"] == grouped.RANKS[0] and row["G"] > 1 and row["M"] <= 512:
+                batches.append(
+                    [row["dtype"], str(row["M"]), str(row["r"]), str(row["G"]),
+                     "both" if row["trains"] else "forward", f"{row[grouped.ONE]['ms']:.3g} ms",
+                     *(_ratio_of(row, name) for name in peers["tenants"])]
+                )  # fmt: skip
+        for row in of_kind["experts"]:
+            peaks = [
+                f"{row[name]['peak_mib']:.0f}" if name in row else "–"
+                for name in (grouped.FROZEN, *peers["experts"])
+            ]
+            mixtures.append(
+                [row["dtype"], str(row.get("G", 8)), str(row["r"]),
+                 f"{row[grouped.FROZEN]['ms']:.3g} ms",
+                 *(_ratio_of(row, name) for name in peers["experts"]), " / ".join(peaks)]
+            )  # fmt: skip
+        heads = {kind: [_PEERS_OF_GROUPS[name] for name in names] for kind, names in peers.items()}
         lines += [
             "Rows of G adapters in one batch, K = N = 1024, forward and backward or forward alone;"
             " ratios to one adapter for all rows (`benchmarks/grouped.py`; r = 64, G = 1 and"
-            " M = 4096 in the file).",
+            " M = 4096 in the file). PEFT by `adapter_names`.",
             "",
-            *markdown(["dtype", "M", "r", "G", "pass", grouped.ONE, grouped.OURS, grouped.LOOP,
-                       "PEFT, `adapter_names`"], batches),
-            "Eight experts, two of each of 1024 tokens, 512 to 1024 wide, forward and backward;"
-            " ratios to the experts without adapters.",
+            *markdown(["dtype", "M", "r", "G", "pass", grouped.ONE, *heads["tenants"]], batches),
+            "Experts, two of each of 1024 tokens, 512 to 1024 wide, forward and backward; ratios to"
+            " the experts without adapters. PEFT by `target_parameters`.",
             "",
-            *markdown(["dtype", "r", grouped.FROZEN, grouped.OURS, "PEFT, `target_parameters`",
-                       "torch's grouped_mm", "peak MiB, in this order"], mixtures),
+            *markdown(["dtype", "experts", "r", grouped.FROZEN, *heads["experts"],
+                       "peak MiB, in this order"], mixtures),
             f"`{document.path.name}`: {machine_line(document.machine)}",
             "",
         ]  # fmt: skip
     return "\n".join(lines).strip()
+
+
+def _ratio_of(row: dict, peer: str) -> str:
+    return f"{row[peer]['ratio']:.2f}×" if peer in row else "–"
 
 
 def load_rows(folder: Path, key: str) -> list[Document]:

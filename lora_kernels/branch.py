@@ -58,6 +58,18 @@ class Dense(NamedTuple):
     into: Tensor | None = None
 
 
+class Experts(NamedTuple):
+    """The bases of the groups: weight [E,N,K] and bias [E,N], expert weight_of[g] of group g."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_of: Sequence[int]
+
+    def base(self, group: int) -> Dense:
+        expert = self.weight_of[group]
+        return Dense(self.weight[expert], None if self.bias is None else self.bias[expert])
+
+
 class Given(NamedTuple):
     """A base output [M,N] that something else computed; backward needs nothing of it."""
 

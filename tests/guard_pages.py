@@ -34,7 +34,7 @@ from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import assume
 from lora_kernels.backends.triton import columns, decoding, dropout, gating, masking
 from lora_kernels.backends.triton.launch import intercept, launch
-from lora_kernels.branch import Branches
+from lora_kernels.branch import Branches, Experts
 from lora_kernels.weights import quantize
 
 F16, F32 = torch.float16, torch.float32
@@ -184,8 +184,11 @@ def of_product(kind: str, block: int | None, K: int, case: Case) -> int:
     return checker.launches
 
 
-def of_many(N: int, K: int, ranks: Sequence[int], p: float, dtype: torch.dtype) -> int:
-    """Of groups of 5, 0 and 40 rows in mixed order, and of 2 rows of nobody."""
+def of_many(
+    N: int, K: int, ranks: Sequence[int], p: float, dtype: torch.dtype, experts: int = 0
+) -> int:
+    """Of groups of 5, 0 and 40 rows in mixed order, and of 2 rows of nobody; of so many experts
+    with their bases, stored [out,in] or of two [in,out]."""
     lengths, checker = (5, 0, 40), Checker()
     M, places = sum(lengths) + 2, [0, 5, 5, 45]
     order, offsets = torch.randperm(M), torch.tensor([*places, M])
@@ -196,10 +199,18 @@ def of_many(N: int, K: int, ranks: Sequence[int], p: float, dtype: torch.dtype) 
     seeds = torch.tensor([3, 4, 5]) if p else None
     branches = Branches(a, b, [1.5, 2.0, 1.0], p, seeds, order, [*places, M], offsets)
     x, dy = torch.randn(M, K + 3)[:, 1 : K + 1].to(dtype), torch.randn(M, N).to(dtype)
-    s = torch.zeros(M, max(ranks), dtype=dtype)
+    s, y = torch.zeros(M, max(ranks), dtype=dtype), torch.randn(M, N).to(dtype)
+    base = None
+    if experts:
+        weight = torch.randn(experts, *((K, N) if experts == 2 else (N, K))).to(dtype)
+        bias = torch.randn(experts, N).to(dtype)
+        base = Experts(weight.mT if experts == 2 else weight, bias, [experts - 1, 0, 1])
     with intercept(checker):
-        many.add_(torch.randn(M, N).to(dtype), x, branches, s)
-        many.backward(torch.randn(M, K).to(dtype), (dy, x, s), branches, gradients)
+        if base is None:
+            many.add_(y, x, branches, s)
+        else:
+            many.experts(y, x, base, branches, s)
+        many.backward(torch.randn(M, K).to(dtype), (dy, x, s), branches, gradients, base)
     return checker.launches
 
 
@@ -223,6 +234,9 @@ GROUPS = (
     (20, 24, (3, 1, 2), 0.0, F32),
     (65, 71, (17, 40, 3), 0.3, F16),
     (80, 64, (16, 16, 16), 0.3, F32),
+    (65, 71, (17, 40, 3), 0.3, F16, 2),
+    (20, 24, (3, 1, 2), 0.0, F32, 3),
+    (80, 64, (16, 16, 16), 0.0, F16, 3),
 )
 
 
@@ -239,7 +253,7 @@ def named_cases(plans: Sequence[str], short: bool) -> Iterator[tuple[str, Callab
         yield f"decoding {weight}", partial(of_decoder, *weight)
         for case in FEW[1:2] if short else FEW:
             yield f"few rows of {weight}: {case}", partial(of_product, *weight, case)
-    for groups in GROUPS[1:2] if short else GROUPS:
+    for groups in GROUPS[1:4:2] if short else GROUPS:
         yield f"many groups {groups}", partial(of_many, *groups)
     yield "columns and gates", of_columns_and_gates
 

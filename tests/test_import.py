@@ -163,6 +163,7 @@ FLOORS["backends.triton"] = {
     "decoding": 2,
     "gating": 2,
     "branch": 3,
+    "experts": 3,
     "gemm": 3,
     "flag": 4,
     "grouped": 4,

@@ -1,10 +1,10 @@
 """The grouped ops, made of the calls of one group that every backend has.
 
 A shared base is one product of all rows; then each group's branch is added to its rows, on the CPU
-those of all small groups by one native call. Experts are one whole call each. What a group computes
-depends on its own rows and tensors alone, and so does by which kernels: others, whether they have
-rows or not, change no bit of it. Beside the outputs there is a copy of one group's rows at a time,
-and none where a group's rows lie together.
+those of all small groups by one native call. Experts are one whole call each, or Triton's of them
+all. What a group computes depends on its own rows and tensors alone, and so does by which kernels:
+others, whether they have rows or not, change no bit of it. Beside the outputs there is a copy of
+one group's rows at a time, and none where a group's rows lie together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from lora_kernels import backends, direct
 from lora_kernels.backends import blocked
 from lora_kernels.backends.cuda import many as triton
 from lora_kernels.backends.native import grouped as native
-from lora_kernels.branch import Branch, Branches, Dense, Given, Need
+from lora_kernels.branch import Branch, Branches, Dense, Experts, Given, Need
 
 
 class Members(NamedTuple):
@@ -86,18 +86,6 @@ class Adapters(NamedTuple):
         return Branch(a, b, self.scaling[group], self.dropout_p, seed)
 
 
-class Experts(NamedTuple):
-    """The bases of the groups: weight [E,N,K] and bias [E,N], expert weight_of[g] of group g."""
-
-    weight: Tensor
-    bias: Tensor | None
-    weight_of: Sequence[int]
-
-    def base(self, group: int) -> Dense:
-        expert = self.weight_of[group]
-        return Dense(self.weight[expert], None if self.bias is None else self.bias[expert])
-
-
 class Needs(NamedTuple):
     """The gradients that are asked for: of x, the weight, the bias, and of each group's pair."""
 
@@ -134,6 +122,9 @@ def forward(
     s = _rows_of_s(adapters, x, members) if save_s else None
     y = _base(base, x, members)
     branches = Branches(*adapters, *members)
+    if isinstance(base, Experts) and triton.serves_experts(x, base, branches):
+        triton.experts(y, x, base, branches, s)
+        return y, s
     together = None if isinstance(base, Experts) else _together(x, branches)
     if together is not None:
         together.add_(y, x, branches, s)
@@ -182,6 +173,12 @@ def backward(
     d_as: list[Tensor | None] = _zeros(adapters.lora_a, needs.a)
     d_bs: list[Tensor | None] = _zeros(adapters.lora_b, needs.b)
     branches = Branches(*adapters, *members)
+    if isinstance(base, Experts) and triton.serves_experts(dy, base, branches):
+        triton.backward(dx, rows, branches, (d_as, d_bs), base)
+        if dweight is None and dbias is None:
+            return dx, dweight, dbias, d_as, d_bs
+        nothing = [False] * len(d_as)
+        needs = Needs(False, needs.weight, needs.bias, nothing, nothing)
     together = None if isinstance(base, Experts) else _together(dy, branches)
     if together is not None:
         together.backward(dx, rows, branches, (d_as, d_bs))

@@ -238,15 +238,17 @@ def test_grouped_benchmark_and_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grouped, "EXPERT_WIDTHS", (16, 24))
     out = tmp_path / "grouped-cpu.json"
     arguments = ["--rows", "16", "512", "--tenants", "1", "4", "--dtypes", "fp32", "bf16"]
+    arguments += ["--experts", "4", "8"]
     grouped.main([*arguments, "--seconds", "0", "--rounds", "1", "1", "--out", str(out)])
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 2 * (2 + 2 * 2 + 2 * 2 * 2)
+    assert len(rows) == 2 * (2 * 2 + 2 * 2 + 2 * 2 * 2)
+    assert all(grouped.LOOP in row and grouped.GROUPED_MM in row for row in rows)
     assert all(row[grouped.ONE]["ratio"] == 1 for row in rows if row["kind"] == "tenants")
     page = tmp_path / "performance.md"
     report.main(["--results", str(tmp_path), "--page", str(page)])
     text = page.read_text()
     assert "| fp32 | 512 | 8 | 4 | both | " in text
-    assert "| bf16 | 64 | " in text
+    assert "| bf16 | 4 | 64 | " in text
 
 
 def test_quantized_benchmark_and_report(tmp_path, monkeypatch, capsys):

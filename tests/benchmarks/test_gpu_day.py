@@ -23,7 +23,7 @@ def test_the_whole_day(tmp_path, capsys):
     assert status == 0, said + (tmp_path / "day" / "log.txt").read_text()[-4000:]
     steps = json.loads((tmp_path / "day" / "day.json").read_text())
     assert all(step["status"] == 0 for step in steps.values())
-    names = {"tune bf16", "tune fp16", "tune fp32", "layer", "model", "report"}
+    names = {"tune bf16", "tune fp16", "tune fp32", "layer", "grouped", "model", "report"}
     assert names < steps.keys()
     table = json.loads((tmp_path / "day" / "tuned.json").read_text())
     assert {bucket["dtype"] for bucket in table["buckets"]} == {"bfloat16", "float16", "float32"}

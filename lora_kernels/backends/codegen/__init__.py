@@ -23,7 +23,10 @@ from lora_kernels.backends.codegen.cases import Case
 from lora_kernels.backends.device import CARDS, Target, assume
 from lora_kernels.backends.triton.launch import intercept
 
-_GEMMS = ("gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel")
+_GEMMS = (
+    "gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel",
+    "experts_kernel",
+)  # fmt: skip
 _SPECIALISED = "specialised_gemm_kernel"
 _ELEMENTWISE = (
     "reduce_kernel", "mask_kernel", "decode_kernel", "scale_kernel", "scale_backward_kernel",

@@ -13,7 +13,7 @@ from lora_kernels.backends.cuda import many
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.scaling import split
 from lora_kernels.backends.triton import columns, decoding, dropout, gating, masking
-from lora_kernels.branch import Branch, Branches, Dense, Need
+from lora_kernels.branch import Branch, Branches, Dense, Experts, Need
 from lora_kernels.weights import QuantizedWeight, quantize
 
 
@@ -99,7 +99,7 @@ def _gating(case: Case) -> None:
 
 
 def _many(case: Case) -> None:
-    """The branches of many groups, whose rows lie in any order."""
+    """The branches of many groups, whose rows lie in any order; of experts with their bases."""
     M, N, K, r, G = case.M, case.N, case.K, case.r, case.groups
     (x, dy), s = _rows(case), _tensor(case, M, r)
     order, offsets, seeds = (
@@ -108,8 +108,16 @@ def _many(case: Case) -> None:
     a, b = [_tensor(case, r, K)] * G, [_tensor(case, N, r)] * G
     rows = order, range(G + 2), offsets
     branches = Branches(a, b, [case.scaling] * G, case.dropout, seeds, *rows)
-    many.add_(_tensor(case, M, N), x, branches, s)
-    many.backward(_tensor(case, M, K), (dy, x, s), branches, ([*a], [*b]))
+    y, dx, base = _tensor(case, M, N), _tensor(case, M, K), None
+    if case.kind:
+        stored = _tensor(case, G * K, N) if case.transposed else _tensor(case, G * N, K)
+        weight = stored.unflatten(0, (G, -1))
+        weight, bias = weight.mT if case.transposed else weight, _tensor(case, G, N)
+        base = Experts(weight, bias if case.bias else None, range(G))
+        many.experts(y, x, base, branches, s)
+    else:
+        many.add_(y, x, branches, s)
+    many.backward(dx, (dy, x, s), branches, ([*a], [*b]), base)
 
 
 _OTHERS: dict[str, Callable[[Case], None]] = {

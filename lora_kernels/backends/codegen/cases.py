@@ -34,7 +34,7 @@ class Case(NamedTuple):
     transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
     part: bool = False  # x is a part of a larger matrix: the dropout mask has an offset
     groups: int = 0  # whose branches are computed at once
-    kind: str = ""  # of a weight that is decoded, or the activation
+    kind: str = ""  # of a weight that is decoded, the activation, or EXPERTS of many groups
     ops: tuple[str, ...] = ("forward", "backward")
     tiles: Tiles = {}  # noqa: RUF012 never changed
 
@@ -55,7 +55,7 @@ class Case(NamedTuple):
 # No plans of one branch: the products of many groups, and of few rows with a quantised weight; and
 # elementwise, so for any card, the dropout mask, the decoder of quantised weights, the kernels of
 # DoRA and of gated MLPs.
-MANY, CODED = "many", "coded"
+MANY, EXPERTS, CODED = "many", "experts", "coded"
 MASK, DECODER, COLUMNS, GATING = "mask", "decoder", "columns", "gating"
 ELEMENTWISE = (MASK, DECODER, COLUMNS, GATING)
 OTHERS = (MANY, CODED, *ELEMENTWISE)
@@ -68,6 +68,7 @@ SHORT = (
     Case(plan=DECODER, kind="nf4"),
     Case(plan=CODED, kind="nf4", M=16, bias=True),
     Case(plan=MANY, M=512, dropout=0.1, groups=16),
+    Case(plan=MANY, groups=8, bias=True, kind=EXPERTS),
     Case(bias=True),
     Case(r=64, dropout=0.1),
     Case(plan="grouped", ops=("backward",)),
@@ -117,6 +118,17 @@ def analytic() -> Iterator[Case]:
     yield many._replace(dtype=torch.float32)
     yield many._replace(dtype=torch.float32, r=64, dropout=0.1)
     yield many._replace(dtype=torch.float16, scaling=32.0)
+    experts = Case(plan=MANY, groups=8, bias=True, kind=EXPERTS)
+    for r in (1, 8, 64, 128, 200):
+        yield experts._replace(r=r)
+        yield experts._replace(r=r, dropout=0.1)
+    yield experts._replace(M=16, groups=64)
+    yield experts._replace(M=512, dropout=0.1)
+    yield experts._replace(N=1543, K=1031, M=1000)
+    yield experts._replace(transposed=True, r=64)
+    yield experts._replace(dtype=torch.float32)
+    yield experts._replace(dtype=torch.float32, r=64, dropout=0.1)
+    yield experts._replace(dtype=torch.float16, scaling=32.0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         mask = Case(plan=MASK, dtype=dtype, dropout=0.1)
         yield mask

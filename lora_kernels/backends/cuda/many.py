@@ -1,4 +1,5 @@
-"""The branches of many groups by Triton's kernels, one launch for each product of them all.
+"""The branches of many groups by Triton's kernels, one launch for each product of them all; of
+experts with their bases.
 
 Where they are forced: they have been interpreted and compiled for every target, not yet run on a
 card.
@@ -15,7 +16,7 @@ from torch import Tensor
 from lora_kernels.backends.cuda import needs
 from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.scaling import split
-from lora_kernels.branch import Branches
+from lora_kernels.branch import Branches, Experts
 
 if TYPE_CHECKING:
     from lora_kernels.backends.triton.many import Many, Side
@@ -39,18 +40,49 @@ def takes(rows: int) -> bool:
     return True
 
 
+def serves_experts(rows: Tensor, base: Experts, branches: Branches) -> bool:
+    """Whether the kernels compute these experts of rows, x or dy."""
+    weight = base.weight
+    return weight.dtype == rows.dtype and weight.numel() > 0 and serves(rows, branches)
+
+
 def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
     """Adds the branches to y [M,N]; fills s [M, the largest rank]."""
     from lora_kernels.backends.triton import many
 
+    with needs.device_of(x):
+        low, up = _down(x, branches, s)
+        many.many_expand(low, up, _many(branches), False, y)
+
+
+def experts(y: Tensor, x: Tensor, base: Experts, branches: Branches, s: Tensor | None) -> None:
+    """Fills the rows of groups in y [M,N]; fills s [M, the largest rank]."""
+    from lora_kernels.backends.triton import experts
+
+    weight, bias, weight_of = base
+    with needs.device_of(x):
+        low, up = _down(x, branches, s)
+        bases = experts.Bases(weight.transpose(1, 2), bias, _known(weight_of, weight))
+        experts.product(x, bases, low, up, _many(branches), False, y)
+
+
+def _down(x: Tensor, branches: Branches, s: Tensor | None) -> tuple[Tensor, Side]:
+    """(s, what is to be multiplied by it)."""
+    from lora_kernels.backends.triton import many
+
     splits = [split(scaling, x.dtype) for scaling in branches.scaling]
     low = torch.zeros(len(x), branches.rank, dtype=x.dtype, device=x.device) if s is None else s
-    rows, keep = _many(branches), keep_scale(branches.dropout_p)
+    keep = keep_scale(branches.dropout_p)
     down = _side(branches.lora_a, branches, False, [first * keep for first, _ in splits])
-    up = _side(branches.lora_b, branches, True, [high for _, high in splits])
-    with needs.device_of(x):
-        many.many_shrink(x, down, rows, True, low)
-        many.many_expand(low, up, rows, False, y)
+    many.many_shrink(x, down, _many(branches), True, low)
+    return low, _side(branches.lora_b, branches, True, [high for _, high in splits])
+
+
+def _known(weight_of: Sequence[int], weight: Tensor) -> list[int]:
+    """Kernels read what they are told to."""
+    if not all(0 <= expert < len(weight) for expert in weight_of):
+        raise ValueError(f"weight_of: expected experts of 0 to {len(weight) - 1}, got {weight_of}")
+    return [*weight_of]
 
 
 def backward(
@@ -58,10 +90,11 @@ def backward(
     rows: tuple[Tensor, Tensor, Tensor],
     branches: Branches,
     gradients: tuple[list[Tensor | None], list[Tensor | None]],
+    base: Experts | None = None,
 ) -> None:
     """Of rows (dy, x, s) fills the gradients of A and B that are not None, but those of groups
-    without rows, and adds to dx [M,K]."""
-    from lora_kernels.backends.triton import many
+    without rows, and adds to dx [M,K]; of experts fills its rows of groups."""
+    from lora_kernels.backends.triton import experts, many
 
     dy, x, s = rows
     d_a, d_b = gradients
@@ -74,7 +107,11 @@ def backward(
             many.many_shrink(dy, up, of_rows, False, ds)
         if dx is not None:
             down = _side(branches.lora_a, branches, False, keeps)
-            many.many_expand(ds, down, of_rows, True, dx)
+            if base is None:
+                many.many_expand(ds, down, of_rows, True, dx)
+            else:
+                bases = experts.Bases(base.weight, None, _known(base.weight_of, base.weight))
+                experts.product(dy, bases, ds, down, of_rows, True, dx)
         if needs_a:
             many.many_tall(ds, x, _side(d_a, branches, False, keeps), of_rows, True)
         if needs_b:

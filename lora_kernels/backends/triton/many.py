@@ -226,7 +226,7 @@ class Side(NamedTuple):
         return {"IS_B": self.is_b, "TYPE": _TYPES[there[0].dtype], "ALIGNED": wide}
 
 
-def _common(many: Many, side: Side, dropped: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def common(many: Many, side: Side, dropped: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(order, offsets, table, factors, seeds, groups; options) of a launch."""
     table, factors = side.given(many.offsets.device)
     seeds = many.seeds if dropped else None
@@ -237,10 +237,10 @@ def _common(many: Many, side: Side, dropped: bool) -> tuple[tuple[Any, ...], dic
     return (many.order, many.offsets, table, factors, seeds, many.groups), options
 
 
-def _row_tiles(rows: int, groups: int) -> tuple[int, int]:
+def row_tiles(rows: int, groups: int, most: int = _ROWS) -> tuple[int, int]:
     """(rows of a tile, as many tiles as so many rows can make)."""
-    block = tiles.row_block(tiles.cdiv(rows, groups), _ROWS)
-    return block, tiles.cdiv(rows, block) + groups
+    block = tiles.row_block(tiles.cdiv(rows, groups), most)
+    return block, min(rows, tiles.cdiv(rows, block) + groups)
 
 
 def _columns(rows: Tensor) -> int:
@@ -250,8 +250,8 @@ def _columns(rows: Tensor) -> int:
 
 def many_shrink(x: Tensor, side: Side, many: Many, dropped: bool, low: Tensor) -> None:
     """low [places,width] = factor * drop(x) A^T, or x B, of each group's rows; zero elsewhere."""
-    given, options = _common(many, side, dropped)
-    block, count = _row_tiles(x.shape[0], many.groups)
+    given, options = common(many, side, dropped)
+    block, count = row_tiles(x.shape[0], many.groups)
     R = tiles.rank_block(x.dtype, side.rank, _RANKS)
     launch(
         many_shrink_kernel, (count, tiles.cdiv(side.rank, R)),
@@ -263,8 +263,8 @@ def many_shrink(x: Tensor, side: Side, many: Many, dropped: bool, low: Tensor) -
 
 def many_expand(low: Tensor, side: Side, many: Many, dropped: bool, out: Tensor) -> None:
     """out += factor * low B^T, or drop(low A), of each group's rows."""
-    given, options = _common(many, side, dropped)
-    block, count = _row_tiles(out.shape[0], many.groups)
+    given, options = common(many, side, dropped)
+    block, count = row_tiles(out.shape[0], many.groups)
     R = tiles.rank_block(low.dtype, side.rank, _RANKS)
     launch(
         many_expand_kernel, (count, tiles.cdiv(out.shape[1], _columns(low))),
@@ -276,7 +276,7 @@ def many_expand(low: Tensor, side: Side, many: Many, dropped: bool, out: Tensor)
 
 def many_tall(low: Tensor, x: Tensor, side: Side, many: Many, dropped: bool) -> None:
     """The gradients of a side, factor * low^T drop(x), or its transpose, over each group's rows."""
-    given, options = _common(many, side, dropped)
+    given, options = common(many, side, dropped)
     R = tiles.rank_block(low.dtype, side.rank, _RANKS)
     launch(
         many_tall_kernel,
