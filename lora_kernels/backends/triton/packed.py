@@ -131,7 +131,7 @@ def is_aligned(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
-def _sizes(rows: Tensor, columns: int) -> dict[str, int]:
+def _sizes(rows: Tensor, columns: int) -> dict[str, Any]:
     """Tiles, warps and stages of a product of [M,·] rows with as many columns."""
     M, device = rows.shape[0], target(rows.device)
     if rows.dtype == torch.float32:
