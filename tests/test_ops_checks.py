@@ -12,9 +12,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import _checks, _dispatch, _ops, lora_add_, lora_linear
+from lora_kernels import _checks, _dispatch, backends, lora_add_, lora_linear
+from lora_kernels._namespace import ops
 
-ops = torch.ops.lora_kernels
 M, K, N, R = 6, 16, 5, 3
 FORWARD = ("lora_linear", "lora_add", "lora_add_")
 BACKWARD = ("lora_linear_backward", "lora_add_backward")
@@ -213,7 +213,7 @@ def test_in_place_is_a_new_version(monkeypatch):
     base_out = torch.randn(M, N)
     product = torch.ones(M, N, requires_grad=True) * base_out
     backend = SimpleNamespace(add_=lambda base_out, *rest: base_out.numpy().fill(3))
-    monkeypatch.setattr(_ops.backends, "serving", lambda *args: backend)
+    monkeypatch.setattr(backends, "serving", lambda *args: backend)
     with torch.no_grad():
         lora_add_(base_out, x, a, b)
     assert base_out.unique() == 3
@@ -312,7 +312,7 @@ torch.testing.assert_close(compiled(*t), lora_linear(*t))
 
 def test_the_public_way_of_torch_library():
     environment = {**os.environ, "LORA_KERNELS_PUBLIC_DISPATCH": "1"}
-    root = str(Path(__file__).parents[1])
+    root = str(Path(_dispatch.__file__).parents[1])
     run = subprocess.run(
         [sys.executable, "-c", PUBLIC], env=environment | {"PYTHONPATH": root},
         capture_output=True, text=True,
