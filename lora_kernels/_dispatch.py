@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 
 from lora_kernels import _env
 from lora_kernels._contract import OPS, Args, Op
+from lora_kernels._namespace import NAMESPACE, ops, qualified
 
 if TYPE_CHECKING:
     from torch._C import DispatchKeySet
@@ -45,12 +46,10 @@ else:
     PRIVATE = not _env.PUBLIC_DISPATCH
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-LIBRARY = torch.library.Library("lora_kernels", "DEF")
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 for _op in OPS.values():
     LIBRARY.define(_op.schema, tags=_TAGS)
-_OVERLOADS: "dict[str, OpOverload]" = {
-    name: getattr(torch.ops.lora_kernels, name).default for name in OPS
-}
+_OVERLOADS: "dict[str, OpOverload]" = {name: getattr(ops, name).default for name in OPS}
 
 # Of arguments that fit together: an op's results, None where one is not asked for.
 Results = Sequence[Tensor | None]
@@ -90,7 +89,7 @@ def register_fake(op: Op, fake: Fake) -> None:
         refuse_forward_mode(args)
         return fake(args)
 
-    torch.library.register_fake(f"lora_kernels::{op.name}", run, lib=LIBRARY)
+    torch.library.register_fake(qualified(op.name), run, lib=LIBRARY)
 
 
 def refuse_forward_mode(args: Args) -> None:
@@ -122,7 +121,7 @@ def _register_public(op: Op, save: Save, gradients: Gradients) -> None:
         return gradients(ctx, ctx.needs_input_grad, *d_outputs)
 
     torch.library.register_autograd(
-        f"lora_kernels::{op.name}", backward, setup_context=setup_context, lib=LIBRARY
+        qualified(op.name), backward, setup_context=setup_context, lib=LIBRARY
     )
 
 
@@ -193,7 +192,7 @@ def register(
         raise NotImplementedError("lora_kernels: double backward is not supported")
 
     setup, gradients = formula or (lambda ctx, inputs, output: None, refuse_double_backward)
-    full = f"lora_kernels::{name}"
+    full = qualified(name)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(full, fake, lib=LIBRARY)
     torch.library.register_vmap(full, refuse_vmap, lib=LIBRARY)
@@ -213,7 +212,7 @@ def refuse_gradient_transforms(what: str) -> None:
 
 @cache
 def _serve_dtensors() -> None:
-    import_module("lora_kernels.rules.dtensor").register(LIBRARY)
+    import_module(f"{__package__}.rules.dtensor").register(LIBRARY)
 
 
 def _redispatch(overload: "OpOverload", keyset: "DispatchKeySet", args: Args) -> Any:

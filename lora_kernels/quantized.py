@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_kernels import _dispatch, backends
 from lora_kernels._dispatch import any_requires_grad, is_unwatched, refuse_forward_mode
+from lora_kernels._namespace import ops
 from lora_kernels.backends import dequantized
 from lora_kernels.backends.cuda import coded
 from lora_kernels.backends.native import quantized as native
@@ -35,7 +36,6 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     _dispatch.define(_name, _schema)
-_OPS = torch.ops.lora_kernels
 
 
 def linear(
@@ -52,7 +52,7 @@ def linear(
         y, _ = _forward(x, weight, bias, branch, False)
         return y
     arguments = (x, parts, weight.form, a, b, bias, scaling, p, seed, saves)
-    y = _OPS.lora_linear_quantized(*arguments)[0]
+    y = ops.lora_linear_quantized(*arguments)[0]
     return y
 
 
@@ -204,7 +204,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]
     x, a, b, s, seed, *parts = ctx.saved_tensors
     dx = d_a = d_b = None
     if need_x or need_a or need_b:
-        dx, d_a, d_b = _OPS.lora_linear_quantized_backward(
+        dx, d_a, d_b = ops.lora_linear_quantized_backward(
             dy, _whole(x, dy), parts, ctx.form, a, b, s, ctx.scaling, ctx.dropout_p, seed,
             need_x, need_a, need_b,
         )  # fmt: skip

@@ -1,11 +1,13 @@
 """The packages, built and tried as a user would: `make dist`.
 
-    python tests/dist.py [--out dist] [--torch 2.13.0 ...]
+    python tests/dist.py [--out dist] [--torch 2.13.0 ...] [--cuda]
 
 The wheel is made of the sdist alone, so that nothing is missing from that. Its libraries must load
 with glibc 2.28 and need nothing but torch's (auditwheel names it manylinux_2_28 then). Both are
 installed into empty environments with each torch that is named, and must give the compiled CPU
-kernels, a passing `doctor` and a right layer, from another folder.
+kernels, a passing `doctor` and a right layer, from another folder. --cuda makes a second wheel, in
+dist/cuda, that has the CUDA kernels too: nvcc makes them, no GPU and no CUDA torch is needed, as
+what they link to is torch's stable ABI; where there is no GPU they are found and not loaded.
 """
 
 import argparse
@@ -23,10 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 TORCHS_OWN = ("libc10.so", "libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10_cuda.so")
 TRIAL = """
-import torch, lora_kernels as lk
+import sys, torch, lora_kernels as lk
 from lora_kernels.backends import extension_status
 status = extension_status()["CPU"]
 assert not status.startswith("not"), status
+on_cuda = extension_status()["CUDA"]
+assert sys.argv[1:] != ["cuda"] or not on_cuda.startswith("not"), on_cuda
 x = torch.randn(300, 64, requires_grad=True)
 layer = lk.FusedLoRALinear(64, 48, 4, alpha=8)
 torch.nn.init.normal_(layer.lora_B)
@@ -34,7 +38,7 @@ y = layer(x)
 right = x @ (layer.weight + 2 * layer.lora_B @ layer.lora_A).t() + layer.bias
 torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-4)
 y.sum().backward()
-print("lora_kernels", lk.__version__, "with torch", torch.__version__, "CPU kernels:", status)
+print("lora_kernels", lk.__version__, "with torch", torch.__version__, status, "CUDA:", on_cuda)
 """
 
 
@@ -46,27 +50,38 @@ def run(*command: object, cwd: Path | None = None, **environment: str) -> None:
     subprocess.run(list(map(str, command)), check=True, cwd=cwd, env=variables)
 
 
-def built(folder: Path) -> tuple[Path, Path]:
-    """(sdist, wheel), the wheel of the unpacked sdist and for the platforms it can be for."""
+def built(folder: Path, cuda: bool) -> tuple[Path, ...]:
+    """(sdist, wheel), and the wheel with the CUDA kernels too; wheels are of the unpacked sdist and
+    for the platforms they can be for."""
     options = ("--no-isolation", "--outdir")
     run(sys.executable, "-m", "build", "--sdist", *options, folder, ROOT)
     (sdist,) = folder.glob("*.tar.gz")
     with tempfile.TemporaryDirectory() as name:
-        inside, plain = Path(name, "sdist"), Path(name, "wheel")
+        inside = Path(name, "sdist")
         with tarfile.open(sdist) as archive:
             archive.extractall(inside, filter="data")
         (source,) = inside.iterdir()
-        demanded = {"LORA_KERNELS_BUILD_CPU": "1"}
-        run(sys.executable, "-m", "build", "--wheel", *options, plain, source, **demanded)
-        (wheel,) = plain.glob("*.whl")
-        excluded = [word for library in TORCHS_OWN for word in ("--exclude", library)]
-        run(
-            sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat",
-            *excluded, "--wheel-dir", folder, wheel,
-        )  # fmt: skip
-    (wheel,) = folder.glob("*.whl")
-    assert f"cp310-abi3-{PLATFORM}" in wheel.name, wheel.name
-    return sdist, wheel
+        found = [wheel(source, folder, Path(name, "cpu"), LORA_KERNELS_BUILD_CUDA="0")]
+        if cuda:
+            plain = Path(name, "cuda")
+            found.append(wheel(source, folder / "cuda", plain, LORA_KERNELS_BUILD_CUDA="1"))
+    return sdist, *found
+
+
+def wheel(source: Path, folder: Path, plain: Path, **demanded: str) -> Path:
+    run(
+        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", plain, source,
+        LORA_KERNELS_BUILD_CPU="1", **demanded,
+    )  # fmt: skip
+    (made,) = plain.glob("*.whl")
+    excluded = [word for library in TORCHS_OWN for word in ("--exclude", library)]
+    run(
+        sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat",
+        *excluded, "--wheel-dir", folder, made,
+    )  # fmt: skip
+    (repaired,) = folder.glob("*.whl")
+    assert f"cp310-abi3-{PLATFORM}" in repaired.name, repaired.name
+    return repaired
 
 
 def tried(package: Path, torch: str) -> None:
@@ -78,7 +93,7 @@ def tried(package: Path, torch: str) -> None:
         run(*pip, f"torch=={torch}", "setuptools", "ninja", "numpy")
         run(*pip, *(["--no-build-isolation"] if package.suffix == ".gz" else []), package)
         elsewhere = Path(name)
-        run(python, "-c", TRIAL, cwd=elsewhere)
+        run(python, "-c", TRIAL, package.parent.name, cwd=elsewhere)
         run(python, "-m", "lora_kernels", "doctor", cwd=elsewhere)
 
 
@@ -86,10 +101,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--torch", nargs="*", default=["2.13.0"], help="versions to try them with")
+    parser.add_argument("--cuda", action="store_true", help="a wheel with the CUDA kernels too")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    for package in built(args.out):
+    for package in built(args.out, args.cuda):
         print(package, f"{package.stat().st_size / 2**20:.1f} MiB")
         for version in args.torch:
             tried(package, version)

@@ -15,6 +15,7 @@ OPTIONAL = ("triton", "transformers", "peft", "safetensors", "matplotlib")
 # __init__ for what is taken from a package as its users do. The insides of packages come after.
 FLOORS = {}
 FLOORS[""] = {
+    "_namespace": -4,
     "_version": -3,
     "_env": -2,
     "branch": -3,

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import lora_add, lora_linear
+from lora_kernels._namespace import NAMESPACE, ops
 from lora_kernels.backends import blocked, reference
 from lora_kernels.branch import Branch, Dense, Given, Need
 
-ops = torch.ops.lora_kernels
 M, K, N, R = 12, 20, 16, 3
 PLAIN = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -142,7 +142,7 @@ class Calls(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "lora_kernels":
+        if func.namespace == NAMESPACE:
             self.seen.append((func.__name__.split(".")[0], args))
         return func(*args, **(kwargs or {}))
 

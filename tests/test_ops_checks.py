@@ -12,9 +12,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import _checks, _dispatch, _ops, lora_add_, lora_linear
+from lora_kernels import _checks, _dispatch, backends, lora_add_, lora_linear
+from lora_kernels._namespace import ops, qualified
 
-ops = torch.ops.lora_kernels
 M, K, N, R = 6, 16, 5, 3
 FORWARD = ("lora_linear", "lora_add", "lora_add_")
 BACKWARD = ("lora_linear_backward", "lora_add_backward")
@@ -164,11 +164,11 @@ def test_modes_and_profilers_see_the_ops():
     weight = torch.randn(N, K)
     with _Seen() as seen:
         _step(weight)
-    ours = [name.split("::")[1] for name in seen.names if name.startswith("lora_kernels::")]
+    ours = [name.split("::")[1] for name in seen.names if name.startswith(qualified(""))]
     assert ours == OF_A_STEP
     with torch.profiler.profile() as profile:
         _step(weight)
-    names = [event.name.removeprefix("lora_kernels::") for event in profile.events()]
+    names = [event.name.removeprefix(qualified("")) for event in profile.events()]
     assert [name for name in names if name in OF_A_STEP] == OF_A_STEP
 
 
@@ -195,14 +195,14 @@ def test_subclasses_see_the_op():
     with torch.no_grad():
         y = lora_linear(x, Logged(weight), a, b)
         assert torch.equal(y, lora_linear(x, weight, a, b))
-    assert Logged.names[-1:] == ["lora_kernels::lora_linear"]
+    assert Logged.names[-1:] == [qualified("lora_linear")]
 
 
 def test_tensors_without_values_have_results_without():
     x, weight, a, b, *_ = (v.to("meta") for v in list(good("lora_linear").values())[:4])
     with torch.no_grad(), _Seen() as seen:
         assert lora_linear(x, weight, a, b).is_meta
-    assert seen.names == ["lora_kernels::lora_linear"]
+    assert seen.names == [qualified("lora_linear")]
     with torch.no_grad():
         assert lora_linear(x, weight, a, b).shape == (M, N)
 
@@ -213,7 +213,7 @@ def test_in_place_is_a_new_version(monkeypatch):
     base_out = torch.randn(M, N)
     product = torch.ones(M, N, requires_grad=True) * base_out
     backend = SimpleNamespace(add_=lambda base_out, *rest: base_out.numpy().fill(3))
-    monkeypatch.setattr(_ops.backends, "serving", lambda *args: backend)
+    monkeypatch.setattr(backends, "serving", lambda *args: backend)
     with torch.no_grad():
         lora_add_(base_out, x, a, b)
     assert base_out.unique() == 3
@@ -312,7 +312,7 @@ torch.testing.assert_close(compiled(*t), lora_linear(*t))
 
 def test_the_public_way_of_torch_library():
     environment = {**os.environ, "LORA_KERNELS_PUBLIC_DISPATCH": "1"}
-    root = str(Path(__file__).parents[1])
+    root = str(Path(_dispatch.__file__).parents[1])
     run = subprocess.run(
         [sys.executable, "-c", PUBLIC], env=environment | {"PYTHONPATH": root},
         capture_output=True, text=True,

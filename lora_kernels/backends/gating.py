@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_kernels._namespace import ops
 from lora_kernels.backends import blocked, native, trial
 from lora_kernels.backends.native import extension
 
-_aten, _ops = torch.ops.aten, torch.ops.lora_kernels
+_aten = torch.ops.aten
 # What a call of an activation is, and its gradient of (dy, g).
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (F.silu, lambda dy, g: _aten.silu_backward(dy, g)),
@@ -39,7 +40,7 @@ def gated(g: Tensor, u: Tensor, act: str) -> Tensor:
             return gating.gated(g, u, act)
     if _by_kernels(act, g, u):
         h = g.new_empty(g.shape)
-        _ops._gate_cpu(g, u, None, _number(act), extension.best_isa(), h, None, None)
+        ops._gate_cpu(g, u, None, _number(act), extension.best_isa(), h, None, None)
         return h
     return _gated(g, u, act)
 
@@ -56,7 +57,7 @@ def gradients(of: Pair, dh: Tensor, act: str, out: Pair) -> None:
             return gating.gradients(of, dh, act, out)
     if _by_kernels(act, *of, dh, *out):
         isa = extension.best_isa()
-        _ops._gate_cpu(*of, dh, _number(act), isa, None, *out)
+        ops._gate_cpu(*of, dh, _number(act), isa, None, *out)
         return None
     return _gradients(of, dh, act, out)
 

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels import _checks, _dispatch
+from lora_kernels import _checks, _dispatch, _namespace
 from lora_kernels._contract import DTYPES
 from lora_kernels.direct import draw_seed
 from lora_kernels.grouped import direct, ops
 from lora_kernels.grouped.groups import Groups, whole_numbers
 from lora_kernels.sharding import is_sharded
 
-_OPS = torch.ops.lora_kernels
 Stack = Tensor | Sequence[Tensor]
 
 
@@ -100,7 +99,7 @@ def lora_linear_grouped(
     )
     _refuse_other_modes(call, rows, weight, bias)
     unseen = _is_unseen(call, rows, weight, bias)
-    y: Tensor = (ops.linear if unseen else _OPS.lora_linear_grouped)(*arguments)[0]
+    y: Tensor = (ops.linear if unseen else _namespace.ops.lora_linear_grouped)(*arguments)[0]
     return y.view(*x.shape[:-1], N)
 
 
@@ -138,7 +137,7 @@ def lora_add_grouped(
     arguments: tuple[Any, ...] = (base_rows, rows, *call.pairs, *call.rest, _saves(call))
     _refuse_other_modes(call, rows, base_rows)
     unseen = _is_unseen(call, rows, base_rows, None)
-    y: Tensor = (ops.add if unseen else _OPS.lora_add_grouped)(*arguments)[0]
+    y: Tensor = (ops.add if unseen else _namespace.ops.lora_add_grouped)(*arguments)[0]
     return y.view(base_out.shape)
 
 

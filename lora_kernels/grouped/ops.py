@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_kernels import _dispatch
 from lora_kernels._dispatch import refuse_forward_mode
+from lora_kernels._namespace import ops
 from lora_kernels.branch import Dense, Experts, Given
 from lora_kernels.grouped import composite
 from lora_kernels.grouped.composite import Adapters, Members, Needs
@@ -38,7 +39,6 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     _dispatch.define(_name, _schema)
-_OPS = torch.ops.lora_kernels
 
 
 class Call(NamedTuple):
@@ -225,7 +225,7 @@ def _linear_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[An
         return (None, None, [None] * ctx.groups, [None] * ctx.groups, None, *nothing)
     x, weight, bias, s, call = _saved(ctx)
     a, b, *rest = call
-    dx, dw, dbias, d_a, d_b = _OPS.lora_linear_grouped_backward(
+    dx, dw, dbias, d_a, d_b = ops.lora_linear_grouped_backward(
         dy, _whole(x, dy), weight, a, b, bias, s, ctx.weight_of, *rest,
         need_x, need_weight, need_bias, need_a, need_b,
     )  # fmt: skip
@@ -240,7 +240,7 @@ def _add_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, 
         return (None, None, [None] * ctx.groups, [None] * ctx.groups, *nothing)
     x, _, _, s, call = _saved(ctx)
     a, b, *rest = call
-    d_x, d_a, d_b = _OPS.lora_add_grouped_backward(
+    d_x, d_a, d_b = ops.lora_add_grouped_backward(
         dy, _whole(x, dy), a, b, s, *rest, need_x, need_a, need_b
     )
     base = dy if need_base else None

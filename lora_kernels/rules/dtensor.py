@@ -21,11 +21,12 @@ from torch._ops import OpOverload
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
 
 from lora_kernels._contract import DIMENSIONS, NOT_GIVEN, OPS, SUMS
+from lora_kernels._namespace import qualified
 
 
 def register(library: torch.library.Library) -> None:
     for name in OPS:
-        torch.library.register_torch_dispatch(f"lora_kernels::{name}", DTensor, _run, lib=library)
+        torch.library.register_torch_dispatch(qualified(name), DTensor, _run, lib=library)
 
 
 def _run(

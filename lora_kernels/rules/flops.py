@@ -12,9 +12,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from lora_kernels._contract import OPS, Op
+from lora_kernels._namespace import ops
 
 _COUNTER = "torch.utils.flop_counter"
 # Of ops beside those of the contract, for a counter that is not there yet.
@@ -48,16 +47,16 @@ def add(name: str, formula: Callable[..., int]) -> None:
     """The flops of another op, by the shapes of its tensors, now or once there is a counter."""
     if _COUNTER in sys.modules:
         counter: Any = sys.modules[_COUNTER]
-        counter.register_flop_formula(getattr(torch.ops.lora_kernels, name))(formula)
+        counter.register_flop_formula(getattr(ops, name))(formula)
     else:
         _more[name] = formula
 
 
 def _fill(counter: ModuleType) -> None:
     for name, op in OPS.items():
-        counter.register_flop_formula(getattr(torch.ops.lora_kernels, name))(_formula(op))
+        counter.register_flop_formula(getattr(ops, name))(_formula(op))
     for name, formula in _more.items():
-        counter.register_flop_formula(getattr(torch.ops.lora_kernels, name))(formula)
+        counter.register_flop_formula(getattr(ops, name))(formula)
 
 
 class _Finder(MetaPathFinder):

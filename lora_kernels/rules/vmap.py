@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels._contract import OPS, Args, Op
+from lora_kernels._namespace import ops, qualified
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -24,11 +25,11 @@ _PARAMETER_GRADIENTS = ("need_weight", "need_a", "need_b")
 
 def register(library: torch.library.Library) -> None:
     for name, op in OPS.items():
-        torch.library.register_vmap(f"lora_kernels::{name}", _rule(op), lib=library)
+        torch.library.register_vmap(qualified(name), _rule(op), lib=library)
 
 
 def _rule(op: Op) -> Callable[..., Batched]:
-    overload = getattr(torch.ops.lora_kernels, op.name).default
+    overload = getattr(ops, op.name).default
 
     def rule(info: Any, in_dims: InDims, *args: Any) -> Batched:
         if _only_rows(op, in_dims, args):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _ops  # noqa: F401 defines the ops that are run
+from lora_kernels._namespace import ops
 from lora_kernels.backends.cuda import tables
 from lora_kernels.backends.cuda.choice import candidates, use_plan
 from lora_kernels.backends.cuda.plan import Call, Tiles
@@ -44,7 +45,6 @@ from lora_kernels.tuning.table import BASES, KEY, Candidate, Table, key_of, miss
 _CLOSE = 1.01  # as fast as the fastest
 _TAKEN = 0.99  # of ATen's time, below which a plan is taken
 _RUNS, _RUNS_COOPERATING = 5, 20
-_library = torch.ops.lora_kernels
 
 
 class Work(NamedTuple):
@@ -63,13 +63,13 @@ def works(p: Problem, base: str) -> list[Work]:
     seed = torch.tensor(1234, dtype=torch.int64, device=x.device) if case.dropout else None
     branch = (SCALING, case.dropout, seed)
     with use_plan("aten"):
-        _, s = _library.lora_linear(x, p.weight, p.a, p.b, None, *branch, True)
+        _, s = ops.lora_linear(x, p.weight, p.a, p.b, None, *branch, True)
 
     def forward() -> list[Tensor]:
-        return [_library.lora_linear(x, p.weight, p.a, p.b, None, *branch, True)[0]]
+        return [ops.lora_linear(x, p.weight, p.a, p.b, None, *branch, True)[0]]
 
     def backward() -> list[Tensor]:
-        dx, _, d_a, d_b = _library.lora_linear_backward(
+        dx, _, d_a, d_b = ops.lora_linear_backward(
             p.dy, x, p.weight, p.a, p.b, s, *branch, True, False, True, True
         )
         return [dx, d_a, d_b]
@@ -77,10 +77,10 @@ def works(p: Problem, base: str) -> list[Work]:
     given = torch.randn_like(p.dy)
 
     def add() -> list[Tensor]:
-        return [_library.lora_add(given, x, p.a, p.b, *branch, True)[0]]
+        return [ops.lora_add(given, x, p.a, p.b, *branch, True)[0]]
 
     def add_backward() -> list[Tensor]:
-        return list(_library.lora_add_backward(p.dy, x, p.a, p.b, s, *branch, True, True, True))
+        return list(ops.lora_add_backward(p.dy, x, p.a, p.b, s, *branch, True, True, True))
 
     weights: tuple[Tensor, ...]
     if base == "dense":

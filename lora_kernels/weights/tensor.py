@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_kernels._namespace import ops
 from lora_kernels.weights.record import QuantizedWeight, assemble
 
 _aten = torch.ops.aten
 _PART = "_part_"
-_OPS = torch.ops.lora_kernels
 _Handler = Callable[..., Any]
 # By the method, by the attribute; `nn.Parameter` and `Module.requires_grad_` come to the first.
 _TRAINS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, (N, K) = x.reshape(-1, x.shape[-1]), weight.record.shape
     if x.shape[-1] != K:
         raise RuntimeError(f"linear: expected x [..., {K}], got {tuple(x.shape)}")
-    y: Tensor = _OPS.lora_linear_quantized(
+    y: Tensor = ops.lora_linear_quantized(
         rows, weight.record.parts, weight.record.form, None, None, bias, 1.0, 0.0, None, False
     )[0]
     return y.view(*x.shape[:-1], N)

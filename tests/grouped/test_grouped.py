@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import Groups, lora_add_grouped, lora_linear, lora_linear_grouped
+from lora_kernels._namespace import ops
 from lora_kernels.testing import Aten
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPS = torch.ops.lora_kernels
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -587,9 +587,9 @@ def test_opcheck(experts):
     groups = made.groups
     rest = (groups.order, groups.offsets, list(groups.bounds), [1.0, 2.0, 3.0], 0.0, None)
     of = [0, 1, 2] if experts else None
-    torch.library.opcheck(OPS.lora_linear_grouped, (x, weight, a, b, bias, of, *rest, True))
+    torch.library.opcheck(ops.lora_linear_grouped, (x, weight, a, b, bias, of, *rest, True))
     base = randn(len(INDEX), 20).requires_grad_()
-    torch.library.opcheck(OPS.lora_add_grouped, (base, x, a, b, *rest, True))
+    torch.library.opcheck(ops.lora_add_grouped, (base, x, a, b, *rest, True))
 
 
 def test_under_autocast():
@@ -633,7 +633,7 @@ def test_forward_mode_is_refused(which):
         with pytest.raises(NotImplementedError, match="forward-mode"):
             lora_add_grouped(base, x, a, made.b, made.groups)
         with pytest.raises(NotImplementedError, match="forward-mode"):
-            OPS.lora_linear_grouped(x, made.weight, a, made.b, None, *rest)
+            ops.lora_linear_grouped(x, made.weight, a, made.b, None, *rest)
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vjp])
@@ -986,4 +986,4 @@ def test_offsets_of_a_stranger_read_nothing_outside(offsets):
     made = batch(INDEX)
     rest = (made.groups.order, torch.tensor(offsets), None, [1.0] * 3, 0.0, None, False)
     with pytest.raises(ValueError, match=r"offsets|groups|order"):
-        OPS.lora_linear_grouped(made.x, made.weight, made.a, made.b, made.bias, None, *rest)
+        ops.lora_linear_grouped(made.x, made.weight, made.a, made.b, made.bias, None, *rest)

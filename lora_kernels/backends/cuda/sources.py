@@ -2,7 +2,9 @@
 
 A digest of a plan is of the definitions that its passes reach, by name, in the modules of
 `_COUNTED` and in the plan's own: functions, classes, constants, without comments, docstrings and
-blank lines. It is the same for every Python; what nothing of the plan reaches changes nothing.
+blank lines. It is the same for every Python; what nothing of the plan reaches changes nothing. A
+tree that is generated from the package, in which imports read otherwise, brings the digests along
+that were taken there.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +26,8 @@ from lora_kernels.backends.cuda.plan import OPS
 from lora_kernels.backends.cuda.plans import PLANS
 
 _PACKAGE = Path(__file__).parents[2]
+_OWN = __name__.removesuffix("backends.cuda.sources")
+TAKEN_ALONG = "digests.json"
 _COUNTED = tuple(
     f"lora_kernels.backends.{name}"
     for name in ("cuda.plans", "cuda.launches", "triton", "scaling", "dropout", "native.decode")
@@ -55,6 +60,14 @@ def _csrc() -> list[Path]:
 
 
 @cache
+def _taken_along() -> dict[str, str]:
+    """`of_plans` of the package that this tree was generated from."""
+    path = Path(__file__).with_name(TAKEN_ALONG)
+    taken: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return taken
+
+
+@cache
 def csrc() -> str | None:
     """Digest of the CUDA kernel's sources; None where they did not come with the package."""
     files = _csrc()
@@ -81,6 +94,8 @@ def ptxas() -> str:
 @cache
 def files() -> str:
     """Digest of the kernels' Python files as they are: quickly told, where nothing has changed."""
+    if "files" in _taken_along():
+        return _taken_along()["files"]
     python = [path for path in kernel_files() if path.suffix == ".py"]
     return _digest(path.read_text() for path in python)
 
@@ -98,7 +113,7 @@ def changed(plans: Iterable[str], kernels: Mapping[str, str]) -> tuple[str, ...]
     found = {"decode_cuda"} if ours is not None and kernels.get("csrc") != ours else set()
     same = kernels.get("files") == files()
     for plan in plans:
-        packaged = PLANS[plan].forward.run.__module__.startswith("lora_kernels.")
+        packaged = PLANS[plan].forward.run.__module__.startswith(_OWN)
         if not (same and packaged) and kernels.get(plan) != of_plan(plan):
             found.add(plan)
     return tuple(plan for plan in plans if plan in found)
@@ -107,6 +122,8 @@ def changed(plans: Iterable[str], kernels: Mapping[str, str]) -> tuple[str, ...]
 @cache
 def of_plan(name: str) -> str:
     """The digest of a registered plan."""
+    if name in _taken_along():
+        return _taken_along()[name]
     passes = [serving for op in OPS if (serving := PLANS[name].serving(op)) is not None]
     starts: set[Node] = set()
     for run in (serving.run for serving in passes):
