@@ -25,7 +25,7 @@ from lora_kernels.backends.triton.launch import intercept
 
 _GEMMS = (
     "gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel",
-    "experts_kernel",
+    "experts_kernel", "packed_kernel", "packed_dx_kernel",
 )  # fmt: skip
 _SPECIALISED = "specialised_gemm_kernel"
 _ELEMENTWISE = (

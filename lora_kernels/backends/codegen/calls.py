@@ -8,8 +8,17 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import cuda
-from lora_kernels.backends.codegen.cases import CODED, COLUMNS, DECODER, GATING, MANY, MASK, Case
-from lora_kernels.backends.cuda import many
+from lora_kernels.backends.codegen.cases import (
+    CODED,
+    COLUMNS,
+    DECODER,
+    GATING,
+    MANY,
+    MASK,
+    PACKED,
+    Case,
+)
+from lora_kernels.backends.cuda import many, packed
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.scaling import split
 from lora_kernels.backends.triton import columns, decoding, dropout, gating, masking
@@ -120,7 +129,21 @@ def _many(case: Case) -> None:
     many.backward(dx, (dy, x, s), branches, ([*a], [*b]), base)
 
 
+def _packed(case: Case) -> None:
+    """Several layers of one x, narrower ones after the first."""
+    M, N, K, r = case.M, case.N, case.K, case.r
+    widths = [N, *[N // 4] * (case.groups - 1)]
+    bases = [
+        Dense(_tensor(case, n, K), _tensor(case, 1, n)[0] if case.bias else None) for n in widths
+    ]
+    (x, _), ranks = _rows(case), r * case.groups
+    s, lora_a = _tensor(case, M, ranks), _tensor(case, ranks, K)
+    bs: list[Tensor | None] = [_tensor(case, n, r) for n in widths]
+    packed.forward(x, s, bases, bs, split(case.scaling, case.dtype)[1])
+    packed.dx([_tensor(case, M, n) for n in widths], bases, s, lora_a)
+
+
 _OTHERS: dict[str, Callable[[Case], None]] = {
     MANY: _many, CODED: _multiply, MASK: _mask, DECODER: _decode, COLUMNS: _columns,
-    GATING: _gating,
+    GATING: _gating, PACKED: _packed,
 }  # fmt: skip

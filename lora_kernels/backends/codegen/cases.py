@@ -33,7 +33,7 @@ class Case(NamedTuple):
     bias: bool = False
     transposed: bool = False  # a weight stored [K,N], x and dy with strided rows
     part: bool = False  # x is a part of a larger matrix: the dropout mask has an offset
-    groups: int = 0  # whose branches are computed at once
+    groups: int = 0  # whose branches are computed at once, or layers
     kind: str = ""  # of a weight that is decoded, the activation, or EXPERTS of many groups
     ops: tuple[str, ...] = ("forward", "backward")
     tiles: Tiles = {}  # noqa: RUF012 never changed
@@ -52,13 +52,14 @@ class Case(NamedTuple):
         return f"{self.plan} {dtype} {shape}{flags}{fields}"
 
 
-# No plans of one branch: the products of many groups, and of few rows with a quantised weight; and
+# No plans of one branch: the products of many groups, of several layers of one x, and of few rows
+# with a quantised weight; and
 # elementwise, so for any card, the dropout mask, the decoder of quantised weights, the kernels of
 # DoRA and of gated MLPs.
-MANY, EXPERTS, CODED = "many", "experts", "coded"
+MANY, EXPERTS, PACKED, CODED = "many", "experts", "packed", "coded"
 MASK, DECODER, COLUMNS, GATING = "mask", "decoder", "columns", "gating"
 ELEMENTWISE = (MASK, DECODER, COLUMNS, GATING)
-OTHERS = (MANY, CODED, *ELEMENTWISE)
+OTHERS = (MANY, PACKED, CODED, *ELEMENTWISE)
 # The cards as which the tests interpret the plans; what is no plan's has the tiles of every card.
 INTERPRETED_CARDS = ("80", "90")
 SHORT = (
@@ -69,6 +70,7 @@ SHORT = (
     Case(plan=CODED, kind="nf4", M=16, bias=True),
     Case(plan=MANY, M=512, dropout=0.1, groups=16),
     Case(plan=MANY, groups=8, bias=True, kind=EXPERTS),
+    Case(plan=PACKED, groups=3, bias=True),
     Case(bias=True),
     Case(r=64, dropout=0.1),
     Case(plan="grouped", ops=("backward",)),
@@ -129,6 +131,14 @@ def analytic() -> Iterator[Case]:
     yield experts._replace(dtype=torch.float32)
     yield experts._replace(dtype=torch.float32, r=64, dropout=0.1)
     yield experts._replace(dtype=torch.float16, scaling=32.0)
+    packed = Case(plan=PACKED, groups=3)
+    for r in (1, 8, 64, 128):
+        yield packed._replace(r=r)
+    for M in (16, 512):
+        yield packed._replace(M=M)
+    yield packed._replace(N=1543, K=1031, M=1000)
+    yield packed._replace(dtype=torch.float32)
+    yield packed._replace(dtype=torch.float16, scaling=32.0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         mask = Case(plan=MASK, dtype=dtype, dropout=0.1)
         yield mask

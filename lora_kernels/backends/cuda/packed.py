@@ -20,8 +20,10 @@ def serves(rows: Tensor, bases: Sequence[Dense]) -> bool:
         return False
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # addresses are copied from the host
-    from lora_kernels.backends.triton.packed import is_aligned
+    from lora_kernels.backends.triton.packed import MOST, is_aligned
 
+    if len(bases) > MOST:
+        return False
     held = [t for base in bases for t in (base.weight, base.bias) if t is not None]
     return all(t.dtype == rows.dtype and is_aligned(t) for t in held)
 

@@ -1,8 +1,9 @@
 """Several layers of one x in one launch: their outputs, x W^T + s B^T + bias each, and what their
 gradients give x, the sum of dy W + ds A.
 
-A tile of columns belongs to one layer, which gives its matrices by address; which layer it is, is
-found from how many tiles come before it.
+A tile of outputs belongs to one layer, which gives its matrices by address; which layer it is, is
+found from how many tiles come before it. A step of the sum belongs to one likewise; there an
+address that has to be loaded first would cost the loop its overlap.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from lora_kernels.backends.triton.blocks import (
 from lora_kernels.backends.triton.launch import fp32_precision, launch
 
 _WORDS: tl.constexpr = tl.constexpr(8)
+# Layers whose gradients one launch sums.
+MOST = 4
 
 
 class Layer(NamedTuple):
@@ -50,11 +53,21 @@ def word_of(table, layer, index: tl.constexpr, like):
     return tl.multiple_of(pointer, 16)
 
 
+@triton.jit
+def columns_of(table, layer, ALIGNED: tl.constexpr):
+    """N of a layer."""
+    N = tl.load(table + layer * _WORDS + 4).to(tl.int32)
+    if ALIGNED:
+        N = tl.multiple_of(N, 16)
+    return N
+
+
 @triton.jit(do_not_specialize=["M"])
 def packed_kernel(
     x, low, table, M, K, width, layers, stride_xm, stride_xk,
     LAYERS: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, HIGH: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of columns of all layers, tile of rows). A row of the table is a layer's:
     weight, lora_b, bias, y, N, r, its first column of low, how many tiles end with its last."""
@@ -64,7 +77,7 @@ def packed_kernel(
     layer = tl.sum((ends <= tile).to(tl.int32), 0)
     begin = tl.max(tl.where(lane < layer, ends, 0), 0)
     col = (tile - begin).to(tl.int32) * BN
-    N = tl.load(table + layer * _WORDS + 4).to(tl.int32)
+    N = columns_of(table, layer, ALIGNED)
     r = tl.load(table + layer * _WORDS + 5).to(tl.int32)
     first = tl.load(table + layer * _WORDS + 6)
     weight, lora_b = word_of(table, layer, 0, x), word_of(table, layer, 1, x)
@@ -92,25 +105,39 @@ def packed_kernel(
     store_tile(Matrix(y, N, 1, M, N), acc, rows, cols)
 
 
+@triton.jit
+def of_step(step, ends, one, two, three, four):
+    """Of four values the one whose layer a step is of."""
+    first, second, third = ends
+    later = tl.where(step < third, three, four)
+    return tl.where(step < first, one, tl.where(step < second, two, later))
+
+
 @triton.jit(do_not_specialize=["M"])
 def packed_dx_kernel(
-    low, mat, dx, table, M, K, r, layers,
+    low, mat, dx, dy_1, dy_2, dy_3, dy_4, weight_1, weight_2, weight_3, weight_4,
+    N_1, N_2, N_3, N_4, M, K, r,
     R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of columns of dx, tile of rows): the sum over layers of dy W, and low @ mat,
-    [M,r] and [r,K] of all ranks. A row of the table is a layer's: weight, -, -, dy, N."""
+    """Program (tile of columns of dx, tile of rows): the sum over layers of dy W, in one loop, and
+    low @ mat, [M,r] and [r,K] of all ranks. N is 0 where there is no layer."""
     col, row = tl.program_id(0) * BK, tl.program_id(1) * BM
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BK)
+    end_1 = tl.cdiv(N_1, BN)
+    end_2 = end_1 + tl.cdiv(N_2, BN)
+    end_3 = end_2 + tl.cdiv(N_3, BN)
+    steps = end_3 + tl.cdiv(N_4, BN)
     acc = tl.zeros((BM, BK), tl.float32)
-    for layer in range(layers):
-        N = tl.load(table + layer * _WORDS + 4).to(tl.int32)
-        weight, dy = word_of(table, layer, 0, dx), word_of(table, layer, 3, dx)
-        for i in range(loop_steps(N, BN)):
-            ns = i * BN + tl.arange(0, BN)
-            dy_tile = load_tile(Matrix(dy, N, 1, M, N), rows, ns)
-            weight_tile = load_tile(Matrix(weight, K, 1, N, K), ns, cols)
-            acc = multiply_add(dy_tile, weight_tile, acc, PRECISION)
+    for i in range(tl.maximum(steps, 1)):
+        ends = end_1, end_2, end_3
+        dy = of_step(i, ends, dy_1, dy_2, dy_3, dy_4)
+        weight = of_step(i, ends, weight_1, weight_2, weight_3, weight_4)
+        N = of_step(i, ends, N_1, N_2, N_3, N_4)
+        ns = (i - of_step(i, ends, 0, end_1, end_2, end_3)) * BN + tl.arange(0, BN)
+        dy_tile = load_tile(Matrix(dy, N, 1, M, N), rows, ns)
+        weight_tile = load_tile(Matrix(weight, K, 1, N, K), ns, cols)
+        acc = multiply_add(dy_tile, weight_tile, acc, PRECISION)
     acc = add_low_rank(
         acc,
         Term(
@@ -131,14 +158,22 @@ def is_aligned(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
-def _sizes(rows: Tensor, columns: int) -> dict[str, Any]:
-    """Tiles, warps and stages of a product of [M,·] rows with as many columns."""
+def _sizes(rows: Tensor, columns: int, aligned: bool) -> dict[str, Any]:
+    """Tiles, warps and stages of a product of [M,·] rows with as many columns; aligned says whether
+    loads are wide."""
     M, device = rows.shape[0], target(rows.device)
     if rows.dtype == torch.float32:
         return {"BM": tiles.row_block(M, 64), "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 3}
+    if not aligned:
+        return {"BM": tiles.row_block(M, 64), "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
     wide = tiles.cdiv(M, 128) * tiles.cdiv(columns, 128) > device.sms
     bm, step = 128 if wide else tiles.row_block(M, 64), 64 if device.has_wide_tiles else 32
     return {"BM": bm, "BN": 128, "BK": step, "num_warps": 8 if wide else 4, "num_stages": 3}
+
+
+def _ranks(rows: Tensor, r: int) -> int:
+    """Of one step of the low-rank term."""
+    return tiles.rank_block(rows.dtype, r, 64 if target(rows.device).has_wide_tiles else 32)
 
 
 def _table(words: list[list[int]], device: torch.device) -> Tensor:
@@ -147,7 +182,9 @@ def _table(words: list[list[int]], device: torch.device) -> Tensor:
 
 def packed_forward(x: Tensor, low: Tensor, layers: Sequence[Layer], high: float) -> None:
     """y = x W^T + high * s B^T + bias of each layer, whose s are columns of low [M, all ranks]."""
-    (M, K), sizes = x.shape, _sizes(x, sum(layer.weight.shape[0] for layer in layers))
+    (M, K), columns = x.shape, sum(layer.weight.shape[0] for layer in layers)
+    aligned = all(map(tiles.vectorises, (x, *(layer.weight for layer in layers))))
+    sizes = _sizes(x, columns, aligned)
     words, first, tiles_before, most = [], 0, 0, 1
     for weight, lora_b, bias, y in layers:
         N, r = weight.shape[0], 0 if lora_b is None else lora_b.shape[1]
@@ -155,10 +192,11 @@ def packed_forward(x: Tensor, low: Tensor, layers: Sequence[Layer], high: float)
         pointers = [0 if each is None else each.data_ptr() for each in (weight, lora_b, bias, y)]
         words.append([*pointers, N, r, first, tiles_before])
         first, most = first + r, max(most, r)
-    R = tiles.rank_block(x.dtype, most, 64)
+    R = _ranks(x, most)
     meta: dict[str, Any] = {
         "LAYERS": tiles.next_power_of_2(len(layers)), "R": R, "RANKS": tiles.cdiv(most, R),
         "HIGH": high, "PRECISION": fp32_precision(), **sizes,
+        "ALIGNED": all(len(layer.weight) % 16 == 0 for layer in layers),
     }  # fmt: skip
     launch(
         packed_kernel, (tiles_before, tiles.cdiv(M, sizes["BM"])),
@@ -170,16 +208,15 @@ def packed_dx(
     dys: Sequence[Tensor], weights: Sequence[Tensor], low: Tensor, mat: Tensor, dx: Tensor
 ) -> None:
     """dx [M,K] = the sum of dy W, and low @ mat: low [M, all ranks], mat [all ranks, K]."""
-    (M, K), sizes = dx.shape, _sizes(dx, dx.shape[1])
+    (M, K), aligned = dx.shape, all(map(tiles.vectorises, (*dys, *weights)))
+    sizes = _sizes(dx, K, aligned)
     sizes["BN"], sizes["BK"] = sizes["BK"], sizes["BN"]
-    words = [
-        [w.data_ptr(), 0, 0, dy.data_ptr(), len(w), 0, 0, 0]
-        for dy, w in zip(dys, weights, strict=True)
-    ]
     r = low.shape[1]
-    R = tiles.rank_block(dx.dtype, r, 64)
+    R = _ranks(dx, r)
+    fill = [dys[0]] * (MOST - len(dys))
+    widths = [len(weight) for weight in weights] + [0] * len(fill)
     launch(
         packed_dx_kernel, (tiles.cdiv(K, sizes["BK"]), tiles.cdiv(M, sizes["BM"])),
-        low, mat, dx, _table(words, dx.device), M, K, r, len(dys),
+        low, mat, dx, *dys, *fill, *weights, *fill, *widths, M, K, r,
         R=R, RANKS=tiles.cdiv(r, R), PRECISION=fp32_precision(), **sizes,
     )  # fmt: skip
