@@ -32,7 +32,7 @@ from lora_kernels.backends.cuda import many
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import assume
-from lora_kernels.backends.triton import columns, decoding, dropout, gating, masking
+from lora_kernels.backends.triton import columns, decoding, dropout, gating, masking, packed
 from lora_kernels.backends.triton.launch import intercept, launch
 from lora_kernels.branch import Branches, Experts
 from lora_kernels.weights import quantize
@@ -214,6 +214,29 @@ def of_many(
     return checker.launches
 
 
+def of_packed(M: int, K: int, layers: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """Of layers (N, r) of one x, a part of wider rows; r 0 is a layer without a branch."""
+    checker, ranks = Checker(), sum(r for _, r in layers)
+    x, low = torch.randn(M, K + 3)[:, 1 : K + 1].to(dtype), torch.randn(M, ranks).to(dtype)
+    given = [
+        packed.Layer(
+            torch.randn(N, K).to(dtype),
+            torch.randn(N, r).to(dtype) if r else None,
+            torch.randn(N).to(dtype) if r != 3 else None,
+            torch.full((M, N), torch.nan, dtype=dtype),
+        )
+        for N, r in layers
+    ]
+    checker.behind = tuple(t for layer in given for t in layer if t is not None)
+    dys = [torch.randn(M, N).to(dtype) for N, _ in layers]
+    with intercept(checker):
+        packed.packed_forward(x, low, given, 1.0)
+        weights, mat = [layer.weight for layer in given], torch.randn(ranks, K).to(dtype)
+        packed.packed_dx(dys, weights, low, mat, torch.empty(M, K, dtype=dtype))
+    assert not any(layer.y.isnan().any() for layer in given)
+    return checker.launches
+
+
 def of_columns_and_gates() -> int:
     (z, dy, other), checker = (torch.randn(33, 70)[:, 3:] for _ in range(3)), Checker()
     with intercept(checker):
@@ -239,6 +262,11 @@ GROUPS = (
     (80, 64, (16, 16, 16), 0.0, F16, 3),
 )
 
+PACKED = (
+    (5, 17, ((40, 4), (3, 0), (16, 3)), F32),
+    (33, 64, ((130, 20), (64, 16)), F16),
+)
+
 
 def named_cases(plans: Sequence[str], short: bool) -> Iterator[tuple[str, Callable[[], int]]]:
     for plan in plans:
@@ -255,6 +283,8 @@ def named_cases(plans: Sequence[str], short: bool) -> Iterator[tuple[str, Callab
             yield f"few rows of {weight}: {case}", partial(of_product, *weight, case)
     for groups in GROUPS[1:4:2] if short else GROUPS:
         yield f"many groups {groups}", partial(of_many, *groups)
+    for layers in PACKED:
+        yield f"packed {layers}", partial(of_packed, *layers)
     yield "columns and gates", of_columns_and_gates
 
 

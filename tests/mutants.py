@@ -551,6 +551,8 @@ MUTANTS = {
     "tied layer a target by default": ("targets.py", "_left_out", "        if beside:\n", "        if False:\n", "targets"),
     "head of the outermost model only": ("targets.py", "_left_out", "        if isinstance(head, nn.Module):\n", "        if isinstance(head, nn.Module) and module is model:\n", "targets"),
     "new heads of the outermost model only": ("targets.py", "_all_new_parts", "        if module not in inside and isinstance", "        if module is model and isinstance", "targets"),
+    "packed: a bias where there is none": ("backends/triton/packed.py", "packed_kernel", "* _WORDS + 2) != 0", "* _WORDS + 2) == 0", "interpreted_packed"),
+    "packed: dx of one layer twice": ("backends/triton/packed.py", "of_step", "step < second, two", "step < second, one", "interpreted_packed"),
     "wrappers in names of targets": ("targets.py", "find_targets", "places = all_names(model)\n    linear", "places = {module: [name] for name, module in model.named_modules()}\n    linear", "targets"),
     "unread layers off by one": ("bypass.py", "unread", "index % (depth + 1) for index", "index % depth for index", "targets"),
     "first of the layers that are read": ("bypass.py", "unread", "read = max(index", "read = min(index", "targets"),
