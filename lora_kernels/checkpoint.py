@@ -486,7 +486,7 @@ def _sort(
         if (found := _FACTOR.fullmatch(name)) is not None:
             layer, part = found.groups()
             if layer.replace(".base_layer", "") not in modules:
-                known = targets.summary(n for n, m in modules.items() if targets.is_target(m))
+                known = targets.summary(n for n, m in modules.items() if targets.is_linear(m))
                 raise ValueError(
                     f"{key}: the model has no module {layer!r}; its linear layers are"
                     f" {known}{config.origin}"

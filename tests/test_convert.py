@@ -185,7 +185,7 @@ def test_targets_by_suffix_and_by_expression(options, expected):
         ({"rank": 0}, ValueError, "rank: expected an integer of at least 1, got 0"),
         ({"rank": 5, "init": "pissa"}, ValueError, r"rank: 'pissa' .* = 3 of head, got 5"),
         ({"dropout": 1.0}, ValueError, "dropout: expected a probability"),
-        ({"init": "olora"}, ValueError, "init: got 'olora'"),
+        ({"init": "corda"}, ValueError, "init: got 'corda'"),
         ({"adapter_dtype": torch.float16}, TypeError, "adapter_dtype: .* got torch.float16"),
     ],
 )  # fmt: skip

@@ -543,7 +543,7 @@ def test_layers_that_are_none_of_torchs_own_are_left_alone():
     assert report.skipped == {"0": "Causal is a subclass of nn.Conv1d with behaviour of its own"}
     with pytest.raises(TypeError, match=r"expected torch\.nn\.Conv1d itself, got Causal"):
         FusedLoRAConv1d.from_linear(net[0], 2)
-    with pytest.raises(ValueError, match=r"itself a convolution.*FusedLoRAConv2d\.from_linear"):
+    with pytest.raises(ValueError, match=r"itself a Conv2d.*FusedLoRAConv2d\.from_linear"):
         apply_lora(nn.Conv2d(2, 2, 1), 2)
     with pytest.raises(TypeError, match="is made from a Conv3d"):
         FusedLoRAConv3d(2, 2, 1, rank=2)

@@ -53,15 +53,14 @@ class Bases(NamedTuple):
 
 
 @triton.jit
-def rows_loop(rows, stride_k, mat, cols, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
+def rows_loop(rows, stride_k, mat, cols, BK: tl.constexpr, PRECISION: tl.constexpr):
     """Rows, given by pointers, times columns of a matrix [C,D]. All lie inside: only the reduction
     needs a mask."""
     ks = tl.arange(0, BK).to(tl.int64)
     left = rows[:, None] + ks[None, :] * stride_k
     right = mat.ptr + ks[:, None] * mat.stride_r + cols.to(tl.int64)[None, :] * mat.stride_c
     step = tl.full((), BK, tl.int64)
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     for i in range(loop_steps(mat.rows, BK)):
         inside = ks < mat.rows - i * BK
         left_tile = tl.load(left, mask=inside[None, :], other=0.0)
@@ -96,7 +95,7 @@ def experts_kernel(
         acc = rows_loop(
             x + row * stride_xm, stride_xc,
             Matrix(mat + expert * stride_e, stride_c, stride_d, C, D), cols % D,
-            BM, BN, BK, PRECISION,
+            BK, PRECISION,
         )  # fmt: skip
         low_mat, r = matrix_of(rows, group, TYPE, ALIGNED)
         stride_lr, stride_ln = (D, 1) if not IS_B else (1, r)
