@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_kernels.bases import computed, odd_type, sources
 from lora_kernels.offloading import OFFLOADED, is_offloaded
 from lora_kernels.sharding import is_sharded
+from lora_kernels.weights import QuantizedTensor
 
 # By name their dimensions: N, K are the layer's out_features and in_features, r the rank, E the
 # number of experts.
@@ -38,10 +39,10 @@ def frozen_by_adapter(module: nn.Module) -> set[str]:
 
 
 def thaw(module: nn.Module) -> None:
-    """Lets the parameters that were noted train again."""
+    """Lets the parameters that were noted train again, but for those that were quantised since."""
     for name in vars(module).pop(_FROZEN, ()):
         parameter = module._parameters.get(name)
-        if parameter is not None:
+        if parameter is not None and not isinstance(parameter, QuantizedTensor):
             parameter.requires_grad_(True)
 
 
