@@ -437,8 +437,9 @@ def _start_of(chosen: _Options) -> Init:
     if chosen.init in INITS:
         return chosen.init
     alone = (*FROM_WEIGHT, "eva", _LOFTQ) if chosen.further else ()
-    legal = [init for init in (*INITS, _LOFTQ) if init not in alone]
-    raise ValueError(f"init: got {chosen.init!r}, legal values are {', '.join(legal)}")
+    legal = ", ".join(init for init in (*INITS, _LOFTQ) if init not in alone)
+    beside = " beside another adapter" if chosen.further else ""
+    raise ValueError(f"init: got {chosen.init!r}, legal values{beside} are {legal}")
 
 
 def require_untied(model: nn.Module, layers: Iterable["targets.Target"], what: str) -> None:
