@@ -200,18 +200,3 @@ def test_every_card_has_the_elementwise_kernels(card):
     assert served >= set(cases.ELEMENTWISE)
     assert (served == set(cases.ELEMENTWISE)) == (card == "75")
     assert ("gluon" in served) == (card == "90")
-
-
-def test_a_split_of_ds_db_that_fills_whole_waves():
-    """5 shares of 64 row tiles would be 320 programs for the 264 that run at once."""
-    assert tiles.ds_db(CARDS["90"], torch.bfloat16, (8192, 4096), 16, True).split == 5
-    assert tiles.whole_waves(64, 132, 64) == 4
-    assert tiles.whole_waves(300, 132, 64) == 1
-    assert tiles.whole_waves(1, 132, 24) == 6
-    call = Call("backward", "bfloat16", 4096, 4096, 4096, 16, False)
-    [ds_db] = [each for each in PLANS["cublas"].backward.launches if each.name == "ds_db"]
-    fields = list(ds_db.variants(call, CARDS["90"]))
-    assert fields.count({"split": 8}) == 1
-    assert {"split": 2} in fields
-    fields = list(ds_db.variants(call._replace(M=3200), CARDS["90"]))
-    assert fields[-1] == {"split": 10}

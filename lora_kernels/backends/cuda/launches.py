@@ -8,7 +8,6 @@ import torch
 
 from lora_kernels.backends.cuda.plan import Call, Fields, Launch
 from lora_kernels.backends.device import Target
-from lora_kernels.backends.triton import tiles
 from lora_kernels.backends.triton.tiles import ExpandTile, LowRankTile, fuses_ds_db
 
 Variants = Callable[[Call, Target], Iterator[Fields]]
@@ -23,20 +22,6 @@ def _low_rank(extent: str, *others: Fields) -> Variants:
         yield from others
 
     return variants
-
-
-_SPLIT_DS_DB = _low_rank("N", {"bm": 64})
-
-
-def _ds_db(call: Call, target: Target) -> Iterator[Fields]:
-    """And as many shares as make no second wave of programs."""
-    tried = list(_SPLIT_DS_DB(call, target))
-    yield from tried
-    tile = tiles.ds_db(target, getattr(torch, call.dtype), (call.M, call.N), call.r, call.aligned)
-    rows, steps = tiles.cdiv(call.M, tile.bm), tiles.cdiv(call.N, tile.bk)
-    fields = {"split": tiles.whole_waves(rows, target.sms, steps)}
-    if fields not in tried and fields["split"] != tile.split:
-        yield fields
 
 
 def _expand(call: Call, target: Target) -> Iterator[Fields]:
@@ -58,7 +43,7 @@ EXPAND_DX = Launch("expand_dx", ExpandTile, _expand)
 DA = Launch("da", LowRankTile, _low_rank("M", _TALL))
 # ds and dB from one pass over dy where the rank allows it, else by a launch each.
 GRADIENTS = (
-    Launch("ds_db", LowRankTile, _ds_db, _fused),
+    Launch("ds_db", LowRankTile, _low_rank("N", {"bm": 64}), _fused),
     Launch("ds", LowRankTile, _low_rank("N", {"bm": 32}, {"bk": 64}), _unfused),
     Launch("db", LowRankTile, _low_rank("M", _TALL), _unfused),
     DA,

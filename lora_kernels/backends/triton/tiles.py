@@ -129,11 +129,6 @@ def _split(programs: int, sms: int, steps: int) -> int:
     return max(1, min(cdiv(2 * sms, programs), steps // 4, 32))
 
 
-def whole_waves(programs: int, sms: int, steps: int) -> int:
-    """As `_split`, but rounded down: all programs run at once, two per SM."""
-    return max(1, min(2 * sms // programs, steps // 4, 32))
-
-
 def _warps(target: Target, R: int, aligned: bool) -> int:
     """Of a product whose result has R rows. It lies in their registers, and where tensor cores read
     registers too, so do its operands, of which narrow loads need many."""
