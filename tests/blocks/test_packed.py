@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lora_kernels import Projection, lora_linear, lora_linear_packed
-from lora_kernels.backends import native, packed, use_backend
+from lora_kernels.backends import blocked, native, packed, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 300  # more than are few anywhere, with the factor of small weights
@@ -115,6 +115,8 @@ def test_as_near_to_fp64_as_separate_layers(M, dtype, low):
 def test_bf16_gradient_of_x_is_rounded_less_often():
     """One sum of all layers, not a rounded sum of rounded ones."""
     problem = Problem(2000, torch.bfloat16)
+    if blocked.is_wide(problem.x):
+        pytest.skip("this CPU forms bf16 products in fp32, layer by layer")
     together, each, exact = problem.together()[4], problem.each()[4], problem.exact()[4]
     assert error(together, exact) < 0.95 * error(each, exact)
 
