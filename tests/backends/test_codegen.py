@@ -100,11 +100,8 @@ def test_buffers_are_counted_in_what_is_compiled():
     """A load with two uses, as `dual` had it, gets one too few. In a process of its own."""
     program = """
 from unittest import mock
-from interpreted import AMPERE, HOPPER
 
 from lora_kernels.backends import codegen
-from lora_kernels.backends.codegen import __main__ as pages
-from lora_kernels.backends.codegen import cases
 from lora_kernels.backends.codegen.cases import Case
 from lora_kernels.backends.triton import tiles
 

@@ -173,7 +173,7 @@ def test_loftq_by_name_is_quantize_bases():
     lk.quantize_base(theirs, "nf4", loftq=True)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
     with pytest.raises(
-        ValueError, match=r"legal values are kaiming, random, gaussian, orthogonal$"
+        ValueError, match=r"beside another adapter are kaiming, random, gaussian, orthogonal$"
     ):
         lk.add_adapter(adapted(), "other", 4, init="loftq")
     before = model()
