@@ -1,6 +1,5 @@
 """Adapters as PEFT's two files: adapter_model.safetensors and adapter_config.json."""
 
-import json
 import os
 import re
 import warnings
@@ -13,12 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_kernels import adapters, formats, names, peft_targets, targets
-from lora_kernels.adapter_files import DIGEST, digest, naming, shown
+from lora_kernels.adapter_files import naming, shown
 from lora_kernels.adapters import lora_layers
 from lora_kernels.bases import computed, features, is_convolution
 from lora_kernels.bypass import bypassed
-from lora_kernels.files import replace_together
-from lora_kernels.formats import CONFIG_NAME, DECISIVE, PAIRED, WEIGHTS_NAME
 from lora_kernels.nn import (
     DEFAULT,
     AdapterOptions,
@@ -31,12 +28,10 @@ from lora_kernels.nn import (
 from lora_kernels.nn.experts import from_peft, matrices, to_peft
 from lora_kernels.nn.tensors import FACTORS, MAGNITUDE, Factors
 from lora_kernels.nn.tokens import TOKENS
-from lora_kernels.peft_config import PREFIX, Config
+from lora_kernels.peft_config import FACTOR_KEY, MAGNITUDE_KEY, PREFIX, Config
 from lora_kernels.sharding import copy_whole, is_sharded, whole
 from lora_kernels.tokens import read_rows, token_rows
 
-_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
-_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 _ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -116,8 +111,6 @@ def write_files(
 ) -> None:
     """Writes both files of an adapter, with the layers of `factors`, by name. Of what is `given`,
     by its name in the model, those tensors; the model's own otherwise."""
-    from safetensors.torch import save
-
     tensors = {}
     places = targets.expert_parameters(model)
     of_experts = {name: places[name] for name in factors if name in places}
@@ -134,8 +127,7 @@ def write_files(
         if magnitude is not None:
             own = names.join(name, MAGNITUDE)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = (given or {}).get(own, magnitude)
-        in_table = isinstance(of_layers[name][0], nn.Embedding)
-        key = "lora_embedding_{}" if in_table else "lora_{}.weight"
+        key = "lora_embedding_{}" if isinstance(layer, nn.Embedding) else "lora_{}.weight"
         for part, tensor in zip("AB", pair, strict=True):
             tensors[f"{PREFIX}{wrapped.get(name, name)}.{key.format(part)}"] = tensor
     rows = token_rows(model)
@@ -165,14 +157,7 @@ def write_files(
             f" ({targets.summary(config['target_parameters'])}); set it again to go on training",
             stacklevel=3,
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    paired = json.dumps({key: config[key] for key in DECISIVE})
-    metadata = {"format": "pt", PAIRED: paired, DIGEST: digest(tensors)}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    replace_together({
-        directory / WEIGHTS_NAME: lambda path: Path(path).write_bytes(save(tensors, metadata)),
-        directory / CONFIG_NAME: lambda path: Path(path).write_text(text),
-    })  # fmt: skip
+    formats.write(directory, config, tensors)
 
 
 def _config(
@@ -477,14 +462,14 @@ def _sort(
     magnitudes, saved, rows = {}, {}, {}
     for key, tensor in read.tensors.items():
         name = key.removeprefix(PREFIX)
-        if config.use_dora and (found := _MAGNITUDE.fullmatch(name)) is not None:
-            magnitudes[found.group(1)] = tensor
+        if config.use_dora and (found := MAGNITUDE_KEY.fullmatch(name)) is not None:
+            magnitudes[found["layer"]] = tensor
             continue
         if (found := _ROWS.fullmatch(name)) is not None:
             rows[found.group(1)] = tensor
             continue
-        if (found := _FACTOR.fullmatch(name)) is not None:
-            layer, part = found.groups()
+        if (found := FACTOR_KEY.fullmatch(name)) is not None:
+            layer, part = found["layer"], found["part"]
             if layer.replace(".base_layer", "") not in modules:
                 known = targets.summary(n for n, m in modules.items() if targets.is_linear(m))
                 raise ValueError(

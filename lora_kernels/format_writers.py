@@ -14,23 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels import targets
-from lora_kernels.adapter_files import DIGEST, digest
+from lora_kernels import formats, targets
 from lora_kernels.files import replace_together
 from lora_kernels.formats import (
     CONFIG_NAME,
-    DECISIVE,
     DIFFUSERS_METADATA,
     DIFFUSERS_WEIGHTS,
     MLX_WEIGHTS,
-    PAIRED,
-    WEIGHTS_NAME,
     Adapter,
 )
-from lora_kernels.peft_config import PREFIX
+from lora_kernels.peft_config import FACTOR_KEY, MAGNITUDE_KEY, PREFIX
 
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
-_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 # Components of a pipeline as Diffusers names them, and what kohya writes before their layers.
 COMPONENTS = {
     "unet": "lora_unet",
@@ -81,11 +75,11 @@ def layers_of(adapter: Adapter) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     beside: dict[str, Tensor] = {}
     for key, tensor in adapter.tensors.items():
         name = key.removeprefix(PREFIX)
-        if (found := _FACTOR.fullmatch(name)) is not None:
-            halves.setdefault(found[1], {})[found[3]] = tensor
-            embeddings |= {found[1]} if found[2] else set()
-        elif (found := _MAGNITUDE.fullmatch(name)) is not None:
-            magnitudes[found[1]] = tensor
+        if (found := FACTOR_KEY.fullmatch(name)) is not None:
+            halves.setdefault(found["layer"], {})[found["part"]] = tensor
+            embeddings |= {found["layer"]} if found["table"] else set()
+        elif (found := MAGNITUDE_KEY.fullmatch(name)) is not None:
+            magnitudes[found["layer"]] = tensor
         else:
             beside[key] = tensor
     layers = {}
@@ -156,12 +150,7 @@ def one_value(layers: Mapping[str, Layer], attribute: str, form: str) -> Any:
 
 def write_peft(adapter: Adapter, out: Path) -> Path:
     """adapter_config.json and adapter_model.safetensors, in a folder."""
-    tensors = _stored(adapter.tensors)
-    entries = adapter.config.entries
-    paired = json.dumps({key: entries.get(key) for key in DECISIVE})
-    metadata = {"format": "pt", PAIRED: paired, DIGEST: digest(tensors)}
-    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-    return _write(out / WEIGHTS_NAME, tensors, metadata, {out / CONFIG_NAME: text})
+    return formats.write(out, adapter.config.entries, _stored(adapter.tensors))
 
 
 def write_mlx(adapter: Adapter, out: Path) -> Path:

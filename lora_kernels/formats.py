@@ -1,4 +1,4 @@
-"""The files that people have adapters in, each read as PEFT's names and config.
+"""The files that people have adapters in, each read as PEFT's names and config; PEFT's written too.
 
 PEFT:      adapter_config.json beside adapter_model.safetensors, .bin, or an index of shards
 MLX:       adapter_config.json with lora_parameters beside adapters.safetensors; A and B transposed
@@ -6,8 +6,9 @@ Diffusers: one file, names begin with the component (unet., text_encoder.)
 kohya:     one file, names begin with the component (lora_unet_, lora_te_), "_" stands for "."
 """
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from lora_kernels import names, targets
 from lora_kernels.adapter_files import (
+    DIGEST,
+    digest,
     naming,
     parse_json,
     read_json,
@@ -25,6 +28,7 @@ from lora_kernels.adapter_files import (
     shown,
 )
 from lora_kernels.bases import is_convolution
+from lora_kernels.files import replace_together
 from lora_kernels.peft_config import PREFIX, Config, is_number
 
 CONFIG_NAME = "adapter_config.json"
@@ -91,6 +95,22 @@ def read(path: Path, model: nn.Module) -> Adapter:
                     " since; save the adapter again, or bring the other file back"
                 )
     return Adapter(path / name, tensors, config, own=PAIRED in metadata)
+
+
+def write(directory: Path, entries: Mapping[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """PEFT's two files of an adapter, in a folder that is made if it is missing: both are written
+    before either is replaced. Returns that of the weights."""
+    from safetensors.torch import save
+
+    paired = json.dumps({key: entries.get(key) for key in DECISIVE})
+    metadata = {"format": "pt", PAIRED: paired, DIGEST: digest(tensors)}
+    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_together({
+        directory / WEIGHTS_NAME: lambda path: Path(path).write_bytes(save(tensors, metadata)),
+        directory / CONFIG_NAME: lambda path: Path(path).write_text(text),
+    })  # fmt: skip
+    return directory / WEIGHTS_NAME
 
 
 def _read_mlx(path: Path, entries: dict[str, Any]) -> Adapter:

@@ -1,6 +1,7 @@
 """PEFT's adapter_config.json: its entries checked, and what they say of a layer."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, TypeGuard
@@ -9,6 +10,9 @@ from lora_kernels.adapter_files import shown
 from lora_kernels.patterns import Matcher
 
 PREFIX = "base_model.model."  # what PEFT puts before the model's own names
+# What follows that in the keys of its files: of A and B, those of an embedding too, and of DoRA.
+FACTOR_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<table>embedding_)?(?P<part>[AB])(?:\.weight)?")
+MAGNITUDE_KEY = re.compile(r"(?P<layer>.+)\.lora_magnitude_vector(?:\.weight)?")
 # Starts that leave PEFT's base weight as it is; "pissa", "olora" and others change it on loading.
 _INITS_BESIDE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 # Options of PEFT that change what an adapter computes and that this library does not have.

@@ -45,6 +45,19 @@ def error(tensor, exact):
     return float((tensor.double() - exact).norm() / exact.norm())
 
 
+@pytest.fixture
+def launched():
+    """The names of the kernels that are launched."""
+    names = []
+
+    def note(kernel, grid, args, meta, run):
+        names.append(kernel.fn.__name__)
+        run()
+
+    with intercept(note):
+        yield names
+
+
 @pytest.mark.parametrize(
     ("M", "K", "layers"),
     [
@@ -58,17 +71,10 @@ def error(tensor, exact):
     ("dtype", "adapter_dtype"),
     [(torch.float32, None), (torch.float16, None), (torch.float16, torch.float32)],
 )
-def test_values_and_gradients(M, K, layers, dtype, adapter_dtype):
+def test_values_and_gradients(M, K, layers, dtype, adapter_dtype, launched):
     x, given = leaves_of(M, K, layers, dtype, adapter_dtype, bias=K % 2 == 0)
     dys = [torch.randn(M, N).to(dtype) for N, _ in layers]
-    launched = []
-
-    def note(kernel, grid, args, meta, run):
-        launched.append(kernel.fn.__name__)
-        run()
-
-    with intercept(note):
-        ours = results(x, given, dys, 2.0, kernels=True)
+    ours = results(x, given, dys, 2.0, kernels=True)
     assert [name for name in launched if "packed" in name] == ["packed_kernel", "packed_dx_kernel"]
     wide = lambda t: None if t is None else t.detach().double().requires_grad_(t.requires_grad)  # noqa: E731
     exact = results(
@@ -80,26 +86,17 @@ def test_values_and_gradients(M, K, layers, dtype, adapter_dtype):
         assert error(mine, true) <= 2 * error(other, true) + torch.finfo(dtype).eps
 
 
-def test_what_it_does_not_serve_is_computed_layer_by_layer():
+def test_what_it_does_not_serve_is_computed_layer_by_layer(launched):
     """Dropout, scalings that differ, weights whose rows do not lie one after the other, and more
     layers than one sum takes."""
     x, given = leaves_of(9, 32, [(24, 4), (24, 4)], torch.float32)
     dys = [torch.randn(9, 24)] * 2
     turned = [[w.t().contiguous().t(), *others] for w, *others in given]
-    launched = []
-
-    def note(kernel, grid, args, meta, run):
-        launched.append(kernel.fn.__name__)
-        run()
-
-    with intercept(note):
-        theirs = results(x, given, dys, 2.0, kernels=False)
-        ours = results(x, turned, dys, 2.0, kernels=True)
-        project(
-            x, [Projection(*one, scaling) for one, scaling in zip(given, (1.0, 2.0), strict=True)]
-        )
-        project(x, [Projection(*one, 2.0, 0.5, 7) for one in given])
-        project(x, [Projection(*given[0], 2.0)] * 5)
+    theirs = results(x, given, dys, 2.0, kernels=False)
+    ours = results(x, turned, dys, 2.0, kernels=True)
+    project(x, [Projection(*one, scaling) for one, scaling in zip(given, (1.0, 2.0), strict=True)])
+    project(x, [Projection(*one, 2.0, 0.5, 7) for one in given])
+    project(x, [Projection(*given[0], 2.0)] * 5)
     assert launched
     assert not [name for name in launched if "packed" in name]
     for mine, other in zip(ours, theirs, strict=True):
