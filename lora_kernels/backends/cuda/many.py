@@ -27,10 +27,8 @@ _MOST_GROUPS = 1024
 
 def serves(rows: Tensor, branches: Branches) -> bool:
     """Whether the kernels compute these branches of rows, x or dy."""
-    if not needs.is_forced_on(rows):
+    if not needs.takes_addresses(rows):
         return False
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # addresses would be copied from the host
     alike = len({t.dtype for t in (*branches.lora_a, *branches.lora_b)}) == 1
     return alike and len(rows) > 0 and len(branches.lora_a) <= _MOST_GROUPS
 

@@ -73,6 +73,14 @@ def is_forced_on(rows: Tensor) -> bool:
     return rows.is_cuda or (interpreted() and rows.dtype != torch.bfloat16)
 
 
+def takes_addresses(rows: Tensor) -> bool:
+    """Whether they are forced, and may be handed addresses of matrices, which are copied from the
+    host: a graph that is being captured would keep those of its first call."""
+    if not is_forced_on(rows):
+        return False
+    return not (rows.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def device_of(rows: Tensor) -> AbstractContextManager[object]:
     """Where Triton launches."""
     return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()

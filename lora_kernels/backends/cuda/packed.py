@@ -16,10 +16,8 @@ from lora_kernels.branch import Dense
 
 def serves(rows: Tensor, bases: Sequence[Dense]) -> bool:
     """Whether the kernels compute these layers of rows, x or dy."""
-    if not needs.is_forced_on(rows) or len(rows) == 0:
+    if not needs.takes_addresses(rows) or len(rows) == 0:
         return False
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # addresses are copied from the host
     from lora_kernels.backends.triton.packed import MOST, is_aligned
 
     if len(bases) > MOST:

@@ -226,10 +226,10 @@ def _checked(path: Path) -> Found:
     """A table, unless it is of another compiler, less the plans whose kernels have changed: what
     ran right and fast is machine code."""
     content = json.loads(path.read_text())
-    for tool, here in (("Triton", _triton()), ("ptxas", sources.ptxas())):
-        proven = content.get("versions", {}).get("triton")
-        if tool == "ptxas":
-            proven = content.get("ptxas", sources.PTXAS)
+    for tool, proven, here in (
+        ("Triton", content.get("versions", {}).get("triton"), _triton()),
+        ("ptxas", content.get("ptxas", sources.PTXAS), sources.ptxas()),
+    ):
         if proven != here:
             absent = (
                 f"the tuned table of this GPU is of {tool} {proven}, this is {here or 'without'}"
