@@ -32,5 +32,6 @@ PUBLIC_DISPATCH = _choice("LORA_KERNELS_PUBLIC_DISPATCH", ("0", "1")) == "1"
 TUNED = os.environ.get("LORA_KERNELS_TUNED", "").strip() or None
 
 # What becomes of a GPU without a tuned table: nothing, its reports and logs name the command that
-# makes one, or that is spawned too (cuda/background.py).
-TUNE = _choice("LORA_KERNELS_TUNE", ("off", "hint", "check")) or "hint"
+# makes one, or that is spawned too (cuda/background.py), or it runs before a kind of call's first
+# (cuda/unseen.py).
+TUNE = _choice("LORA_KERNELS_TUNE", ("off", "hint", "check", "auto")) or "hint"

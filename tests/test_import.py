@@ -178,6 +178,7 @@ FLOORS["backends.cuda"] = {
     "sources": 2.5,
     "tables": 3,
     "background": 3.5,
+    "unseen": 3.5,
     "choice": 4,
     "many": 4,
     "packed": 4,

@@ -1,11 +1,13 @@
 """`tune`: the worker in Triton's interpreter, what becomes of plans that are wrong, slow, hang, die
 or do not fit, and where tables are looked for."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 import lora_kernels
 from lora_kernels import __main__ as command_line
 from lora_kernels import backends
-from lora_kernels.backends.cuda import background, tables
+from lora_kernels.backends.cuda import background, choice, tables, unseen
 from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.testing import Case, Expected
@@ -541,3 +543,31 @@ def test_what_tune_made_serves_a_second_process(tmp_path):
     assert plans_of() == ["stand_in", "stand_in", "aten"]
     plugin.write_text(plugin.read_text().replace("y * 1.01", "y * 1.02"))
     assert plans_of() == ["aten"] * 3
+
+
+def test_an_unseen_kind_is_proven_by_the_command_itself(gpu, tmp_path, monkeypatch):
+    """LORA_KERNELS_TUNE=auto, against the stand-in: the worker's candidates, the table, the choice
+    of this process."""
+    (tmp_path / "standin.py").write_text(f"KIND = 'fast'\n{STAND_IN}{FAST}")
+    cached = gpu / "cache" / "lora_kernels" / "v1" / "a_card-0123456789ab.json"
+    real = unseen.command
+
+    def command(call, minutes):
+        return (*real(call, minutes), "--out", str(cached), "--no-backward", "--rounds", "1", "2",
+                "--seconds", "0", "--plugins", "standin")  # fmt: skip
+
+    monkeypatch.setattr(unseen, "command", command)
+    monkeypatch.setattr(unseen._env, "TUNE", "auto")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
+    monkeypatch.setattr(tables, "_triton", lambda: importlib.metadata.version("triton"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    call = Call("forward", "float32", 14, 32, 32, 8, False)
+    stand_in = replace(PLANS["aten"], name="stand_in")
+    monkeypatch.setitem(PLANS, "stand_in", stand_in)
+    monkeypatch.setattr(tables, "changed_plans", lambda table: ())  # it is not the plugin's file
+    assert choice.choose(call, torch.device("cuda", 0)).plan == "stand_in"
+    (found,) = [b for b in tables.tuned(0)["buckets"] if b["op"] == "forward" and not b["dropout"]]
+    assert (found["M"], found["plan"], found["variants"]) == (16, "stand_in", False)

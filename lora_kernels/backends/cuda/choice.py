@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels import _env
 from lora_kernels.backends import forced
-from lora_kernels.backends.cuda import tables
+from lora_kernels.backends.cuda import tables, unseen
 from lora_kernels.backends.cuda.plan import Call, Tiles
 from lora_kernels.backends.cuda.plans import PLANS, known
 from lora_kernels.backends.cuda.tables import Choice, index_of, nearest, tuned
@@ -48,6 +48,8 @@ def choose(call: Call, device: torch.device) -> Choice:
 
 @lru_cache(maxsize=4096)
 def _choose(index: int | None, call: Call, demand: str | None) -> Choice:
+    if index is not None and demand is None and not _captured:
+        unseen.prepare(index, call)
     table = None if index is None else tuned(index)
     found = nearest(table, call) if table else None
     if found is not None:
