@@ -39,6 +39,11 @@ CUDA_ARCHS = "8.0;8.9;9.0+PTX"
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 FLAGS = ["-O3", "-std=c++20", TARGET]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden"]
+# By system: how a library is linked. On macOS it finds torch's symbols among what is loaded.
+LINK = {
+    "linux": ["-shared", "-Wl,--no-as-needed"],
+    "darwin": ["-bundle", "-undefined", "dynamic_lookup"],
+}
 ROOT = Path(__file__).resolve().parent
 
 
@@ -134,8 +139,8 @@ def without_paths() -> list[str]:
 
 def missing(demanded: bool) -> str | None:
     """Why nothing can be built here."""
-    if sys.platform != "linux":
-        return f"built on Linux only, this is {sys.platform}"
+    if sys.platform not in LINK:
+        return f"built on Linux and macOS only, this is {sys.platform}"
     if torch() is None:
         return "no torch found (install it first, then this with --no-build-isolation)"
     return None
@@ -150,6 +155,8 @@ def missing_for_cpu(demanded: bool) -> str | None:
 def missing_for_cuda(demanded: bool) -> str | None:
     if reason := missing(demanded):
         return reason
+    if sys.platform != "linux":
+        return f"built on Linux only, this is {sys.platform}"
     if nvcc() is None:
         return "no nvcc found (CUDA_HOME, the PATH, /usr/local/cuda)"
     if not archs():
@@ -167,12 +174,13 @@ def torch_libraries() -> list[str]:
 def cpu_part(wanted: str) -> Part:
     host = words("CXX", "c++")
     flags = [*FLAGS, *HOST_FLAGS, "-DNDEBUG", "-Wall", *without_paths(), *words("CXXFLAGS")]
+    libraries = torch_libraries() if sys.platform == "linux" else []
     return Part(
         "CPU",
         wanted,
         Extension(CPU, CPU_SOURCES, py_limited_api=True),
         compile=[*host, *flags, f"-I{torch() / 'include'}"],
-        link=[*host, "-shared", "-Wl,--no-as-needed", *torch_libraries(), *words("LDFLAGS")],
+        link=[*host, *LINK[sys.platform], *libraries, *words("LDFLAGS")],
         built=f"built with {compiler()}",
     )
 

@@ -1,28 +1,36 @@
 """The packages, built and tried as a user would: `make dist`.
 
-    python tests/dist.py [--out dist] [--torch 2.13.0 ...] [--cuda]
+    python tests/dist.py [--out dist] [--torch 2.13.0 ...] [--cuda] [--arm]
 
 The wheel is made of the sdist alone, so that nothing is missing from that. Its libraries must load
 with glibc 2.28 and need nothing but torch's (auditwheel names it manylinux_2_28 then). Both are
 installed into empty environments with each torch that is named, and must give the compiled CPU
 kernels, a passing `doctor` and a right layer, from another folder. --cuda makes a second wheel, in
 dist/cuda, that has the CUDA kernels too: nvcc makes them, no GPU and no CUDA torch is needed, as
-what they link to is torch's stable ABI; where there is no GPU they are found and not loaded.
+what they link to is torch's stable ABI; where there is no GPU they are found and not loaded. --arm
+makes one in dist/arm by Debian's g++-aarch64-linux-gnu, linked to the libraries of the first torch
+for that machine, which must have every symbol; it is not tried here (`make cross` runs its kernels
+under an emulator).
 """
 
 import argparse
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PLATFORM = f"manylinux_2_28_{platform.machine()}"
+OLDEST = 28  # of glibc 2
+PLATFORM = f"manylinux_2_{OLDEST}_{platform.machine()}"
+ARM = "aarch64"
+CROSS_COMPILER = f"{ARM}-linux-gnu-g++"
 TORCHS_OWN = ("libc10.so", "libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10_cuda.so")
 TRIAL = """
 import sys, torch, lora_kernels as lk
@@ -50,9 +58,9 @@ def run(*command: object, cwd: Path | None = None, **environment: str) -> None:
     subprocess.run(list(map(str, command)), check=True, cwd=cwd, env=variables)
 
 
-def built(folder: Path, cuda: bool) -> tuple[Path, ...]:
+def built(folder: Path, cuda: bool, arm: str | None) -> tuple[Path, ...]:
     """(sdist, wheel), and the wheel with the CUDA kernels too; wheels are of the unpacked sdist and
-    for the platforms they can be for."""
+    for the platforms they can be for. In folder / "arm" lies one for Arm where a torch is named."""
     options = ("--no-isolation", "--outdir")
     run(sys.executable, "-m", "build", "--sdist", *options, folder, ROOT)
     (sdist,) = folder.glob("*.tar.gz")
@@ -65,23 +73,53 @@ def built(folder: Path, cuda: bool) -> tuple[Path, ...]:
         if cuda:
             plain = Path(name, "cuda")
             found.append(wheel(source, folder / "cuda", plain, LORA_KERNELS_BUILD_CUDA="1"))
+        if arm is not None:
+            wheel_for_arm(source, folder / "arm", Path(name, "arm"), arm)
     return sdist, *found
 
 
 def wheel(source: Path, folder: Path, plain: Path, **demanded: str) -> Path:
+    repaired = repaired_wheel(source, folder, plain, PLATFORM, **demanded)
+    assert f"cp310-abi3-{PLATFORM}" in repaired.name, repaired.name
+    return repaired
+
+
+def repaired_wheel(source: Path, folder: Path, plain: Path, tag: str, **environment: str) -> Path:
+    """auditwheel names the platform where the tag is "auto"."""
     run(
         sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", plain, source,
-        LORA_KERNELS_BUILD_CPU="1", **demanded,
+        **{"LORA_KERNELS_BUILD_CPU": "1", **environment},
     )  # fmt: skip
     (made,) = plain.glob("*.whl")
     excluded = [word for library in TORCHS_OWN for word in ("--exclude", library)]
     run(
-        sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat",
+        sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat",
         *excluded, "--wheel-dir", folder, made,
     )  # fmt: skip
     (repaired,) = folder.glob("*.whl")
-    assert f"cp310-abi3-{PLATFORM}" in repaired.name, repaired.name
     return repaired
+
+
+def wheel_for_arm(source: Path, folder: Path, work: Path, torch: str) -> None:
+    """With headers and libraries of a torch for Arm, which setup.py finds before this machine's."""
+    here = work / "torch"
+    run(
+        sys.executable, "-m", "pip", "download", "--quiet", "--progress-bar", "off", "--no-deps",
+        "--only-binary=:all:", "--python-version", "3.11", "--platform",
+        f"manylinux_2_{OLDEST}_{ARM}", "--dest", work, f"torch=={torch}",
+    )  # fmt: skip
+    (package,) = work.glob("torch-*.whl")
+    with zipfile.ZipFile(package) as archive:
+        archive.extractall(here)
+    repaired = repaired_wheel(
+        source, folder, work / "plain", "auto",
+        LORA_KERNELS_BUILD_CUDA="0", CXX=CROSS_COMPILER, LDFLAGS="-Wl,-z,defs",
+        PYTHONPATH=str(here), _PYTHON_HOST_PLATFORM=f"linux-{ARM}",
+    )  # fmt: skip
+    found = re.search(rf"cp310-abi3-manylinux_2_(\d+)_{ARM}\.whl$", repaired.name)
+    assert found is not None, repaired.name
+    assert int(found[1]) <= OLDEST, repaired.name
+    print(repaired, f"{repaired.stat().st_size / 2**20:.1f} MiB, has all symbols of torch {torch}")
 
 
 def tried(package: Path, torch: str) -> None:
@@ -102,10 +140,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--torch", nargs="*", default=["2.13.0"], help="versions to try them with")
     parser.add_argument("--cuda", action="store_true", help="a wheel with the CUDA kernels too")
+    parser.add_argument("--arm", action="store_true", help=f"a wheel for {ARM}, not tried")
     args = parser.parse_args()
+    if args.arm and shutil.which(CROSS_COMPILER) is None:
+        parser.error(f"--arm needs {CROSS_COMPILER} (Debian's g++-aarch64-linux-gnu)")
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    for package in built(args.out, args.cuda):
+    for package in built(args.out, args.cuda, args.torch[0] if args.arm else None):
         print(package, f"{package.stat().st_size / 2**20:.1f} MiB")
         for version in args.torch:
             tried(package, version)

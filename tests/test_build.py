@@ -224,6 +224,35 @@ def test_doctor_shows_ninja(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------- ABI
 
 
+SYSTEM = """
+import runpy, setuptools, setuptools.command.build_ext, sys
+setuptools.setup = lambda **options: None
+sys.platform = sys.argv[1]
+planned = runpy.run_path("setup.py")["parts"]()
+print(*[word for part in planned for word in part.link], sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("system", "linked", "refused"),
+    [
+        ("linux", {"-shared", "-ltorch_cpu"}, set()),
+        ("darwin", {"-bundle", "-undefined", "dynamic_lookup"}, {"CUDA"}),
+        ("win32", set(), {"CPU", "CUDA"}),
+    ],
+)
+def test_what_each_system_is_asked_for(tmp_path, system, linked, refused):
+    """The commands alone: there is no other system here."""
+    home, demanded = fake_nvcc(tmp_path, RECORD).parents[1], {"LORA_KERNELS_BUILD_CUDA": "auto"}
+    done, lines = run([sys.executable, "-c", SYSTEM, system], CUDA_HOME=str(home), **demanded)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    assert linked <= set(words)
+    assert system == "linux" or not [word for word in words if word.startswith("-l")]
+    skipped = {line.split()[1] for line in lines if line.endswith(f"this is {system}")}
+    assert skipped == refused
+
+
 def assert_stable(library: pathlib.Path) -> set[str]:
     """What it takes from torch is of the stable ABI: no C++ name of torch's, no Python."""
     tool = shutil.which("nm")
