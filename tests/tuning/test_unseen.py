@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,7 @@ def commands(gpu, monkeypatch):
     def run(arguments, env, timeout, **options):
         assert env["LORA_KERNELS_TUNE"] == "off", "it would run another one"
         found.append((arguments[1:], env, timeout))
-        args = dict(zip(arguments, arguments[1:], strict=False))
+        args = dict(pairwise(arguments))
         N, K, r = map(int, args["--shapes"].split(","))
         made = gpu / "cache" / WHERE
         table = json.loads(made.read_text()) if made.exists() else {"buckets": [], "proven": []}
