@@ -111,7 +111,6 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
     """(y, s)."""
     if isinstance(base, Dense):
         plan, tiles = _planned("forward", base, x, branch)
-        assert plan.forward is not None  # or `choose` had not taken it
         return plan.forward.run(base, x, branch, save_s, tiles)
     assert base.out is not None  # of a forward
     y = torch.empty_like(base.out, memory_format=torch.contiguous_format)
@@ -127,7 +126,7 @@ def add_(base_out: Tensor, x: Tensor, branch: Branch) -> Tensor:
 
 def _add(base_out: Tensor, x: Tensor, branch: Branch, out: Tensor) -> Tensor:
     plan, tiles = _planned("add", Given(base_out), x, branch)
-    assert plan.add is not None
+    assert plan.add is not None  # or `choose` had not taken it
     return plan.add.run(base_out, x, branch, out, tiles)
 
 
@@ -136,7 +135,6 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
     """(dx, dweight, dA, dB), None where not needed; without a weight dx is the branch's alone."""
     if isinstance(base, Dense):
         plan, tiles = _planned("backward", base, dy, branch)
-        assert plan.backward is not None
         return plan.backward.run(base, dy, x, s, branch, need, tiles)
     plan, tiles = _planned("add_backward", base, dy, branch)
     assert plan.add_backward is not None

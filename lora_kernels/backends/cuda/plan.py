@@ -124,12 +124,13 @@ class Pass(Generic[Run]):
 @dataclass(frozen=True)
 class Plan:
     """A way to compute the op. Passes that two plans share are one object: a tuner times them for
-    the first of both."""
+    the first of both. One of quantised weights alone has None for forward and backward, which
+    nobody finds who asks for its `refusal` first."""
 
     name: str
     summary: str  # one line of what it is
-    forward: Pass[ForwardRun] | None
-    backward: Pass[BackwardRun] | None
+    forward: Pass[ForwardRun]
+    backward: Pass[BackwardRun]
     add: Pass[AddRun] | None = None
     add_backward: Pass[BackwardRun] | None = None
     coded: Pass[CodedRun] | None = None

@@ -34,7 +34,7 @@ def _needs(call: Call) -> str | None:
 PLAN = Plan(
     name="decode_coded",
     summary="quantised weights: forward in one launch for M <= 64, which decodes as it multiplies",
-    forward=None,
-    backward=None,
+    forward=None,  # type: ignore[arg-type]  # of dense weights, as the next: see `Plan`
+    backward=None,  # type: ignore[arg-type]
     coded=Pass(_coded, most_rows=64, most_rank=lambda call: _MOST_RANKS, needs=_needs),
 )
