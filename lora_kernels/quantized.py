@@ -19,6 +19,7 @@ from lora_kernels._dispatch import any_requires_grad, is_unwatched, refuse_forwa
 from lora_kernels._namespace import ops
 from lora_kernels.backends import dequantized
 from lora_kernels.backends.cuda import coded
+from lora_kernels.backends.cuda.plan import Coded
 from lora_kernels.backends.native import quantized as native
 from lora_kernels.branch import Branch, Given, Need
 from lora_kernels.rules import flops
@@ -65,9 +66,10 @@ def _forward(
     if native.takes(x, weight):
         _say(x, weight, "its codes multiplied as they lie, by the compiled CPU kernels")
         return native.forward(x, weight, bias, branch, save_s)
-    if branch is not None and coded.serves(x, weight, branch):
-        _say(x, weight, "its codes multiplied as they lie, by Triton's kernel")
-        return coded.forward(x, weight, bias, branch, save_s)
+    plan = None if branch is None else coded.chosen(x, weight, branch)
+    if branch is not None and plan is not None:
+        _say(x, weight, f"its codes multiplied as they lie, by the plan {plan.plan}")
+        return coded.forward(plan, Coded(weight, bias), x, branch, save_s)
     if _logger.isEnabledFor(logging.INFO):
         decoder = dequantized.decoder(weight, x.dtype)
         _say(x, weight, f"strips decoded by {decoder}, torch's products")

@@ -42,7 +42,8 @@ PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 NONE, READ = 0, 1
-PLANS_HERE = [name for name in PLANS if name not in ("aten", "decode_cuda", "gluon")]
+APART = ("aten", "decode_cuda", "gluon", "decode_coded")
+PLANS_HERE = [name for name in PLANS if name not in APART]
 CASES = (
     Case(1, 1, 1, 1, F32),
     Case(1, 65, 33, 8, p=0.5),

@@ -117,6 +117,7 @@ FLOORS["weights"] = {
     "record": 0,
     "layouts": 1,
     "quantize": 2,
+    "kinds": 3,
     "owners": 2,
     "tensor": 3,
     "__init__": 4,
@@ -182,12 +183,13 @@ FLOORS["backends.cuda"] = {
     "choice": 4,
     "many": 4,
     "packed": 4,
-    "coded": 4,
+    "coded": 4.5,
     "__init__": 5,
 }
 FLOORS["backends.cuda.plans"] = {
     "aten": 0,
     "cublas": 0,
+    "decode_coded": 0,
     "decode_cuda": 1,
     "shrink_gemm": 1,
     "dual": 2,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_kernels import tuning
+from lora_kernels.backends.cuda.plan import WEIGHTS
 from lora_kernels.testing import DTYPES
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ def add(subparsers: "Subparsers") -> argparse.ArgumentParser:
     tune.add_argument("--shapes", nargs="+", type=_shape, metavar="N,K,r", help="of weights")
     tune.add_argument("--rows", nargs="+", type=int, default=tuning.ROWS, metavar="M")
     tune.add_argument("--dtype", choices=DTYPES, default="bf16")
+    tune.add_argument(
+        "--weight", choices=WEIGHTS, default="dense", help="of the shapes, quantised or not"
+    )
     tune.add_argument("--minutes", type=float, default=3, help="time box; again goes on")
     tune.add_argument(
         "--seconds", type=float, default=tuning.SECONDS, help="of timing for a kind of call"
@@ -61,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         report = tuning.tune(
-            rows=args.rows, shapes=args.shapes, dtype=args.dtype, minutes=args.minutes,
+            rows=args.rows, shapes=args.shapes, dtype=args.dtype, weight=args.weight,
+            minutes=args.minutes,
             backward=not args.no_backward, variants=not args.quick,
             progress=False if args.no_progress else None, force=args.force, out=args.out,
             seconds=args.seconds, rounds=args.rounds, jobs=args.jobs, limit=args.limit,

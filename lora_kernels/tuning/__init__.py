@@ -18,7 +18,6 @@ from lora_kernels.progress import is_shown, progress_bar
 from lora_kernels.tuning import ranks
 from lora_kernels.tuning.cases import cases_of
 from lora_kernels.tuning.table import (
-    BASES,
     ELSEWHERE,
     Candidate,
     locked,
@@ -40,7 +39,8 @@ class TuningReport:
     """What `tune` did; prints as a short text.
 
     path: the table. buckets: how many kinds of calls it knows, of which `added` are new. proven:
-    the plans that ran right, each as "plan in dtype" with or without dropout. failed: why a plan
+    the plans that ran right, each as "plan in dtype" with or without dropout, and of which kind of
+    quantised weights. failed: why a plan
     was struck out, or a tile did not fit. finished: False where the time was over first. adopted:
     False where this process goes on without, because a CUDA graph was captured before.
     """
@@ -70,6 +70,7 @@ def tune(
     *,
     shapes: Iterable[tuple[int, int, int]] | None = None,
     dtype: str | None = None,
+    weight: str = "dense",
     minutes: float = 3.0,
     backward: bool = True,
     variants: bool = True,
@@ -91,10 +92,12 @@ def tune(
     rank 0 tunes, and all use its table, which every node keeps.
 
     Args:
-        model: whose LoRA layers' sizes, dtypes and dropout are taken; or
+        model: whose LoRA layers' sizes, dtypes, kinds of weights and dropout are taken; or
         shapes: (N, K, r) of weights [N,K] and ranks.
         dtype: "bf16", "fp16" or "fp32" in which all is computed; by default each layer's own, and
             bf16 for shapes.
+        weight: of shapes, "dense" or quantised: "nf4", "int8", "fp8" or another kind that
+            `lora_kernels.weights.CODED` lists. A layer's own is taken of a model.
         rows: M, the numbers of rows (tokens) of a call.
         minutes: when to stop; what is missing is found by calling it again.
         backward: whether gradients are asked for.
@@ -124,7 +127,8 @@ def tune(
             importlib.import_module(module)
         path = _path(out)
         # All of a weight first: most calls are of that kind.
-        todo = [(base, case) for base in BASES for case in cases_of(model, rows, shapes, dtype)]
+        found = cases_of(model, rows, shapes, dtype, weight)
+        todo = list(dict.fromkeys([*found, *(("given", case) for _, case in found)]))
         options = {
             "backward": int(backward), "variants": int(variants), "seconds": seconds,
             "rounds": rounds, "jobs": jobs, "plugins": plugins, "todo": json.dumps(todo),
@@ -212,8 +216,10 @@ def _buckets(path: Path) -> list[dict[str, Any]]:
 def _report(path: Path, made: _Made, adopted: bool) -> TuningReport:
     table = json.loads(made.text)
     proven = [
-        f"{e['plan']} in {e['dtype']}{' with dropout' * e['dropout']}" for e in table["proven"]
-    ]
+        " ".join([f"{e['plan']} in {e['dtype']}{' with dropout' * e['dropout']}",
+                  *(f"of {kind}" for kind in tables.named(tables.weight_of(e)).values())])
+        for e in table["proven"]
+    ]  # fmt: skip
     failed = [
         f"{Candidate(e['plan'], e['tiles'])} for {e['call']}: {e['why']}"
         for e in table.get("failed", ())

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels.backends import cuda
+from lora_kernels.backends import cuda, dequantized
+from lora_kernels.backends.cuda import coded
 from lora_kernels.testing import WrongResult
 
 _BAND = 1 << 16  # bytes on either side; a multiple of what allocators and TMA align to
 _BYTE = 255  # a NaN in every floating type, and not the one that arithmetic gives
+_ENTRIES = (
+    (cuda, "forward"), (cuda, "add_"), (cuda, "backward"), (coded, "forward"),
+    (dequantized, "product"),
+)  # fmt: skip
 _aten = torch.ops.aten
 _EMPTY = (
     _aten.empty.memory_format,
@@ -84,8 +89,9 @@ def guarded(name: str) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         # Below the op, which is one call to a mode that is entered around it.
-        for entry in ("forward", "add_", "backward"):
-            stack.enter_context(mock.patch.object(cuda, entry, within(getattr(cuda, entry))))
+        for module, entry in _ENTRIES:
+            run = within(getattr(module, entry))
+            stack.enter_context(mock.patch.object(module, entry, run))
         yield
     bands.require_whole(name)
 

@@ -2,7 +2,8 @@
 
 A candidate is right when its outputs are, by the rule of `lora_kernels.testing`, with all memory
 that it is given poisoned by NaN, when it writes nowhere beside it, when it gives equal bits run
-after run and, on a GPU, in the replay of a graph. A candidate's time is the median, over rounds
+after run and, on a GPU, in the replay of a graph. What is right of a quantised weight is what is of
+the weight that it decodes to. A candidate's time is the median, over rounds
 in which all take turns, of its ratio to that of ATen's calls. Below 0.99 the fastest is taken, or
 the simplest within 1 % of it, else ATen's calls.
 """
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels import _ops  # noqa: F401 defines the ops that are run
+from lora_kernels import _ops, quantized  # noqa: F401 define the ops that are run
 from lora_kernels._namespace import ops
 from lora_kernels.backends.cuda import tables
 from lora_kernels.backends.cuda.choice import candidates, use_plan
@@ -40,7 +41,16 @@ from lora_kernels.testing import (
 )
 from lora_kernels.tuning.clock import interleaved, summary
 from lora_kernels.tuning.guards import guarded, poisoned
-from lora_kernels.tuning.table import BASES, KEY, Candidate, Table, key_of, missing
+from lora_kernels.tuning.table import (
+    Candidate,
+    Table,
+    entry_of,
+    key_of,
+    missing,
+    ops_of,
+    weight_of,
+)
+from lora_kernels.weights import sample
 
 _CLOSE = 1.01  # as fast as the fastest
 _TAKEN = 0.99  # of ATen's time, below which a plan is taken
@@ -58,7 +68,7 @@ class Work(NamedTuple):
 
 def works(p: Problem, base: str) -> list[Work]:
     """Forward and backward as the ops themselves, below autograd, of a dense weight or of a given
-    base output."""
+    base output; of a quantised weight, which `base` names by its kind, forward alone."""
     case, x = p.case, p.x.detach()
     seed = torch.tensor(1234, dtype=torch.int64, device=x.device) if case.dropout else None
     branch = (SCALING, case.dropout, seed)
@@ -83,17 +93,27 @@ def works(p: Problem, base: str) -> list[Work]:
         return list(ops.lora_add_backward(p.dy, x, p.a, p.b, s, *branch, True, True, True))
 
     weights: tuple[Tensor, ...]
-    if base == "dense":
+    runs: tuple[Callable[[], list[Tensor]], ...]
+    if weight_of(base) != "dense":
+        record = sample(p.weight, base)
+        decoded = p._replace(weight=record.dequantize(x.dtype))
+
+        def coded() -> list[Tensor]:
+            given = (x, record.parts, record.form, p.a, p.b, None, *branch, True)
+            return [ops.lora_linear_quantized(*given)[0]]
+
+        right, weights, runs = expected(decoded, seed), (), (coded,)
+    elif base == "dense":
         right, weights, runs = expected(p, seed), (p.weight,), (forward, backward)
     else:
         right = _on_top(given, expected(p._replace(weight=torch.zeros_like(p.weight)), seed))
         weights, runs = (), (add, add_backward)
     found = []
-    for op, rows, run, names in zip(
-        BASES[base], (x, p.dy), runs, (("y",), ("dx", "dA", "dB")), strict=True
-    ):
+    for op, run in zip(ops_of(base), runs, strict=True):
+        back = op.endswith("backward")
+        rows, names = (p.dy, ("dx", "dA", "dB")) if back else (x, ("y",))
         aligned = all(map(vectorises, (rows, *weights)))
-        call = Call(aligned=aligned, **key_of(case, op))
+        call = Call(aligned=aligned, **key_of(case, op, weight_of(base)))
         found.append(Work(call, run, right, names))
     return found
 
@@ -169,7 +189,7 @@ def _busy(device: torch.device, wanted: bool) -> Iterator[Callable[[], None]]:
 
 def works_right(candidate: Candidate, work: Work, table: Table) -> bool:
     """Runs and checks it once; a failure is written down."""
-    call = {name: getattr(work.call, name) for name in KEY}
+    call = entry_of(work.call)
     if table.refuses(candidate, call):
         return False
     table.trying(candidate, call)
@@ -262,7 +282,7 @@ def bucket_of(
     best = simplest(right, ratios_to_aten(right, times))
     plain = next(i for i, candidate in enumerate(right) if candidate.plan == "aten")
     figures = summary(times[best], times[plain])
-    bucket = {name: getattr(work.call, name) for name in KEY} | {"plan": right[best].plan}
+    bucket = entry_of(work.call) | {"plan": right[best].plan}
     if right[best].tiles:
         bucket["tiles"] = right[best].tiles
     if not variants:

@@ -38,8 +38,10 @@ Asked = tuple[str, Call, Tiles]  # of a plan
 
 def calls(table: Mapping[str, Any], plan: str) -> Iterator[tuple[Call, Tiles]]:
     """What was proven of a plan: its calls among the table's, with the analytic tiles, and with
-    those of a bucket that takes it."""
+    those of a bucket that takes it. None are of quantised weights: such a plan is tuned again."""
     for bucket in table["buckets"]:
+        if tables.weight_of(bucket) != "dense":
+            continue
         kind = tables.proof(plan, bucket["dtype"], bucket["dropout"])
         call = Call(**{name: bucket[name] for name in (*tables.KIND, *tables.SIZES)})
         unproven = kind not in table["proven"] or plan == _NOT_TRITON_S

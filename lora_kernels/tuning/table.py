@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_kernels.backends.cuda import sources, tables
+from lora_kernels.backends.cuda.plan import Call
 from lora_kernels.files import replace_atomically
 from lora_kernels.testing import DTYPES, Case
 
-# By the base, a dense weight, or an output that is given (lora_add): the ops that are tuned.
+# By the base, a dense weight, or an output that is given (lora_add): the ops that are tuned. Of a
+# quantised weight, a base by its kind, it is one: its backward is that of what is given.
 BASES = {"dense": ("forward", "backward"), "given": ("add", "add_backward")}
-KEY = ("op", "dtype", "M", "N", "K", "r", "dropout")
+_OF_QUANTISED = ("coded",)
+KEY = ("op", "dtype", "M", "N", "K", "r", "dropout")  # and the weight, where that is quantised
 ELSEWHERE = (
     "set XDG_CACHE_HOME to a folder that can be written, for this and later processes, or tune with"
     " --out FILE (`out`) and set LORA_KERNELS_TUNED to that file"
@@ -32,11 +35,29 @@ class Candidate(NamedTuple):
         return self.plan + (f" {json.dumps(self.tiles)}" if self.tiles else "")
 
 
-def key_of(case: Case, op: str) -> dict[str, Any]:
+def ops_of(base: str) -> tuple[str, ...]:
+    return BASES.get(base, _OF_QUANTISED)
+
+
+def weight_of(base: str) -> str:
+    """The kind of weight of a base's calls."""
+    return "dense" if base in BASES else base
+
+
+def key_of(case: Case, op: str, weight: str = "dense") -> dict[str, Any]:
     """What a bucket is found by."""
     dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
     values = (op, dtype, case.M, case.N, case.K, case.r, case.dropout > 0)
-    return dict(zip(KEY, values, strict=True))
+    return dict(zip(KEY, values, strict=True)) | tables.named(weight)
+
+
+def entry_of(call: Call) -> dict[str, Any]:
+    """A call as a table has it."""
+    return {name: getattr(call, name) for name in KEY} | tables.named(call.weight)
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    return *(entry[name] for name in KEY), tables.weight_of(entry)
 
 
 def missing(
@@ -48,8 +69,8 @@ def missing(
 ) -> list[str]:
     """The ops of a case that no bucket is of; with `variants` one that was made without is none."""
     found = [b for b in buckets if b.get("variants", True) or not variants]
-    ops = [op for op in BASES[base] if backward or not op.endswith("backward")]
-    keys = {op: key_of(case, op).items() for op in ops}
+    ops = [op for op in ops_of(base) if backward or not op.endswith("backward")]
+    keys = {op: key_of(case, op, weight_of(base)).items() for op in ops}
     return [op for op, key in keys.items() if not any(key <= b.items() for b in found)]
 
 
@@ -130,13 +151,13 @@ class Table:
 
     def add(self, bucket: Mapping[str, Any]) -> None:
         """In place of one that is of the same."""
-        others = [b for b in self.content["buckets"] if any(b[n] != bucket[n] for n in KEY)]
+        others = [b for b in self.content["buckets"] if _key(b) != _key(bucket)]
         self.content["buckets"] = [*others, bucket]
         self.write()
 
 
 def _proof(plan: str, call: Mapping[str, Any]) -> dict[str, Any]:
-    return tables.proof(plan, call["dtype"], call["dropout"])
+    return tables.proof(plan, call["dtype"], call["dropout"], tables.weight_of(call))
 
 
 def _struck(failed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -147,12 +168,12 @@ def _struck(failed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Both tables' buckets, the other's where both have one. A plan that was wrong in either is not
-    proven for that dtype and dropout. ValueError where they are of two GPUs, or two versions of
-    anything."""
+    proven for that dtype, dropout and weight. ValueError where they are of two GPUs, or two
+    versions of anything."""
     for name in _OF_ALL:
         if one.get(name) != other.get(name):
             raise ValueError(f"{name}: cannot merge {one.get(name)} with {other.get(name)}")
-    buckets = {tuple(b[n] for n in KEY): b for b in (*one["buckets"], *other["buckets"])}
+    buckets = {_key(bucket): bucket for bucket in (*one["buckets"], *other["buckets"])}
     failed = [*one.get("failed", ()), *other.get("failed", ())]
     struck = _struck(failed)
     found = (*one["proven"], *(entry for entry in other["proven"] if entry not in one["proven"]))

@@ -72,7 +72,7 @@ def test_bar_lines_or_nothing(gpu, monkeypatch, progress, shown, lines):
 
 
 def test_a_quick_bucket_is_made_again_with_all_tiles():
-    case = tuning.cases_of(None, (16,), [(8, 8, 2)], "fp16")[0]
+    _, case = tuning.cases_of(None, (16,), [(8, 8, 2)], "fp16")[0]
     quick = [{**tuning.table.key_of(case, op), "variants": False} for op in ("forward", "backward")]
     missing = tuning.table.missing
     assert missing(quick, "dense", case) == ["forward", "backward"]

@@ -53,7 +53,18 @@ BACKENDS = "lora_kernels/backends"
         (f"{BACKENDS}/triton/many.py", "tl.float32", "tl.float64", set()),
         (f"{BACKENDS}/triton/tiles.py", "\nclass ", "\ndef unused(): ...\n\n\nclass ", set()),
         (f"{BACKENDS}/triton/specialised.py", "SEPARATE_RANK = 16", "SEPARATE_RANK = 8", {"gluon"}),
-        (f"{BACKENDS}/triton/reduce.py", "_LANES = 8", "_LANES = 16", OF_TRITON),
+        (
+            f"{BACKENDS}/triton/reduce.py",
+            "_LANES = 8",
+            "_LANES = 16",
+            OF_TRITON - {"decode_coded"},
+        ),
+        (
+            f"{BACKENDS}/triton/decoding.py",
+            "_STAGES = 64, 32, 3",
+            "_STAGES = 64, 32, 2",
+            {"decode_coded"},
+        ),
         (
             f"{BACKENDS}/dropout.py",
             "def threshold(p: float",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tune_command import tune
 
 import lora_kernels
 from lora_kernels import __main__ as command_line
@@ -26,30 +27,10 @@ from lora_kernels.tuning.table import BASES, Candidate, Table, locked, merge
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-# gluon is compiled for Hopper and bf16 alone.
-INTERPRETED = [plan for plan in PLANS if plan not in ("decode_cuda", "gluon")]
+# gluon is compiled for Hopper and bf16 alone; the last is of quantised weights.
+APART = ("decode_cuda", "gluon", "decode_coded")
+INTERPRETED = [plan for plan in PLANS if plan not in APART]
 INFO = {"versions": {}, "commit": "x"}
-SMALL = ("--rows", "16", "--shapes", "32,32,8", "--dtype", "fp16", "--rounds", "1", "2",
-         "--seconds", "0", "--minutes", "15")  # fmt: skip
-
-
-def tune(table: Path, *options: str, plugins: Path | None = None, **variables: str):
-    """The command in Triton's interpreter; what it printed."""
-    path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
-    path += [] if plugins is None else [str(plugins)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path),
-        "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **variables,
-    }  # fmt: skip
-    if plugins is not None:
-        options += ("--plugins", "standin")
-    command = [sys.executable, "-m", "lora_kernels", "tune", *SMALL, "--out", str(table), *options]
-    # Elsewhere: the folder that it runs in comes before the path.
-    done = subprocess.run(
-        command, cwd=table.parent, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def proven_of(table: dict) -> set[tuple[str, bool]]:
@@ -345,7 +326,10 @@ def test_the_cases_of_a_model():
     lora_kernels.apply_lora(model.bfloat16(), 4, dropout=0.1)
     found = cases_of(model, (1, 64), None, None)
     assert found == [
-        Case(M, K, 16, 4, "bf16", p) for M in (1, 64) for K in (8, 16) for p in (0.1, 0.0)
+        ("dense", Case(M, K, 16, 4, "bf16", p))
+        for M in (1, 64)
+        for K in (8, 16)
+        for p in (0.1, 0.0)
     ]
 
 
@@ -357,7 +341,7 @@ def test_the_cases_of_a_peft_model():
     lora_kernels.fuse_peft(model)
     for given, dtype in ((None, "fp32"), ("fp16", "fp16")):  # its own, or that of autocast
         found = cases_of(model, (64,), None, given)
-        assert found == [Case(64, 8, 16, 4, dtype, p) for p in (0.25, 0.0)]
+        assert found == [("dense", Case(64, 8, 16, 4, dtype, p)) for p in (0.25, 0.0)]
 
 
 def test_bad_arguments(tmp_path, monkeypatch):

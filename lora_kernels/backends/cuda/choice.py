@@ -93,7 +93,8 @@ def candidates(call: Call, target: Target) -> list[tuple[str, Tiles]]:
     """
     # Larger ranks leave the kernels few registers: their analytic tiles alone are checked.
     varied = call.dtype != "float32" and call.aligned and call.r <= _MOST_VARIED_RANK
-    found: list[tuple[str, Tiles]] = []
+    # Of a quantised weight ATen's calls are no pass: strips of it are decoded and multiplied.
+    found: list[tuple[str, Tiles]] = [("aten", {})] if call.op == "coded" else []
     listed: set[object] = set()
     for name, plan in PLANS.items():
         serving = plan.serving(call.op)

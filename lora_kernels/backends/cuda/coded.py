@@ -1,40 +1,57 @@
-"""Few rows on a quantised weight by one Triton launch that decodes as it multiplies.
+"""The forward of a quantised weight by a plan that reads its codes: where one is forced, or where
+the table of the GPU has proven it to be right and faster.
 
-Where it is forced: it has been interpreted and compiled for every target, not yet run on a card.
+Else, and where the table says "aten", the weight is decoded by strips (`dequantized`), and the
+branch added as to any base output.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lora_kernels.backends.cuda import needs
-from lora_kernels.backends.scaling import split
+from lora_kernels.backends import forced
+from lora_kernels.backends.cuda import choice, needs
+from lora_kernels.backends.cuda.plan import Call, Coded
+from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.backends.cuda.tables import Choice
 from lora_kernels.branch import Branch
-from lora_kernels.weights import QuantizedWeight
+from lora_kernels.weights import QuantizedWeight, kind_of
 
-# Each program recomputes s, of all ranks at once.
-_MOST_ROWS, _MOST_RANKS = 64, 64
+_WHERE_FORCED = "decode_coded"  # with the backend
 
 
-def serves(x: Tensor, weight: QuantizedWeight, branch: Branch) -> bool:
-    """Whether the kernel computes these rows x [M,K]."""
-    few = 0 < x.shape[0] <= _MOST_ROWS and branch.lora_a.shape[0] <= _MOST_RANKS
-    if not few or not needs.is_forced_on(x):
-        return False
-    from lora_kernels.backends.triton import decoding
+def chosen(x: Tensor, weight: QuantizedWeight, branch: Branch) -> Choice | None:
+    """The plan of rows x [M,K]; None where strips are decoded. Raises RuntimeError where a plan is
+    forced that serves quantised weights, but not this call."""
+    force = forced.now
+    if not len(x) or not _may_be_here(x, force):
+        return None
+    kind = kind_of(weight)
+    if kind is None:
+        return None
+    dtype = str(x.dtype).removeprefix("torch.")
+    M, (N, K), r = x.shape[0], weight.shape, branch.lora_a.shape[0]
+    call = Call("coded", dtype, M, N, K, r, branch.dropout_p > 0, weight=kind)
+    if force is None:
+        choice.watch()
+        found = choice.choose(call, x.device)
+        return None if PLANS[found.plan].coded is None else found
+    if force.plan is not None:
+        return None if PLANS[force.plan].coded is None else choice.choose(call, x.device)
+    return Choice(_WHERE_FORCED, {}) if PLANS[_WHERE_FORCED].refusal(call) is None else None
 
-    return decoding.decodes(weight, slice(0, weight.shape[1]), x.dtype)
+
+def _may_be_here(x: Tensor, force: forced.Force | None) -> bool:
+    if force is None:
+        return x.is_cuda
+    return force.backend in ("cuda", "triton") and needs.runs_on(x)
 
 
 def forward(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, branch: Branch, save_s: bool
+    plan: Choice, base: Coded, x: Tensor, branch: Branch, save_s: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, s)."""
-    from lora_kernels.backends.triton import decoding, dropout
-
-    pair = branch.lora_a.to(x.dtype), branch.lora_b.to(x.dtype)
-    scale = split(branch.scaling, x.dtype)
-    dropped = dropout.of(branch.dropout_p, branch.seed)
+    serving = PLANS[plan.plan].coded
+    assert serving is not None  # or `chosen` had not taken it
     with needs.device_of(x):
-        y, s = decoding.multiply(x, weight, bias, pair, scale, save_s, dropped)
-    return y, s if save_s else None
+        return serving.run(base, x, branch, save_s, plan.tiles)

@@ -68,6 +68,11 @@ def is_forced_on(rows: Tensor) -> bool:
     force = forced.now
     if force is None or force.backend not in ("cuda", "triton") or force.plan is not None:
         return False
+    return runs_on(rows)
+
+
+def runs_on(rows: Tensor) -> bool:
+    """Whether Triton's kernels take such rows."""
     if rows.dtype not in _DTYPES or why_no_triton() is not None:
         return False
     return rows.is_cuda or (interpreted() and rows.dtype != torch.bfloat16)

@@ -13,18 +13,31 @@ from torch import Tensor
 from lora_kernels.backends.device import Target
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.branch import Base, Branch, Dense, Need
+from lora_kernels.weights import CODED, QuantizedWeight
 
-# The last two are of a base output that is given: lora_add and its kin.
-OPS = ("forward", "backward", "add", "add_backward")
+# Of a dense weight; of a base output that is given, lora_add and its kin; the forward of a
+# quantised weight, whose backward is that of what is given beside strips of the weight.
+OPS = ("forward", "backward", "add", "add_backward", "coded")
+WEIGHTS = ("dense", *CODED)
 DTYPES = ("float32", "float16", "bfloat16")
 
 Fields = Mapping[str, int]
 Tiles = Mapping[str, Fields]
+
+
+class Coded(NamedTuple):
+    """x deq(W)^T + bias: a quantised weight [N,K] and bias [N]."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+
+
 ForwardRun = Callable[[Dense, Tensor, Branch, bool, Tiles], tuple[Tensor, Tensor | None]]
 BackwardRun = Callable[[Base, Tensor, Tensor, Tensor, Branch, Need, Tiles], Gradients]
 # out = base_out + the branch, both may be one tensor; returns s, whose last columns may be padding.
 AddRun = Callable[[Tensor, Tensor, Branch, Tensor, Tiles], Tensor]
-Run = TypeVar("Run", ForwardRun, BackwardRun, AddRun)
+CodedRun = Callable[[Coded, Tensor, Branch, bool, Tiles], tuple[Tensor, Tensor | None]]
+Run = TypeVar("Run", ForwardRun, BackwardRun, AddRun, CodedRun)
 
 
 class Call(NamedTuple):
@@ -39,6 +52,7 @@ class Call(NamedTuple):
     dropout: bool
     aligned: bool = True  # rows and bases of x, the weight and dy allow loads in wide words
     readable: bool = True  # x, the weight and lora_a have the rows that decode_cuda reads
+    weight: str = "dense"  # one of WEIGHTS, another of the op coded alone
 
 
 class Launch(NamedTuple):
@@ -70,6 +84,11 @@ class Launch(NamedTuple):
                 )
 
 
+_BASES = dict.fromkeys(("forward", "backward"), "dense weight") | {
+    "add": "base output that is given (lora_add)",
+    "add_backward": "base output that is given (lora_add)",
+    "coded": "quantised weight",
+}
 _ANY_NUMBER = ("group", "split", "stages")
 
 
@@ -105,7 +124,8 @@ class Pass(Generic[Run]):
 @dataclass(frozen=True)
 class Plan:
     """A way to compute the op. Passes that two plans share are one object: a tuner times them for
-    the first of both."""
+    the first of both. One of quantised weights alone has None for forward and backward, which
+    nobody finds who asks for its `refusal` first."""
 
     name: str
     summary: str  # one line of what it is
@@ -113,12 +133,15 @@ class Plan:
     backward: Pass[BackwardRun]
     add: Pass[AddRun] | None = None
     add_backward: Pass[BackwardRun] | None = None
+    coded: Pass[CodedRun] | None = None
     # Programs of a launch wait for or follow one another: more runs must prove it.
     cooperates: bool = False
 
     @property
     def bases(self) -> tuple[str, ...]:
-        return ("dense",) if self.add is None else ("dense", "given")
+        """What it stands on."""
+        found = {"dense": self.forward, "given": self.add, "quantised": self.coded}
+        return tuple(base for base, serving in found.items() if serving is not None)
 
     def serving(self, op: str) -> Pass[Any] | None:
         """What serves one of OPS."""
@@ -129,7 +152,7 @@ class Plan:
         """Why the plan cannot serve a call, None if it can."""
         found = self.serving(call.op)
         if found is None:
-            return "the plan serves no base output that is given (lora_add)"
+            return f"the plan serves no {_BASES[call.op]}"
         return found.refusal(call)
 
     def launches(self, ops: tuple[str, ...] = OPS) -> dict[str, Launch]:

@@ -20,7 +20,7 @@ import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_kernels.backends.cuda.plan import OPS
 from lora_kernels.backends.cuda.plans import PLANS
@@ -113,7 +113,7 @@ def changed(plans: Iterable[str], kernels: Mapping[str, str]) -> tuple[str, ...]
     found = {"decode_cuda"} if ours is not None and kernels.get("csrc") != ours else set()
     same = kernels.get("files") == files()
     for plan in plans:
-        packaged = PLANS[plan].forward.run.__module__.startswith(_OWN)
+        packaged = all(run.__module__.startswith(_OWN) for run in _runs(plan))
         if not (same and packaged) and kernels.get(plan) != of_plan(plan):
             found.add(plan)
     return tuple(plan for plan in plans if plan in found)
@@ -124,15 +124,20 @@ def of_plan(name: str) -> str:
     """The digest of a registered plan."""
     if name in _taken_along():
         return _taken_along()[name]
-    passes = [serving for op in OPS if (serving := PLANS[name].serving(op)) is not None]
     starts: set[Node] = set()
-    for run in (serving.run for serving in passes):
+    for run in _runs(name):
         module, function = type(run).__module__, type(run).__name__  # of an object that is called
         if hasattr(run, "__qualname__"):
             module, function = run.__module__, run.__qualname__
         defined = _parsed(module).definitions
         starts |= {(module, each) for each in ([function] if function in defined else defined)}
     return _digest(_reached(starts))
+
+
+def _runs(name: str) -> list[Any]:
+    """What runs the passes of a registered plan."""
+    passes = (PLANS[name].serving(op) for op in OPS)
+    return [serving.run for serving in passes if serving is not None]
 
 
 def _digest(texts: Iterable[str]) -> str:

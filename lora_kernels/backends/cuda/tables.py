@@ -9,13 +9,17 @@ runs of other characters as "_":
      "proven": [{"plan": "shrink_gemm", "dtype": "bfloat16", "dropout": false}, ...],
      "buckets": [{"op": "forward", "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "r": 16,
                   "dropout": false, "plan": "shrink_gemm",
-                  "tiles": {"gemm": {"bm": 128, "bn": 256, ...}, ...}}, ...]}
+                  "tiles": {"gemm": {"bm": 128, "bn": 256, ...}, ...}},
+                 {"op": "coded", "weight": "nf4", ..., "plan": "decode_coded"}, ...]}
 
-op is forward or backward, or add or add_backward of a given base output. A call takes the plan of
-the nearest bucket of its op, dtype and dropout: the smallest sum of |log2| ratios of M, N, K and r.
-Plans that are not proven for that dtype and dropout are passed over. "tiles" replaces fields of the
-analytic tiles, by launch. They serve aligned calls of at most the bucket's rank; others take the
-plan and analytic tiles.
+op is forward or backward, add or add_backward of a given base output, or coded, the forward of a
+quantised weight. What is of such a weight says its kind, "weight", in "proven" too; "aten" is then
+to decode it by strips that ATen multiplies.
+
+A call takes the plan of the nearest bucket of its op, dtype, dropout and weight: the smallest sum
+of |log2| ratios of M, N, K and r. Plans that are not proven for that dtype, dropout and weight are
+passed over. "tiles" replaces fields of the analytic tiles, by launch. They serve aligned calls of
+at most the bucket's rank; others take the plan and analytic tiles.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ import torch
 
 from lora_kernels import _env
 from lora_kernels.backends.cuda import sources
-from lora_kernels.backends.cuda.plan import DTYPES, OPS, Call, Tiles
+from lora_kernels.backends.cuda.plan import DTYPES, OPS, WEIGHTS, Call, Tiles
 from lora_kernels.backends.cuda.plans import PLANS, known
 from lora_kernels.backends.device import target
 
@@ -66,9 +70,20 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
-def proof(plan: str, dtype: str, dropout: bool) -> dict[str, Any]:
+def proof(plan: str, dtype: str, dropout: bool, weight: str = "dense") -> dict[str, Any]:
     """An entry of "proven"."""
-    return {"plan": plan, "dtype": dtype, "dropout": dropout}
+    return {"plan": plan, "dtype": dtype, "dropout": dropout} | named(weight)
+
+
+def named(weight: str) -> dict[str, str]:
+    """What an entry says of its weight: nothing of a dense one."""
+    return {} if weight == "dense" else {"weight": weight}
+
+
+def weight_of(entry: Entry) -> str:
+    """The kind of weight that an entry is of."""
+    weight: str = entry.get("weight", "dense")
+    return weight
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -111,6 +126,9 @@ def _is_of_a_kind(entry: Entry, path: Path, what: str) -> None:
         raise ValueError(
             f"{path}: {what}: dropout: got {entry['dropout']!r}, expected true or false"
         )
+    if weight_of(entry) not in WEIGHTS:
+        legal = ", ".join(WEIGHTS)
+        raise ValueError(f"{path}: {what}: weight: got {entry['weight']!r}, legal are {legal}")
 
 
 def index_of(device: torch.device) -> int:
@@ -280,6 +298,7 @@ def describe(index: int) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for entry in table["proven"]:
         kind = f"{entry['dtype']}, {'' if entry['dropout'] else 'no '}dropout"
+        kind += ", ".join(["", *named(weight_of(entry)).values()])
         kinds.setdefault(kind, []).append(entry["plan"])
     lines += [f"proven in {kind}: {', '.join(plans)}" for kind, plans in kinds.items()]
     for plan in found.changed:
@@ -312,8 +331,9 @@ def nearest(table: Entry, call: Call) -> Choice | None:
     def fits(bucket: Entry) -> bool:
         plan = bucket["plan"]
         kind = all(bucket[name] == getattr(call, name) for name in KIND)
-        proven = proof(plan, call.dtype, call.dropout) in table["proven"]
-        return kind and proven and PLANS[plan].refusal(call) is None
+        proven = proof(plan, call.dtype, call.dropout, call.weight) in table["proven"]
+        serves = plan == "aten" or PLANS[plan].refusal(call) is None  # ATen's calls serve all
+        return kind and weight_of(bucket) == call.weight and proven and serves
 
     bucket = min(filter(fits, table.get("buckets", ())), key=distance, default=None)
     if bucket is None:

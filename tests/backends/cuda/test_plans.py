@@ -21,6 +21,7 @@ from lora_kernels.backends.native import extension
 
 ROOT = Path(__file__).parents[3]
 CALL = Call("forward", "bfloat16", 8192, 4096, 4096, 16, False)
+FEW = CALL._replace(op="coded", M=16, weight="nf4")
 GPU = torch.device("cuda", 0)
 
 
@@ -68,7 +69,7 @@ def test_a_declaration(name):
     assert plan.name == name
     assert plan.summary
     assert "\n" not in plan.summary
-    assert plan.bases == ("dense", "given")
+    assert plan.bases == (("quantised",) if name == "decode_coded" else ("dense", "given"))
     module = Path(plans.__file__).with_name(f"{name}.py")
     assert module.exists(), "a plan has a file of its own"
     for launch in plan.launches().values():
@@ -82,11 +83,13 @@ def test_a_pass_that_plans_share_is_timed_once(compiled):
     timed = {
         op: {plan for plan, _ in candidates(CALL._replace(op=op, M=16), CARDS["90"])} for op in OPS
     }
+    timed["coded"] = [plan for plan, _ in candidates(FEW, CARDS["90"])]
     assert timed == {
-        "forward": PLANS.keys() - {"grouped"},
+        "forward": PLANS.keys() - {"grouped", "decode_coded"},
         "backward": {"aten", "cublas", "shrink_gemm", "grouped", "gluon"},
         "add": {"aten", "cublas"},
         "add_backward": {"aten", "cublas"},
+        "coded": ["aten", "decode_coded"],
     }
 
 
@@ -291,7 +294,7 @@ def test_the_plan_of_a_call_is_said_once(monkeypatch, caplog, p):
     kind = "float32 with dropout" if p else "float32"
     said = [m for r in caplog.records if "plan" in (m := r.getMessage())]
     assert sorted(said) == sorted(
-        f"cpu {op} in {kind}: plan aten (ATen calls throughout)" for op in OPS
+        f"cpu {op} in {kind}: plan aten (ATen calls throughout)" for op in OPS if op != "coded"
     )
 
 

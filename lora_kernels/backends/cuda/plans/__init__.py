@@ -7,6 +7,7 @@ from lora_kernels.backends.cuda.plans import (
     aten,
     cublas,
     decode,
+    decode_coded,
     decode_cuda,
     dual,
     flag,
@@ -24,7 +25,9 @@ def register(plan: Plan) -> None:
         raise ValueError(f"plan: the name {plan.name!r} is taken")
 
 
-for _module in (aten, cublas, shrink_gemm, grouped, decode, dual, flag, decode_cuda, gluon):
+for _module in (
+    aten, cublas, shrink_gemm, grouped, decode, dual, flag, decode_cuda, gluon, decode_coded
+):  # fmt: skip
     register(_module.PLAN)
 
 
