@@ -24,6 +24,12 @@ from lora_kernels.backends.triton import launch, tiles
 ROOT = Path(__file__).parents[2]
 
 
+def triton_release() -> tuple[int, ...]:
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 def _environment():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("TRITON_INTERPRET", "LORA_KERNELS_BACKEND", "LORA_KERNELS_PLAN"):
@@ -60,6 +66,8 @@ SOUND = codegen.Kernel(
     cp_async=0,
     fma=0,
     waits=0,
+    shared_loads=0,
+    arrivals=0,
     warnings=(),
 )
 
@@ -82,6 +90,7 @@ def test_a_sound_kernel_breaks_no_rule():
         ({"wgmma": 0}, "no wgmma"),
         ({"pending": 0}, "wgmma serialised"),
         ({"buffers": 2}, "too few buffers"),
+        ({"shared_loads": 2}, "unasked shared loads"),
         ({"target": CARDS["100"]}, "no tcgen05"),
         ({"wgmma": 0}, "no tensor cores"),
         ({"name": "gemm_kernel", "tma": 0}, "no asynchronous loads"),
@@ -116,6 +125,53 @@ for twice in (True, False):
         text=True, check=True,
     )  # fmt: skip
     assert run.stdout.splitlines() == ["True 3 []", "False 2 ['too few buffers']"]
+
+
+def test_a_cluster_is_formed_where_the_other_cta_is_asked():
+    """What Triton 3.7 makes of one breaks a rule, and 3.6 makes none: both are refused, and no
+    tuner is told of it. In a process of its own."""
+    program = """
+from unittest import mock
+
+from lora_kernels.backends import codegen
+from lora_kernels.backends.codegen.cases import Case
+from lora_kernels.backends.cuda import needs
+from lora_kernels.backends.cuda.plan import Call
+from lora_kernels.backends.cuda.plans import PLANS
+from lora_kernels.backends.device import CARDS
+from lora_kernels.backends.triton import specialised
+
+[_, launch] = PLANS["gluon"].forward.launches
+call = Call("forward", "bfloat16", 8192, 4096, 4096, 16, False)
+listed = launch.variants(call, CARDS["90"])
+print(needs.has_clusters(), any("cluster" in fields for fields in listed))
+case = Case(plan="gluon", ops=("forward",), bias=True)
+four, two = (case._replace(tiles={"gemm": {"cluster": size}}) for size in (4, 2))
+for each in (four, two):
+    try:
+        kernels = codegen.compile_case(each, "90", set())
+    except ValueError as error:
+        print(error)
+if specialised.why_no_cluster() is not None:
+    with mock.patch.object(specialised, "why_no_cluster", lambda: None):
+        kernels = codegen.compile_case(two, "90", set())
+kernel = kernels[-1]
+print(kernel.name, kernel.shared_loads > 0, kernel.pending, kernel.spills, codegen.faults(kernel))
+"""
+    if triton_release() < (3, 7):
+        pytest.skip("this Triton's Gluon loads for one CTA alone")
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=_environment(), cwd=ROOT, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    formed = triton_release() >= (3, 8)
+    told, four, *two, compiled = run.stdout.splitlines()
+    assert told == f"{formed} {formed}"
+    assert four == "cluster: got 4, legal are 1 and 2"
+    assert len(two) == (not formed)
+    assert formed or two[0].startswith("cluster: got 2, legal is 1: an arrival reaches")
+    faults = [] if formed else ["unasked shared loads"]
+    assert compiled == f"specialised_gemm_kernel True 1 0 {faults}"
 
 
 @pytest.mark.parametrize("card", CARDS)

@@ -62,11 +62,12 @@ def test_a_kind_is_proven_once(commands, caplog):
     assert arguments[:3] == ["-m", "lora_kernels", "tune"]
     assert " ".join(arguments[3:]) == (
         "--quick --no-progress --minutes 1.0 --rows 32 --shapes 48,32,8 --dtype fp32"
+        " --weight dense"
     )
     assert env["CUDA_VISIBLE_DEVICES"] == "0"
     assert 60 < timeout <= 120
     (said,) = caplog.messages
-    assert "proving and timing the fused kernels for x [32,32], rank 8, to 48 in float32" in said
+    assert "proving and timing the fused kernels for x [32,32] in float32, dense weight [48,32], rank 8" in said
     # Of the same kind, or chosen before.
     for more in ({"M": 17}, {"M": 32}, {"M": 24}, {"dropout": True}, {"op": "backward"}):
         plan_of(CALL._replace(**more))
@@ -74,6 +75,9 @@ def test_a_kind_is_proven_once(commands, caplog):
     for more in ({"M": 33}, {"M": 16}, {"N": 64}, {"r": 16}, {"dtype": "float16"}):
         plan_of(CALL._replace(**more))
     assert len(commands) == 6
+    plan_of(CALL._replace(op="coded", weight="nf4"))
+    assert commands[-1][0][-2:] == ["--weight", "nf4"]
+    assert len(commands) == 7
 
 
 def test_what_a_table_knows_is_not_proven_again(commands):

@@ -56,6 +56,8 @@ class Kernel(NamedTuple):
     cp_async: int
     fma: int
     waits: int  # for the kernel before
+    shared_loads: int  # of TMA, into several CTAs
+    arrivals: int  # at barriers of another CTA
     warnings: tuple[str, ...]
 
 
@@ -130,6 +132,8 @@ def _inspect(case: Case, target: Target, compiled: Any, constants: dict[str, Any
         cp_async=count(r"cp\.async\.c[ag]"),
         fma=count(r"fma\.rn\.f32"),
         waits=count(r"griddepcontrol\.wait"),
+        shared_loads=count(r"\.multicast::cluster"),
+        arrivals=count(r"mbarrier\.arrive\S*\.shared::cluster"),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d", log)))),
     )
 
@@ -156,7 +160,8 @@ def _inspect_amd(case: Case, target: Target, compiled: Any, constants: dict[str,
     none: dict[str, Any] = dict.fromkeys(
         ("tensor_memory", "wgmma", "register_form", "pending", "tcgen05"), 0
     )
-    none |= dict.fromkeys(("tma", "cp_async", "waits"), 0) | {"buffers": None}
+    none |= dict.fromkeys(("tma", "cp_async", "waits", "shared_loads", "arrivals"), 0)
+    none |= {"buffers": None}
     return Kernel(
         case=str(case),
         target=target,
@@ -195,6 +200,8 @@ def faults(kernel: Kernel) -> list[str]:
         "too few buffers": k.pending == 0
         or k.buffers is None
         or k.buffers >= k.constants.get("num_stages", 1),
+        # Else a slot of the other CTA is filled while it is read.
+        "unasked shared loads": k.shared_loads == 0 or k.arrivals > 0,
         "wgmma serialised": not (full and aligned and k.target.is_hopper) or k.pending >= 1,
         "no asynchronous loads": not (main and aligned and not amd) or k.tma + k.cp_async > 0,
         "no tcgen05": not (full and k.target.is_blackwell) or k.tcgen05 > 0,

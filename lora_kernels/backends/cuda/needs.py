@@ -47,6 +47,16 @@ def _why_no_gluon() -> str | None:
 
 
 @cache
+def has_clusters() -> bool:
+    """Whether that kernel may have two CTAs that share loads."""
+    if _why_no_gluon() is not None:
+        return False
+    from lora_kernels.backends.triton import specialised
+
+    return specialised.why_no_cluster() is None
+
+
+@cache
 def why_no_triton() -> str | None:
     try:
         import triton  # noqa: F401

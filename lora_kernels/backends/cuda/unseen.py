@@ -1,7 +1,7 @@
 """LORA_KERNELS_TUNE=auto: a kind of call that no table knows is proven and timed before its first.
 
-A kind is a weight's shape, a rank, a dtype, and rows up to a power of two; forward and backward,
-with dropout and without, are proven together, with each plan's analytic tiles. What has been chosen
+A kind is a weight's shape and kind, a rank, a dtype, and rows up to a power of two; forward and
+backward, with dropout and without, are proven together, with each plan's analytic tiles. What has been chosen
 stays: no bits change in the middle of a run.
 """
 
@@ -48,7 +48,7 @@ def prepare(index: int, call: Call) -> None:
     if not is_on() or torch.cuda.is_current_stream_capturing():
         return
     with _lock:
-        kind = (index, rows_of_kind(call.M), call.N, call.K, call.r, call.dtype)
+        kind = (index, rows_of_kind(call.M), call.N, call.K, call.r, call.dtype, call.weight)
         if kind not in _tried and not _is_known(index, call):
             _tried.add(kind)
             _prove(index, call)
@@ -59,6 +59,7 @@ def _is_known(index: int, call: Call) -> bool:
     fixed = ("N", "K", "r", *tables.KIND)
     return table is not None and any(
         all(bucket[name] == getattr(call, name) for name in fixed)
+        and tables.weight_of(bucket) == call.weight
         and rows_of_kind(bucket["M"]) == rows_of_kind(call.M)
         for bucket in table["buckets"]
     )
@@ -67,7 +68,10 @@ def _is_known(index: int, call: Call) -> bool:
 def _prove(index: int, call: Call) -> None:
     global _spent
     minutes = min(_MINUTES_OF_A_KIND, _MINUTES - _spent / 60)
-    what = f"x [{rows_of_kind(call.M)},{call.K}], rank {call.r}, to {call.N} in {call.dtype}"
+    what = (
+        f"x [{rows_of_kind(call.M)},{call.K}] in {call.dtype}, {call.weight} weight"
+        f" [{call.N},{call.K}], rank {call.r}"
+    )
     if minutes <= 0:
         _logger.warning(
             "LORA_KERNELS_TUNE=auto: %s is not proven, this process has spent its %g minutes:"
@@ -100,7 +104,7 @@ def command(call: Call, minutes: float) -> Sequence[str]:
     return (
         "-m", "lora_kernels", "tune", "--quick", "--no-progress", "--minutes", str(minutes),
         "--rows", str(rows_of_kind(call.M)), "--shapes", f"{call.N},{call.K},{call.r}",
-        "--dtype", _DTYPES[call.dtype],
+        "--dtype", _DTYPES[call.dtype], "--weight", call.weight,
     )  # fmt: skip
 
 

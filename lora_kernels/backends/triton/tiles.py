@@ -46,6 +46,7 @@ class GemmTile(NamedTuple):
     pdl: int = 0  # whether the launch may begin before the one that makes its low-rank rows ends
     flatten: int = 0  # whether the first loads of a tile are issued in the last steps of the other
     early: int = 0  # whether the low-rank step and the bias are loaded before the reduction loop
+    cluster: int = 0  # CTAs, of neighbouring rows, that share their loads of the columns, if any do
 
 
 class Product(NamedTuple):

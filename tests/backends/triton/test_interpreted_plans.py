@@ -144,3 +144,11 @@ def test_loads_ahead_change_no_bit(case):
     assert options == [(False, False)] * 2 + [(True, False)] * 2 + [(False, True)] * 2
     for other in found[1:]:
         assert all(torch.equal(other[name], found[0][name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("split", [3, 5])
+def test_any_number_of_shares(split):
+    """Of ds and dB, the last of which may have no columns."""
+    problem = Problem(Case(129, 335, 49, 13))
+    with assume(HOPPER), use_plan("cublas", {"ds_db": {"split": split}}):
+        ratios(problem, problem.linear())

@@ -39,7 +39,9 @@ def one_block(call: Call) -> int:
 def _tiles(target: Target, M: int, r: int, masked: bool) -> tuple[DualTile, ...]:
     if M <= 16:
         deep = (DualTile(16, 32, 256, 4, 4),) if r <= 32 else ()
-        return (*deep, DualTile(16, 64, 128, 5, 4)) if r <= 64 else ()
+        fits = r <= 32 or target.shared >= 151_552
+        narrow = (DualTile(16, 32, 128, 5, 4),) if fits else ()
+        return (*deep, DualTile(16, 64, 128, 5, 4), *narrow) if r <= 64 else ()
     if M <= 64:
         return () if masked or r > 64 else (DualTile(64, 64, 128, 4, 4),)
     if not target.has_wide_tiles:

@@ -69,6 +69,9 @@ def _variants(call: Call, target: Target) -> Iterator[Fields]:
         *(GemmTile(128, 128, 64, stages, 8) for stages in (4, 5)),
     )
     yield from (fields_of(tile) for tile in listed if _fits(tile))
+    if call.M > 512 and needs.has_clusters():
+        for stages, strips in ((3, 1), (4, 4)):
+            yield fields_of(GemmTile(128, 256, 64, stages, 8, strips, cluster=2))
 
 
 def _variants_dx(call: Call, target: Target) -> Iterator[Fields]:
