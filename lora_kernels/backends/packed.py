@@ -19,8 +19,9 @@ from lora_kernels.backends.cuda import packed as launches
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Asked, Branch, Dense, Layer, Need, Pairs, Rows
 
-# Of rows that are read for one layer after the other, and of sums in fp32 beside them.
-_BLOCK_BYTES, _SUM_BYTES = 32 << 20, 8 << 20
+# Of rows that are read, or written, for one layer after the other: what a last cache holds, and so
+# many that every thread has some.
+_BLOCK_BYTES = 32 << 20
 
 
 def forward(
@@ -148,18 +149,10 @@ class _Together(NamedTuple):
         if not self.dropped:
             native.expand(ds, self.lora_a, dx)
             return dx
-        matrices = [b.lora_a.to(ds.dtype).float() for b in self.branches]
-        for block in blocked.blocks(len(dx), max(1, _SUM_BYTES // (4 * dx.shape[1]))):
-            out = dx[block]
-            whole = out.dtype == torch.float32
-            total = out if whole else torch.empty_like(out, dtype=torch.float32)
-            for i, (branch, a, part) in enumerate(
-                zip(self.branches, matrices, self.parts(ds), strict=True)
-            ):
+        for block in _blocks(dx):
+            for i, (branch, part) in enumerate(zip(self.branches, self.parts(ds), strict=True)):
                 drop = native.dropped(branch).after(block.start)
-                native.expand(part[block].float(), a, total, drop=drop, accumulate=i > 0)
-            if not whole:
-                out.copy_(total)
+                native.expand(part[block], branch.lora_a, dx[block], drop=drop, accumulate=i > 0)
         return dx
 
     def outer(self, x: Tensor, ds: Tensor) -> list[Tensor]:
@@ -181,7 +174,7 @@ class _Together(NamedTuple):
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Of rows that are read for several layers."""
+    """Of rows that are read or written for several layers."""
     return blocked.blocks(len(rows), max(1, _BLOCK_BYTES // (rows.shape[1] * rows.itemsize)))
 
 

@@ -26,7 +26,6 @@ NO_DROPOUT, OWN_PS = (0.0,) * 4, (0.3, 0.0, 0.0, 0.6)
 def M(request, monkeypatch):
     """How many rows, and who computes; rows, and columns where they are widened, in many blocks."""
     monkeypatch.setattr(packed, "_BLOCK_BYTES", 4 * K * 130)
-    monkeypatch.setattr(packed, "_SUM_BYTES", 4 * K * 70)
     monkeypatch.setattr(blocked, "_CPU_BLOCK_BYTES", 4 * 48 * 20)
     if request.param == "wide":
         monkeypatch.setattr(blocked, "_multiplies", lambda dtype: dtype == torch.float32)
