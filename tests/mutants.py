@@ -79,8 +79,8 @@ MUTANTS = {
     "blocks: the first rows' mask of x for all": ("backends/packed.py", "_Together._shrink_in_blocks", "native.dropped(branch).after(block.start)", "native.dropped(branch)", "packed"),
     "blocks: the first rows' mask of dx for all": ("backends/packed.py", "_Together.expand", "native.dropped(branch).after(block.start)", "native.dropped(branch)", "packed"),
     "blocks: the first rows' mask of dA for all": ("backends/packed.py", "_Together.outer", "native.dropped(branch).after(block.start)", "native.dropped(branch)", "packed"),
-    "blocks: dA of the last block alone": ("backends/packed.py", "_Together.outer", "total += share", "total.copy_(share)", "packed"),
-    "blocks: dx of the last branch alone": ("backends/packed.py", "_Together.expand", "accumulate=i > 0", "accumulate=False", "packed"),
+    "blocks: dA of the last block alone": ("backends/packed.py", "_Together.outer", "native.outer(x[block], part[block], share, drop)\n                total += share", "native.outer(x[block], part[block], total, drop)", "packed"),
+    "blocks: dx of the last branch alone": ("backends/packed.py", "_Together.expand", "native.expand(part[block], branch.lora_a, dx[block], drop=drop, accumulate=i > 0", "native.expand(part[block], branch.lora_a, dx[block], drop=drop, accumulate=False", "packed"),
     "blocks: dx rounded layer by layer": (BLOCKED, "backward_all", "whole = out.dtype == precise", "whole = True", "packed"),
     "blocks: dx without masks": (BLOCKED, "_accumulate", "if term.keep is None:", "if True:", "packed"),
     "blocks: dx of the last layer alone": ("backends/packed.py", "_backward_one_by_one", "part if dx is None else dx.add_(part)", "part", "packed"),
@@ -704,7 +704,7 @@ def killed_by(mutant):
     """The test that fails on the mutant, or None."""
     file, *change, tests = mutant
     code = mutated(file, *change)
-    native = file.startswith("backends/native") or "few_rows" in tests
+    native = file.startswith("backends/native") or "few_rows" in tests or "native." in change[1]
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "lora_kernels"
         # The compiled kernels come along only where they are meant: they would serve most calls.
