@@ -86,3 +86,54 @@ class Need(NamedTuple):
     weight: bool
     a: bool
     b: bool
+
+
+# Of several layers of the same rows.
+
+
+class Layer(NamedTuple):
+    """A frozen layer, with a branch or without."""
+
+    base: Dense
+    branch: Branch | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a layer's branch are asked for."""
+
+    a: bool
+    b: bool
+
+
+class Asked(NamedTuple):
+    """Which gradients are asked for, of each layer and x."""
+
+    of: Sequence[Wanted]
+    x: bool
+
+
+class Rows(NamedTuple):
+    """What has the rows of a backward: dy of each layer, None where nothing comes back through it;
+    x, read for dA; s of each, read for dB."""
+
+    dys: Sequence[Tensor | None]
+    x: Tensor | None
+    kept: Sequence[Tensor | None]
+
+    def only(self, indices: Sequence[int]) -> "Rows":
+        """Those of some layers."""
+        return Rows([self.dys[i] for i in indices], self.x, [self.kept[i] for i in indices])
+
+    @property
+    def first(self) -> Tensor:
+        """The first dy; all are there."""
+        (dy, *_) = self.given
+        return dy
+
+    @property
+    def given(self) -> list[Tensor]:
+        return [dy for dy in self.dys if dy is not None]
+
+
+# (dA, dB) of each layer.
+Pairs = list[tuple[Tensor | None, Tensor | None]]

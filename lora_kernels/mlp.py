@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels.backends import gating, packed
 from lora_kernels.backends.gating import ACTIVATIONS
-from lora_kernels.backends.packed import Asked, Layer, Rows
+from lora_kernels.branch import Asked, Layer, Pairs, Rows
 from lora_kernels.functional import flat_rows
 from lora_kernels.packed import (
     Kept,
@@ -135,7 +135,7 @@ class _Mlp(torch.autograd.Function):
 
 def _backward(
     act: str, of: tuple[Tensor, Tensor], rows: tuple[Rows, Rows], layers: list[Layer], asked: Asked
-) -> tuple[Tensor | None, packed.Pairs]:
+) -> tuple[Tensor | None, Pairs]:
     """dx and the gradients of all layers, of = (gate(x), up(x)); rows of the first layers, which
     lack their dys, and of the last."""
     *wanted, of_down = asked.of

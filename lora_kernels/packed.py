@@ -15,8 +15,7 @@ from lora_kernels import backends, functional
 from lora_kernels._contract import DTYPES
 from lora_kernels._dispatch import any_requires_grad, is_plain
 from lora_kernels.backends import packed
-from lora_kernels.backends.packed import Asked, Layer, Rows, Wanted
-from lora_kernels.branch import Branch, Dense
+from lora_kernels.branch import Asked, Branch, Dense, Layer, Pairs, Rows, Wanted
 from lora_kernels.functional import flat_rows, lora_linear
 
 
@@ -53,8 +52,9 @@ def lora_linear_packed(
 ) -> tuple[Tensor, ...]:
     """Several linear layers of one x, each with a LoRA branch or without.
 
-    Equal to a call of `lora_linear` each, in this order, up to the order of sums. Without dropout x
-    is read once for all branches, forward and backward, and its gradient is one sum.
+    Equal to a call of `lora_linear` each, in this order, up to the order of sums. x is read
+    once for all branches, forward and backward (with dropout a block of its rows for one after the
+    other), and its gradient is one sum.
 
     Args:
         x: [..., K], as in `lora_linear`.
@@ -260,7 +260,7 @@ def without_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def flat(layers: Sequence[Layer], pairs: packed.Pairs) -> list[Tensor | None]:
+def flat(layers: Sequence[Layer], pairs: Pairs) -> list[Tensor | None]:
     """The gradients of `tensors_of`."""
     return [
         g for layer, p in zip(layers, pairs, strict=True) if layer.branch is not None for g in p

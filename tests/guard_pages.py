@@ -225,13 +225,14 @@ def of_packed(M: int, K: int, layers: Sequence[tuple[int, int]], dtype: torch.dt
             torch.randn(N, r).to(dtype) if r else None,
             torch.randn(N).to(dtype) if r != 3 else None,
             torch.full((M, N), torch.nan, dtype=dtype),
+            1.0,
         )
         for N, r in layers
     ]
-    checker.behind = tuple(t for layer in given for t in layer if t is not None)
+    checker.behind = tuple(t for layer in given for t in layer if isinstance(t, torch.Tensor))
     dys = [torch.randn(M, N).to(dtype) for N, _ in layers]
     with intercept(checker):
-        packed.packed_forward(x, low, given, 1.0)
+        packed.packed_forward(x, low, given)
         weights, mat = [layer.weight for layer in given], torch.randn(ranks, K).to(dtype)
         packed.packed_dx(dys, weights, low, mat, torch.empty(M, K, dtype=dtype))
     assert not any(layer.y.isnan().any() for layer in given)

@@ -9,7 +9,7 @@ the frozen layer itself there, and rounds every output once.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_kernels.backends.dropout import keep_scale
 from lora_kernels.backends.masks import Mask, mask
 from lora_kernels.backends.scaling import split
-from lora_kernels.branch import Base, Branch, Dense, Need
+from lora_kernels.branch import Asked, Base, Branch, Dense, Layer, Need, Pairs, Rows, Wanted
 
 _CPU_BLOCK_BYTES = 8 << 20
 _ACCELERATOR_BLOCK_BYTES = 64 << 20
@@ -81,28 +81,34 @@ def blocks(count: int, step: int) -> Iterator[slice]:
 
 def forward(base: Dense, x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
     """(y, s), as in `reference`."""
-    (M, K), N = x.shape, base.weight.shape[0]
-    a, b = _adapters(x, branch)
-    _, high = split(branch.scaling, x.dtype)
-    y, s = x.new_empty(M, N), x.new_empty(M, a.shape[0])
-    for block in blocks(M, _step(x, K, N)):
-        rows = x[block].to(a.dtype)
-        _shrink(rows, block, a, branch, s[block])
-        product = _Product(s[block].to(a.dtype), b.t(), high)
-        _multiply(rows, base.weight.t(), base.bias, product, y[block])
+    (y,), (s,) = forward_all(x, [Layer(base, branch)])
+    assert s is not None  # of a branch
     return y, s
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + bias."""
-    (M, K), N = x.shape, weight.shape[0]
-    y = x.new_empty(M, N)
-    dtype = _compute_dtype(x)
-    for block in blocks(M, _step(x, K, N)):
-        rows = x[block].to(dtype)
-        nothing = _Product(rows.new_empty(len(rows), 0), rows.new_empty(0, N), 1.0)
-        _multiply(rows, weight.t(), bias, nothing, y[block])
+    (y,), _ = forward_all(x, [Layer(Dense(weight, bias), None)])
     return y
+
+
+def forward_all(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """(y, s) of each layer, s None without a branch; a block of x is read for all."""
+    (M, K), dtype = x.shape, _compute_dtype(x)
+    pairs = [None if branch is None else _adapters(x, branch) for _, branch in layers]
+    ys = [x.new_empty(M, base.weight.shape[0]) for base, _ in layers]
+    kept = [None if pair is None else x.new_empty(M, pair[0].shape[0]) for pair in pairs]
+    for block in blocks(M, _step(x, K, max(y.shape[1] for y in ys))):
+        rows = x[block].to(dtype)
+        for (base, branch), pair, y, s in zip(layers, pairs, ys, kept, strict=True):
+            if branch is None or pair is None or s is None:
+                term = _Product(rows.new_empty(len(rows), 0), rows.new_empty(0, y.shape[1]), 1.0)
+            else:
+                a, b = pair
+                _shrink(rows, block, a, branch, s[block])
+                term = _Product(s[block].to(dtype), b.t(), split(branch.scaling, x.dtype)[1])
+            _multiply(rows, base.weight.t(), base.bias, term, y[block])
+    return ys, kept
 
 
 def add_product(out: Tensor, rows: Tensor, matrix: Tensor) -> None:
@@ -129,36 +135,90 @@ def backward(
     base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB), None where not needed; without a weight dx is the branch's alone."""
-    (M, N), (r, K) = dy.shape, branch.lora_a.shape
+    M, K = len(dy), branch.lora_a.shape[1]
     weight = base.weight if isinstance(base, Dense) else None
-    a, b = _adapters(dy, branch)
-    p = branch.dropout_p
-    scale = keep_scale(p) if p else 1.0
-    _, high = split(branch.scaling, dy.dtype)
     dx = dy.new_empty(M, K) if need.x else None
-    d_a = d_b = None
-    for block in blocks(M, _step(dy, K, N)):
-        rows = dy[block].to(a.dtype)
-        if need.b:
-            d_b = _summed(d_b, s[block].t(), rows, high)
-        if not need.x and not need.a:
-            continue
-        # ds is rounded to the compute dtype, as any other backend stores it.
-        ds = _scaled(rows, b, branch.scaling).to(dy.dtype).to(a.dtype)
-        keep = _mask(branch, block.start, len(rows), K) if p else None
+    sums = _Sums(dy, branch, Wanted(need.a, need.b))
+    for block in blocks(M, _step(dy, K, dy.shape[1])):
+        rows, of_x = dy[block].to(sums.a.dtype), x[block] if need.a else None
+        term = sums.add((rows, of_x, s[block] if need.b else None), block, need.x)
+        if dx is not None and term is not None:
+            _multiply(rows, weight, None, term, dx[block])
+    return dx, *sums.gradients()
+
+
+def backward_all(rows: Rows, layers: Sequence[Layer], asked: Asked) -> tuple[Tensor | None, Pairs]:
+    """(dx, (dA, dB) of each layer), all dys given. A block of x is read for all, and a block of dx
+    summed over all layers before it is rounded."""
+    like, K = rows.first, layers[0].base.weight.shape[1]
+    M, dtype, precise = len(like), _compute_dtype(like), _sum_dtype(like.dtype)
+    dx = like.new_empty(M, K) if asked.x else None
+    sums = [
+        None if branch is None else _Sums(like, branch, wanted)
+        for (_, branch), wanted in zip(layers, asked.of, strict=True)
+    ]
+    for block in blocks(M, _step(like, K, max(dy.shape[1] for dy in rows.given))):
+        total = None
         if dx is not None:
-            _multiply(rows, weight, None, _Product(ds, a, scale, keep), dx[block])
-        if need.a:
-            dropped = x[block] if keep is None else keep.drop(x[block])
-            d_a = _summed(d_a, ds.t(), dropped, scale)
-    if M == 0:  # no term
-        d_a = dy.new_zeros(r, K) if need.a else None
-        d_b = dy.new_zeros(r, N) if need.b else None
-    return (
-        dx,
-        None if d_a is None else d_a.to(branch.lora_a.dtype),
-        None if d_b is None else d_b.t().to(branch.lora_b.dtype).contiguous(),
-    )
+            out = dx[block]
+            whole = out.dtype == precise
+            total = out.zero_() if whole else torch.zeros_like(out, dtype=precise)
+        of_x = None if rows.x is None else rows.x[block]
+        for dy, s, (base, _), own in zip(rows.given, rows.kept, layers, sums, strict=True):
+            some, term = dy[block].to(dtype), None
+            if own is not None:
+                term = own.add((some, of_x, None if s is None else s[block]), block, asked.x)
+            if total is not None:
+                _accumulate(total, some, base.weight, term, like.dtype)
+        if total is not None and not whole:
+            out.copy_(total)
+    return dx, [(None, None) if own is None else own.gradients() for own in sums]
+
+
+class _Sums:
+    """What a branch gets in a backward, block after block."""
+
+    def __init__(self, dy: Tensor, branch: Branch, wanted: Wanted) -> None:
+        self._branch, self._wanted, self._dtype = branch, wanted, dy.dtype
+        self.a, self._b = _adapters(dy, branch)
+        self._d_a: Tensor | None = None
+        self._d_b: Tensor | None = None
+
+    def add(
+        self, of: tuple[Tensor, Tensor | None, Tensor | None], block: slice, need_x: bool
+    ) -> "_Product | None":
+        """Adds a block's share, of = (dy as products are formed, x, s), and returns what it gives
+        dx, None where neither that nor dA is wanted."""
+        (rows, x, s), branch = of, self._branch
+        if self._wanted.b:
+            assert s is not None
+            _, high = split(branch.scaling, self._dtype)
+            self._d_b = _summed(self._d_b, s.t(), rows, high)
+        if not need_x and not self._wanted.a:
+            return None
+        # ds is rounded to the compute dtype, as any other backend stores it.
+        ds = _scaled(rows, self._b, branch.scaling).to(self._dtype).to(rows.dtype)
+        p, keep = branch.dropout_p, None
+        if p:
+            keep = _mask(branch, block.start, len(rows), self.a.shape[1])
+        scale = keep_scale(p) if p else 1.0
+        if self._wanted.a:
+            assert x is not None
+            self._d_a = _summed(self._d_a, ds.t(), x if keep is None else keep.drop(x), scale)
+        return _Product(ds, self.a, scale, keep)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """(dA, dB), None where not wanted."""
+        (r, K), N = self.a.shape, self._b.shape[0]
+        d_a, d_b = self._d_a, self._d_b
+        if self._wanted.a and d_a is None:  # no term
+            d_a = self.a.new_zeros(r, K)
+        if self._wanted.b and d_b is None:
+            d_b = self.a.new_zeros(r, N)
+        return (
+            None if d_a is None else d_a.to(self._branch.lora_a.dtype),
+            None if d_b is None else d_b.t().to(self._branch.lora_b.dtype).contiguous(),
+        )
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -195,6 +255,19 @@ def _mixes(rows: Tensor) -> bool:
     if not rows.is_cuda or torch.version.hip is not None:
         return False
     return rows.dtype in (torch.bfloat16, torch.float16)
+
+
+def forms_sums(rows: Tensor) -> bool:
+    """Whether `precise_product` of these rows makes no copy of them."""
+    return rows.dtype == _sum_dtype(rows.dtype) or _mixes(rows)
+
+
+def precise_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows @ matrix in the dtype of sums."""
+    precise = _sum_dtype(rows.dtype)
+    if _mixes(rows):
+        return torch.mm(rows, matrix, out_dtype=precise)
+    return torch.mm(rows.to(precise), matrix.to(precise))
 
 
 def _summed(total: Tensor | None, left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -255,11 +328,29 @@ def _multiply(
         if keep is None:
             total.addmm_(low, lora[:, columns], alpha=scale)
         else:
-            precise = _sum_dtype(out.dtype)
-            if _mixes(low):
-                term = torch.mm(low, lora[:, columns], out_dtype=precise)
-            else:
-                term = torch.mm(low.to(precise), lora[:, columns].to(precise))
-            keep.add_kept(total, term, scale, columns)
+            keep.add_kept(total, precise_product(low, lora[:, columns]), scale, columns)
         if wide:
             out[:, columns] = total
+
+
+def _accumulate(
+    total: Tensor, rows: Tensor, weight: Tensor, term: _Product | None, dtype: torch.dtype
+) -> None:
+    """total, in the dtype of sums, += rows @ weight + the term; the weight rounded to dtype. Where
+    a CPU multiplies 16 bits its product alone is rounded."""
+    width, wide = total.shape[1], rows.dtype != dtype
+    for columns in blocks(width, _step(rows, rows.shape[1]) if wide else width):
+        part, strip = total[:, columns], weight[:, columns].to(dtype).to(rows.dtype)
+        if rows.dtype == total.dtype:
+            part.addmm_(rows, strip)
+        elif _mixes(rows):
+            part += torch.mm(rows, strip, out_dtype=total.dtype)
+        else:
+            part += torch.mm(rows, strip)
+        if term is None:
+            continue
+        product = precise_product(term.low, term.lora[:, columns])
+        if term.keep is None:
+            part.add_(product, alpha=term.scale)
+        else:
+            term.keep.add_kept(part, product, term.scale, columns)

@@ -1,13 +1,13 @@
 """Several layers on the same rows: x is read once for all shrinks and once for all dA, and dx is
 one sum.
 
-Where the branches go together (a device on which ATen's products or the CPU kernels compute, no
-dropout, which gives every layer rows of its own, one scaling) their lora_a are one matrix of all
-ranks; elsewhere the layers are computed one after the other by the backend of each. Results are
-those of separate layers up to the order of sums.
+Their lora_a are one matrix of all ranks. With dropout, which gives every layer rows of its own, and
+where 16-bit products are formed in fp32, a block of rows is read for one layer after the other
+while a cache holds it. What a GPU's own kernels serve, and few rows on the CPU, is computed layer
+by layer. Results are those of separate layers up to the order of sums, masks to the bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,54 +17,11 @@ from torch.nn.functional import linear
 from lora_kernels.backends import blocked, native, reference, serving
 from lora_kernels.backends.cuda import packed as launches
 from lora_kernels.backends.scaling import split
-from lora_kernels.branch import Branch, Dense, Need
+from lora_kernels.branch import Asked, Branch, Dense, Layer, Need, Pairs, Rows
 
-
-class Layer(NamedTuple):
-    """A frozen layer, with a branch or without."""
-
-    base: Dense
-    branch: Branch | None
-
-
-class Wanted(NamedTuple):
-    """Which gradients of a layer's branch are asked for."""
-
-    a: bool
-    b: bool
-
-
-class Asked(NamedTuple):
-    """Which gradients are asked for, of each layer and x."""
-
-    of: Sequence[Wanted]
-    x: bool
-
-
-class Rows(NamedTuple):
-    """What has the rows of a backward: dy of each layer, None where nothing comes back through it;
-    x, read for dA; s of each, read for dB."""
-
-    dys: Sequence[Tensor | None]
-    x: Tensor | None
-    kept: Sequence[Tensor | None]
-
-    def only(self, indices: Sequence[int]) -> "Rows":
-        """Those of some layers."""
-        return Rows([self.dys[i] for i in indices], self.x, [self.kept[i] for i in indices])
-
-    @property
-    def first(self) -> Tensor:
-        """The first dy; all are there."""
-        (dy, *_) = self.given
-        return dy
-
-    @property
-    def given(self) -> list[Tensor]:
-        return [dy for dy in self.dys if dy is not None]
-
-
-Pairs = list[tuple[Tensor | None, Tensor | None]]
+# Of rows that are read, or written, for one layer after the other: what a last cache holds, and so
+# many that every thread has some.
+_BLOCK_BYTES = 32 << 20
 
 
 def forward(
@@ -74,18 +31,20 @@ def forward(
     together = _together(x, layers)
     if together is None:
         return _one_by_one(x, layers, saves)
-    low, high = split(together.scaling, x.dtype)
-    shrunk = together.shrink(x, low)
-    parts = together.parts(shrunk)
+    if together.by_blocks:
+        ys, kept = blocked.forward_all(x, layers)
+        return ys, [s if save else None for s, save in zip(kept, saves, strict=True)]
+    shrunk = together.shrink(x)
+    parts = iter(together.parts(shrunk))
+    highs = [1.0 if b is None else split(b.scaling, x.dtype)[1] for _, b in layers]
     if together.one_launch:
         bs = [None if layer.branch is None else layer.branch.lora_b for layer in layers]
-        ys = launches.forward(x, shrunk, [layer.base for layer in layers], bs, high)
+        ys = launches.forward(x, shrunk, [layer.base for layer in layers], bs, highs)
         of_each = [None if b is None else next(parts) for b in bs]
         return ys, [s if save else None for s, save in zip(of_each, saves, strict=True)]
     ys = []
-    kept: list[Tensor | None] = []
-    for layer, save in zip(layers, saves, strict=True):
-        base, branch = layer
+    kept = []
+    for (base, branch), high, save in zip(layers, highs, saves, strict=True):
         if branch is None:
             ys.append(_frozen(x, base))
             kept.append(None)
@@ -114,6 +73,8 @@ def backward(rows: Rows, layers: Sequence[Layer], asked: Asked) -> tuple[Tensor 
     together = _together(some.first, here)
     if together is None:
         dx, pairs = _backward_one_by_one(some, here, asked)
+    elif together.by_blocks:
+        dx, pairs = blocked.backward_all(some, here, asked)
     else:
         dx, pairs = _backward_together(together, some, here, asked)
     for i, pair in zip(active, pairs, strict=True):
@@ -122,23 +83,99 @@ def backward(rows: Rows, layers: Sequence[Layer], asked: Asked) -> tuple[Tensor 
 
 
 class _Together(NamedTuple):
-    """The branches of layers as one, whose rank is the sum of theirs."""
+    """How branches go together: by the CPU kernels; by one launch of all outputs, and of dx, on a
+    GPU; by ATen's calls, whole or in blocks of rows."""
 
-    lora_a: Tensor
-    ranks: list[int]
-    scaling: float
-    native: bool
-    # Of all outputs, and of dx, on a GPU.
-    one_launch: bool
+    branches: list[Branch]
+    native: bool = False
+    one_launch: bool = False
+    by_blocks: bool = False
 
-    def shrink(self, x: Tensor, scale: float) -> Tensor:
-        if self.native:
-            return native.shrink(x, self.lora_a, scale)
-        return reference.scaled_product(x, self.lora_a.to(x.dtype).t(), scale)
+    @property
+    def ranks(self) -> list[int]:
+        return [b.lora_a.shape[0] for b in self.branches]
 
-    def parts(self, matrix: Tensor, dim: int = 1) -> Iterator[Tensor]:
+    @property
+    def lora_a(self) -> Tensor:
+        """Of all ranks; made here."""
+        return torch.cat([b.lora_a for b in self.branches])
+
+    @property
+    def dropped(self) -> bool:
+        return any(b.dropout_p for b in self.branches)
+
+    def parts(self, matrix: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
         """What of a matrix of all ranks is each branch's."""
-        return iter(matrix.split(self.ranks, dim))
+        parts: tuple[Tensor, ...] = matrix.split(self.ranks, dim)
+        return parts
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """s [M, all ranks]."""
+        lows = [split(b.scaling, x.dtype)[0] for b in self.branches]
+        alike = len(set(lows)) == 1
+        if self.dropped or not (alike or blocked.forms_sums(x)):
+            return self._shrink_in_blocks(x, lows)
+        if alike and self.native:
+            return native.shrink(x, self.lora_a, lows[0])
+        lora_a = self.lora_a.to(x.dtype).t()
+        if alike:
+            return reference.scaled_product(x, lora_a, lows[0])
+        shrunk = (
+            native.shrink(x, self.lora_a, 1.0)
+            if self.native
+            else blocked.precise_product(x, lora_a)
+        )
+        for part, low in zip(self.parts(shrunk), lows, strict=True):
+            part.mul_(low)
+        return shrunk.to(x.dtype)
+
+    def _shrink_in_blocks(self, x: Tensor, lows: Sequence[float]) -> Tensor:
+        s = x.new_empty(len(x), sum(self.ranks))
+        for block in _blocks(x):
+            for branch, low, part in zip(self.branches, lows, self.parts(s), strict=True):
+                if self.native:
+                    drop = native.dropped(branch).after(block.start)
+                    native.shrink(x[block], branch.lora_a, low, drop, out=part[block])
+                else:
+                    a = branch.lora_a.to(x.dtype).t()
+                    part[block] = reference.scaled_product(x[block], a, low)
+        return s
+
+    def expand(self, ds: Tensor) -> Tensor:
+        """What ds [M, all ranks] gives dx [M,K]."""
+        if not self.native:
+            return torch.mm(ds, self.lora_a.to(ds.dtype))
+        dx = ds.new_empty(len(ds), self.branches[0].lora_a.shape[1])
+        if not self.dropped:
+            native.expand(ds, self.lora_a, dx)
+            return dx
+        for block in _blocks(dx):
+            for i, (branch, part) in enumerate(zip(self.branches, self.parts(ds), strict=True)):
+                drop = native.dropped(branch).after(block.start)
+                native.expand(part[block], branch.lora_a, dx[block], drop=drop, accumulate=i > 0)
+        return dx
+
+    def outer(self, x: Tensor, ds: Tensor) -> list[Tensor]:
+        """dA of each branch."""
+        if not self.native:
+            return [*self.parts(torch.mm(ds.t(), x).to(self.branches[0].lora_a.dtype), 0)]
+        if not self.dropped:
+            d_a = torch.empty_like(self.lora_a)
+            native.outer(x, ds, d_a)
+            return [*self.parts(d_a, 0)]
+        sums = [torch.zeros_like(b.lora_a, dtype=torch.float32) for b in self.branches]
+        for block in _blocks(x):
+            for branch, part, total in zip(self.branches, self.parts(ds), sums, strict=True):
+                share = torch.empty_like(total)
+                drop = native.dropped(branch).after(block.start)
+                native.outer(x[block], part[block], share, drop)
+                total += share
+        return [d_a.to(b.lora_a.dtype) for b, d_a in zip(self.branches, sums, strict=True)]
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Of rows that are read or written for several layers."""
+    return blocked.blocks(len(rows), max(1, _BLOCK_BYTES // (rows.shape[1] * rows.itemsize)))
 
 
 def _together(rows: Tensor, layers: Sequence[Layer]) -> _Together | None:
@@ -146,21 +183,23 @@ def _together(rows: Tensor, layers: Sequence[Layer]) -> _Together | None:
     branches = [layer.branch for layer in layers if layer.branch is not None]
     if len(branches) < 2 or rows.numel() == 0:
         return None
-    first = branches[0]
-    if any(b.dropout_p or b.scaling != first.scaling for b in branches):
+    if any(b.lora_a.dtype != branches[0].lora_a.dtype for b in branches):
         return None
-    if any(b.lora_a.dtype != first.lora_a.dtype for b in branches):
+    dropped = any(b.dropout_p for b in branches)
+    # The kernels of one launch take no masks: dx would have one for each of their layers' terms.
+    if not dropped and launches.serves(rows, [layer.base for layer in layers]):
+        return _Together(branches, one_launch=True)
+    backends = [serving(layer.base, rows, layer.branch) for layer in layers if layer.branch]
+    if any(backend not in (reference, native) for backend in backends):
         return None
-    one_launch, by_kernels = launches.serves(rows, [layer.base for layer in layers]), False
-    if not one_launch:
-        backends = {serving(layer.base, rows, layer.branch) for layer in layers if layer.branch}
-        by_kernels = backends == {native}
-        if not backends <= {reference, native} or blocked.is_wide(rows):
-            return None
-        if by_kernels and not all(native.has_many_rows(layer.base, rows) for layer in layers):
-            return None
-    lora_a, ranks = torch.cat([b.lora_a for b in branches]), [len(b.lora_a) for b in branches]
-    return _Together(lora_a, ranks, first.scaling, by_kernels, one_launch)
+    some: Callable[[Iterator[bool]], bool] = any if dropped else all
+    if some(backend is native for backend in backends):
+        many = all(native.has_many_rows(layer.base, rows) for layer in layers)
+        return _Together(branches, native=True) if many else None
+    wide = blocked.is_wide(rows)
+    if wide and not blocked.is_wide(rows, forward=True):
+        return None
+    return _Together(branches, by_blocks=dropped or wide)
 
 
 def _frozen(x: Tensor, base: Dense) -> Tensor:
@@ -208,44 +247,40 @@ def _backward_one_by_one(
 def _backward_together(
     together: _Together, rows: Rows, layers: Sequence[Layer], asked: Asked
 ) -> tuple[Tensor | None, Pairs]:
-    like, scaling = rows.first, together.scaling
+    like = rows.first
     ds = like.new_empty(len(like), sum(together.ranks))
-    parts, high = together.parts(ds), split(scaling, like.dtype)[1]
+    parts = iter(together.parts(ds))
     d_bs: list[Tensor | None] = []
     for dy, s, (_, branch), (_, b) in zip(rows.given, rows.kept, layers, asked.of, strict=True):
         if branch is None:
             d_bs.append(None)
             continue
-        part, lora_b = next(parts), branch.lora_b
+        part, lora_b, scaling = next(parts), branch.lora_b, branch.scaling
+        high = split(scaling, like.dtype)[1]
         d_b = torch.empty_like(lora_b) if b and s is not None else None
         if together.native:
             gradient = None if s is None or d_b is None else (s, d_b.t(), high)
-            native.shrink(dy, lora_b.t(), scaling, gradient, out=part)
+            native.shrink(dy, lora_b.t(), scaling, gradient=gradient, out=part)
         else:
             part.copy_(reference.scaled_product(dy, lora_b.to(dy.dtype), scaling))
             if d_b is not None and s is not None:
                 d_b.copy_(reference.scaled_product(dy.t(), s, high))
         d_bs.append(d_b)
-    dx = d_as = None
+    dx = None
     if asked.x and together.one_launch:
-        dx = launches.dx(rows.given, [layer.base for layer in layers], ds, together.lora_a)
+        bases = [layer.base for layer in layers]
+        dx = launches.dx(rows.given, bases, ds, together.lora_a)
     elif asked.x:
-        if together.native:
-            dx = like.new_empty(len(like), together.lora_a.shape[1])
-            native.expand(ds, together.lora_a, dx)
-        else:
-            dx = torch.mm(ds, together.lora_a.to(like.dtype))
-        for dy, (base, _) in zip(rows.given, layers, strict=True):
-            dx.addmm_(dy, base.weight.to(dy.dtype))
+        dx = together.expand(ds)
+        weights = [layer.base.weight for layer in layers]
+        # The widest last: in 16 bits a small sum's rounding is small.
+        for dy, weight in sorted(zip(rows.given, weights, strict=True), key=lambda of: len(of[1])):
+            dx.addmm_(dy, weight.to(dy.dtype))
+    d_as = None
     if rows.x is not None and any(a for a, _ in asked.of):
-        if together.native:
-            d_as = torch.empty_like(together.lora_a)
-            native.outer(rows.x, ds, d_as)
-        else:
-            d_as = torch.mm(ds.t(), rows.x).to(together.lora_a.dtype)
-    of_a = iter(()) if d_as is None else together.parts(d_as, 0)
+        d_as = iter(together.outer(rows.x, ds))
     pairs: Pairs = []
     for (_, branch), (a, _), d_b in zip(layers, asked.of, d_bs, strict=True):
-        d_a = None if branch is None or d_as is None else next(of_a)
+        d_a = None if branch is None or d_as is None else next(d_as)
         pairs.append((d_a if a else None, d_b))
     return dx, pairs

@@ -28,15 +28,17 @@ def leaves_of(M, K, layers, dtype, adapter_dtype=None, bias=True):
     return draw(1.0, M, K).requires_grad_(), found
 
 
-def results(x, layers, dys, scaling, kernels):
+def results(x, layers, dys, scalings, kernels):
+    """ys and gradients; scalings of the layers, of more than there may be."""
     if kernels:
-        ys = project(x, [Projection(w, a, b, bias, scaling) for w, a, b, bias in layers])
+        given = zip(layers, scalings, strict=False)
+        ys = project(x, [Projection(*layer, scaling) for layer, scaling in given])
     else:
         ys = [F.linear(x, w, bias) for w, _, _, bias in layers]
         for i, (_, a, b, _) in enumerate(layers):
             if a is not None:
                 branch = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
-                ys[i] = ys[i] + scaling * branch
+                ys[i] = ys[i] + scalings[i] * branch
     leaves = [x, *(t for _, a, b, _ in layers for t in (a, b) if t is not None)]
     return [*ys, *torch.autograd.grad(ys, leaves, dys)]
 
@@ -71,30 +73,34 @@ def launched():
     ("dtype", "adapter_dtype"),
     [(torch.float32, None), (torch.float16, None), (torch.float16, torch.float32)],
 )
-def test_values_and_gradients(M, K, layers, dtype, adapter_dtype, launched):
+@pytest.mark.parametrize("scalings", [(2.0,) * 4, (0.5, -48.0, 1.0, 3.0)])
+def test_values_and_gradients(M, K, layers, dtype, adapter_dtype, scalings, launched):
     x, given = leaves_of(M, K, layers, dtype, adapter_dtype, bias=K % 2 == 0)
     dys = [torch.randn(M, N).to(dtype) for N, _ in layers]
-    ours = results(x, given, dys, 2.0, kernels=True)
+    ours = results(x, given, dys, scalings, kernels=True)
     assert [name for name in launched if "packed" in name] == ["packed_kernel", "packed_dx_kernel"]
     wide = lambda t: None if t is None else t.detach().double().requires_grad_(t.requires_grad)  # noqa: E731
     exact = results(
-        wide(x), [list(map(wide, one)) for one in given], [dy.double() for dy in dys], 2.0, False
+        wide(x),
+        [list(map(wide, one)) for one in given],
+        [dy.double() for dy in dys],
+        scalings,
+        False,
     )
-    theirs = results(x, given, dys, 2.0, kernels=False)
+    theirs = results(x, given, dys, scalings, kernels=False)
     for mine, other, true in zip(ours, theirs, exact, strict=True):
         assert mine.dtype == other.dtype
         assert error(mine, true) <= 2 * error(other, true) + torch.finfo(dtype).eps
 
 
 def test_what_it_does_not_serve_is_computed_layer_by_layer(launched):
-    """Dropout, scalings that differ, weights whose rows do not lie one after the other, and more
-    layers than one sum takes."""
+    """Dropout, weights whose rows do not lie one after the other, and more layers than one sum
+    takes."""
     x, given = leaves_of(9, 32, [(24, 4), (24, 4)], torch.float32)
     dys = [torch.randn(9, 24)] * 2
     turned = [[w.t().contiguous().t(), *others] for w, *others in given]
-    theirs = results(x, given, dys, 2.0, kernels=False)
-    ours = results(x, turned, dys, 2.0, kernels=True)
-    project(x, [Projection(*one, scaling) for one, scaling in zip(given, (1.0, 2.0), strict=True)])
+    theirs = results(x, given, dys, (2.0, 2.0), kernels=False)
+    ours = results(x, turned, dys, (2.0, 2.0), kernels=True)
     project(x, [Projection(*one, 2.0, 0.5, 7) for one in given])
     project(x, [Projection(*given[0], 2.0)] * 5)
     assert launched

@@ -6,30 +6,44 @@ import threading
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import Projection, lora_linear, lora_linear_packed
 from lora_kernels.backends import blocked, native, packed, use_backend
+from lora_kernels.backends.dropout import keep_mask, keep_scale
+from lora_kernels.branch import Asked, Dense, Layer, Rows, Wanted
+from lora_kernels.packed import prepared, project
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 300  # more than are few anywhere, with the factor of small weights
+K = 40
+# Of the layers, the third of which has no branch.
+ALIKE, OWN = (2.0,) * 4, (2.0, -0.5, 1.0, 48.0)
+NO_DROPOUT, OWN_PS = (0.0,) * 4, (0.3, 0.0, 0.0, 0.6)
 
 
-@pytest.fixture(params=["native", "reference", "few"])
-def M(request):
-    """How many rows, and who computes."""
+@pytest.fixture(params=["native", "reference", "wide", "few"])
+def M(request, monkeypatch):
+    """How many rows, and who computes; rows, and columns where they are widened, in many blocks."""
+    monkeypatch.setattr(packed, "_BLOCK_BYTES", 4 * K * 130)
+    monkeypatch.setattr(blocked, "_CPU_BLOCK_BYTES", 4 * 48 * 20)
+    if request.param == "wide":
+        monkeypatch.setattr(blocked, "_multiplies", lambda dtype: dtype == torch.float32)
     if request.param == "reference":
         with use_backend("reference"):
             yield ROWS
     else:
-        yield 2000 if request.param == "native" else 3
+        yield {"native": 2000, "wide": ROWS, "few": 3}[request.param]
 
 
 class Problem:
     """Layers of one x: unequal widths, ranks, a bias, one without a branch."""
 
-    def __init__(self, M, dtype, low=None, widths=(48, 33, 48, 17), scalings=(2.0,) * 4):
-        K, rng = 40, torch.Generator().manual_seed(7)
-        self.scalings, low = scalings, low or dtype
+    widths = 48, 33, 48, 17
+
+    def __init__(self, M, dtype, low=None, scalings=ALIKE, ps=NO_DROPOUT):
+        rng, widths = torch.Generator().manual_seed(7), self.widths
+        self.scalings, self.ps, low = scalings, ps, low or dtype
 
         def leaf(std, dtype, *shape, trains=True):
             values = torch.randn(*shape, generator=rng, dtype=torch.float64) * std
@@ -54,34 +68,35 @@ class Problem:
     def gradients(self, ys):
         return [*(y.detach() for y in ys), *torch.autograd.grad(ys, self.leaves, self.dys)]
 
-    def together(self, p=0.0):
-        return self.gradients(
-            lora_linear_packed(
-                self.x, self.weights, self.a, self.b, self.biases, scalings=self.scalings,
-                dropout_p=p, seeds=self.seeds,
+    @property
+    def projections(self):
+        return [
+            Projection(*of)
+            for of in zip(
+                self.weights, self.a, self.b, self.biases, self.scalings, self.ps, self.seeds,
+                strict=True,
             )
-        )  # fmt: skip
+        ]  # fmt: skip
 
-    def each(self, p=0.0):
-        parts = zip(
-            self.weights, self.a, self.b, self.biases, self.scalings, self.seeds, strict=True
-        )
-        return self.gradients([
-            F.linear(self.x, w, bias) if a is None
-            else lora_linear(self.x, w, a, b, bias, scaling=scaling, dropout_p=p, seed=seed)
-            for w, a, b, bias, scaling, seed in parts
-        ])  # fmt: skip
+    def together(self):
+        return self.gradients(project(self.x, self.projections))
+
+    def each(self):
+        return self.gradients([one(self.x) for one in self.projections])
 
     def exact(self):
         x = self.x.detach().double().requires_grad_()
         a, b = ([t if t is None else t.detach().double().requires_grad_() for t in ts]
                 for ts in (self.a, self.b))  # fmt: skip
         ys = []
-        for w, one, other, bias, scaling in zip(
-            self.weights, a, b, self.biases, self.scalings, strict=True
-        ):
-            y = F.linear(x, w.double(), None if bias is None else bias.double())
-            ys.append(y if one is None else y + scaling * F.linear(F.linear(x, one), other))
+        for i, (w, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            ys.append(F.linear(x, w.double(), None if bias is None else bias.double()))
+            if a[i] is not None:
+                p, kept = self.ps[i], x
+                if p:
+                    mask = keep_mask(torch.tensor(self.seeds[i]), 0, *x.shape, p)
+                    kept = x * mask * keep_scale(p)
+                ys[i] = ys[i] + self.scalings[i] * F.linear(F.linear(kept, a[i]), b[i])
         leaves = [x, *(t for t in (*a, *b) if t is not None)]
         found = torch.autograd.grad(ys, leaves, [dy.double() for dy in self.dys])
         return [*(y.detach() for y in ys), *found]
@@ -93,8 +108,11 @@ def error(found, exact):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("low", ["same", "fp32"])
-def test_as_near_to_fp64_as_separate_layers(M, dtype, low):
-    problem = Problem(M, dtype, torch.float32 if low == "fp32" else dtype)
+@pytest.mark.parametrize(
+    ("scalings", "ps"), [(ALIKE, NO_DROPOUT), (OWN, NO_DROPOUT), (OWN, OWN_PS)]
+)
+def test_as_near_to_fp64_as_separate_layers(M, dtype, low, scalings, ps):
+    problem = Problem(M, dtype, torch.float32 if low == "fp32" else dtype, scalings, ps)
     ratios = []
     for ours, theirs, exact in zip(
         problem.together(), problem.each(), problem.exact(), strict=True
@@ -112,20 +130,64 @@ def test_as_near_to_fp64_as_separate_layers(M, dtype, low):
         assert math.exp(sum(map(math.log, ratios)) / len(ratios)) <= 1.02
 
 
-def test_bf16_gradient_of_x_is_rounded_less_often():
+@pytest.mark.parametrize("ps", [NO_DROPOUT, OWN_PS])
+def test_bf16_gradient_of_x_is_rounded_less_often(ps):
     """One sum of all layers, not a rounded sum of rounded ones."""
-    problem = Problem(2000, torch.bfloat16)
-    if blocked.is_wide(problem.x):
-        pytest.skip("this CPU forms bf16 products in fp32, layer by layer")
+    problem = Problem(2000, torch.bfloat16, ps=ps)
     together, each, exact = problem.together()[4], problem.each()[4], problem.exact()[4]
     assert error(together, exact) < 0.95 * error(each, exact)
 
 
-@pytest.mark.parametrize("scalings", [(2.0,) * 4, (2.0, -0.5, 1.0, 3.0)])
+@pytest.mark.parametrize("ps", [NO_DROPOUT, OWN_PS])
+def test_gradient_of_x_is_rounded_once_where_products_are_formed_in_fp32(monkeypatch, ps):
+    monkeypatch.setattr(blocked, "_multiplies", lambda dtype: dtype == torch.float32)
+    problem = Problem(ROWS, torch.bfloat16, ps=ps)
+    together, exact = problem.together()[4], problem.exact()[4]
+    # What else is lost is ds, rounded to bf16.
+    assert error(together, exact) < 1.2 * error(exact.bfloat16(), exact)
+
+
+def test_masks_are_those_of_separate_layers(M):
+    """Of x, which y shows, and of its gradient, 0 where every layer drops and nowhere else."""
+    problem = Problem(M, torch.float32, ps=(0.5, 0.5, 0.0, 0.4))
+    layers = (0, 1, 3)
+    for w in problem.weights:
+        w.zero_()
+    for i in layers:
+        problem.a[i].detach().fill_(1.0)
+        problem.b[i].detach().abs_()
+    problem.x.detach().copy_(2.0 ** (torch.arange(K) % 20))  # any sum of them is exact
+    kept = {i: keep_mask(torch.tensor(problem.seeds[i]), 0, M, K, problem.ps[i]) for i in layers}
+    ys = project(problem.x, problem.projections)
+    for i, mask in kept.items():
+        s = 2.0 * keep_scale(problem.ps[i]) * (problem.x * mask).sum(1, dtype=torch.float64)
+        y = s[:, None] * problem.b[i].double().sum(1)
+        if problem.biases[i] is not None:
+            y += problem.biases[i].double()
+        torch.testing.assert_close(ys[i].double(), y, rtol=1e-6, atol=1e-3)
+    (dx,) = torch.autograd.grad(ys, problem.x, [dy.abs() for dy in problem.dys])
+    assert torch.equal(dx != 0, torch.stack([*kept.values()]).any(0))
+
+
+@pytest.mark.skipif(not native.extension.available(), reason=native.extension.status())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ps", [OWN_PS, (0.3, 0.1, 0.0, 0.6)])
+def test_dropout_leaves_the_bits_of_separate_layers(monkeypatch, dtype, ps):
+    """Of outputs and of dB, whatever the blocks."""
+    monkeypatch.setattr(packed, "_BLOCK_BYTES", 4 * K * 130)
+    monkeypatch.setattr(blocked, "_multiplies", lambda _: True)
+    problem = Problem(2000, dtype, scalings=OWN, ps=ps)
+    with use_backend("native"):
+        together, each = problem.together(), problem.each()
+    for i in (*range(4), -3, -2, -1):
+        assert torch.equal(together[i], each[i])
+
+
+@pytest.mark.parametrize("scalings", [ALIKE, OWN])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_masks_scalings_and_parts_of_the_gradients(M, p, scalings):
-    problem = Problem(M, torch.float32, scalings=scalings)
-    for ours, theirs in zip(problem.together(p), problem.each(p), strict=True):
+    problem = Problem(M, torch.float32, scalings=scalings, ps=(p,) * 4)
+    for ours, theirs in zip(problem.together(), problem.each(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     frozen = [problem.x, problem.a[0], problem.b[1]]
     for leaf in frozen:
@@ -140,29 +202,88 @@ def test_masks_scalings_and_parts_of_the_gradients(M, p, scalings):
     assert problem.a[1].grad.any()
 
 
-def test_one_node_and_x_kept_once():
-    problem, kept = Problem(2000, torch.float32), []
+@pytest.mark.parametrize("ps", [NO_DROPOUT, OWN_PS])
+def test_one_node_and_x_kept_once(ps):
+    problem, kept = Problem(2000, torch.float32, scalings=OWN, ps=ps), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
-        ys = lora_linear_packed(problem.x, problem.weights, problem.a, problem.b)
+        ys = project(problem.x, problem.projections)
     assert len({y.grad_fn for y in ys}) == 1
     assert sum(t is problem.x or t.shape == problem.x.shape for t in kept) == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("scalings", "ps"), [(ALIKE, NO_DROPOUT), (OWN, NO_DROPOUT), (OWN, OWN_PS)]
+)
+def test_layers_go_together(M, dtype, scalings, ps, monkeypatch):
+    """All but the few rows that a call of each takes."""
+    apart = []
+    for name in ("_one_by_one", "_backward_one_by_one"):
+        own = getattr(packed, name)
+        monkeypatch.setattr(packed, name, lambda *a, own=own: apart.append(own) or own(*a))
+    Problem(M, dtype, scalings=scalings, ps=ps).together()
+    assert len(apart) == (2 if M == 3 and native.extension.available() else 0)
+
+
 @pytest.mark.skipif(not native.extension.available(), reason=native.extension.status())
-def test_branches_go_together_where_they_can(monkeypatch):
+@pytest.mark.parametrize(("ps", "blocks"), [(NO_DROPOUT, 1), (OWN_PS, 4)])
+def test_x_is_read_once_for_all_branches(monkeypatch, ps, blocks):
+    """Forward and for all dA; with dropout a block of it for one layer after the other."""
+    monkeypatch.setattr(packed, "_BLOCK_BYTES", 4 * K * 500)
     reads = []
-    monkeypatch.setattr(packed, "_one_by_one", lambda *_: reads.append("each"))
-    problem = Problem(2000, torch.float32)
+    for name in ("shrink", "outer"):
+        own = getattr(native, name)
+        monkeypatch.setattr(
+            native, name, lambda *a, own=own, **k: reads.append(a[0]) or own(*a, **k)
+        )
+    problem = Problem(2000, torch.float32, scalings=OWN, ps=ps)
     problem.together()
-    assert not reads
-    calls = []
-    shrink = native.shrink
-    monkeypatch.setattr(native, "shrink", lambda *a, **k: calls.append(a[0]) or shrink(*a, **k))
-    outer = native.outer
-    monkeypatch.setattr(native, "outer", lambda *a: calls.append(a[0]) or outer(*a))
-    problem.together()
-    reads_of_x = sum(rows.shape == problem.x.shape for rows in calls)
-    assert reads_of_x == 2  # once forward, once for all dA
+    of_x = [rows.storage_offset() // K for rows in reads if rows.shape[1] == K]
+    layers = 3 if any(ps) else 1
+    rows = [i * 2000 // blocks for i in range(blocks) for _ in range(layers)]
+    assert of_x == 2 * rows
+
+
+class _Largest(TorchDispatchMode):
+    """The memory that calls ask for, in bytes, from a size on."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.found = least, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for t in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() >= self.least:
+                self.found[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("scalings", "ps"), [(OWN, NO_DROPOUT), (OWN, OWN_PS)])
+def test_no_copy_of_x(M, dtype, scalings, ps):
+    """Nor of a gradient beside the one that is returned, beyond blocks of rows."""
+    problem = Problem(M, dtype, scalings=scalings, ps=ps)
+    if M == 3:
+        pytest.skip("a row block is all")
+    layers, x = [prepared(problem.x, one) for one in problem.projections], problem.x.detach()
+    dys = [dy[:, :8].contiguous() for dy in problem.dys]
+    narrow = [
+        Layer(
+            Dense(base.weight[:8]),
+            None
+            if b is None
+            else b._replace(lora_a=b.lora_a.detach(), lora_b=b.lora_b[:8].detach()),
+        )
+        for base, b in layers
+    ]
+    with _Largest(x.nbytes) as largest:
+        _, kept = packed.forward(x, narrow, [True] * 4)
+    assert set(largest.found) <= {x.data_ptr()}
+    wanted = [Wanted(b is not None, b is not None) for _, b in narrow]
+    with _Largest(x.nbytes) as largest:
+        dx, _ = packed.backward(Rows(dys, x, kept), narrow, Asked(wanted, True))
+    assert set(largest.found) <= {x.data_ptr(), dx.data_ptr()}
 
 
 def test_leading_dimensions_autocast_and_watchers():

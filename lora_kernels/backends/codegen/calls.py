@@ -139,7 +139,8 @@ def _packed(case: Case) -> None:
     (x, _), ranks = _rows(case), r * case.groups
     s, lora_a = _tensor(case, M, ranks), _tensor(case, ranks, K)
     bs: list[Tensor | None] = [_tensor(case, n, r) for n in widths]
-    packed.forward(x, s, bases, bs, split(case.scaling, case.dtype)[1])
+    highs = [split(case.scaling, case.dtype)[1]] * case.groups
+    packed.forward(x, s, bases, bs, highs)
     packed.dx([_tensor(case, M, n) for n in widths], bases, s, lora_a)
 
 

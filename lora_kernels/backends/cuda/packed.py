@@ -27,9 +27,14 @@ def serves(rows: Tensor, bases: Sequence[Dense]) -> bool:
 
 
 def forward(
-    x: Tensor, s: Tensor, bases: Sequence[Dense], lora_bs: Sequence[Tensor | None], high: float
+    x: Tensor,
+    s: Tensor,
+    bases: Sequence[Dense],
+    lora_bs: Sequence[Tensor | None],
+    highs: Sequence[float],
 ) -> list[Tensor]:
-    """y of each layer; s [M, all ranks] of those that have a branch, in their order."""
+    """y of each layer, of what s B^T is multiplied by; s [M, all ranks] of those that have a
+    branch, in their order."""
     from lora_kernels.backends.triton.packed import Layer, packed_forward
 
     layers = [
@@ -38,11 +43,12 @@ def forward(
             None if b is None else _laid(b.to(x.dtype)),
             base.bias,
             x.new_empty(len(x), base.weight.shape[0]),
+            high,
         )
-        for base, b in zip(bases, lora_bs, strict=True)
+        for base, b, high in zip(bases, lora_bs, highs, strict=True)
     ]
     with needs.device_of(x):
-        packed_forward(x, s, layers, high)
+        packed_forward(x, s, layers)
     return [layer.y for layer in layers]
 
 

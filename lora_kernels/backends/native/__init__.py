@@ -84,7 +84,7 @@ def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
     return None if best_isa() > 0 else "no vector instructions"
 
 
-class _Dropped(NamedTuple):
+class Dropped(NamedTuple):
     """The dropout mask over rows, of a branch."""
 
     p: float
@@ -94,12 +94,19 @@ class _Dropped(NamedTuple):
     def scale(self) -> float:
         return keep_scale(self.p) if self.p else 1.0
 
+    def after(self, rows: int) -> "Dropped":
+        """The mask of what follows so many rows."""
+        if self.seed is None or rows == 0:
+            return self
+        value, row, column = [*self.seed.reshape(-1).tolist(), 0, 0][:3]
+        return Dropped(self.p, self.seed.new_tensor([value, row + rows, column]))
 
-_WHOLE = _Dropped(0.0, None)
+
+_WHOLE = Dropped(0.0, None)
 
 
-def _shrink(
-    rows: Tensor, matrix: Tensor, scale: float, drop: _Dropped = _WHOLE,
+def shrink(
+    rows: Tensor, matrix: Tensor, scale: float, drop: Dropped = _WHOLE,
     gradient: tuple[Tensor, Tensor, float] | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """scale * drop(rows) @ matrix^T, into `out` if that is given; of gradient = (low, to, factor),
@@ -113,7 +120,7 @@ def _read(
     rows: Tensor,
     matrix: Tensor | None,
     scale: float,
-    drop: _Dropped,
+    drop: Dropped,
     gradient: tuple[Tensor, Tensor, float] | None,
     shrunk: Tensor | None,
 ) -> None:
@@ -124,9 +131,9 @@ def _read(
     )  # fmt: skip
 
 
-def _expand(
+def expand(
     low: Tensor, matrix: Tensor, out: Tensor, scale: float = 1.0, bias: Tensor | None = None,
-    drop: _Dropped = _WHOLE, accumulate: bool = False,
+    drop: Dropped = _WHOLE, accumulate: bool = False,
 ) -> None:  # fmt: skip
     """out = scale * drop'(low @ matrix) + bias, added to what is there if `accumulate`."""
     _ops._expand_cpu(
@@ -135,35 +142,14 @@ def _expand(
     )  # fmt: skip
 
 
-# What of them others put together, without dropout.
+def outer(rows: Tensor, low: Tensor, out: Tensor, drop: Dropped = _WHOLE) -> None:
+    """out = low^T @ drop(rows)."""
+    _read(rows, None, 1.0, drop, (low, out, 1.0), None)
 
 
 def has_many_rows(base: Base, rows: Tensor) -> bool:
     """Whether a call that is not left to ATen is made of the low-rank half and torch's product."""
     return not _are_few(base, rows) and not _are_few(base, rows, backward=True)
-
-
-def shrink(
-    rows: Tensor,
-    matrix: Tensor,
-    scale: float,
-    gradient: tuple[Tensor, Tensor, float] | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """scale * rows @ matrix^T, as `_shrink` of rows that are all kept."""
-    return _shrink(rows, matrix, scale, _WHOLE, gradient, out)
-
-
-def expand(
-    low: Tensor, matrix: Tensor, out: Tensor, scale: float = 1.0, bias: Tensor | None = None
-) -> None:
-    """out = scale * low @ matrix + bias."""
-    _expand(low, matrix, out, scale, bias)
-
-
-def outer(rows: Tensor, low: Tensor, out: Tensor) -> None:
-    """out = low^T @ rows."""
-    _read(rows, None, 1.0, _WHOLE, (low, out, 1.0), None)
 
 
 def drops(rows: Tensor) -> bool:
@@ -185,8 +171,8 @@ def _to_fill(base: Base, rows: Tensor, columns: int) -> Tensor:
     return rows.new_empty(rows.shape[0], columns) if into is None else into
 
 
-def _dropped(branch: Branch) -> _Dropped:
-    return _Dropped(branch.dropout_p, branch.seed) if branch.dropout_p else _WHOLE
+def dropped(branch: Branch) -> Dropped:
+    return Dropped(branch.dropout_p, branch.seed) if branch.dropout_p else _WHOLE
 
 
 def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor, Tensor | None]:
@@ -196,16 +182,16 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
         return reference.forward(base, x, branch, save_s)
     low, high = split(branch.scaling, x.dtype)
     if isinstance(base, Dense):
-        s = _shrink(x, branch.lora_a, low, _dropped(branch))
+        s = shrink(x, branch.lora_a, low, dropped(branch))
         y = _to_fill(base, x, base.weight.shape[0])
         bias = None if base.bias is None else base.bias.to(x.dtype)
-        _expand(s, branch.lora_b.t(), y, high, bias)
+        expand(s, branch.lora_b.t(), y, high, bias)
         y.addmm_(x, base.weight.t().to(x.dtype))
     else:
         assert base.out is not None  # of a forward
         y = base.out.clone(memory_format=torch.contiguous_format)
-        s = _shrink(x, branch.lora_a, low, _dropped(branch))
-        _expand(s, branch.lora_b.t(), y, high, accumulate=True)
+        s = shrink(x, branch.lora_a, low, dropped(branch))
+        expand(s, branch.lora_b.t(), y, high, accumulate=True)
     return y, s if save_s else None
 
 
@@ -225,12 +211,12 @@ def _readable(branch: Branch) -> Branch:
 
 def add_(base_out: Tensor, x: Tensor, branch: Branch) -> Tensor:
     low, high = split(branch.scaling, x.dtype)
-    s = _shrink(x, branch.lora_a, low, _dropped(branch))
+    s = shrink(x, branch.lora_a, low, dropped(branch))
     if base_out.stride(1) == 1 and base_out.data_ptr() % base_out.element_size() == 0:
-        _expand(s, branch.lora_b.t(), base_out, high, accumulate=True)
+        expand(s, branch.lora_b.t(), base_out, high, accumulate=True)
     else:
         y = base_out.clone(memory_format=torch.contiguous_format)
-        _expand(s, branch.lora_b.t(), y, high, accumulate=True)
+        expand(s, branch.lora_b.t(), y, high, accumulate=True)
         base_out.copy_(y)
     return s
 
@@ -257,20 +243,20 @@ def _low_rank_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dy, x, s = rows
     (N, r), K = branch.lora_b.shape, branch.lora_a.shape[1]
-    drop = _dropped(branch)
+    drop = dropped(branch)
     dx = None
     d_a = branch.lora_a.new_empty(r, K) if need.a else None
     d_b = branch.lora_b.new_empty(N, r) if need.b else None
     of_b = None if d_b is None or s is None else (s, d_b.t(), split(branch.scaling, dy.dtype)[1])
     if need.x or need.a:
-        ds = _shrink(dy, branch.lora_b.t(), branch.scaling, gradient=of_b)
+        ds = shrink(dy, branch.lora_b.t(), branch.scaling, gradient=of_b)
     elif need.b:
         _read(dy, None, 1.0, _WHOLE, of_b, None)
     if need.x:
         dx = _to_fill(base, dy, K)
-        _expand(ds, branch.lora_a, dx, drop=drop)
+        expand(ds, branch.lora_a, dx, drop=drop)
         if isinstance(base, Dense):
             dx.addmm_(dy, base.weight.to(dy.dtype))
     if d_a is not None and x is not None:
-        _read(x, None, 1.0, drop, (ds, d_a, 1.0), None)
+        outer(x, ds, d_a, drop)
     return dx, d_a, d_b

@@ -8,6 +8,7 @@ address that has to be loaded first would cost the loop its overlap.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,18 +33,20 @@ from lora_kernels.backends.triton.blocks import (
 )
 from lora_kernels.backends.triton.launch import fp32_precision, launch
 
-_WORDS: tl.constexpr = tl.constexpr(8)
+_WORDS: tl.constexpr = tl.constexpr(9)
 # Layers whose gradients one launch sums.
 MOST = 4
 
 
 class Layer(NamedTuple):
-    """weight [N,K] and lora_b [N,r] contiguous, as is y [M,N]; lora_b None for no branch."""
+    """weight [N,K] and lora_b [N,r] contiguous, as is y [M,N]; lora_b None for no branch, whose
+    product is multiplied by high."""
 
     weight: Tensor
     lora_b: Tensor | None
     bias: Tensor | None
     y: Tensor
+    high: float
 
 
 @triton.jit
@@ -66,11 +69,11 @@ def columns_of(table, layer, ALIGNED: tl.constexpr):
 def packed_kernel(
     x, low, table, M, K, width, layers, stride_xm, stride_xk,
     LAYERS: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, HIGH: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of columns of all layers, tile of rows). A row of the table is a layer's:
-    weight, lora_b, bias, y, N, r, its first column of low, how many tiles end with its last."""
+    weight, lora_b, bias, y, N, r, its first column of low, how many tiles end with its last, high
+    as the bits of an fp32."""
     tile, row = tl.program_id(0), tl.program_id(1) * BM
     lane = tl.arange(0, LAYERS)
     ends = tl.load(table + lane * _WORDS + 7, mask=lane < layers, other=2147483647)
@@ -82,24 +85,25 @@ def packed_kernel(
     first = tl.load(table + layer * _WORDS + 6)
     weight, lora_b = word_of(table, layer, 0, x), word_of(table, layer, 1, x)
     bias, y = word_of(table, layer, 2, x), word_of(table, layer, 3, x)
+    high = tl.load(table + layer * _WORDS + 8).to(tl.int32).to(tl.float32, bitcast=True)
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
+    # First, so that what it is multiplied by reaches nothing else.
+    acc = high * add_low_rank(
+        tl.zeros((BM, BN), tl.float32),
+        Term(
+            Matrix(low + first, width, 1, M, r),
+            Matrix(lora_b, 1, r, r, N),
+            Mask(x, 0, 1.0, 0),
+            Ranks(R, RANKS, 1.0, PRECISION),
+        ),
+        0,
+        Place(row, col, BM, BN),
+    )
     for i in range(loop_steps(K, BK)):
         ks = i * BK + tl.arange(0, BK)
         x_tile = load_tile(Matrix(x, stride_xm, stride_xk, M, K), rows, ks)
         weight_tile = load_tile(Matrix(weight, 1, K, K, N), ks, cols)
         acc = multiply_add(x_tile, weight_tile, acc, PRECISION)
-    acc = add_low_rank(
-        acc,
-        Term(
-            Matrix(low + first, width, 1, M, r),
-            Matrix(lora_b, 1, r, r, N),
-            Mask(x, 0, 1.0, 0),
-            Ranks(R, RANKS, HIGH, PRECISION),
-        ),
-        0,
-        Place(row, col, BM, BN),
-    )
     has_bias = tl.load(table + layer * _WORDS + 2) != 0
     acc += tl.load(bias + cols, mask=(cols < N) & has_bias, other=0.0).to(tl.float32)[None, :]
     store_tile(Matrix(y, N, 1, M, N), acc, rows, cols)
@@ -180,22 +184,28 @@ def _table(words: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor(words, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def packed_forward(x: Tensor, low: Tensor, layers: Sequence[Layer], high: float) -> None:
+def _bits(value: float) -> int:
+    """Of an fp32."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", value))
+    return int(bits)
+
+
+def packed_forward(x: Tensor, low: Tensor, layers: Sequence[Layer]) -> None:
     """y = x W^T + high * s B^T + bias of each layer, whose s are columns of low [M, all ranks]."""
     (M, K), columns = x.shape, sum(layer.weight.shape[0] for layer in layers)
     aligned = all(map(tiles.vectorises, (x, *(layer.weight for layer in layers))))
     sizes = _sizes(x, columns, aligned)
     words, first, tiles_before, most = [], 0, 0, 1
-    for weight, lora_b, bias, y in layers:
+    for weight, lora_b, bias, y, high in layers:
         N, r = weight.shape[0], 0 if lora_b is None else lora_b.shape[1]
         tiles_before += tiles.cdiv(N, sizes["BN"])
         pointers = [0 if each is None else each.data_ptr() for each in (weight, lora_b, bias, y)]
-        words.append([*pointers, N, r, first, tiles_before])
+        words.append([*pointers, N, r, first, tiles_before, _bits(high)])
         first, most = first + r, max(most, r)
     R = _ranks(x, most)
     meta: dict[str, Any] = {
         "LAYERS": tiles.next_power_of_2(len(layers)), "R": R, "RANKS": tiles.cdiv(most, R),
-        "HIGH": high, "PRECISION": fp32_precision(), **sizes,
+        "PRECISION": fp32_precision(), **sizes,
         "ALIGNED": all(len(layer.weight) % 16 == 0 for layer in layers),
     }  # fmt: skip
     launch(

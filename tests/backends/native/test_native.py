@@ -46,8 +46,8 @@ def test_calls_that_torch_wins_are_handed_back(monkeypatch):
     served = []
     monkeypatch.setattr(blocked, "_multiplies", lambda dtype: True)
     monkeypatch.setattr(native, "best_isa", lambda: 1)
-    monkeypatch.setattr(native, "_shrink", lambda *a, **k: served.append(True) or a[0][:, :1])
-    monkeypatch.setattr(native, "_expand", lambda *a, **k: None)
+    monkeypatch.setattr(native, "shrink", lambda *a, **k: served.append(True) or a[0][:, :1])
+    monkeypatch.setattr(native, "expand", lambda *a, **k: None)
     monkeypatch.setattr(native, "are_few", lambda *a: False)
     for rows, rank, dtype, p, expected in (
         (128, 2, torch.float32, 0.0, True),
