@@ -32,33 +32,42 @@ from lora_kernels.tuning import search
 
 for name in plans.PLANS.keys() - {"aten", "decode_coded"}:
     del plans.PLANS[name]
-true, runs = plans.PLANS["decode_coded"].coded, 0
+true, runs = plans.PLANS["decode_coded"], {kind: 0 for kind in KINDS}
 
 def timed(candidates, *_):  # the interpreter is slow
     return [[0.5 if candidate.plan == "decode_coded" else 1.0] for candidate in candidates]
 
-def faulty(base, x, branch, save_s, tiles):
-    global runs
-    runs += 1
-    y, s = true.run(base, x, branch, save_s, tiles)
-    if KIND == "wrong":
-        y *= 1.01
-    elif KIND == "unwritten":
-        y = y.new_empty(y.shape) if runs == 1 else y
-    elif KIND == "beyond" and runs == 1:
-        y.as_strided((1,), (1,), y.storage_offset() + y.numel())[0] = 1
-    elif KIND == "random":
-        y[0, 0] += runs % 2 * 1e-3
-    elif KIND == "die":
-        os._exit(77)
-    return y, s
+def of_kind(kind):
+    def faulty(base, x, branch, save_s, tiles):
+        runs[kind] += 1
+        y, s = true.coded.run(base, x, branch, save_s, tiles)
+        if kind == "wrong":
+            y *= 1.01
+        elif kind == "unwritten":
+            y = y.new_empty(y.shape) if runs[kind] == 1 else y
+        elif kind == "beyond" and runs[kind] == 1:
+            y.as_strided((1,), (1,), y.storage_offset() + y.numel())[0] = 1
+        elif kind == "random":
+            y[0, 0] += runs[kind] % 2 * 1e-3
+        elif kind == "die":
+            os._exit(77)
+        return y, s
+    return faulty
 
 search.timed = timed
-if KIND is not None:
-    plans.PLANS["decode_coded"] = replace(
-        plans.PLANS["decode_coded"], coded=replace(true, run=faulty, dropout=False)
-    )
+if KINDS:
+    del plans.PLANS["decode_coded"]
+for kind in KINDS:
+    coded = replace(true.coded, run=of_kind(kind), dropout=False)
+    plans.register(replace(true, name=kind, coded=coded))
 """
+FAULTY = {
+    "wrong": "WrongResult: wrong: y has error",
+    "unwritten": "WrongResult: unwritten: y has error nan",
+    "beyond": "WrongResult: beyond: wrote past the memory of an output or part [16, 32]",
+    "random": "WrongResult: random: other bits in run 2",
+    "die": "the process died",
+}
 OPTIONS = ("--weight", "nf4", "--no-backward")
 
 
@@ -71,7 +80,7 @@ def buckets_of(table: dict) -> dict[tuple, str]:
 
 def test_what_tune_made_serves_a_second_process(tmp_path):
     """Of the kind of weight that was proven, at the rows that the launch is for."""
-    (tmp_path / "standin.py").write_text(f"KIND = None\n{PLUGIN}")
+    (tmp_path / "standin.py").write_text(f"KINDS = ()\n{PLUGIN}")
     path = tmp_path / "tuned.json"
     said = tune(path, *OPTIONS, plugins=tmp_path)
     table = tables.read_table(path)
@@ -107,29 +116,27 @@ def test_what_tune_made_serves_a_second_process(tmp_path):
     assert found == ["decode_coded", "decode_coded", "None", "None", "None"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [
-        ("wrong", "WrongResult: decode_coded: y has error"),
-        ("unwritten", "WrongResult: decode_coded: y has error nan"),
-        (
-            "beyond",
-            "WrongResult: decode_coded: wrote past the memory of an output or part [16, 32]",
-        ),
-        ("random", "WrongResult: decode_coded: other bits in run 2"),
-        ("die", "the process died"),
-    ],
-)
-def test_a_faulty_kernel_ends_in_strips(tmp_path, kind, why):
-    (tmp_path / "standin.py").write_text(f"KIND = {kind!r}\n{PLUGIN}")
-    path = tmp_path / "tuned.json"
-    tune(path, *OPTIONS, plugins=tmp_path)
-    table = tables.read_table(path)
-    assert set(buckets_of(table).values()) == {"aten"}
-    assert {entry["plan"] for entry in table["proven"]} == {"aten"}
-    (failed,) = table["failed"]
-    assert why in failed["why"]
+@pytest.fixture(scope="module")
+def of_faulty_kernels(tmp_path_factory):
+    """The table of all of them at once."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "standin.py").write_text(f"KINDS = {tuple(FAULTY)!r}\n{PLUGIN}")
+    path = folder / "tuned.json"
+    tune(path, *OPTIONS, plugins=folder)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_faulty_kernel_is_struck_out(of_faulty_kernels, kind):
+    (failed,) = [entry for entry in of_faulty_kernels["failed"] if entry["plan"] == kind]
+    assert FAULTY[kind] in failed["why"]
     assert failed["call"] == entry_of(CALL)
+
+
+def test_among_faulty_kernels_all_ends_in_strips(of_faulty_kernels):
+    assert set(buckets_of(of_faulty_kernels).values()) == {"aten"}
+    assert {entry["plan"] for entry in of_faulty_kernels["proven"]} == {"aten"}
+    assert len(of_faulty_kernels["failed"]) == len(FAULTY)
 
 
 # ------------------------------------------------------------------------------------ what is asked

@@ -61,13 +61,13 @@ def test_a_kind_is_proven_once(commands, caplog):
     ((arguments, env, timeout),) = commands
     assert arguments[:3] == ["-m", "lora_kernels", "tune"]
     assert " ".join(arguments[3:]) == (
-        "--quick --no-progress --minutes 1.0 --rows 32 --shapes 48,32,8 --dtype fp32"
-        " --weight dense"
+        "--quick --no-progress --minutes 1.0 --rows 32 --shapes 48,32,8 --dtype fp32 --weight dense"
     )
     assert env["CUDA_VISIBLE_DEVICES"] == "0"
     assert 60 < timeout <= 120
     (said,) = caplog.messages
-    assert "proving and timing the fused kernels for x [32,32] in float32, dense weight [48,32], rank 8" in said
+    what = "x [32,32] in float32, dense weight [48,32], rank 8"
+    assert f"proving and timing the fused kernels for {what}" in said
     # Of the same kind, or chosen before.
     for more in ({"M": 17}, {"M": 32}, {"M": 24}, {"dropout": True}, {"op": "backward"}):
         plan_of(CALL._replace(**more))

@@ -1,8 +1,8 @@
 """LORA_KERNELS_TUNE=auto: a kind of call that no table knows is proven and timed before its first.
 
 A kind is a weight's shape and kind, a rank, a dtype, and rows up to a power of two; forward and
-backward, with dropout and without, are proven together, with each plan's analytic tiles. What has been chosen
-stays: no bits change in the middle of a run.
+backward, with dropout and without, are proven together, with each plan's analytic tiles. What has
+been chosen stays: no bits change in the middle of a run.
 """
 
 import logging
