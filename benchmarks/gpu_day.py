@@ -64,6 +64,9 @@ def gpu_tests() -> list[str]:
 
 _LONG = "tests/backends/triton/test_gpu_triton.py"  # a process for each of its tests
 _TESTS = ("pytest", "hypothesis")
+# Reads and writes of the kernels that no compiler of ours lays out.
+HAND_WRITTEN = "tests/backends/cuda/test_gpu_decode.py"
+SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1")
 
 
 def parts(file: str) -> list[str]:
@@ -117,6 +120,7 @@ def steps(out: Path, gpu: bool) -> list[Step]:
     build = [python, "setup.py", "build_ext", "--inplace"]
     ecosystem = "tests/backends/cuda/test_gpu_ecosystem.py"
     forced = [python, "-m", "pytest", "-q", "-m", "gpu", ecosystem]
+    checked = [*SANITIZER, python, "-m", "pytest", "-q", "-m", "gpu", HAND_WRITTEN]
     return [
         *([Step({"build": build}, 0.15, once=True, environment=_BUILD)] if lacks_kernels() else []),
         Step(tests, 0.35, once=True, needs=_TESTS),
@@ -140,6 +144,11 @@ def steps(out: Path, gpu: bool) -> list[Step]:
         Step({"grouped": groups}, 0.84, needs=("peft", "transformers")),
         Step({"model": model}, 0.9, needs=("peft", "transformers")),
         Step({"report": report}, 0.93, needs=("matplotlib",)),
+        *(
+            [Step({"sanitizer": checked}, 0.96, once=True, needs=_TESTS)]
+            if gpu and shutil.which(SANITIZER[0])
+            else []
+        ),
         Step({"ecosystem, with the table": forced}, 1.0, once=True, needs=(*_TESTS, "peft")),
     ]
 

@@ -69,6 +69,7 @@ def test_the_day_of_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_day.subprocess, "Popen", Child)
     monkeypatch.setattr(gpu_day, "has_gpu", lambda: True)
     monkeypatch.setattr(gpu_day, "lacks_kernels", lambda: True)
+    monkeypatch.setattr(gpu_day.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu_day.Step, "lacks", lambda self: "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "A Card")
     monkeypatch.setattr(tables, "TUNED", tmp_path / "package")
@@ -78,8 +79,10 @@ def test_the_day_of_a_gpu(tmp_path, monkeypatch, capsys):
     said = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
     rest = [name for name in said if not name.startswith("test ")]
     assert rest == ["build", "ecosystem, forced", "tune bf16", "tune fp16", "tune fp32", "layer",
-                    "grouped", "model", "report", "ecosystem, with the table"]  # fmt: skip
+                    "grouped", "model", "report", "sanitizer", "ecosystem, with the table"]  # fmt: skip
     assert (tmp_path / "package" / "a_card.json").read_text() == "{}"
+    (checked,) = [command for command, _ in ran if command[0] == "compute-sanitizer"]
+    assert (gpu_day.ROOT / checked[-1]).exists()
     ecosystem = [env.get("LORA_KERNELS_BACKEND") for command, env in ran
                  if command[-1].endswith("test_gpu_ecosystem.py")]  # fmt: skip
     assert ecosystem[-2:] == ["cuda", None]
