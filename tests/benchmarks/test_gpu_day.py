@@ -78,8 +78,10 @@ def test_the_day_of_a_gpu(tmp_path, monkeypatch, capsys):
     assert gpu_day.main(["--out", str(tmp_path / "day")]) == 0
     said = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
     rest = [name for name in said if not name.startswith("test ")]
-    assert rest == ["build", "ecosystem, forced", "tune bf16", "tune fp16", "tune fp32", "layer",
-                    "grouped", "model", "report", "sanitizer", "ecosystem, with the table"]  # fmt: skip
+    assert rest == [
+        "build", "ecosystem, forced", "tune bf16", "tune fp16", "tune fp32", "layer", "grouped",
+        "model", "report", "sanitizer", "ecosystem, with the table",
+    ]  # fmt: skip
     assert (tmp_path / "package" / "a_card.json").read_text() == "{}"
     (checked,) = [command for command, _ in ran if command[0] == "compute-sanitizer"]
     assert (gpu_day.ROOT / checked[-1]).exists()
