@@ -90,7 +90,7 @@ def steps(out: Path, gpu: bool) -> list[Step]:
         "tune": ("--jobs", str(os.cpu_count())), "layer": (), "model": (),
         "grouped": ("--device", "cuda"),
     } if gpu else {
-        "tune": ("--rows", "16", "--shapes", "32,32,8", "--rounds", "1", "2"),
+        "tune": ("--quick", "--rows", "16", "--shapes", "32,32,8", "--rounds", "1", "2"),
         "layer": ("--scale", "64", "--seconds", "0.02", "--dtypes", "fp32"),
         "model": ("--size", "smoke", "--seconds", "0.1", "--new-tokens", "2"),
         "grouped": ("--rows", "16", "--tenants", "4", "--experts", "4", "--seconds", "0.02",
