@@ -82,16 +82,20 @@ def operators(model: nn.Module, ids: Tensor) -> tuple[int, int]:
 
 
 def measure(
-    few: dict[str, nn.Module], many: dict[str, nn.Module], ids: Tensor, seconds: float
+    few: dict[str, nn.Module],
+    many: dict[str, nn.Module],
+    ids: Tensor,
+    seconds: float,
+    least: int,
 ) -> list[dict[str, object]]:
-    """A row for each peer: medians over rounds in which all take turns."""
+    """A row for each peer: medians over rounds, at least `least`, in which all take turns."""
     apart = MANY - FEW
     times: dict[str, list[list[float]]] = {name: [[], []] for name in few}
     for _ in range(5):  # packs and compiled graphs settle
         for model in (*few.values(), *many.values()):
             seconds_of(model, ids)
     begin, rounds = time.monotonic(), 0
-    while rounds < 10 or time.monotonic() - begin < seconds:
+    while rounds < least or time.monotonic() - begin < seconds:
         for name in few:
             pair = zip(seconds_of(few[name], ids), seconds_of(many[name], ids), strict=True)
             for of_pass, (short, long) in zip(times[name], pair, strict=True):
@@ -115,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--rounds", type=int, default=10, help="at least so many")
     parser.add_argument("--compiled", action="store_true", help="PEFT under torch.compile too")
     args = parser.parse_args(arguments)
     logging.set_verbosity_error()
@@ -125,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if results.done({"table": "host"}):
         return
     few, many = (models_of(layers, device, args.compiled) for layers in (FEW, MANY))
-    rows = measure(few, many, ids_of(device), args.seconds)
+    rows = measure(few, many, ids_of(device), args.seconds, args.rounds)
     results.add(rows)
     for row in rows:
         shown = "  ".join(

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from benchmarks import dora, grouped, peers, plots, quantized, shapes
+from benchmarks import dora, grouped, host, peers, plots, quantized, shapes
 from benchmarks.peers import ADDMM, FROZEN, OURS, PEERS, UNFUSED
 from lora_kernels.testing import Case
 from lora_kernels.tuning.machine import machine_line
@@ -258,8 +258,26 @@ def model_table(document: Document) -> list[str]:
     ]
 
 
+def host_table(document: Document) -> list[str]:
+    lines = [
+        [row["peer"], *(f"{row[f'{what}_{unit}']:.0f}" for what in host.PASSES
+                        for unit in ("us", "calls"))]
+        for row in document.of("host")
+    ]  # fmt: skip
+    if not lines:
+        return []
+    heads = [f"{what}, {unit}" for what in host.PASSES for unit in ("µs", "operators")]
+    return [
+        "What a Transformer layer costs the host: a Llama of width 64 with 16 tokens, in which next"
+        " to nothing is computed. A layer is the difference of many and few (`host.py`).",
+        "",
+        *markdown(["model", *heads], lines),
+    ]
+
+
 _TABLES = (
     cpu_table, headline_table, rows_table, lorafusion_table, slow_table, decode_table, model_table,
+    host_table,
 )  # fmt: skip
 
 

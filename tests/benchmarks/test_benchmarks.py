@@ -457,6 +457,25 @@ def test_model_benchmark(tmp_path, capsys):
     assert len(json.loads(out.read_text())["rows"]) == len(rows)
 
 
+def test_host_benchmark_and_report(tmp_path, monkeypatch):
+    host = pytest.importorskip("benchmarks.host")
+    monkeypatch.setattr(host, "FEW", 1)
+    monkeypatch.setattr(host, "MANY", 2)
+    host.main(["--seconds", "0", "--rounds", "1", "--out", str(tmp_path / "host-cpu.json")])
+    rows = {
+        row["peer"]: row for row in json.loads((tmp_path / "host-cpu.json").read_text())["rows"]
+    }
+    assert list(rows) == [FROZEN, PEFT, OURS, peers.BLOCKS]
+    for what in host.PASSES:
+        calls = [row[f"{what}_calls"] for row in rows.values()]
+        assert calls[0] == min(calls)
+        assert calls[2] < calls[1]
+    page = tmp_path / "report.md"
+    report.main(["--results", str(tmp_path), "--page", str(page)])
+    (line,) = [one for one in page.read_text().splitlines() if one.startswith(f"| {OURS} |")]
+    assert line.split(" | ")[2] == f"{rows[OURS]['forward_calls']:.0f}"
+
+
 def test_model_gate_sees_a_wrong_adapter():
     model = pytest.importorskip("benchmarks.model")
     base = model.base_model("smoke", torch.float32, CPU)
