@@ -46,6 +46,8 @@ class Child:
                 config=self._config, data=json.loads(line)
             )
             if report.nodeid == item.nodeid:
+                if isinstance(report.longrepr, list):  # where a test was skipped, as JSON has it
+                    report.longrepr = tuple(report.longrepr)
                 yield report
                 if report.when == "teardown":
                     return
