@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels import names, targets
+from lora_kernels import names, packed, targets
 from lora_kernels.backends.gating import ACTIVATIONS
 from lora_kernels.bases import is_convolution
 from lora_kernels.mlp import lora_swiglu_mlp
@@ -306,8 +306,11 @@ class _FusedMlp(nn.Module):
         return super().forward(*args, **kwargs)
 
     def _as_one(self, x: Tensor) -> Tensor | None:
-        """None where the layers are better called one by one, or are more than projections now."""
+        """None where the layers are better called one by one, as few rows are, or are more than
+        projections now."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_any_global_hook():
+            return None
+        if not packed.packs_rows(x):
             return None
         block: _Mlp = self.__dict__[_BLOCK]
         layers: dict[str, Any] = self._modules

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import names
+from lora_kernels import names, packed
 from lora_kernels._dispatch import in_backward, saved_tensors_have_hooks
-from lora_kernels.packed import Projection, packs_rows, project
+from lora_kernels.packed import Projection, project
 
 _MOST_MISSES = 3
 
@@ -87,7 +87,7 @@ class Pack:
             self._watch(layer, x)
             if not self._settled:
                 return None
-        if layer is not self._layers[0] or not packs_rows(x):
+        if layer is not self._layers[0] or not packed.packs_rows(x):
             return None
         if held is not None and self._held.pop(thread, None) is not None:
             self._misses += 1  # outputs that nobody took

@@ -53,7 +53,6 @@ from lora_kernels import (
     lora_state_dict,
     merge_lora,
     merged_state_dict,
-    packs,
     remove_lora,
     save_adapter,
     set_adapter,
@@ -121,7 +120,7 @@ def check_fsdp_with_blocks():
         fully_shard(block)
     fully_shard(model)
     ids = torch.arange(24).reshape(2, 12) % 32
-    with mock.patch.object(packs, "packs_rows", return_value=True):
+    with mock.patch("lora_kernels.packed.packs_rows", return_value=True):
         assert len(fuse_blocks(model).mlps) == 2
         for checkpointed in (False, True):
             if checkpointed:

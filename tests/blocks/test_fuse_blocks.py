@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
-from lora_kernels import packs
+from lora_kernels import backends, packs
 from lora_kernels.integrations import peft as peft_layers
 
 peft = pytest.importorskip("peft")
@@ -22,8 +22,8 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(autouse=True)
 def packed(monkeypatch):
-    """Toys have few rows, which packs leave to one call of each layer."""
-    monkeypatch.setattr(packs, "packs_rows", lambda x: True)
+    """Toys have few rows, which are left to one call of each layer."""
+    monkeypatch.setattr("lora_kernels.packed.packs_rows", lambda x: True)
     monkeypatch.setattr(peft_layers, "_SMALL", -1)
 
 
@@ -110,6 +110,17 @@ def test_an_mlp(one, dropout):
     lk.unfuse_blocks(model)
     assert type(model[0]) is Mlp
     assert all(torch.equal(a, b) for a, b in zip(step(model, rows()), right, strict=True))
+
+
+@pytest.mark.skipif(backends.few_rows() is None, reason="no CPU kernels of few rows")
+def test_few_rows_are_left_to_a_call_of_each_layer(monkeypatch):
+    monkeypatch.undo()  # what the other tests do about it
+    model = adapted(Mlp())
+    right = step(model, rows())
+    lk.fuse_blocks(model)
+    assert all(torch.equal(a, b) for a, b in zip(step(model, rows()), right, strict=True))
+    assert "_MlpBackward" not in nodes(model(rows()))
+    assert "_MlpBackward" in nodes(model(rows(1000)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
