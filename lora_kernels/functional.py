@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import _checks, _dispatch, columns, direct, quantized
+from lora_kernels import _checks, _dispatch, columns, direct, quantized, scaled
 from lora_kernels import _ops as _ops  # it defines what is called
 from lora_kernels._contract import DTYPES
-from lora_kernels.branch import Branch
+from lora_kernels.branch import Branch, Dense
 from lora_kernels.norms import weight_norms
 from lora_kernels.weights import QuantizedTensor, QuantizedWeight
 
@@ -161,6 +161,10 @@ def scaled_linear(
     """`lora_linear` with a magnitude, of which the factor [N] is known: magnitude over norm."""
     scaling, p, seed = values
     if not p:
+        if isinstance(weight, Tensor):
+            y = scaled.linear(x, Dense(weight, bias), pair, scaling, factor)
+            if y is not None:
+                return y
         z = lora_linear(x, weight, *pair, scaling=scaling, dropout_p=p, seed=seed)
         return columns.scale_columns(z, factor, bias)
     _, p, mask = check_values(1.0, p, seed, x.device)

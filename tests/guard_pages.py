@@ -28,13 +28,13 @@ import triton.language as tl
 from interpreted import AMPERE, HOPPER, Case, Problem, serves
 from torch import Tensor
 
-from lora_kernels.backends.cuda import many
+from lora_kernels.backends.cuda import many, scaled
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.cuda.plans import PLANS
 from lora_kernels.backends.device import assume
 from lora_kernels.backends.triton import columns, decoding, dropout, gating, masking, packed
 from lora_kernels.backends.triton.launch import intercept, launch
-from lora_kernels.branch import Branches, Experts
+from lora_kernels.branch import Branch, Branches, Dense, Experts
 from lora_kernels.weights import quantize
 
 F16, F32 = torch.float16, torch.float32
@@ -251,6 +251,19 @@ def of_columns_and_gates() -> int:
     return checker.launches
 
 
+def of_scaled(target: object, case: Case) -> int:
+    """DoRA's layer, backward with y and without."""
+    problem, checker, factor = Problem(case), Checker(), torch.randn(case.N)
+    factor[::3] = 0
+    branch = Branch(problem.a, problem.b, 1.5, 0.0, None)
+    with assume(target), intercept(checker):
+        y, s = scaled.forward(problem.base, problem.x, branch, factor)
+        for known in (y, None):
+            rows = problem.dy, problem.x, s, known
+            scaled.backward(Dense(problem.weight, problem.bias), rows, branch, factor, True)
+    return checker.launches
+
+
 WEIGHTS = (
     ("nf4", None, 128), ("int4", 32, 160), ("int8", None, 71), ("fp8", None, 129), ("fp8", 48, 100),
 )  # fmt: skip
@@ -287,6 +300,9 @@ def named_cases(plans: Sequence[str], short: bool) -> Iterator[tuple[str, Callab
         yield f"many groups {groups}", partial(of_many, *groups)
     for layers in PACKED:
         yield f"packed {layers}", partial(of_packed, *layers)
+    for case in SHORT if short else CASES:
+        for card, target in (("pointers", AMPERE), ("descriptors", HOPPER)):
+            yield f"scaled by {card}: {case}", partial(of_scaled, target, case)
     yield "columns and gates", of_columns_and_gates
 
 

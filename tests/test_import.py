@@ -35,6 +35,7 @@ FLOORS[""] = {
     "mlp": 1.4,
     "blocks": 3.4,
     "columns": 0.5,
+    "scaled": 0.5,
     "embedding": 1,
     "convolution": 1,
     "functional": 1,
@@ -169,6 +170,7 @@ FLOORS["backends.triton"] = {
     "gemm": 3,
     "flag": 4,
     "grouped": 4,
+    "scaled": 4,
     "specialised": 4,
 }
 FLOORS["backends.cuda"] = {
@@ -183,6 +185,7 @@ FLOORS["backends.cuda"] = {
     "choice": 4,
     "many": 4,
     "packed": 4,
+    "scaled": 4,
     "coded": 4.5,
     "__init__": 5,
 }

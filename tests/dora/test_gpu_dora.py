@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels import FusedLoRALinear, lora_linear
-from lora_kernels.backends import columns
+from lora_kernels.backends import columns, use_backend
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,7 +17,9 @@ def test_the_kernel_is_vouched_for():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 33, 4097])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_values_and_gradients(dtype, M, p):
+@pytest.mark.parametrize("backend", [None, "triton"])  # which has the factor in the product
+def test_values_and_gradients(entering, dtype, M, p, backend):
+    entering(use_backend(backend))
     N, K, r = 1000, 768, 16
     generator = torch.Generator("cuda").manual_seed(M)
 

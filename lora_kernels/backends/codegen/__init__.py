@@ -25,14 +25,15 @@ from lora_kernels.backends.triton.launch import intercept
 
 _GEMMS = (
     "gemm_kernel", "gemm_tma_kernel", "dual_kernel", "flag_kernel", "dx_da_kernel",
-    "experts_kernel", "packed_kernel", "packed_dx_kernel",
+    "experts_kernel", "packed_kernel", "packed_dx_kernel", "scaled_gemm_kernel",
+    "scaled_gemm_tma_kernel",
 )  # fmt: skip
 _SPECIALISED = "specialised_gemm_kernel"
 _ELEMENTWISE = (
     "reduce_kernel", "mask_kernel", "decode_kernel", "scale_kernel", "scale_backward_kernel",
-    "gate_kernel", "gate_backward_kernel",
+    "gate_kernel", "gate_backward_kernel", "unscale_kernel",
 )  # fmt: skip
-_BY_TMA = ("gemm_tma_kernel", _SPECIALISED)
+_BY_TMA = ("gemm_tma_kernel", "scaled_gemm_tma_kernel", _SPECIALISED)
 
 
 class Kernel(NamedTuple):

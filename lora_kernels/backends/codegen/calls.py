@@ -16,9 +16,10 @@ from lora_kernels.backends.codegen.cases import (
     MANY,
     MASK,
     PACKED,
+    SCALED,
     Case,
 )
-from lora_kernels.backends.cuda import many, packed
+from lora_kernels.backends.cuda import many, packed, scaled
 from lora_kernels.backends.cuda.choice import use_plan
 from lora_kernels.backends.scaling import split
 from lora_kernels.backends.triton import columns, decoding, dropout, gating, masking
@@ -144,7 +145,18 @@ def _packed(case: Case) -> None:
     packed.dx([_tensor(case, M, n) for n in widths], bases, s, lora_a)
 
 
+def _scaled(case: Case) -> None:
+    N, K, r = case.N, case.K, case.r
+    weight = _tensor(case, K, N).t() if case.transposed else _tensor(case, N, K)
+    (x, dy), base = _rows(case), Dense(weight, _bias(case))
+    branch = Branch(_tensor(case, r, K), _tensor(case, N, r), case.scaling, 0.0, None)
+    factor = torch.empty(N, device="meta")
+    y, s = scaled.forward(base, x, branch, factor)
+    for known in (y, None):
+        scaled.backward(base, (dy, x, s, known), branch, factor, True)
+
+
 _OTHERS: dict[str, Callable[[Case], None]] = {
     MANY: _many, CODED: _multiply, MASK: _mask, DECODER: _decode, COLUMNS: _columns,
-    GATING: _gating, PACKED: _packed,
+    GATING: _gating, PACKED: _packed, SCALED: _scaled,
 }  # fmt: skip

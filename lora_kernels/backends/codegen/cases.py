@@ -52,14 +52,13 @@ class Case(NamedTuple):
         return f"{self.plan} {dtype} {shape}{flags}{fields}"
 
 
-# No plans of one branch: the products of many groups, of several layers of one x, and of few rows
-# with a quantised weight; and
-# elementwise, so for any card, the dropout mask, the decoder of quantised weights, the kernels of
-# DoRA and of gated MLPs.
-MANY, EXPERTS, PACKED, CODED = "many", "experts", "packed", "coded"
+# No plans of one branch: the products of many groups, of several layers of one x, of few rows with
+# a quantised weight, and DoRA's; and elementwise, so for any card, the dropout mask, the decoder of
+# quantised weights, the kernels of columns and of gated MLPs.
+MANY, EXPERTS, PACKED, CODED, SCALED = "many", "experts", "packed", "coded", "scaled"
 MASK, DECODER, COLUMNS, GATING = "mask", "decoder", "columns", "gating"
 ELEMENTWISE = (MASK, DECODER, COLUMNS, GATING)
-OTHERS = (MANY, PACKED, CODED, *ELEMENTWISE)
+OTHERS = (MANY, PACKED, CODED, SCALED, *ELEMENTWISE)
 # The cards as which the tests interpret the plans; what is no plan's has the tiles of every card.
 INTERPRETED_CARDS = ("80", "90")
 SHORT = (
@@ -71,6 +70,7 @@ SHORT = (
     Case(plan=MANY, M=512, dropout=0.1, groups=16),
     Case(plan=MANY, groups=8, bias=True, kind=EXPERTS),
     Case(plan=PACKED, groups=3, bias=True),
+    Case(plan=SCALED, bias=True),
     Case(bias=True),
     Case(r=64, dropout=0.1),
     Case(plan="grouped", ops=("backward",)),
@@ -139,6 +139,15 @@ def analytic() -> Iterator[Case]:
     yield packed._replace(N=1543, K=1031, M=1000)
     yield packed._replace(dtype=torch.float32)
     yield packed._replace(dtype=torch.float16, scaling=32.0)
+    scaled = Case(plan=SCALED)
+    for r in (1, 8, 64, 128, 200):
+        yield scaled._replace(r=r)
+    for M in (16, 512):
+        yield scaled._replace(M=M, bias=True)
+    yield scaled._replace(N=1543, K=1031, M=1000)
+    yield scaled._replace(transposed=True, r=64)
+    yield scaled._replace(dtype=torch.float32, bias=True)
+    yield scaled._replace(dtype=torch.float16, scaling=32.0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         mask = Case(plan=MASK, dtype=dtype, dropout=0.1)
         yield mask
