@@ -259,19 +259,22 @@ def model_table(document: Document) -> list[str]:
 
 
 def host_table(document: Document) -> list[str]:
+    rows = document.of("host")
+    if not rows:
+        return []
+    both = {row["peer"]: sum(row[f"{what}_us"] for what in host.PASSES) for row in rows}
     lines = [
         [row["peer"], *(f"{row[f'{what}_{unit}']:.0f}" for what in host.PASSES
-                        for unit in ("us", "calls"))]
-        for row in document.of("host")
+                        for unit in ("us", "calls")),
+         f"{both[row['peer']] / both[FROZEN]:.2f}×"]
+        for row in rows
     ]  # fmt: skip
-    if not lines:
-        return []
     heads = [f"{what}, {unit}" for what in host.PASSES for unit in ("µs", "operators")]
     return [
         "What a Transformer layer costs the host: a Llama of width 64 with 16 tokens, in which next"
         " to nothing is computed. A layer is the difference of many and few (`host.py`).",
         "",
-        *markdown(["model", *heads], lines),
+        *markdown(["model", *heads, "to frozen, both"], lines),
     ]
 
 
