@@ -451,7 +451,8 @@ def test_model_benchmark(tmp_path, capsys):
     assert all(row["calls"] > 100 for row in rows)
     for row in rows:
         tokens = 2 if row["table"] == "generate" else 8
-        assert row["tokens_s"] == pytest.approx(1e3 * tokens / row["ms"], rel=1e-3)
+        # Rounded to hundredths.
+        assert row["tokens_s"] == pytest.approx(1e3 * tokens / row["ms"], rel=1e-3, abs=0.006)
         assert row["peak_mib"] > 0
     model.main(arguments)
     assert len(json.loads(out.read_text())["rows"]) == len(rows)
