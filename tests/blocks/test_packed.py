@@ -106,6 +106,29 @@ def error(found, exact):
     return float((found.double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["three", "one"])
+def test_a_weight_that_is_packed_already(M, shared):
+    """Phi-3's query, key and value are rows of one weight, read as it lies, with an A of each or
+    one for all."""
+    torch.manual_seed(0)
+    parts = torch.randn(48 + 16 + 16, K).mul_(K**-0.5).split([48, 16, 16])
+    x = torch.randn(M, K, requires_grad=True)
+    a = [torch.randn(4, K).mul_(K**-0.5).requires_grad_() for _ in range(1 if shared else 3)]
+    b = [torch.randn(len(part), 4, requires_grad=True) for part in parts]
+    as_ = a * 3 if shared else a
+    dys = [torch.randn(M, len(part)) for part in parts]
+    ys = lora_linear_packed(x, parts, as_, b, scalings=[1.0, 2.0, 0.5])
+    right = [
+        F.linear(x, part) + scaling * F.linear(F.linear(x, one), other)
+        for part, one, other, scaling in zip(parts, as_, b, [1.0, 2.0, 0.5], strict=True)
+    ]
+    leaves = [x, *a, *b]
+    found = [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)]
+    wanted = [*(y.detach() for y in right), *torch.autograd.grad(right, leaves, dys)]
+    for one, other in zip(found, wanted, strict=True):
+        assert error(one, other.double()) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("low", ["same", "fp32"])
 @pytest.mark.parametrize(
