@@ -121,12 +121,13 @@ def experts_kernel(
 
 
 def _tile(rows: Tensor, mat: Tensor, rank: int, drop: bool) -> tiles.GemmTile:
-    """As of one product of all rows. Masked no wider than 64: the low-rank term has an accumulator
-    of its own."""
+    """As of one product of all rows. No wider than 64 where registers would not do: masked, for the
+    low-rank term has an accumulator of its own, and of more ranks than one block has."""
     aligned = tiles.vectorises(rows) and tiles.vectorises(mat[0]) and mat.stride(0) % 16 == 0
     shape = tiles.Product(rows.dtype, len(rows), mat.shape[2], rank, drop, aligned, False)
     tile = tiles.gemm(target(rows.device), shape)
-    return tile._replace(bn=min(tile.bn, 64)) if drop else tile
+    narrow = drop or rank > _RANKS
+    return tile._replace(bn=min(tile.bn, 64)) if narrow else tile
 
 
 def product(
