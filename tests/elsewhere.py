@@ -58,7 +58,7 @@ class Child:
         )
 
 
-def pytest_runtest_protocol(item):
+def pytest_runtest_protocol(item, nextitem):
     if "interpreted" not in item.keywords or "TRITON_INTERPRET" in os.environ:
         return None
     if item.path not in _children:
@@ -68,6 +68,8 @@ def pytest_runtest_protocol(item):
     for report in _children[item.path].reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What a test of this file that ran here has left to the next one of it.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 

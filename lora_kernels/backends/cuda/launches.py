@@ -8,13 +8,7 @@ import torch
 
 from lora_kernels.backends.cuda.plan import Call, Fields, Launch
 from lora_kernels.backends.device import Target
-from lora_kernels.backends.triton.tiles import (
-    ExpandTile,
-    LowRankTile,
-    cdiv,
-    ds_db,
-    fuses_ds_db,
-)
+from lora_kernels.backends.triton.tiles import ExpandTile, LowRankTile, fuses_ds_db
 
 Variants = Callable[[Call, Target], Iterator[Fields]]
 
@@ -28,17 +22,6 @@ def _low_rank(extent: str, *others: Fields) -> Variants:
         yield from others
 
     return variants
-
-
-def _ds_db(call: Call, target: Target) -> Iterator[Fields]:
-    """Also the shares that fill whole waves of programs, two on an SM, where none has listed them:
-    the analytic ones may begin another wave for a few."""
-    listed = [*_low_rank("N", {"bm": 64})(call, target)]
-    tile = ds_db(target, getattr(torch, call.dtype), (call.M, call.N), call.r, call.aligned)
-    whole = {"split": min(tile.split, max(1, 2 * target.sms // cdiv(call.M, tile.bm)))}
-    yield from listed
-    if whole not in listed and whole["split"] != tile.split:
-        yield whole
 
 
 def _expand(call: Call, target: Target) -> Iterator[Fields]:
@@ -60,7 +43,7 @@ EXPAND_DX = Launch("expand_dx", ExpandTile, _expand)
 DA = Launch("da", LowRankTile, _low_rank("M", _TALL))
 # ds and dB from one pass over dy where the rank allows it, else by a launch each.
 GRADIENTS = (
-    Launch("ds_db", LowRankTile, _ds_db, _fused),
+    Launch("ds_db", LowRankTile, _low_rank("N", {"bm": 64}), _fused),
     Launch("ds", LowRankTile, _low_rank("N", {"bm": 32}, {"bk": 64}), _unfused),
     Launch("db", LowRankTile, _low_rank("M", _TALL), _unfused),
     DA,
