@@ -317,19 +317,3 @@ def test_a_torch_that_does_not_say_it_is_told_of(monkeypatch, caplog):
         assert not blocked.is_wide(rows.float())
     finally:
         blocked._multiplies.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("M", "N", "shares"), [(6144, 4096, 5), (2048, 14336, 16), (8192, 4096, None), (64, 512, None)]
-)
-def test_shares_that_fill_whole_waves(M, N, shares):
-    """48 row tiles of 6 shares are 288 programs, of 5 no more than the 264 that run at once; where
-    M is such that 4 fill them, those are listed anyway."""
-    call, card = CALL._replace(op="backward", M=M, N=N), CARDS["90"]
-    launch = PLANS["cublas"].launches(("backward",))["ds_db"]
-    splits = [fields["split"] for fields in launch.variants(call, card) if "split" in fields]
-    assert [split for split in splits if split not in (1, 2, 4, 8)] == [shares] * bool(shares)
-    assert len(splits) == len(set(splits))
-    if shares:
-        rows = -(-M // 128)
-        assert rows * shares <= 2 * card.sms < rows * (shares + 1)
