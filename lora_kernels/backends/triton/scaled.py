@@ -51,6 +51,14 @@ class Columns(NamedTuple):
 
 
 @triton.jit
+def product_tile(x, mat, term, place, BK: tl.constexpr):
+    """A tile of x @ mat + the term, by pointers."""
+    PRECISION: tl.constexpr = term.ranks.PRECISION
+    acc = pointer_loop(x, mat, place, BK, PRECISION)
+    return add_low_rank(acc, term, 0, place)
+
+
+@triton.jit
 def scale_strips(acc, out, out_desc, columns, place, STRIPS: tl.constexpr):
     """Stores a tile with its columns scaled, in strips, through the descriptor if there is one: in
     some layouts a thread holds factor and bias of every column of a strip."""
@@ -85,23 +93,17 @@ def scaled_gemm_kernel(
     """Pointer version, one tile per program: any strides, any alignment."""
     pm, pn = tile_order(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     row, col = pm * BM, pn * BN
-    acc = pointer_loop(
+    acc = product_tile(
         Matrix(x, stride_xm, stride_xk, M, K),
         Matrix(mat, stride_wk, stride_wn, K, N),
-        Place(row, col, BM, BN),
-        BK,
-        PRECISION,
-    )
-    acc = add_low_rank(
-        acc,
         Term(
             Matrix(low, r, 1, M, r),
             Matrix(low_mat, stride_lr, stride_ln, r, N),
             Mask(out, 0, 1.0, 0),
             Ranks(R, RANKS, HIGH, PRECISION),
         ),
-        0,
         Place(row, col, BM, BN),
+        BK,
     )
     whole = Matrix(out, N, 1, M, N)
     scale_strips(acc, whole, None, Columns(factor, bias), Place(row, col, BM, BN), STRIPS)
@@ -211,23 +213,17 @@ def factor_kernel(
         anew = tl.zeros((BN,), tl.float32)
         for i in range(tl.cdiv(M, BM)):
             row = i * BM
-            z = pointer_loop(
+            z = product_tile(
                 Matrix(x, stride_xm, stride_xk, M, K),
                 Matrix(mat, stride_wk, stride_wn, K, N),
-                Place(row, col, BM, BN),
-                BK,
-                PRECISION,
-            )
-            z = add_low_rank(
-                z,
                 Term(
                     Matrix(low, r, 1, M, r),
                     Matrix(low_mat, stride_lr, stride_ln, r, N),
                     Mask(dfactor, 0, 1.0, 0),
                     Ranks(R, RANKS, HIGH, PRECISION),
                 ),
-                0,
                 Place(row, col, BM, BN),
+                BK,
             )
             gradients = Matrix(dy, stride_ym, stride_yn, M, N)
             gradient = load_tile(gradients, row + tl.arange(0, BM), cols).to(tl.float32)
