@@ -312,4 +312,14 @@ def extensions() -> dict:
     }
 
 
-setup(**extensions())
+def urls() -> dict[str, str]:
+    """Of the repository whose workflow builds the packages: nothing else knows where it lies."""
+    server, name = os.environ.get("GITHUB_SERVER_URL"), os.environ.get("GITHUB_REPOSITORY")
+    if not (server and name):
+        return {}
+    source = f"{server}/{name}"
+    changelog = f"{source}/blob/main/CHANGELOG.md"
+    return {"Source": source, "Issues": f"{source}/issues", "Changelog": changelog}
+
+
+setup(**extensions(), project_urls=urls())

@@ -108,18 +108,17 @@ void multiply_any(const Product& p, int64_t first, int64_t last) {
                                    : multiply_widened(p, first, last);
 }
 
+#include "factors.inl"
+namespace pairs {
+#include "pairs.inl"
+#include "tiled.inl"
+}  // namespace pairs
+
 #if LORA_AMX
+namespace amx {
 #include "amx.inl"
-
-void multiply_amx(const Product& p, int64_t first, int64_t last) {
-  return p.tiles != nullptr ? multiply_tiled(p, first, last) : multiply_any(p, first, last);
-}
-
-void combine_amx(const Combination& p, int64_t row, int64_t last_row, int64_t first, int64_t last) {
-  const bool tiled = p.narrow && p.matrix_type == Type::kBFloat16 && p.count >= kCombined;
-  return tiled ? combine_tiled(p, row, last_row, first, last)
-               : combine(p, row, last_row, first, last);
-}
+#include "tiled.inl"
+}  // namespace amx
 #endif
 
 }  // namespace avx512_bf16
@@ -127,19 +126,20 @@ void combine_amx(const Combination& p, int64_t row, int64_t last_row, int64_t fi
 extern const Kernels kAvx512Bf16 = {avx512_bf16::kTile,
                                     avx512_bf16::kRows,
                                     avx512_bf16::W,
-                                    avx512_bf16::kFewColumns,
+                                    avx512_bf16::kSide,
                                     true,
                                     avx512_bf16::load_any,
                                     avx512_bf16::shrink,
                                     avx512_bf16::outer,
                                     avx512_bf16::expand_any,
-                                    avx512_bf16::multiply_any,
-                                    avx512_bf16::combine,
+                                    avx512_bf16::pairs::multiply_bf16,
+                                    avx512_bf16::pairs::combine_bf16,
                                     avx512_bf16::kTerms,
                                     avx512_bf16::decode,
                                     avx512_bf16::spread,
                                     avx512_bf16::spread_bf16,
-                                    avx512_bf16::gate};
+                                    avx512_bf16::gate,
+                                    &avx512_bf16::pairs::kTiled};
 #if LORA_AMX
 extern const Kernels kAmx = {avx512_bf16::kTile,
                              avx512_bf16::kRows,
@@ -150,14 +150,14 @@ extern const Kernels kAmx = {avx512_bf16::kTile,
                              avx512_bf16::shrink,
                              avx512_bf16::outer,
                              avx512_bf16::expand_any,
-                             avx512_bf16::multiply_amx,
-                             avx512_bf16::combine_amx,
+                             avx512_bf16::amx::multiply_bf16,
+                             avx512_bf16::amx::combine_bf16,
                              avx512_bf16::kTerms,
                              avx512_bf16::decode,
                              avx512_bf16::spread,
                              avx512_bf16::spread_bf16,
                              avx512_bf16::gate,
-                             &avx512_bf16::kTiled};
+                             &avx512_bf16::amx::kTiled};
 #endif
 
 }  // namespace lora

@@ -57,6 +57,20 @@ void pack_tiles(const Kernels& kernels, const Rows& from, int64_t ranks, Type ty
                               });
 }
 
+// Shares out the columns of a factor, `width` at a time: lay(part, its first column).
+template <typename Lay>
+void lay_out(const Factor& all, int64_t width, const Lay& lay) {
+  const int64_t shares = (all.columns + width - 1) / width;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (all.terms * width));
+  torch::stable::parallel_for(0, shares, grain, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * width, bytes = all.type == Type::kFloat ? 4 : 2;
+    Factor part = all;
+    part.data = static_cast<const char*>(all.data) + first * all.column_stride * bytes;
+    part.columns = std::min(all.columns, end * width) - first;
+    lay(part, first);
+  });
+}
+
 }  // namespace
 
 // -------------------------------------------------------------------------------------------
@@ -92,9 +106,11 @@ void shrink(const Kernels& kernels, const Shrinking& p) {
   BufferOf<BFloat16> tiles(tiles_matrix ? ranks * pitch : 0);
   if (tiles_matrix) {
     const Rows& m = *p.matrix;
-    const int64_t tile = narrow->columns * narrow->terms;
-    narrow->lay_out({m.data, m.type, C, r, m.column_stride, m.row_stride}, tiles.data,
-                    up(C, narrow->terms) * narrow->columns, tile);
+    const int64_t terms = up(C, narrow->terms);
+    lay_out({m.data, m.type, C, r, m.column_stride, m.row_stride}, narrow->columns,
+            [&](const Factor& part, int64_t first) {
+              narrow->lay_out_ranks(part, r, tiles.data + first * terms);
+            });
   }
   Buffer partial(p.low != nullptr ? chunks * ranks * pitch : 0);
   const Rows& low_rows = p.low != nullptr ? *p.low : from;
@@ -128,7 +144,7 @@ void shrink(const Kernels& kernels, const Shrinking& p) {
           if (narrow == nullptr)
             kernels.shrink(z, stride, count, packed.data, pitch, ranks, s.data);
           else
-            narrow->shrink(half, stride, count, C, tiles.data, ranks, s.data);
+            narrow->shrink(half, stride, count, C, tiles.data, r, s.data);
           for (int64_t m = 0; m < count; ++m)
             write_any(s.data + m * ranks, r, p.scale, p.shrunk.data, type,
                       (first + m) * p.shrunk.row_stride, p.shrunk.column_stride);
@@ -146,7 +162,7 @@ void shrink(const Kernels& kernels, const Shrinking& p) {
             c.narrow = true;
             c.x_row = block;
             c.x_term = 1;
-            c.count = ranks;
+            c.count = up(r, narrow->ranks);
             c.terms = count;
             c.matrix = half;
             c.matrix_type = type;
@@ -156,7 +172,7 @@ void shrink(const Kernels& kernels, const Shrinking& p) {
             c.sum = sum;
             c.sum_pitch = pitch;
             c.accumulate = first > i * chunk;
-            kernels.combine(c, 0, ranks, 0, C);
+            kernels.combine(c, 0, c.count, 0, C);
           }
         }
       }
@@ -191,8 +207,11 @@ void expand(const Kernels& kernels, const Expanding& p) {
     const Rows& m = p.matrix;
     const int64_t step = pitch * narrow.terms;
     BufferOf<BFloat16> tiles(up(r, narrow.terms) / narrow.terms * step);
-    narrow.lay_out({m.data, m.type, r, C, m.row_stride, m.column_stride}, tiles.data,
-                   narrow.columns * narrow.terms, step);
+    lay_out({m.data, m.type, r, C, m.row_stride, m.column_stride}, narrow.columns,
+            [&](const Factor& part, int64_t first) {
+              narrow.lay_out(part, tiles.data + first * narrow.terms, narrow.columns * narrow.terms,
+                             step);
+            });
     const Expansion expansion = {static_cast<const BFloat16*>(p.low.data),
                                  p.low.row_stride,
                                  r,

@@ -135,6 +135,9 @@ struct Expansion {
 struct Narrow {
   int columns, terms;
 
+  // `combine` takes rows of x, where it is narrow, in multiples of this.
+  int ranks;
+
   // `multiply` takes x in bf16 of so many rows or more laid out: its rows are the columns.
   int least_rows;
 
@@ -145,8 +148,12 @@ struct Narrow {
   void (*drop)(const Rows& from, int64_t first, int64_t count, const Dropout& dropout,
                BFloat16* out, int64_t pitch);
 
-  // out[count, ranks] = rows [count, columns] * a matrix, laid out tile by tile; ranks come in
-  // whole tiles.
+  // Whole tiles of columns of a matrix [terms, ranks] as `shrink` reads it: each column has
+  // `terms` in multiples of those of a tile.
+  void (*lay_out_ranks)(const Factor& matrix, int64_t ranks, BFloat16* out);
+
+  // out[count, ranks] = rows [count, columns] * a matrix that `lay_out_ranks` has laid out; rows of
+  // out have whole tiles.
   void (*shrink)(const BFloat16* rows, int64_t pitch, int64_t count, int64_t columns,
                  const BFloat16* matrix, int64_t ranks, float* out);
 

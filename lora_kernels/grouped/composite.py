@@ -8,6 +8,7 @@ one group's rows at a time, and none where a group's rows lie together.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -170,8 +171,8 @@ def backward(
         dweight = torch.zeros_like(base.weight) if needs.weight else None
         if needs.bias and base.bias is not None:
             dbias = torch.zeros_like(base.bias)
-    d_as: list[Tensor | None] = _zeros(adapters.lora_a, needs.a)
-    d_bs: list[Tensor | None] = _zeros(adapters.lora_b, needs.b)
+    d_as = _to_fill_of_groups(adapters.lora_a, needs.a, members)
+    d_bs = _to_fill_of_groups(adapters.lora_b, needs.b, members)
     branches = Branches(*adapters, *members)
     if isinstance(base, Experts) and triton.serves_experts(dy, base, branches):
         triton.backward(dx, rows, branches, (d_as, d_bs), base)
@@ -269,6 +270,12 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(dy.t(), x).to(weight.dtype)
 
 
-def _zeros(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of groups without rows, where they are asked for."""
-    return [torch.zeros_like(t) if n else None for t, n in zip(tensors, needed, strict=True)]
+def _to_fill_of_groups(
+    tensors: Sequence[Tensor], needed: Sequence[bool], members: Members
+) -> list[Tensor | None]:
+    """Gradients where they are asked for: zeros of a group without rows, of others to be filled."""
+    lengths = (end - begin for begin, end in pairwise(members.bounds[:-1]))
+    return [
+        (tensor.new_empty if length else tensor.new_zeros)(tensor.shape) if need else None
+        for tensor, need, length in zip(tensors, needed, lengths, strict=True)
+    ]

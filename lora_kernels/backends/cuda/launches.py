@@ -24,6 +24,13 @@ def _low_rank(extent: str, *others: Fields) -> Variants:
     return variants
 
 
+def _ds_db(call: Call, target: Target) -> Iterator[Fields]:
+    """Also shares between powers of two: of a number of row tiles one of these fills most of one
+    wave of programs, where the analytic share may begin a second for a few."""
+    yield from ({"split": split} for split in (1, 2, 3, 4, 5, 6, 8) if call.N >= 512 * split)
+    yield {"bm": 64}
+
+
 def _expand(call: Call, target: Target) -> Iterator[Fields]:
     yield from ({"bn": 64}, {"bm": 32}, {"bm": 128, "warps": 8})
 
@@ -43,7 +50,7 @@ EXPAND_DX = Launch("expand_dx", ExpandTile, _expand)
 DA = Launch("da", LowRankTile, _low_rank("M", _TALL))
 # ds and dB from one pass over dy where the rank allows it, else by a launch each.
 GRADIENTS = (
-    Launch("ds_db", LowRankTile, _low_rank("N", {"bm": 64}), _fused),
+    Launch("ds_db", LowRankTile, _ds_db, _fused),
     Launch("ds", LowRankTile, _low_rank("N", {"bm": 32}, {"bk": 64}), _unfused),
     Launch("db", LowRankTile, _low_rank("M", _TALL), _unfused),
     DA,

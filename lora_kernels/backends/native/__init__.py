@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora_kernels.backends import blocked, forced, reference
 from lora_kernels.backends.dropout import keep_scale, threshold
@@ -74,7 +75,7 @@ def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
         return "16-bit products are formed in fp32 here, and rounded once"
     if branch.dropout_p or (forced.now is not None and forced.now.backend == "native"):
         return None
-    tiles = rows.dtype == torch.bfloat16 and best_isa() == extension.AMX
+    tiles = rows.dtype == torch.bfloat16 and best_isa() in extension.MULTIPLIES_BF16
     if rows.shape[0] < _MIN_ROWS and not tiles:
         return f"fewer than {_MIN_ROWS} rows without dropout"
     if rows.dtype != torch.float32 and not tiles:
@@ -171,6 +172,15 @@ def _to_fill(base: Base, rows: Tensor, columns: int) -> Tensor:
     return rows.new_empty(rows.shape[0], columns) if into is None else into
 
 
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor | None) -> Tensor:
+    """rows weight + bias, where the caller wants it if it says so."""
+    if into is None:
+        return F.linear(rows, weight.t(), bias)
+    if bias is None:
+        return torch.mm(rows, weight, out=into)
+    return torch.addmm(bias, rows, weight, out=into)
+
+
 def dropped(branch: Branch) -> Dropped:
     return Dropped(branch.dropout_p, branch.seed) if branch.dropout_p else _WHOLE
 
@@ -182,11 +192,17 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
         return reference.forward(base, x, branch, save_s)
     low, high = split(branch.scaling, x.dtype)
     if isinstance(base, Dense):
-        s = shrink(x, branch.lora_a, low, dropped(branch))
-        y = _to_fill(base, x, base.weight.shape[0])
         bias = None if base.bias is None else base.bias.to(x.dtype)
-        expand(s, branch.lora_b.t(), y, high, bias)
-        y.addmm_(x, base.weight.t().to(x.dtype))
+        weight = base.weight.t().to(x.dtype)
+        if x.dtype == torch.bfloat16:  # its product into what is there takes up to a tenth longer
+            y = _product(x, weight, bias, base.into)
+            s = shrink(x, branch.lora_a, low, dropped(branch))
+            expand(s, branch.lora_b.t(), y, high, accumulate=True)
+        else:
+            s = shrink(x, branch.lora_a, low, dropped(branch))
+            y = _to_fill(base, x, base.weight.shape[0])
+            expand(s, branch.lora_b.t(), y, high, bias)
+            y.addmm_(x, weight)
     else:
         assert base.out is not None  # of a forward
         y = base.out.clone(memory_format=torch.contiguous_format)
@@ -252,7 +268,10 @@ def _low_rank_backward(
         ds = shrink(dy, branch.lora_b.t(), branch.scaling, gradient=of_b)
     elif need.b:
         _read(dy, None, 1.0, _WHOLE, of_b, None)
-    if need.x:
+    if need.x and isinstance(base, Dense) and dy.dtype == torch.bfloat16:
+        dx = _product(dy, base.weight.to(dy.dtype), None, base.into)
+        expand(ds, branch.lora_a, dx, drop=drop, accumulate=True)
+    elif need.x:
         dx = _to_fill(base, dy, K)
         expand(ds, branch.lora_a, dx, drop=drop)
         if isinstance(base, Dense):

@@ -47,7 +47,8 @@ _CUDA_SCHEMAS = (
     " -> ()",
 )
 ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16", "AMX", "NEON", "NEON BF16")
-AMX = ISA_NAMES.index("AMX")
+# With instructions for products of bf16 that the low-rank half is made of.
+MULTIPLIES_BF16 = (ISA_NAMES.index("AVX-512 BF16"), ISA_NAMES.index("AMX"))
 ACTIVATIONS = ("silu", "gelu_tanh", "relu", "relu2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of rows, on the CPU
 
