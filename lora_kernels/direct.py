@@ -1,8 +1,9 @@
 """The way past the op: a call that nobody else sees goes straight to the kernel of the whole layer.
 
 The op costs tens of microseconds of Python and dispatcher, more than a small layer computes. Here a
-call costs a look at who might listen, then one call of the backend, forward or backward. Whoever
-listens gets the op; so does every call that the kernel does not take.
+call costs a look at who might listen, then one call of the backend, forward or backward: of few
+rows all in C++, of more what the op would call. Whoever listens gets the op; so does every call
+that the kernels do not take.
 """
 
 import sys
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _dispatch, backends
+from lora_kernels.backends.native import ManyRows
 from lora_kernels.backends.native import quantized as native
+from lora_kernels.backends.native.extension import DTYPES
 from lora_kernels.backends.native.few_rows import FewRows, Rows
 from lora_kernels.branch import Need
 from lora_kernels.weights import QuantizedWeight
@@ -23,12 +26,13 @@ _LARGEST = sys.float_info.max
 # lora_a, lora_b, scaling and the probability of dropout.
 Pair = tuple[Tensor | None, Tensor | None, float | Tensor, float]
 FROZEN: Pair = (None, None, 1.0, 0.0)
+_MANY = ManyRows()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor | None:
     """What `lora_linear` returns, or by the pair FROZEN the plain layer; the caller knows that
     nothing is compiled. None where something might see the op, the arguments do not fit together or
-    ask for other gradients than of x and the pair, or the rows are not few.
+    ask for other gradients than of x and the pair, or the plain layer has more than few rows.
     """
     a, b, scaling, p = pair
     if not _dispatch.is_unwatched(x, weight, a, b, bias) or not x.is_cpu:
@@ -43,15 +47,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
     y: Tensor
     try:
         trains = torch.is_grad_enabled() and _dispatch.any_requires_grad(x, weight, a, b, bias)
+        calls: FewRows | ManyRows = few
         if x.numel() > few.most(weight, trains) * weight.shape[-1]:
-            return None
+            if a is None or b is None or not _fit(x, weight, bias, a, b):
+                return None
+            calls = _MANY
         if trains:
             if a is None or weight.requires_grad or (bias is not None and bias.requires_grad):
                 return None
             if x.numel() == 0:
                 return None
-            y = _apply(few, x, weight, a, b, bias, scaling, p, draw_seed(x.device) if p else None)
+            y = _apply(calls, x, weight, a, b, bias, scaling, p, draw_seed(x.device) if p else None)
             return y
+        if calls is _MANY:
+            seed = draw_seed(x.device) if p else None
+            return calls.forward(x, weight, bias, (a, b, scaling, p, seed), False)[0]
         if p:
             return few.forward(x, weight, bias, (a, b, scaling, p, draw_seed(x.device)), False)[0]
         y = few.linear(x, weight, a, b, bias, scaling, 1.0, 0, None, few.isa, None)
@@ -85,10 +95,29 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
+    """Whether the arguments are what ATen's calls do not ask of them, beside which dtypes go
+    together."""
+    given = (x, weight, a, b) if bias is None else (x, weight, a, b, bias)
+    shapes = [tensor.shape for tensor in given[1:]]
+    if not x.shape or not weight.dim() == a.dim() == 2:
+        return False
+    (N, K), r, dtype = weight.shape, a.shape[0], x.dtype
+    return (
+        shapes == [(N, K), (r, K), (N, r), (N,)][: len(shapes)]
+        and x.shape[-1] == K
+        and r > 0 < N
+        and dtype in DTYPES
+        and all(t.dtype in (dtype, torch.float32) for t in (a, b))
+        and (bias is None or bias.dtype == dtype)
+        and all(t.is_cpu and t.layout is torch.strided and not t.is_nested for t in given)
+    )
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, few: FewRows, x: Tensor, weight: Tensor, a: Tensor, b: Tensor,
+        ctx: Any, few: FewRows | ManyRows, x: Tensor, weight: Tensor, a: Tensor, b: Tensor,
         bias: Tensor | None, *others: Any,
     ) -> Tensor:  # fmt: skip
         _, _, _, need_a, need_b, *_ = ctx.needs_input_grad

@@ -1,7 +1,7 @@
 // The products of factors.inl by instructions of two terms: each pair of a row with those of 16
 // columns at once.
 
-constexpr int kMultiplied = 1 << 30, kCombined = 5;
+constexpr int kMultiplied = 32, kCombined = 5;
 constexpr int kRowsAtOnce = 4;
 
 struct Tiles {

@@ -27,7 +27,7 @@ def _low_rank(extent: str, *others: Fields) -> Variants:
 def _ds_db(call: Call, target: Target) -> Iterator[Fields]:
     """Also shares between powers of two: of a number of row tiles one of these fills most of one
     wave of programs, where the analytic share may begin a second for a few."""
-    yield from ({"split": split} for split in (1, 2, 3, 4, 5, 6, 8) if call.N >= 512 * split)
+    yield from ({"split": split} for split in (1, 2, 3, 4, 5, 6, 8) if 512 * split <= call.N)
     yield {"bm": 64}
 
 

@@ -8,7 +8,7 @@ before the one rounding.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -279,3 +279,25 @@ def _low_rank_backward(
     if d_a is not None and x is not None:
         outer(x, ds, d_a, drop)
     return dx, d_a, d_b
+
+
+class ManyRows:
+    """The calls of `FewRows` for any number of rows, of arguments that have been checked."""
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, branch: tuple[Any, ...], save_s: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(y, s) of a `Branch`."""
+        rows = x.reshape(-1, x.shape[-1])
+        y, s = forward(Dense(weight, bias), rows, Branch(*branch), save_s)
+        return y.view(*x.shape[:-1], weight.shape[0]), s
+
+    def backward(
+        self, weight: Tensor, rows: Rows, branch: tuple[Any, ...], need: Need
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dA, dB), None where not needed."""
+        K, dy = weight.shape[1], rows.dy.reshape(-1, weight.shape[0])
+        x = dy.new_empty(0) if rows.x is None else rows.x.reshape(-1, K)
+        s = dy.new_empty(0) if rows.s is None else rows.s
+        dx, _, d_a, d_b = backward(Dense(weight), dy, x, s, Branch(*branch), need)
+        return None if dx is None else dx.view(*rows.dy.shape[:-1], K), d_a, d_b

@@ -26,19 +26,19 @@ from lora_kernels.branch import Need
 # memory is what is waited for.
 MOST_ROWS: dict[torch.dtype, tuple[int, ...]] = {
     torch.float32: (0, 96, 48, 256, 48, 4, 4),
-    torch.bfloat16: (0, 192, 16, 48, 192, 4, 4),
+    torch.bfloat16: (0, 192, 16, 64, 192, 4, 4),
     torch.float16: (0, 192, 48, 256, 48, 4, 4),
 }
 MOST_ROWS_BACKWARD: dict[torch.dtype, tuple[int, ...]] = {
     torch.float32: (0, 128, 48, 256, 48, 4, 4),
-    torch.bfloat16: (0, 256, 8, 32, 128, 4, 4),
+    torch.bfloat16: (0, 256, 8, 96, 128, 4, 4),
     torch.float16: (0, 256, 48, 256, 48, 4, 4),
 }
 # A layer so small is bound by the host, which one call keeps less busy: so many times as many.
 _SMALL = 1 << 20  # elements of the weight
 FACTOR_OF_SMALL: dict[torch.dtype, tuple[int, ...]] = {
     torch.float32: (1, 1, 2, 1, 2, 1, 1),
-    torch.bfloat16: (1, 1, 1, 2, 1, 1, 1),
+    torch.bfloat16: (1, 1, 1, 1, 1, 1, 1),
     torch.float16: (1, 1, 2, 1, 2, 1, 1),
 }
 
