@@ -403,7 +403,7 @@ MUTANTS = {
     "direct: graphs of a backward lost": ("direct.py", "_Linear.backward", "watched = torch.is_grad_enabled() or", "watched =", "few_rows::test_other_ways_to_ask_for_gradients"),
     "layer: an overridden product taken as it lies": ("nn/layer.py", "LoRALayer._directly", " or not self._as_it_lies:", ":", "few_rows::test_parameters_that_do_not_lie_as_they_act"),
     "layer: the base of a merged layer taken for it": ("nn/layer.py", "LoRALayer._directly", "if idle and (self._merged or", "if idle and (False or", "few_rows::test_states_of_a_layer"),
-    "native: power of two dropped in y": (NATIVE, "forward", "y, high, bias)", "y, 1.0, bias)", f"native::{LARGE}"),
+    "native: power of two dropped in y": (NATIVE, "forward", "lora_b.t(), high)", "lora_b.t(), 1.0)", f"native::{LARGE}"),
     "native: power of two dropped in lora_add": (NATIVE, "forward", "y, high, accumulate", "y, 1.0, accumulate", f"native::{LARGE}"),
     "native: power of two dropped in place": (NATIVE, "add_", "base_out, high, accumulate", "base_out, 1.0, accumulate", "native::test_in_place_on_any_strides"),
     "native: power of two dropped in place, on strides": (NATIVE, "add_", "y, high, accumulate", "y, 1.0, accumulate", "native::test_in_place_on_any_strides"),

@@ -51,9 +51,7 @@ def forward(
             continue
         s = next(parts)
         if together.native:
-            y = x.new_empty(len(x), base.weight.shape[0])
-            native.expand(s, branch.lora_b.t(), y, high, _as(base.bias, x))
-            y.addmm_(x, base.weight.t().to(x.dtype))
+            y = native.on_base(base, x, s, branch.lora_b.t(), high)
         else:
             y = _frozen(x, base).addmm_(s, branch.lora_b.to(x.dtype).t(), alpha=high)
         ys.append(y)

@@ -9,7 +9,6 @@ import torch
 from lora_kernels import backends, doctor
 from lora_kernels.backends.cuda import tables
 
-DAY = date.today() - timedelta(days=12)
 FAILED = {"plan": "flag", "tiles": {"gemm": {"bm": 64}}, "call": {}, "why": "it hung: no result"}
 
 
@@ -20,6 +19,10 @@ def on_gpu(gpu, monkeypatch):
     return gpu
 
 
+def day(ago: int) -> date:
+    return date.today() - timedelta(days=ago)
+
+
 def lines(what: str) -> list[str]:
     return [line for line in doctor.describe() if line.startswith(what)]
 
@@ -28,7 +31,8 @@ def write(path, **more):
     bucket = {"op": "forward", "dtype": "bfloat16", "M": 8, "N": 8, "K": 8, "r": 8,
               "dropout": False, "plan": "aten"}  # fmt: skip
     kinds = (("aten", "bfloat16", False), ("dual", "bfloat16", False), ("aten", "float16", True))
-    content = {"gpu": "A Card", "date": str(DAY), "versions": {"triton": "3"}, "failed": [FAILED],
+    content = {"gpu": "A Card", "date": str(day(12)),
+               "versions": {"triton": "3"}, "failed": [FAILED],
                "proven": [tables.proof(*kind) for kind in kinds],
                "buckets": [bucket] * 3}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +44,7 @@ def test_all_of_a_table(on_gpu):
     write(path)
     backends.forget()
     assert lines("tuned table") == [
-        f"tuned table   {path}, 12 days old ({DAY})",
+        f"tuned table   {path}, 12 days old ({day(12)})",
         "tuned table   3 kinds of calls",
         "tuned table   proven in bfloat16, no dropout: aten, dual",
         "tuned table   proven in float16, dropout: aten",
@@ -48,16 +52,9 @@ def test_all_of_a_table(on_gpu):
     ]
 
 
-@pytest.mark.parametrize(
-    ("day", "age"),
-    [
-        (date.today() - timedelta(days=1), "1 day old"),
-        (date.today(), "0 days old"),
-        (None, "of an"),
-    ],
-)
-def test_its_age(on_gpu, day, age):
-    write(tables.cache_path(0), date=None if day is None else str(day))
+@pytest.mark.parametrize(("ago", "age"), [(1, "1 day old"), (0, "0 days old"), (None, "of an")])
+def test_its_age(on_gpu, ago, age):
+    write(tables.cache_path(0), date=None if ago is None else str(day(ago)))
     backends.forget()
     assert f", {age}" in lines("tuned table")[0]
 

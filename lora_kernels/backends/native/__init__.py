@@ -191,24 +191,32 @@ def forward(base: Base, x: Tensor, branch: Branch, save_s: bool) -> tuple[Tensor
     if _left(base, x, branch) is not None:
         return reference.forward(base, x, branch, save_s)
     low, high = split(branch.scaling, x.dtype)
+    s = shrink(x, branch.lora_a, low, dropped(branch))
     if isinstance(base, Dense):
-        bias = None if base.bias is None else base.bias.to(x.dtype)
-        weight = base.weight.t().to(x.dtype)
-        if x.dtype == torch.bfloat16:  # its product into what is there takes up to a tenth longer
-            y = _product(x, weight, bias, base.into)
-            s = shrink(x, branch.lora_a, low, dropped(branch))
-            expand(s, branch.lora_b.t(), y, high, accumulate=True)
-        else:
-            s = shrink(x, branch.lora_a, low, dropped(branch))
-            y = _to_fill(base, x, base.weight.shape[0])
-            expand(s, branch.lora_b.t(), y, high, bias)
-            y.addmm_(x, weight)
+        y = on_base(base, x, s, branch.lora_b.t(), high)
     else:
         assert base.out is not None  # of a forward
         y = base.out.clone(memory_format=torch.contiguous_format)
-        s = shrink(x, branch.lora_a, low, dropped(branch))
         expand(s, branch.lora_b.t(), y, high, accumulate=True)
     return y, s if save_s else None
+
+
+def on_base(
+    base: Dense, rows: Tensor, low: Tensor, matrix: Tensor, scale: float = 1.0,
+    drop: Dropped = _WHOLE,
+) -> Tensor:  # fmt: skip
+    """rows W^T + bias + scale * drop'(low @ matrix). In bf16 the base comes first: torch's product
+    into what is there takes up to a tenth longer, and either order rounds twice."""
+    bias = None if base.bias is None else base.bias.to(rows.dtype)
+    weight = base.weight.t().to(rows.dtype)
+    if rows.dtype == torch.bfloat16:
+        y = _product(rows, weight, bias, base.into)
+        expand(low, matrix, y, scale, drop=drop, accumulate=True)
+    else:
+        y = _to_fill(base, rows, weight.shape[1])
+        expand(low, matrix, y, scale, bias, drop)
+        y.addmm_(rows, weight)
+    return y
 
 
 _calls = cache(FewRows)
@@ -268,14 +276,12 @@ def _low_rank_backward(
         ds = shrink(dy, branch.lora_b.t(), branch.scaling, gradient=of_b)
     elif need.b:
         _read(dy, None, 1.0, _WHOLE, of_b, None)
-    if need.x and isinstance(base, Dense) and dy.dtype == torch.bfloat16:
-        dx = _product(dy, base.weight.to(dy.dtype), None, base.into)
-        expand(ds, branch.lora_a, dx, drop=drop, accumulate=True)
+    if need.x and isinstance(base, Dense):
+        turned = Dense(base.weight.t(), into=base.into)
+        dx = on_base(turned, dy, ds, branch.lora_a, drop=drop)
     elif need.x:
         dx = _to_fill(base, dy, K)
         expand(ds, branch.lora_a, dx, drop=drop)
-        if isinstance(base, Dense):
-            dx.addmm_(dy, base.weight.to(dy.dtype))
     if d_a is not None and x is not None:
         outer(x, ds, d_a, drop)
     return dx, d_a, d_b
