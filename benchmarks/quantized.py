@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from lora_kernels import lora_linear, quantize
 from lora_kernels.backends import dequantized
-from lora_kernels.backends.native import extension
 from lora_kernels.backends.native import quantized as native
 from lora_kernels.branch import Branch
 from lora_kernels.testing import DTYPES
@@ -131,13 +130,12 @@ def measured(case: Case, args: argparse.Namespace) -> dict:
 def few(args: argparse.Namespace) -> None:
     """For each layout and dtype the two ways, by rows: ratios of codes multiplied as they lie to
     strips that are decoded for torch's product, the branch in both."""
-    limits = dict.fromkeys(native.MOST_ROWS, (1 << 30,) * len(extension.ISA_NAMES))
     for dtype, (N, K) in itertools.product(args.dtypes, SHAPES):
         for kind in args.kinds:
             line = []
             for M in (1, 4, 8, 16, 32, 64, 128, 256):
                 made = ways(Case(N, K, M, dtype, False), kind)
-                with mock.patch.object(native, "MOST_ROWS", limits):
+                with mock.patch.object(native, "most_coded", return_value=1 << 30):
                     times = interleaved(made, torch.device("cpu"), args.seconds, tuple(args.rounds))
                 strips, codes = ([sum(p) for p in times[name]] for name in ("strips", "codes"))
                 line.append(f"{M}: {summary(codes, strips)['ratio']:.2f}")

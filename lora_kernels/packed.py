@@ -106,12 +106,15 @@ def project(
     return ys if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
+_HOST_S = 256  # rows up to which the host's time counts
+
+
 def packs_rows(x: Tensor) -> bool:
-    """Whether x has so many rows that reading it once counts: more than one call of a layer's own
-    takes."""
+    """Whether x has so many rows that reading it once counts more than the host's time, of which a
+    layer's own call takes less."""
     few = backends.few_rows() if isinstance(x, Tensor) and x.is_cpu else None
     rows = x.shape[:-1].numel() if x.dim() else 0
-    return few is None or rows > few.most(x, trains=True)
+    return few is None or rows > min(few.most(x, trains=True), _HOST_S)
 
 
 def _numbered(i: int, projection: Projection, x: Tensor) -> Tensor:

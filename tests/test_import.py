@@ -124,7 +124,7 @@ FLOORS["weights"] = {
     "__init__": 4,
 }
 FLOORS["grouped"] = {
-    "groups": 0, "composite": 0, "direct": 1, "ops": 1, "functional": 2, "__init__": 3,
+    "groups": 0, "composite": 0, "ops": 1, "direct": 2, "functional": 3, "__init__": 4,
 }  # fmt: skip
 FLOORS["check"] = {"report": 0, "found": 1, "runs": 2, "training": 3, "merging": 4, "__init__": 5}
 FLOORS["backends"] = {
@@ -147,7 +147,8 @@ FLOORS["backends"] = {
     "packed": 8,
 }
 FLOORS["backends.native"] = {
-    "extension": 0, "decode": 1, "few_rows": 1, "grouped": 1.5, "quantized": 1.5, "__init__": 2,
+    "extension": 0, "choice": 0.5, "decode": 1, "few_rows": 1, "grouped": 1.5, "quantized": 1.5,
+    "__init__": 2,
 }  # fmt: skip
 FLOORS["backends.triton"] = {
     "__init__": 0,

@@ -349,6 +349,20 @@ struct Spread {
   Matrix matrix;
 };
 
+// sum [rows, columns] += what is there.
+void add_rows(const Kernels& kernels, const Output& there, int64_t rows, int64_t columns,
+              float* sum, int64_t pitch) {
+  const Rows from = {there.data, there.type, columns, there.pitch, 1};
+  const int64_t grain = std::max<int64_t>(1, kGrain / pitch);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    Buffer row(pitch);
+    for (int64_t m = begin; m < end; ++m) {
+      kernels.load(from, m, 1, nullptr, row.data, up(columns, kernels.columns));
+      for (int64_t k = 0; k < columns; ++k) sum[m * pitch + k] += row.data[k];
+    }
+  });
+}
+
 Factors rows_of(const Matrix& m, bool narrow) {
   return {static_cast<const float*>(m.data), m.pitch, 1, m.rows, m.columns, narrow};
 }
@@ -378,6 +392,36 @@ namespace {
 
 // -------------------------------------------------------------------------------------------- ops
 
+// Rows that are computed at a time, where there are many: of x that are multiplied, so many as stay
+// in a core's own cache while rows of the weight pass by; of what is combined, that its strips are
+// worth packing. Shares are as even as can be.
+constexpr int64_t kMultipliedBytes = 768 << 10, kCombinedRows = 256;
+
+int64_t rows_at_once(int64_t rows, int64_t columns, bool combined) {
+  const int64_t most =
+      combined ? kCombinedRows
+               : std::clamp<int64_t>(kMultipliedBytes / (4 * columns), 48, kCombinedRows);
+  const int64_t shares = std::max<int64_t>(1, (rows + most - 1) / most);
+  return up((rows + shares - 1) / shares, 4);
+}
+
+Matrix rows_from(const Matrix& all, int64_t first, int64_t count) {
+  const int64_t size = all.type == Type::kFloat ? 4 : 2;
+  return {static_cast<const char*>(all.data) + first * all.pitch * size, all.type,
+          std::min(count, all.rows - first), all.columns, all.pitch};
+}
+
+Output rows_from(const Output& all, int64_t first) {
+  const int64_t size = all.type == Type::kFloat ? 4 : 2;
+  if (all.data == nullptr) return all;
+  return {static_cast<char*>(all.data) + first * all.pitch * size, all.type, all.pitch};
+}
+
+std::optional<Dropout> rows_from(std::optional<Dropout> all, int64_t first) {
+  if (all.has_value()) all->row += static_cast<uint32_t>(first);
+  return all;
+}
+
 // What of a call is not its weight.
 struct Call {
   const Tensor& x;
@@ -387,6 +431,72 @@ struct Call {
   const std::optional<Tensor>& seed;
   std::optional<Tensor>& s;
 };
+
+// Of a call's branch; its factors are those of s B^T and of what is kept of s.
+struct Branch {
+  const Matrix *A, *B;  // A null without one
+  float scale, saved_scale;
+};
+
+struct Outputs {
+  Output y, s;  // the latter without memory where it is not asked for
+};
+
+// Some rows of a layer, as `layer` gives them.
+void layer_of_rows(const Kernels& kernels, const Matrix& rows, const Weight& W, const Branch& of,
+                   const Dropout* drop, const void* bias, const Outputs& outputs) {
+  const Type type = rows.type;
+  const int64_t M = rows.rows, N = W.transposed ? W.held.columns : W.held.rows;
+  const bool branch = of.A != nullptr;
+  const Output &out = outputs.y, &saved = outputs.s;
+  const int64_t r = branch ? of.A->rows : 0;
+  // bf16 is multiplied as it is, where there are instructions for it and both sides are in bf16.
+  const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16, half = type != Type::kFloat;
+  const bool wide_x = half && (!narrow || W.transposed || W.held.type != type);
+  const bool spread = W.coded != nullptr && W.coded->four;
+  const bool wide_a = branch && half && (!narrow || of.A->type != type);
+  const Widened plain(kernels, rows, nullptr, wide_x || (wide_a && drop == nullptr));
+  const Spread arranged(kernels, wide_x ? plain.matrix : rows, spread);
+  const int64_t ranks = up(r, kernels.width);
+  Scratch<1024> low(M * ranks);
+  if (branch) {
+    const Widened dropped(kernels, rows, drop, drop != nullptr);
+    const Matrix& seen = drop != nullptr ? dropped.matrix : wide_a ? plain.matrix : rows;
+    std::fill(low.data, low.data + M * ranks, 0.f);
+    Product p = product_of(seen, *of.A, type, {low.data, Type::kFloat, ranks});
+    p.scale = of.scale;
+    multiply(kernels, p, r);
+    for (int64_t m = 0; saved.data != nullptr && m < M; ++m)
+      write_any(low.data + m * ranks, r, of.saved_scale, saved.data, type, m * saved.pitch, 1);
+  }
+  if (!W.transposed) {
+    Product p = product_of(arranged.matrix, W.held, type, out);
+    p.coded = W.coded;
+    p.low = branch ? low.data : nullptr;
+    p.low_pitch = ranks;
+    p.ranks = r;
+    p.b = of.B->data;
+    p.b_type = of.B->type;
+    p.b_pitch = of.B->pitch;
+    p.bias = bias;
+    return multiply(kernels, p, N);
+  }
+  // The branch and the bias first: the sum that columns are added to.
+  const int64_t pitch = apart(N, kernels);
+  Scratch<4096> sum(M * pitch);
+  Scratch<2048> wide_bias(bias != nullptr ? pitch : 0);
+  if (bias != nullptr) kernels.load({bias, type, N, 0, 1}, 0, 1, nullptr, wide_bias.data, pitch);
+  Product p = product_of({low.data, Type::kFloat, M, r, ranks}, *of.B, type,
+                         {sum.data, Type::kFloat, pitch});
+  p.bias = bias != nullptr ? wide_bias.data : nullptr;
+  multiply(kernels, p, N);
+  Combination c = combination_of(rows_of(wide_x ? plain.matrix : rows, true), W.held, type, 1.f);
+  c.sum = sum.data;
+  c.sum_pitch = pitch;
+  c.accumulate = true;
+  put_into(c, out);
+  combine(kernels, c, N);
+}
 
 // y [..., N] = x W^T + bias + scale * high * (drop(x) A^T) B^T of few rows x [..., K]; without A
 // and B the frozen layer. s [M,r], where it is given, is filled with scale * drop(x) A^T.
@@ -415,61 +525,20 @@ Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const
   }
   const Output saved = s.has_value() ? written(*s, "s", M, r, type) : Output{};
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
-  const Dropout* drop = dropout.has_value() ? &*dropout : nullptr;
 
   Tensor y = empty_rows(x, "x", N);
   if (M == 0) return y;
   const Output out = {y.mutable_data_ptr(), type, N};
-  // bf16 is multiplied as it is, where there are instructions for it and both sides are in bf16.
-  const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16, half = type != Type::kFloat;
-  const bool wide_x = half && (!narrow || W.transposed || W.held.type != type);
-  const bool spread = W.coded != nullptr && W.coded->four;
-  const bool wide_a = branch && half && (!narrow || A.type != type);
-  const Widened plain(kernels, rows, nullptr, wide_x || (wide_a && drop == nullptr));
-  const Spread arranged(kernels, wide_x ? plain.matrix : rows, spread);
-  const int64_t ranks = up(r, kernels.width);
-  Scratch<1024> low(M * ranks);
-  if (branch) {
-    const Widened dropped(kernels, rows, drop, drop != nullptr);
-    const Matrix& seen = drop != nullptr ? dropped.matrix : wide_a ? plain.matrix : rows;
-    std::fill(low.data, low.data + M * ranks, 0.f);
-    Product p = product_of(seen, A, type, {low.data, Type::kFloat, ranks});
-    p.scale = static_cast<float>(scale * high);
-    multiply(kernels, p, r);
-    for (int64_t m = 0; saved.data != nullptr && m < M; ++m)
-      write_any(low.data + m * ranks, r, static_cast<float>(1 / high), saved.data, type,
-                m * saved.pitch, 1);
-  }
+  const Branch of = {branch ? &A : nullptr, &B, static_cast<float>(scale * high),
+                     static_cast<float>(1 / high)};
   const void* const offset = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  if (!W.transposed) {
-    Product p = product_of(arranged.matrix, W.held, type, out);
-    p.coded = W.coded;
-    p.low = branch ? low.data : nullptr;
-    p.low_pitch = ranks;
-    p.ranks = r;
-    p.b = B.data;
-    p.b_type = B.type;
-    p.b_pitch = B.pitch;
-    p.bias = offset;
-    multiply(kernels, p, N);
-    return y;
+  const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16;
+  const int64_t step = narrow ? M : rows_at_once(M, K, W.transposed);
+  for (int64_t first = 0; first < M; first += step) {
+    const std::optional<Dropout> here = rows_from(dropout, first);
+    layer_of_rows(kernels, rows_from(rows, first, step), W, of, here.has_value() ? &*here : nullptr,
+                  offset, {rows_from(out, first), rows_from(saved, first)});
   }
-  // The branch and the bias first: the sum that columns are added to.
-  const int64_t pitch = apart(N, kernels);
-  Scratch<4096> sum(M * pitch);
-  Scratch<2048> wide_bias(offset != nullptr ? pitch : 0);
-  if (offset != nullptr)
-    kernels.load({offset, type, N, 0, 1}, 0, 1, nullptr, wide_bias.data, pitch);
-  Product p =
-      product_of({low.data, Type::kFloat, M, r, ranks}, B, type, {sum.data, Type::kFloat, pitch});
-  p.bias = offset != nullptr ? wide_bias.data : nullptr;
-  multiply(kernels, p, N);
-  Combination c = combination_of(rows_of(wide_x ? plain.matrix : rows, true), W.held, type, 1.f);
-  c.sum = sum.data;
-  c.sum_pitch = pitch;
-  c.accumulate = true;
-  put_into(c, out);
-  combine(kernels, c, N);
   return y;
 }
 
@@ -533,12 +602,12 @@ void decode_cpu(const Tensor codes, const Tensor scales, const std::optional<Ten
 
 // (dx [..., K], dA, dB) of dy [..., N], each of size 0 where it is not asked for. With
 // ds = scaling * dy B: dx = dy W + drop'(ds A), dA = ds^T drop(x), dB = high * dy^T s; keep is the
-// factor of what dropout keeps.
+// factor of what dropout keeps. Where `onto` [M,K] is given, dx is added to it instead.
 std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     const Tensor dy, const std::optional<Tensor> x, const Tensor weight, const Tensor lora_a,
     const Tensor lora_b, const std::optional<Tensor> s, double scaling, double high, double keep,
     int64_t threshold, const std::optional<Tensor> seed, int64_t isa, bool need_x, bool need_a,
-    bool need_b) {
+    bool need_b, std::optional<Tensor> onto) {
   const Kernels& kernels = kernels_of(isa);
   const Matrix DY = read_rows(dy, "dy");
   const int64_t M = DY.rows, N = DY.columns;
@@ -557,67 +626,80 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
                   ", ", K, "] in the dtype of dy");
   const Matrix S = need_b ? read(*s, "s", M, r, type, false) : Matrix{};
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
-  const Dropout* drop = dropout.has_value() ? &*dropout : nullptr;
 
   std::tuple<Tensor, Tensor, Tensor> results = {
-      need_x ? empty_rows(dy, "dy", K) : empty_matrix(dy, 0, 0, false),
+      need_x && !onto.has_value() ? empty_rows(dy, "dy", K) : empty_matrix(dy, 0, 0, false),
       empty_matrix(lora_a, r, K, need_a), empty_matrix(lora_b, N, r, need_b)};
-  const Output DX = {std::get<0>(results).mutable_data_ptr(), type, K};
+  const Output DX = onto.has_value() ? written(*onto, "onto", M, K, type)
+                                     : Output{std::get<0>(results).mutable_data_ptr(), type, K};
   const Output DA = {std::get<1>(results).mutable_data_ptr(), A.type, K};
   const Output DB = {std::get<2>(results).mutable_data_ptr(), B.type, r};
-  const Widened wide(kernels, DY, nullptr, type != Type::kFloat || M > 4);
   const bool low = need_x || need_a;
   const int64_t ranks = up(r, kernels.columns), pitch = apart(K, kernels);
-  Scratch<1024> ds(low ? M * ranks : 0);
-  const Matrix DS = {ds.data, Type::kFloat, M, r, ranks};
+  const int64_t step = rows_at_once(M, K, true);
   // Memory for the sums of as many terms as there are rows: none where they end in registers.
   const bool keeps_sums = M > kernels.terms;
-  if (low) {
-    Combination c =
-        combination_of(rows_of(wide.matrix, true), B, type, static_cast<float>(scaling * keep));
-    c.sum = ds.data;
-    c.sum_pitch = ranks;
-    combine(kernels, c, r);
-  }
-  if (need_b) {
-    Combination c = combination_of(columns_of(wide.matrix), S, type, static_cast<float>(high));
-    Scratch<2048> sum(keeps_sums ? N * ranks : 0);
-    c.sum = keeps_sums ? sum.data : nullptr;
-    c.sum_pitch = ranks;
-    put_into(c, DB);
-    combine(kernels, c, r);
-  }
-  if (need_a) {
-    const Widened dropped(kernels, X, drop, drop != nullptr);
-    Combination c = combination_of(columns_of(DS), dropped.matrix, Type::kFloat, 1.f);
-    Scratch<2048> sum(keeps_sums ? r * pitch : 0);
-    c.sum = keeps_sums ? sum.data : nullptr;
-    c.sum_pitch = pitch;
-    put_into(c, DA);
-    combine(kernels, c, K);
-  }
-  if (!need_x) return results;
-  Scratch<4096> sum(M * pitch);
-  Combination term = combination_of(rows_of(DS, false), A, type, 1.f);
-  term.sum = sum.data;
-  term.sum_pitch = pitch;
-  combine(kernels, term, K);
-  if (drop != nullptr)
-    kernels.load({sum.data, Type::kFloat, K, pitch, 1}, 0, M, drop, sum.data, pitch);
-  if (W.transposed) {
-    const bool narrow =
-        kernels.takes_bf16 && type == Type::kBFloat16 && W.held.type == Type::kBFloat16;
-    Product p = product_of(narrow ? DY : wide.matrix, W.held, type, DX);
-    p.sum = sum.data;
-    p.sum_pitch = pitch;
-    multiply(kernels, p, K);
-  } else {
-    Combination c = combination_of(rows_of(wide.matrix, true), W.held, type, 1.f);
-    c.sum = sum.data;
-    c.sum_pitch = pitch;
-    c.accumulate = true;
-    put_into(c, DX);
-    combine(kernels, c, K);
+  Scratch<2048> sum_b(need_b && keeps_sums ? N * ranks : 0);
+  Scratch<2048> sum_a(need_a && keeps_sums ? r * pitch : 0);
+  // Adds the rows' part to a gradient, which the last ones give.
+  const auto add = [&](Combination c, float* sum, int64_t sum_pitch, const Output& out,
+                       int64_t first, int64_t columns) {
+    c.sum = keeps_sums ? sum : nullptr;
+    c.sum_pitch = sum_pitch;
+    c.accumulate = first > 0;
+    if (first + step >= M) put_into(c, out);
+    combine(kernels, c, columns);
+  };
+  for (int64_t first = 0; first < M; first += step) {
+    const Matrix dys = rows_from(DY, first, step);
+    const int64_t count = dys.rows;
+    const std::optional<Dropout> here = rows_from(dropout, first);
+    const Dropout* const drop = here.has_value() ? &*here : nullptr;
+    const Widened wide(kernels, dys, nullptr, type != Type::kFloat || count > 4);
+    Scratch<1024> ds(low ? count * ranks : 0);
+    const Matrix DS = {ds.data, Type::kFloat, count, r, ranks};
+    if (low) {
+      Combination c =
+          combination_of(rows_of(wide.matrix, true), B, type, static_cast<float>(scaling * keep));
+      c.sum = ds.data;
+      c.sum_pitch = ranks;
+      combine(kernels, c, r);
+    }
+    if (need_b) {
+      const Matrix own = rows_from(S, first, step);
+      add(combination_of(columns_of(wide.matrix), own, type, static_cast<float>(high)), sum_b.data,
+          ranks, DB, first, r);
+    }
+    if (need_a) {
+      const Widened dropped(kernels, rows_from(X, first, step), drop, drop != nullptr);
+      add(combination_of(columns_of(DS), dropped.matrix, Type::kFloat, 1.f), sum_a.data, pitch, DA,
+          first, K);
+    }
+    if (!need_x) continue;
+    const Output out = rows_from(DX, first);
+    Scratch<4096> sum(count * pitch);
+    Combination term = combination_of(rows_of(DS, false), A, type, 1.f);
+    term.sum = sum.data;
+    term.sum_pitch = pitch;
+    combine(kernels, term, K);
+    if (drop != nullptr)
+      kernels.load({sum.data, Type::kFloat, K, pitch, 1}, 0, count, drop, sum.data, pitch);
+    if (onto.has_value()) add_rows(kernels, out, count, K, sum.data, pitch);
+    if (W.transposed) {
+      const bool narrow =
+          kernels.takes_bf16 && type == Type::kBFloat16 && W.held.type == Type::kBFloat16;
+      Product p = product_of(narrow ? dys : wide.matrix, W.held, type, out);
+      p.sum = sum.data;
+      p.sum_pitch = pitch;
+      multiply(kernels, p, K);
+    } else {
+      Combination c = combination_of(rows_of(wide.matrix, true), W.held, type, 1.f);
+      c.sum = sum.data;
+      c.sum_pitch = pitch;
+      c.accumulate = true;
+      put_into(c, out);
+      combine(kernels, c, K);
+    }
   }
   return results;
 }

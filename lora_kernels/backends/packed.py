@@ -215,7 +215,8 @@ def _one_by_one(
     kept: list[Tensor | None] = []
     for (base, branch), save in zip(layers, saves, strict=True):
         if branch is None:
-            y, s = _frozen(x, base), None
+            y, s = native.frozen(base, x), None
+            y = _frozen(x, base) if y is None else y
         else:
             y, s = serving(base, x, branch).forward(base, x, branch, save)
         ys.append(y)
@@ -231,12 +232,17 @@ def _backward_one_by_one(
     for dy, s, (base, branch), (a, b) in zip(rows.given, rows.kept, layers, asked.of, strict=True):
         part = d_a = d_b = None
         if branch is None:
-            part = dy @ base.weight.to(dy.dtype) if asked.x else None
+            weight = base.weight.to(dy.dtype)
+            if asked.x:
+                part = dy @ weight if dx is None else dx.addmm_(dy, weight)
         elif asked.x or a or b:
-            part, _, d_a, d_b = serving(base, dy, branch).backward(
-                base, dy, x, empty if s is None else s, branch, Need(asked.x, False, a, b)
-            )
-        if part is not None:
+            backend = serving(base, dy, branch)
+            given = base, dy, x, empty if s is None else s, branch, Need(asked.x, False, a, b)
+            if backend is native:
+                part, _, d_a, d_b = native.backward(*given, onto=dx)
+            else:
+                part, _, d_a, d_b = backend.backward(*given)
+        if part is not None and part is not dx:
             dx = part if dx is None else dx.add_(part)
         pairs.append((d_a, d_b))
     return dx, pairs

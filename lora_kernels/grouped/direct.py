@@ -1,19 +1,25 @@
-"""The way past the op: one native call of few rows of many adapters, without gradients.
+"""The ways past the op: one native call of few rows of many adapters, without gradients; and with
+them a node of autograd that takes tensors one by one, where torch.library walks through lists for
+longer than the branches take.
 
-What is checked of each group is checked in that call; here nothing is done for each. A call that it
-does not take, or that somebody might see, gets the op, whose checks name what is wrong.
+What the first is told of each group is checked in that call; here nothing is done for each. A call
+that it does not take, or that somebody might see, gets the op, whose checks name what is wrong.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels import _dispatch, backends
+from lora_kernels._namespace import ops as seen
+from lora_kernels.grouped import ops
 from lora_kernels.grouped.groups import Groups
 
 _NUMBERS = frozenset((float, int))
+_MOST_ROWS = 256  # whose sums are kept in fp32 for the branches
 Stack = Tensor | Sequence[Tensor]
 
 
@@ -40,7 +46,7 @@ def linear(
         few = backends.few_rows()
         if few is None:
             return None
-        if x.numel() > few.most(weight, False) * weight.shape[1]:
+        if x.numel() > min(few.most(weight, False), _MOST_ROWS) * weight.shape[1]:
             return None
         if groups.rows is not None and groups.rows * weight.shape[1] != x.numel():
             return None
@@ -62,3 +68,49 @@ def _freeze_rows(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, grou
     rows = slice(begin, end) if groups.order is None else groups.order[begin:end]
     N, K = weight.shape
     y.view(-1, N)[rows] = F.linear(x.reshape(-1, K), weight, bias)[rows]
+
+
+def trained(arguments: tuple[Any, ...]) -> Tensor:
+    """y [M,N] of the op's arguments, which have been checked, where nobody would see the op."""
+    x, weight, a, b, bias, *rest = arguments
+    y: Tensor = _apply(rest, x, weight, bias, *a, *b)
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rest: list[Any], x: Tensor, weight: Tensor, bias: Tensor | None, *pairs: Tensor
+    ) -> Tensor:
+        count = len(pairs) // 2
+        weight_of, order, offsets, bounds, *values, seeds, _ = rest
+        y, s = ops.linear(x, weight, pairs[:count], pairs[count:], bias, *rest)
+        _, _, need_weight, _, *need_pairs = ctx.needs_input_grad
+        reads_x = need_weight or any(need_pairs[:count])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            x if reads_x else None, weight, bias, s, order, offsets, seeds, *pairs
+        )
+        ctx.others = weight_of, bounds, values
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, s, order, offsets, seeds, *pairs = ctx.saved_tensors
+        if dy is None:
+            return (None,) * (4 + len(pairs))
+        weight_of, bounds, values = ctx.others
+        count, (_, need_x, need_weight, need_bias, *need) = len(pairs) // 2, ctx.needs_input_grad
+        rows = dy.new_empty(0) if x is None else x
+        watched = torch.is_grad_enabled() or not _dispatch.is_unwatched(dy, weight, x, s, *pairs)
+        compute = seen.lora_linear_grouped_backward if watched else ops.linear_backward
+        dx, dw, dbias, d_a, d_b = compute(
+            dy, rows, weight, pairs[:count], pairs[count:], bias, s, weight_of, order, offsets,
+            bounds, *values, seeds, need_x, need_weight, need_bias, need[:count], need[count:],
+        )  # fmt: skip
+        found = (dx, dw, dbias, *d_a, *d_b)
+        wanted = (need_x, need_weight, need_bias, *need)
+        return None, *(one if need else None for one, need in zip(found, wanted, strict=True))
+
+
+_apply: Any = _Linear.apply

@@ -98,8 +98,13 @@ def lora_linear_grouped(
         _saves(call),
     )
     _refuse_other_modes(call, rows, weight, bias)
-    unseen = _is_unseen(call, rows, weight, bias)
-    y: Tensor = (ops.linear if unseen else _namespace.ops.lora_linear_grouped)(*arguments)[0]
+    y: Tensor
+    if not _is_unwatched(call, rows, weight, bias):
+        y = _namespace.ops.lora_linear_grouped(*arguments)[0]
+    elif _trains(call, rows, weight, bias):
+        y = direct.trained(arguments)
+    else:
+        y = ops.linear(*arguments)[0]
     return y.view(*x.shape[:-1], N)
 
 
@@ -136,7 +141,8 @@ def lora_add_grouped(
     base_rows = base_out.reshape(-1, N)
     arguments: tuple[Any, ...] = (base_rows, rows, *call.pairs, *call.rest, _saves(call))
     _refuse_other_modes(call, rows, base_rows)
-    unseen = _is_unseen(call, rows, base_rows, None)
+    given = call, rows, base_rows, None
+    unseen = _is_unwatched(*given) and not _trains(*given)
     y: Tensor = (ops.add if unseen else _namespace.ops.lora_add_grouped)(*arguments)[0]
     return y.view(base_out.shape)
 
@@ -232,14 +238,16 @@ def _refuse_other_modes(call: _Call, *others: Tensor | None) -> None:
         _dispatch.refuse_forward_mode((*others, *call.pairs[0], *call.pairs[1]))
 
 
-def _is_unseen(call: _Call, x: Tensor, base: Tensor, bias: Tensor | None) -> bool:
+def _is_unwatched(call: _Call, x: Tensor, base: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing would see the op, so that what it computes is all that matters."""
     if torch.compiler.is_compiling() or x.is_meta:
         return False
-    tensors = (*call.pairs[0], *call.pairs[1], bias)
-    if torch.is_grad_enabled() and _dispatch.any_requires_grad(x, base, *tensors):
-        return False
-    return _dispatch.is_unwatched(x, base, *tensors)
+    return _dispatch.is_unwatched(x, base, bias, *call.pairs[0], *call.pairs[1])
+
+
+def _trains(call: _Call, x: Tensor, base: Tensor, bias: Tensor | None) -> bool:
+    tensors = (bias, *call.pairs[0], *call.pairs[1])
+    return torch.is_grad_enabled() and _dispatch.any_requires_grad(x, base, *tensors)
 
 
 def _columns(x: Tensor) -> int:

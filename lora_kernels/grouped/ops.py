@@ -113,7 +113,7 @@ def add(base_out: Tensor, x: Tensor, a: Any, b: Any, *rest: Any) -> Any:
     return y, _whole(s, x)
 
 
-def _linear_backward(
+def linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, a: Any, b: Any, bias: Any, s: Tensor, *rest: Any
 ) -> Any:
     weight_of, call, needs = rest[0], Call(a, b, *rest[1:7]), Needs(*rest[7:])
@@ -304,7 +304,7 @@ for _name, _kernel, _fake, _flops, _formula in (
     ("lora_add_grouped", add, _fake_add, _add_flops, (_save_add, _add_gradients)),
     (
         "lora_linear_grouped_backward",
-        _linear_backward,
+        linear_backward,
         _fake_linear_backward,
         _linear_backward_flops,
         None,

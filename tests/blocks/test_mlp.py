@@ -198,7 +198,7 @@ def test_frozen_layers_among_them():
         torch.autograd.grad(f("silu"), leaves, problem.dy) for f in (problem.as_one, problem.layers)
     )
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert error(one, other.double()) <= 2e-6  # two orders of sums over 1500 rows
 
 
 def test_autocast_compile_and_double_backward():

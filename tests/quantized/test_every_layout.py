@@ -39,7 +39,7 @@ def test_values_and_gradients(name, backend, dtype, M):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_quarter_of_the_weight_at_most(name, backend, monkeypatch):
     """The largest piece of memory that is taken in forward or backward, by whomever."""
-    monkeypatch.setattr(native, "MOST_ROWS", dict.fromkeys(native.MOST_ROWS, (0,) * 7))
+    monkeypatch.setattr(native, "most_coded", lambda kind, dtype: 0)
     N, K, M = 2048, 2048, 4
     weight, whole = made(name, N, K), N * K * 4
     a, b = torch.randn(8, K, requires_grad=True), torch.randn(N, 8, requires_grad=True)

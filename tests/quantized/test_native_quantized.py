@@ -23,7 +23,7 @@ NAMES = [extension.ISA_NAMES[isa] for isa in EVERY]
 @pytest.fixture(params=EVERY, ids=NAMES)
 def isa(request, monkeypatch):
     monkeypatch.setattr(extension, "best_isa", lambda: request.param)
-    monkeypatch.setattr(native, "MOST_ROWS", dict.fromkeys(native.MOST_ROWS, (99,) * 7))
+    monkeypatch.setattr(native, "most_coded", lambda kind, dtype: 99)
     return request.param
 
 

@@ -31,7 +31,7 @@ def small_strips(size=1, most=0):
     """Many strips where there would be one, and the native kernels for so many rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dequantized, "_CPU_STRIP_BYTES", size)
-        patch.setattr(native, "MOST_ROWS", dict.fromkeys(native.MOST_ROWS, (most,) * 7))
+        patch.setattr(native, "most_coded", lambda kind, dtype: most)
         yield
 
 

@@ -16,16 +16,12 @@ from torch.nn import functional as F
 
 from lora_kernels.backends import blocked, forced, reference
 from lora_kernels.backends.dropout import keep_scale, threshold
-from lora_kernels.backends.native import extension, few_rows
+from lora_kernels.backends.native import choice, extension, few_rows
 from lora_kernels.backends.native.extension import best_isa
 from lora_kernels.backends.native.few_rows import FewRows, Rows, are_few, readable
 from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Given, Need
-
-# Without dropout torch's own calls win below so many rows, from such a rank on, and with 16-bit
-# matrix instructions.
-_MIN_ROWS, _MANY_RANKS = 128, 64
 
 _ops = torch.ops.lora_kernels
 
@@ -75,14 +71,16 @@ def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
         return "16-bit products are formed in fp32 here, and rounded once"
     if branch.dropout_p or (forced.now is not None and forced.now.backend == "native"):
         return None
-    tiles = rows.dtype == torch.bfloat16 and best_isa() in extension.MULTIPLIES_BF16
-    if rows.shape[0] < _MIN_ROWS and not tiles:
-        return f"fewer than {_MIN_ROWS} rows without dropout"
-    if rows.dtype != torch.float32 and not tiles:
-        return "16 bits without dropout"
-    if branch.lora_a.shape[0] >= _MANY_RANKS and not (tiles and isinstance(base, Given)):
-        return f"a rank of {_MANY_RANKS} or more without dropout"
-    return None if best_isa() > 0 else "no vector instructions"
+    found = choice.low_rank(rows.dtype, best_isa())
+    if found is None:
+        return "without dropout ATen's passes are the faster ones"
+    if rows.shape[0] < found.rows:
+        return f"fewer than {found.rows} rows without dropout"
+    if branch.lora_a.shape[0] >= found.ranks and not (
+        found.any_on_given and isinstance(base, Given)
+    ):
+        return f"a rank of {found.ranks} or more without dropout"
+    return None
 
 
 class Dropped(NamedTuple):
@@ -229,6 +227,18 @@ def _few_forward(
     return _calls(best_isa()).forward(readable(x), base.weight, bias, _readable(branch), save_s)
 
 
+def frozen(base: Dense, x: Tensor) -> Tensor | None:
+    """x W^T + bias by the kernels of few rows, None where they are not the ones for it."""
+    if lacks(x.device) is not None or refusal(x) is not None or not _are_few(base, x):
+        return None
+    bias = None if base.bias is None else readable(base.bias.to(x.dtype))
+    calls = _calls(best_isa())
+    y: Tensor = calls.linear(
+        readable(x), base.weight, None, None, bias, 1.0, 1.0, 0, None, calls.isa, None
+    )
+    return y
+
+
 def _readable(branch: Branch) -> Branch:
     return branch._replace(lora_a=readable(branch.lora_a), lora_b=readable(branch.lora_b))
 
@@ -245,7 +255,11 @@ def add_(base_out: Tensor, x: Tensor, branch: Branch) -> Tensor:
     return s
 
 
-def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need) -> Gradients:
+def backward(
+    base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need,
+    onto: Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    """As in `reference`; dx may be `onto` [M,K], with itself added."""
     few = _are_few(base, dy, backward=True)
     if not few and _left(base, dy, branch) is not None:
         return reference.backward(base, dy, x, s, branch, need)
@@ -255,7 +269,7 @@ def backward(base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need:
     if few:
         assert isinstance(base, Dense)
         rows = Rows(dy, readable(x) if need.a else None, readable(s) if need.b else None)
-        results = _calls(best_isa()).backward(base.weight, rows, _readable(branch), need)
+        results = _calls(best_isa()).backward(base.weight, rows, _readable(branch), need, onto)
     else:
         results = _low_rank_backward(base, Rows(dy, x, s), branch, need)
     dx, d_a, d_b = results

@@ -31,7 +31,8 @@ _CPU_SCHEMAS = (
     f"_decode_cpu({_CODED}, int row, int column, int isa, Tensor(a!) out) -> ()",
     "_linear_backward_cpu(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b,"
     " Tensor? s, float scaling, float high, float keep, int threshold, Tensor? seed, int isa,"
-    " bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+    " bool need_x, bool need_a, bool need_b, Tensor(a!)? onto=None)"
+    " -> (Tensor, Tensor, Tensor)",
     "_linear_grouped_cpu(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor? order,"
     " int[] bounds, Tensor? bias, float[] scaling, int isa) -> Tensor",
     "_add_grouped_cpu(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor? order,"
@@ -47,8 +48,6 @@ _CUDA_SCHEMAS = (
     " -> ()",
 )
 ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16", "AMX", "NEON", "NEON BF16")
-# With instructions for products of bf16 that the low-rank half is made of.
-MULTIPLIES_BF16 = (ISA_NAMES.index("AVX-512 BF16"), ISA_NAMES.index("AMX"))
 ACTIVATIONS = ("silu", "gelu_tanh", "relu", "relu2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of rows, on the CPU
 

@@ -1,9 +1,5 @@
-"""A whole layer in one native call, forward or backward, which reads the weight once: for few rows.
-
-Up to how many is measured, `python -m benchmarks.native --few`, by the dtype of the weight, which
-may be fp32 under rows of 16 bits: beyond, torch's product reuses what it has in registers for more
-rows than these kernels do. Where a CPU has no instructions for products of 16 bits (of fp16 nearly
-none has), torch forms them in fp32 too, and slower.
+"""A whole layer in one native call, forward or backward, which reads the weight once: for few rows,
+as many as `choice` says.
 
 Matrices of rows may have any number of dimensions. Nothing is checked in Python: RuntimeError says
 what the kernels do not take.
@@ -15,38 +11,15 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.dropout import keep_scale, threshold
-from lora_kernels.backends.native import extension
+from lora_kernels.backends.native import choice, extension
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Need
-
-# By index of extension.ISA_NAMES. Without vector instructions torch's own loops are as good. But by
-# tiles the backward widens bf16 to fp32; torch does not where it has instructions for bf16.
-# Measured on processors of AMD, where torch's products are slower (AVX2, AVX-512 BF16), and of
-# Intel (AMX); AVX-512 without products of bf16 on none, and NEON on none: there the least, where
-# memory is what is waited for.
-MOST_ROWS: dict[torch.dtype, tuple[int, ...]] = {
-    torch.float32: (0, 96, 48, 256, 48, 4, 4),
-    torch.bfloat16: (0, 192, 16, 64, 192, 4, 4),
-    torch.float16: (0, 192, 48, 256, 48, 4, 4),
-}
-MOST_ROWS_BACKWARD: dict[torch.dtype, tuple[int, ...]] = {
-    torch.float32: (0, 128, 48, 256, 48, 4, 4),
-    torch.bfloat16: (0, 256, 8, 96, 128, 4, 4),
-    torch.float16: (0, 256, 48, 256, 48, 4, 4),
-}
-# A layer so small is bound by the host, which one call keeps less busy: so many times as many.
-_SMALL = 1 << 20  # elements of the weight
-FACTOR_OF_SMALL: dict[torch.dtype, tuple[int, ...]] = {
-    torch.float32: (1, 1, 2, 1, 2, 1, 1),
-    torch.bfloat16: (1, 1, 1, 1, 1, 1, 1),
-    torch.float16: (1, 1, 2, 1, 2, 1, 1),
-}
 
 
 def most_rows(dtype: torch.dtype, isa: int, backward: bool = False) -> int:
     """How many rows are few for a weight of a dtype, not a small one; 0 without kernels."""
-    table = MOST_ROWS_BACKWARD if backward else MOST_ROWS
-    return table[dtype][isa] if dtype in table else 0
+    few = choice.few(dtype, isa)
+    return few.backward if backward else few.forward
 
 
 class FewRows:
@@ -54,8 +27,8 @@ class FewRows:
 
     def __init__(self, isa: int) -> None:
         self.isa = isa
-        self._factor_of_small = {dtype: of_isa[isa] for dtype, of_isa in FACTOR_OF_SMALL.items()}
-        self._most = {dtype: most_rows(dtype, isa) for dtype in MOST_ROWS}
+        self._factor_of_small = {d: choice.few(d, isa).of_small for d in extension.DTYPES}
+        self._most = {dtype: most_rows(dtype, isa) for dtype in extension.DTYPES}
         self._most_trained = {
             dtype: min(most, most_rows(dtype, isa, backward=True))
             for dtype, most in self._most.items()
@@ -74,7 +47,9 @@ class FewRows:
     def most(self, weight: Tensor, trains: bool) -> int:
         """How many rows a call may have, one with a gradient where it trains."""
         most = (self._most_trained if trains else self._most).get(weight.dtype, 0)
-        return most * self._factor_of_small[weight.dtype] if most and is_small(weight) else most
+        return (
+            most * self._factor_of_small[weight.dtype] if most and choice.is_small(weight) else most
+        )
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, branch: tuple[Any, ...], save_s: bool
@@ -90,16 +65,19 @@ class FewRows:
         return self.linear(x, weight, a, b, bias, low, high, drops, seed, self.isa, s), s
 
     def backward(
-        self, weight: Tensor, rows: "Rows", branch: tuple[Any, ...], need: Need
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, dA, dB), None where not needed."""
+        self, weight: Tensor, rows: "Rows", branch: tuple[Any, ...], need: Need,
+        onto: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """(dx, dA, dB), None where not needed; dx is `onto` [M,K], with itself added, where that is
+        given."""
         (dy, x, s), (a, b, scaling, p, seed), (need_x, _, need_a, need_b) = rows, branch, need
         high = split(scaling, dy.dtype)[1] if dy.dtype == torch.float16 else 1.0
         keep, drops = (keep_scale(p), threshold(p)) if p else (1.0, 0)
         dx, d_a, d_b = self._backward(
             readable(dy), x if need_a else None, weight, a, b, s if need_b else None, scaling, high,
-            keep, drops, seed, self.isa, need_x, need_a, need_b,
+            keep, drops, seed, self.isa, need_x, need_a, need_b, onto if need_x else None,
         )  # fmt: skip
+        dx = dx if onto is None else onto
         return dx if need_x else None, d_a if need_a else None, d_b if need_b else None
 
 
@@ -124,13 +102,9 @@ def readable(tensor: Tensor) -> Tensor:
 def are_few(rows: int, weight: Tensor, isa: int, backward: bool = False) -> bool:
     """Whether so many rows are few for a weight."""
     most = most_rows(weight.dtype, isa, backward)
-    if most and is_small(weight):
-        most *= FACTOR_OF_SMALL[weight.dtype][isa]
+    if most and choice.is_small(weight):
+        most *= choice.few(weight.dtype, isa).of_small
     return rows <= most
-
-
-def is_small(weight: Tensor) -> bool:
-    return weight.numel() <= _SMALL
 
 
 def fits(weight: Tensor) -> bool:
@@ -144,12 +118,12 @@ def of_this_machine() -> FewRows:
 
 
 def describe() -> list[str]:
-    """A line for each dtype: up to how many rows one call computes a layer on this CPU."""
+    """A line for each dtype: how many rows one call computes a layer of on this CPU."""
     if not extension.available():
         return []
-    isa = extension.best_isa()
+    found = {dtype: choice.few(dtype, extension.best_isa()) for dtype in extension.DTYPES}
     return [
-        f"{str(dtype).removeprefix('torch.')}: up to {most_rows(dtype, isa)} in one call, backward"
-        f" up to {most_rows(dtype, isa, backward=True)}"
-        for dtype in MOST_ROWS
+        f"{str(dtype).removeprefix('torch.')}: {choice.rows(few.forward)} in one call, backward"
+        f" {choice.rows(few.backward)}"
+        for dtype, few in found.items()
     ]

@@ -1,8 +1,8 @@
 """Quantised weights in compiled CPU kernels: a layer of few rows that multiplies the codes as they
 lie, and the decoder of a part of the weight for many rows.
 
-Up to how many rows is measured, `python -m benchmarks.quantized --few`, by instruction set and
-layout: beyond, decoding strips of the weight for torch's product is faster.
+Up to how many rows `choice` says: beyond, decoding strips of the weight for torch's product is
+faster.
 """
 
 from typing import Any
@@ -12,22 +12,13 @@ from torch import Tensor
 
 from lora_kernels.backends import forced
 from lora_kernels.backends.dropout import keep_scale, threshold
-from lora_kernels.backends.native import extension
+from lora_kernels.backends.native import choice, extension
 from lora_kernels.backends.native.few_rows import readable
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Branch
 from lora_kernels.weights import FourBit, Int8, QuantizedWeight
 
-# By index of extension.ISA_NAMES: measured on a processor with AVX-512 BF16 (AMD's, where torch's
-# products of fp32 are slower), the kernels of AVX2 and AVX-512 there too; with tiles and NEON not.
-MOST_ROWS: dict[tuple[str, torch.dtype], tuple[int, ...]] = {
-    ("4bit", torch.float32): (0, 16, 48, 256, 48, 4, 4),
-    ("4bit", torch.bfloat16): (0, 16, 8, 24, 8, 4, 4),
-    ("4bit", torch.float16): (0, 16, 48, 256, 48, 4, 4),
-    ("int8", torch.float32): (0, 64, 48, 256, 48, 4, 4),
-    ("int8", torch.bfloat16): (0, 64, 8, 24, 8, 4, 4),
-    ("int8", torch.float16): (0, 64, 48, 256, 48, 4, 4),
-}
+_KINDS = "4bit", "int8"
 _WHOLE = 64  # columns that the kernels take at a time
 
 
@@ -74,12 +65,17 @@ def _is_left() -> bool:
 
 def most_rows(weight: QuantizedWeight, dtype: torch.dtype) -> int:
     """Up to how many rows in a dtype one call computes the layer; 0 where it does not."""
-    most = MOST_ROWS.get((weight.kind, dtype))
-    if most is None or given(weight) is None:
+    if dtype not in extension.DTYPES or weight.kind not in _KINDS or given(weight) is None:
         return 0
     if isinstance(weight, Int8) and weight.zero is not None:
         return 0
-    return most[extension.best_isa()]
+    return most_coded(weight.kind, dtype)
+
+
+def most_coded(kind: str, dtype: torch.dtype) -> int:
+    """The same of a kind of weight and a dtype that the kernels take."""
+    few = choice.few(dtype, extension.best_isa())
+    return few.four_bit if kind == "4bit" else few.int8
 
 
 def takes(x: Tensor, weight: QuantizedWeight) -> bool:
@@ -144,13 +140,12 @@ def describe() -> list[str]:
     """A line for each layout: up to how many rows one call computes a layer on this CPU."""
     if not extension.available():
         return []
-    isa, kinds = extension.best_isa(), dict.fromkeys(kind for kind, _ in MOST_ROWS)
     return [
         f"{kind} weights: up to "
         + ", ".join(
-            f"{MOST_ROWS[kind, dtype][isa]} of {str(dtype).removeprefix('torch.')}"
+            f"{most_coded(kind, dtype)} of {str(dtype).removeprefix('torch.')}"
             for dtype in extension.DTYPES
         )
-        + " in one call"
-        for kind in kinds
+        + " rows in one call"
+        for kind in _KINDS
     ]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import FusedLoRALinear, backends, lora_linear
 from lora_kernels.backends import dropout, use_backend
-from lora_kernels.backends.native import extension, few_rows
+from lora_kernels.backends.native import choice, extension, few_rows
 from lora_kernels.backends.scaling import split
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
 
@@ -257,9 +257,7 @@ def passed(monkeypatch):
     return calls
 
 
-needs_vectors = pytest.mark.skipif(
-    max(few_rows.MOST_ROWS[torch.float32][: max(ISAS) + 1]) == 0, reason="plain C++ serves no call"
-)
+needs_vectors = pytest.mark.skipif(max(ISAS) == 0, reason="plain C++ serves no call")
 
 
 def layer_and_rows(**options):
@@ -432,7 +430,9 @@ def test_what_the_kernel_does_not_take_is_computed_or_refused_by_name(passed):
     torch.testing.assert_close(layer(misaligned(x).copy_(x)), expected)
     many = x.repeat(200, 1, 1)
     torch.testing.assert_close(layer(many), expected.repeat(200, 1, 1))
-    assert not passed or passed[0][0].shape[:2] == (3, 2)
+    assert [args[0].shape[:2] for args in passed] in (
+        [], [(3, 2)], [(400, 3)], [(3, 2), (400, 3)],
+    )  # fmt: skip
     torch.testing.assert_close(layer.double()(x.double()), expected.double(), rtol=1e-4, atol=1e-5)
     layer.float()
     with pytest.raises(ValueError, match=r"x|lora_a: expected shape"):
@@ -636,12 +636,17 @@ def test_a_base_that_trains_goes_by_the_op(passed, name):
     assert getattr(layer, name).grad.any()
 
 
-def test_each_dtype_has_a_number_for_each_instruction_set():
-    tables = few_rows.MOST_ROWS, few_rows.MOST_ROWS_BACKWARD, few_rows.FACTOR_OF_SMALL
-    for table in tables:
+def test_each_instruction_set_has_its_choices():
+    assert list(choice.CHOICES) == list(extension.ISA_NAMES)
+    for isa in range(len(extension.ISA_NAMES)):
         for dtype in DTYPES:
-            assert len(table[dtype]) == len(extension.ISA_NAMES)
+            few = choice.few(dtype, isa)
+            assert min(few.forward, few.backward) > 0 or isa == 0
+            assert few_rows.most_rows(dtype, isa) == few.forward
+            assert few_rows.most_rows(dtype, isa, backward=True) == few.backward
     assert few_rows.most_rows(torch.float64, 1) == 0
+    assert choice.rows(choice.ANY) == "any number of rows"
+    assert choice.rows(7) == "up to 7 rows"
 
 
 def test_small_weights_have_more_rows_that_are_few():

@@ -1,0 +1,108 @@
+"""Which kernels compute a call on this CPU: one table, of what was measured.
+
+    python -m benchmarks.native --few        up to how many rows, dense weights
+    python -m benchmarks.quantized --few     quantised ones
+    python -m benchmarks.native              all of it, beside unfused torch and PEFT
+
+Up to so many rows one native call computes the layer: it reads the weight once, as it lies. Beyond,
+torch's product reuses what it has in registers for more rows than these kernels do; but where its
+products of fp32 are slow (AMD's processors with AVX-512), the native ones go on, some rows at a
+time. Where a CPU has no instructions for products of 16 bits (of fp16 nearly none has), torch forms
+them in fp32 too, and slower. A layer whose product is torch's has its low-rank half by native
+passes where those win, with dropout always.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lora_kernels.backends.native.extension import ISA_NAMES
+
+ANY = 1 << 32  # rows
+_SMALL = 1 << 20  # elements of a weight
+
+
+class Few(NamedTuple):
+    """Up to how many rows one call computes a layer of a dtype, forward and backward; so many times
+    as many of a small weight, whose layer is bound by the host, which one call keeps less busy; of
+    a weight of 4 bits, and of int8, forward."""
+
+    forward: int
+    backward: int
+    of_small: int
+    four_bit: int
+    int8: int
+
+
+class LowRank(NamedTuple):
+    """From how many rows on, and below which rank, native passes are the faster low-rank half
+    without dropout; on a base output that is given, whether at any rank."""
+
+    rows: int
+    ranks: int
+    any_on_given: bool = False
+
+
+class Choice(NamedTuple):
+    """Of an instruction set, by the dtype of the weight (fp32, bf16, fp16), which may be fp32 under
+    rows of 16 bits."""
+
+    measured: str  # on what
+    few: tuple[Few, Few, Few]
+    low_rank: tuple[LowRank | None, LowRank | None, LowRank | None]
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NEVER, _LEAST = Few(0, 0, 1, 0, 0), Few(4, 4, 1, 4, 4)  # the latter where memory is waited for
+_PASSES, _PAIRS = LowRank(128, 64), LowRank(1, 64, any_on_given=True)
+CHOICES = {
+    "plain C++": Choice("nothing: torch's own loops are as good", (_NEVER,) * 3, (None,) * 3),
+    "AVX2": Choice(
+        "an EPYC of AMD's",
+        (Few(96, 128, 1, 16, 64), Few(192, 256, 1, 16, 64), Few(192, 256, 1, 16, 64)),
+        (_PASSES, None, None),
+    ),
+    "AVX-512": Choice(
+        "nothing: less than those beside it",
+        (Few(48, 48, 2, 48, 48), Few(16, 8, 1, 8, 8), Few(48, 48, 2, 48, 48)),
+        (_PASSES, None, None),
+    ),
+    "AVX-512 BF16": Choice(
+        "an EPYC of AMD's",
+        (Few(ANY, ANY, 1, 256, 256), Few(64, 96, 1, 24, 24), Few(ANY, ANY, 1, 256, 256)),
+        (_PASSES, _PAIRS, None),
+    ),
+    "AMX": Choice(
+        "a Xeon of Intel's; quantised weights on none",
+        (Few(48, 48, 2, 48, 48), Few(192, 128, 1, 8, 8), Few(48, 48, 2, 48, 48)),
+        (_PASSES, _PAIRS, None),
+    ),
+    "NEON": Choice("nothing", (_LEAST,) * 3, (_PASSES, None, None)),
+    "NEON BF16": Choice("nothing", (_LEAST,) * 3, (_PASSES, None, None)),
+}
+
+
+def few(dtype: torch.dtype, isa: int) -> Few:
+    """For a weight of a dtype, or rows of it where the weight is quantised; isa: an index of
+    `extension.ISA_NAMES`."""
+    return of(isa).few[_DTYPES.index(dtype)] if dtype in _DTYPES else _NEVER
+
+
+def low_rank(dtype: torch.dtype, isa: int) -> LowRank | None:
+    """For rows of a dtype; None where ATen's calls are the faster ones."""
+    return of(isa).low_rank[_DTYPES.index(dtype)] if dtype in _DTYPES else None
+
+
+def of(isa: int) -> Choice:
+    return CHOICES[ISA_NAMES[isa]]
+
+
+def is_small(weight: torch.Tensor) -> bool:
+    return weight.numel() <= _SMALL
+
+
+def rows(most: int) -> str:
+    """How many, as it is read."""
+    return "any number of rows" if most >= ANY else f"up to {most} rows"
