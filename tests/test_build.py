@@ -422,3 +422,24 @@ def test_status_of_the_cuda_part(fresh_status, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     extension._cuda.cache_clear()
     assert extension.cuda_status().startswith("_native_cuda.abi3.so does not load: ")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_packages_name_the_repository_whose_workflow_builds_them(tmp_path, known):
+    where = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "some/where"}
+    given = where if known else dict.fromkeys(where, "")
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    result, _ = run(command, **given, **NO_CPU, **NO_CUDA)
+    assert result.returncode == 0, result.stderr
+    (found,) = tmp_path.glob("*.egg-info/PKG-INFO")
+    urls = [line for line in found.read_text().splitlines() if line.startswith("Project-URL")]
+    base = "https://github.com/some/where"
+    assert (
+        urls
+        == [
+            f"Project-URL: Source, {base}",
+            f"Project-URL: Issues, {base}/issues",
+            f"Project-URL: Changelog, {base}/blob/main/CHANGELOG.md",
+        ][: len(urls)]
+    )
+    assert bool(urls) == known

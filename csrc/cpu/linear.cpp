@@ -429,7 +429,7 @@ struct Call {
   double scale, high;
   int64_t threshold;
   const std::optional<Tensor>& seed;
-  std::optional<Tensor>& s;
+  std::optional<Tensor>&s, &into;
 };
 
 // Of a call's branch; its factors are those of s B^T and of what is kept of s.
@@ -499,9 +499,10 @@ void layer_of_rows(const Kernels& kernels, const Matrix& rows, const Weight& W, 
 }
 
 // y [..., N] = x W^T + bias + scale * high * (drop(x) A^T) B^T of few rows x [..., K]; without A
-// and B the frozen layer. s [M,r], where it is given, is filled with scale * drop(x) A^T.
+// and B the frozen layer. s [M,r], where it is given, is filled with scale * drop(x) A^T; where
+// `into` [M,N] is given, y is put there and what is returned has no elements.
 Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const Weight& W) {
-  const auto& [x, lora_a, lora_b, bias, scale, high, threshold, seed, s] = call;
+  const auto& [x, lora_a, lora_b, bias, scale, high, threshold, seed, s, into] = call;
   const Type type = rows.type;
   const int64_t M = rows.rows, K = rows.columns, N = W.transposed ? W.held.columns : W.held.rows;
   STD_TORCH_CHECK(lora_a.has_value() == lora_b.has_value(), "lora_a and lora_b go together");
@@ -526,9 +527,10 @@ Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const
   const Output saved = s.has_value() ? written(*s, "s", M, r, type) : Output{};
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
 
-  Tensor y = empty_rows(x, "x", N);
+  Tensor y = into.has_value() ? empty_matrix(x, 0, 0, false) : empty_rows(x, "x", N);
+  const Output out =
+      into.has_value() ? written(*into, "into", M, N, type) : Output{y.mutable_data_ptr(), type, N};
   if (M == 0) return y;
-  const Output out = {y.mutable_data_ptr(), type, N};
   const Branch of = {branch ? &A : nullptr, &B, static_cast<float>(scale * high),
                      static_cast<float>(1 / high)};
   const void* const offset = bias.has_value() ? bias->const_data_ptr() : nullptr;
@@ -545,14 +547,14 @@ Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const
 Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tensor> lora_a,
                   const std::optional<Tensor> lora_b, const std::optional<Tensor> bias,
                   double scale, double high, int64_t threshold, const std::optional<Tensor> seed,
-                  int64_t isa, std::optional<Tensor> s) {
+                  int64_t isa, std::optional<Tensor> s, std::optional<Tensor> into) {
   const Kernels& kernels = kernels_of(isa);
   const Matrix rows = read_rows(x, "x");
   check_tensor(weight, "weight", 2);
   const int64_t N = weight.size(0);
   STD_TORCH_CHECK(N >= 1, "weight: must have rows");
   const Weight W = read_weight(weight, N, rows.columns, rows.type);
-  return layer(kernels, {x, lora_a, lora_b, bias, scale, high, threshold, seed, s}, rows, W);
+  return layer(kernels, {x, lora_a, lora_b, bias, scale, high, threshold, seed, s, into}, rows, W);
 }
 
 // The same of a weight of few bits, `sizes` N, K, columns of a block, blocks of an outer one.
@@ -572,7 +574,8 @@ Tensor linear_coded_cpu(const Tensor x, const Tensor codes, const Tensor scales,
   STD_TORCH_CHECK(coded.columns == rows.columns, "x: must have ", coded.columns, " columns");
   STD_TORCH_CHECK(coded.four || coded.zero == nullptr, "zero: must not be given of int8");
   const Weight W = {{nullptr, rows.type, sizes[0], sizes[1], sizes[1]}, false, &coded};
-  return layer(kernels, {x, lora_a, lora_b, bias, scale, high, threshold, seed, s}, rows, W);
+  std::optional<Tensor> into;
+  return layer(kernels, {x, lora_a, lora_b, bias, scale, high, threshold, seed, s, into}, rows, W);
 }
 
 // Fills out with rows from `row` on and columns from `column` on, at ends of blocks.
@@ -602,12 +605,13 @@ void decode_cpu(const Tensor codes, const Tensor scales, const std::optional<Ten
 
 // (dx [..., K], dA, dB) of dy [..., N], each of size 0 where it is not asked for. With
 // ds = scaling * dy B: dx = dy W + drop'(ds A), dA = ds^T drop(x), dB = high * dy^T s; keep is the
-// factor of what dropout keeps. Where `onto` [M,K] is given, dx is added to it instead.
+// factor of what dropout keeps. Where `into` [M,K] is given, dx is
+// put there, or where `adds` added to what is there, and not returned.
 std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     const Tensor dy, const std::optional<Tensor> x, const Tensor weight, const Tensor lora_a,
     const Tensor lora_b, const std::optional<Tensor> s, double scaling, double high, double keep,
     int64_t threshold, const std::optional<Tensor> seed, int64_t isa, bool need_x, bool need_a,
-    bool need_b, std::optional<Tensor> onto) {
+    bool need_b, std::optional<Tensor> into, bool adds) {
   const Kernels& kernels = kernels_of(isa);
   const Matrix DY = read_rows(dy, "dy");
   const int64_t M = DY.rows, N = DY.columns;
@@ -628,9 +632,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
 
   std::tuple<Tensor, Tensor, Tensor> results = {
-      need_x && !onto.has_value() ? empty_rows(dy, "dy", K) : empty_matrix(dy, 0, 0, false),
+      need_x && !into.has_value() ? empty_rows(dy, "dy", K) : empty_matrix(dy, 0, 0, false),
       empty_matrix(lora_a, r, K, need_a), empty_matrix(lora_b, N, r, need_b)};
-  const Output DX = onto.has_value() ? written(*onto, "onto", M, K, type)
+  const Output DX = into.has_value() ? written(*into, "into", M, K, type)
                                      : Output{std::get<0>(results).mutable_data_ptr(), type, K};
   const Output DA = {std::get<1>(results).mutable_data_ptr(), A.type, K};
   const Output DB = {std::get<2>(results).mutable_data_ptr(), B.type, r};
@@ -684,7 +688,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     combine(kernels, term, K);
     if (drop != nullptr)
       kernels.load({sum.data, Type::kFloat, K, pitch, 1}, 0, count, drop, sum.data, pitch);
-    if (onto.has_value()) add_rows(kernels, out, count, K, sum.data, pitch);
+    if (into.has_value() && adds) add_rows(kernels, out, count, K, sum.data, pitch);
     if (W.transposed) {
       const bool narrow =
           kernels.takes_bf16 && type == Type::kBFloat16 && W.held.type == Type::kBFloat16;

@@ -224,7 +224,8 @@ def _few_forward(
     base: Dense, x: Tensor, branch: Branch, save_s: bool
 ) -> tuple[Tensor, Tensor | None]:
     bias = None if base.bias is None else readable(base.bias.to(x.dtype))
-    return _calls(best_isa()).forward(readable(x), base.weight, bias, _readable(branch), save_s)
+    given = base.weight, bias, _readable(branch), save_s, base.into
+    return _calls(best_isa()).forward(readable(x), *given)
 
 
 def frozen(base: Dense, x: Tensor) -> Tensor | None:
@@ -269,7 +270,9 @@ def backward(
     if few:
         assert isinstance(base, Dense)
         rows = Rows(dy, readable(x) if need.a else None, readable(s) if need.b else None)
-        results = _calls(best_isa()).backward(base.weight, rows, _readable(branch), need, onto)
+        into = base.into if onto is None else onto
+        given = rows, _readable(branch), need, into, onto is not None
+        results = _calls(best_isa()).backward(base.weight, *given)
     else:
         results = _low_rank_backward(base, Rows(dy, x, s), branch, need)
     dx, d_a, d_b = results

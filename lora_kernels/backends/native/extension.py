@@ -25,14 +25,15 @@ _CPU_SCHEMAS = (
     "_gate_cpu(Tensor g, Tensor u, Tensor? dh, int act, int isa, Tensor(a!)? h, Tensor(b!)? dg,"
     " Tensor(c!)? du) -> ()",
     "_linear_cpu(Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? bias,"
-    " float scale, float high, int threshold, Tensor? seed, int isa, Tensor(a!)? s) -> Tensor",
+    " float scale, float high, int threshold, Tensor? seed, int isa, Tensor(a!)? s,"
+    " Tensor(b!)? into=None) -> Tensor",
     f"_linear_coded_cpu(Tensor x, {_CODED}, Tensor? lora_a, Tensor? lora_b, Tensor? bias,"
     " float scale, float high, int threshold, Tensor? seed, int isa, Tensor(a!)? s) -> Tensor",
     f"_decode_cpu({_CODED}, int row, int column, int isa, Tensor(a!) out) -> ()",
     "_linear_backward_cpu(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b,"
     " Tensor? s, float scaling, float high, float keep, int threshold, Tensor? seed, int isa,"
-    " bool need_x, bool need_a, bool need_b, Tensor(a!)? onto=None)"
-    " -> (Tensor, Tensor, Tensor)",
+    " bool need_x, bool need_a, bool need_b, Tensor(a!)? into=None,"
+    " bool adds=False) -> (Tensor, Tensor, Tensor)",
     "_linear_grouped_cpu(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor? order,"
     " int[] bounds, Tensor? bias, float[] scaling, int isa) -> Tensor",
     "_add_grouped_cpu(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor? order,"

@@ -52,9 +52,10 @@ class FewRows:
         )
 
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, branch: tuple[Any, ...], save_s: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """(y, s) of a `Branch`."""
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, branch: tuple[Any, ...], save_s: bool,
+        into: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """(y, s) of a `Branch`; y is `into` [M,N] where that is given."""
         a, b, low, p, seed = branch
         high, drops = 1.0, 0
         if x.dtype == torch.float16:
@@ -62,22 +63,24 @@ class FewRows:
         if p:
             low, drops = low * keep_scale(p), threshold(p)
         s = x.new_empty(x.numel() // a.shape[1], a.shape[0]) if save_s else None
-        return self.linear(x, weight, a, b, bias, low, high, drops, seed, self.isa, s), s
+        y = self.linear(x, weight, a, b, bias, low, high, drops, seed, self.isa, s, into)
+        return y if into is None else into, s
 
     def backward(
         self, weight: Tensor, rows: "Rows", branch: tuple[Any, ...], need: Need,
-        onto: Tensor | None = None,
+        into: Tensor | None = None, adds: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """(dx, dA, dB), None where not needed; dx is `onto` [M,K], with itself added, where that is
-        given."""
+        """(dx, dA, dB), None where not needed; dx is `into` [M,K] where that is given, and where it
+        `adds` that and itself."""
         (dy, x, s), (a, b, scaling, p, seed), (need_x, _, need_a, need_b) = rows, branch, need
         high = split(scaling, dy.dtype)[1] if dy.dtype == torch.float16 else 1.0
         keep, drops = (keep_scale(p), threshold(p)) if p else (1.0, 0)
         dx, d_a, d_b = self._backward(
             readable(dy), x if need_a else None, weight, a, b, s if need_b else None, scaling, high,
-            keep, drops, seed, self.isa, need_x, need_a, need_b, onto if need_x else None,
+            keep, drops, seed, self.isa, need_x, need_a, need_b, into if need_x else None,
+            adds,
         )  # fmt: skip
-        dx = dx if onto is None else onto
+        dx = dx if into is None else into
         return dx if need_x else None, d_a if need_a else None, d_b if need_b else None
 
 
