@@ -3,11 +3,42 @@
 
 // ------------------------------------------------------------------------------------- multiplying
 
+// Sums [tile][row][column] of rows n .. n + count of b with tiles of low [rank][rows of x].
+template <int kTiles>
+void branch_of(const Product& p, int64_t n, int count, const float* low, int64_t low_pitch,
+               float* sums) {
+  constexpr int kRows = 4;
+  alignas(64) float b[kRows][W];
+  for (int i = 0; i < kSide; i += kRows) {
+    V part[kRows][kTiles] = {};
+    for (int64_t j = 0; i < count && j < p.ranks; j += W) {
+      const int some = p.ranks - j < W ? static_cast<int>(p.ranks - j) : W;
+      for (int q = 0; q < kRows; ++q)
+        store(b[q], i + q < count ? load_b(p, n + i + q, j, some) : splat(0.f));
+      for (int c = 0; c < some; ++c) {
+        V column[kTiles];
+#pragma GCC unroll 4
+        for (int t = 0; t < kTiles; ++t) column[t] = load(low + (j + c) * low_pitch + t * kSide);
+#pragma GCC unroll 4
+        for (int q = 0; q < kRows; ++q) {
+          const V u = splat(b[q][c]);
+#pragma GCC unroll 4
+          for (int t = 0; t < kTiles; ++t) part[q][t] = fma(u, column[t], part[q][t]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < kRows; ++q)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; ++t) store(sums + (t * kSide + i + q) * kSide, part[q][t]);
+  }
+}
+
 void multiply_tiled(const Product& p, int64_t first, int64_t last) {
   const int64_t tiles = (p.count + kSide - 1) / kSide, rows = tiles * kSide;
   const int64_t steps = (p.columns + kStepTerms - 1) / kStepTerms;
   const int64_t ranks = p.low != nullptr ? p.ranks : 0;
-  const Memory<float> low = memory_of<float>(ranks * rows), b = memory_of<float>(ranks + W);
+  const Memory<float> low = memory_of<float>(ranks * rows);
   for (int64_t j = 0; j < ranks; ++j)
     for (int64_t m = 0; m < rows; ++m)
       low[j * rows + m] = m < p.count ? p.low[m * p.low_pitch + j] : 0.f;
@@ -19,20 +50,16 @@ void multiply_tiled(const Product& p, int64_t first, int64_t last) {
     const int count = last - n < kSide ? static_cast<int>(last - n) : kSide;
     for (int64_t tile = 0; tile < tiles; tile += kMostTiles) {
       const int here = tiles - tile < kMostTiles ? static_cast<int>(tiles - tile) : kMostTiles;
-      // The branch first: rows of b times columns of low.
-      for (int i = 0; i < kSide; ++i) {
-        V part[kMostTiles] = {};
-        for (int64_t j = 0; i < count && j < ranks; j += W) {
-          const int some = ranks - j < W ? static_cast<int>(ranks - j) : W;
-          store(b.get(), load_b(p, n + i, j, some));
-          for (int c = 0; c < some; ++c)
-            for (int t = 0; t < here; ++t)
-              part[t] = fma(splat(b[c]), load(&low[(j + c) * rows + (tile + t) * kSide]), part[t]);
-        }
-        for (int t = 0; t < kMostTiles; ++t) store(sums[t][i], part[t]);
-      }
+      // The branch first.
+      const float* const of_tile = low.get() + tile * kSide;
+      float* const to = &sums[0][0][0];
+      if (ranks == 0) std::memset(sums, 0, sizeof sums);
+      if (ranks > 0 && here == 1) branch_of<1>(p, n, count, of_tile, rows, to);
+      if (ranks > 0 && here == 2) branch_of<2>(p, n, count, of_tile, rows, to);
+      if (ranks > 0 && here == 3) branch_of<3>(p, n, count, of_tile, rows, to);
+      if (ranks > 0 && here == 4) branch_of<4>(p, n, count, of_tile, rows, to);
       const BFloat16* const from = p.tiles + tile * steps * kSide * kStepTerms;
-      multiply_some(here, p, n, count, from, steps, &sums[0][0][0]);
+      multiply_some(here, p, n, count, from, steps, to);
       for (int64_t m = tile * kSide; m < p.count && m < (tile + here) * kSide; ++m) {
         const V v = _mm512_i32gather_ps(turned, &sums[m / kSide - tile][0][m % kSide], 4);
         if (p.out_type == Type::kFloat)
