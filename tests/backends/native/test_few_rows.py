@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import FusedLoRALinear, backends, lora_linear
-from lora_kernels.backends import dropout, use_backend
+from lora_kernels.backends import dropout, reference, use_backend
 from lora_kernels.backends.native import choice, extension, few_rows
 from lora_kernels.backends.scaling import split
+from lora_kernels.branch import Branch, Dense, Need
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=extension.status())
@@ -47,6 +48,43 @@ def test_gradients_of_a_few_ranks_and_many_columns(M, r):
         )
         for one, other in zip(found, right, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: extension.ISA_NAMES[isa])
+def test_many_rows_some_at_a_time(isa, dtype, p, turned):
+    """As the op by ATen's calls, mask included; into rows of a larger matrix, and added to them."""
+    M, K, N, r = 700, 75, 41, 5
+    torch.manual_seed(0)
+    x, dy, bias = (torch.randn(*shape).to(dtype) for shape in ((M, K), (M, N), (N,)))
+    weight = (torch.randn(K, N).t() if turned else torch.randn(N, K)).to(dtype) * K**-0.5
+    a, b = torch.randn(r, K).to(dtype) * K**-0.5, torch.randn(N, r).to(dtype) * r**-0.5
+    seed = torch.tensor(7) if p else None
+    calls, branch = few_rows.FewRows(isa), Branch(a, b, 1.0, p, seed)
+    wide = Branch(a.double(), b.double(), 1.0, p, seed)
+    need = Need(True, False, True, True)
+    base = Dense(weight.double(), bias.double())
+    right, s = reference.forward(base, x.double(), wide, True)
+    dx, _, d_a, d_b = reference.backward(
+        base, dy.double(), x.double(), s.to(dtype).double(), wide, need
+    )
+    larger = torch.zeros(M + 2, K + N, dtype=dtype)
+    y, kept = calls.forward(x, weight, bias, branch, True, larger[1:-1, :N])
+    assert y.data_ptr() == larger[1].data_ptr()
+    rows = few_rows.Rows(dy, x, s.to(dtype))
+    given = calls.backward(weight, rows, branch, need, larger[1:-1, N:])
+    found = (y.clone(), kept, *given)
+    eps = torch.finfo(dtype).eps * (M**0.5 if dtype == torch.float32 else 1)  # sums are no wider
+    for one, other in zip(found, (right, s, dx, d_a, d_b), strict=True):
+        assert (one.double() - other).norm() <= 2 * eps * other.norm()
+    assert not larger[0].any()
+    assert not larger[-1].any()
+    again = calls.backward(weight, rows, branch, need, larger[1:-1, N:], True)[0]
+    assert (again.double() - 2 * dx).norm() <= 4 * eps * dx.norm()
+    own = calls.backward(weight, rows, branch, need)[0]
+    assert (own.double() - dx).norm() <= 2 * eps * dx.norm()
 
 
 @settings(max_examples=200)
