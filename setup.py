@@ -33,7 +33,7 @@ CPU_STEMS = (
     "neon_bf16", "single_threaded",
 )  # fmt: skip
 CPU_SOURCES = [f"csrc/cpu/{stem}.cpp" for stem in CPU_STEMS]
-CUDA_SOURCES = ["csrc/cuda/decode.cu"]
+CUDA_SOURCES = ["csrc/cuda/decode.cu", "csrc/cpu/single_threaded.cpp"]
 CUDA_ARCHS = "8.0;8.9;9.0+PTX"
 # torch 2.11: the oldest whose stable ABI the binaries may use.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"

@@ -71,11 +71,47 @@ def built(folder: Path, cuda: bool, arm: str | None) -> tuple[Path, ...]:
         (source,) = inside.iterdir()
         found = [wheel(source, folder, Path(name, "cpu"), LORA_KERNELS_BUILD_CUDA="0")]
         if cuda:
-            plain = Path(name, "cuda")
-            found.append(wheel(source, folder / "cuda", plain, LORA_KERNELS_BUILD_CUDA="1"))
+            plain, older = Path(name, "cuda"), Path(name, "older")
+            older.mkdir()
+            older_libraries(older)
+            demanded = {"LORA_KERNELS_BUILD_CUDA": "1", "NVCC_PREPEND_FLAGS": f"-L{older}"}
+            found.append(wheel(source, folder / "cuda", plain, **demanded))
         if arm is not None:
             wheel_for_arm(source, folder / "arm", Path(name, "arm"), arm)
     return sdist, *found
+
+
+def older_libraries(folder: Path) -> None:
+    """Where glibc 2.34 moved the threads' functions and others into libc, under new versions, the
+    CUDA runtime that is linked in would ask for those: here are libraries to link with that have
+    them where they were, as older ones, which newer ones still serve."""
+    compiler = os.environ.get("CXX", "c++")
+    printed = subprocess.run(
+        [compiler, "-print-file-name=libc.so.6"], check=True, capture_output=True, text=True
+    ).stdout
+    symbols = subprocess.run(
+        ["objdump", "-T", printed.strip()], check=True, capture_output=True, text=True
+    ).stdout
+    older = {
+        name: version
+        for version, name in re.findall(r"\((GLIBC_[\d.]+)\)\s+(\w+)$", symbols, re.MULTILINE)
+    }
+    moved = re.findall(r"\sGLIBC_2\.34\s+(\w+)$", symbols, re.MULTILINE)
+    libraries = ("pthread", 0, "pthread_|sem_"), ("dl", 2, "dl"), ("rt", 1, "shm_")
+    for library, number, names_of in libraries:
+        names = [name for name in moved if name in older and re.match(names_of, name)]
+        code, script = folder / f"{library}.c", folder / f"{library}.map"
+        code.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+        nodes = [
+            f"{version} {{ global: {' '.join(f'{n};' for n in names if older[n] == version)} }};\n"
+            for version in sorted({older[name] for name in names})
+        ]
+        script.write_text("".join(nodes))
+        run(
+            "cc", "-shared", "-fPIC", "-nostdlib", "-fno-builtin", "-w", code,
+            f"-Wl,--version-script={script}", f"-Wl,-soname,lib{library}.so.{number}",
+            "-o", folder / f"lib{library}.so",
+        )  # fmt: skip
 
 
 def wheel(source: Path, folder: Path, plain: Path, **demanded: str) -> Path:

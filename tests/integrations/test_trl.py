@@ -137,16 +137,19 @@ def log_probs(model, batch):
 
 
 def test_dpo_with_the_model_as_its_own_reference(words, started, tmp_path):
-    """The losses, digit for digit, of a run with a second model."""
+    """The losses of a run with a second model, up to the order of sums: a disabled layer's product
+    is our kernels' where those are faster than torch's."""
     model = ours(started)
     run = dpo(model, words, tmp_path, reference_model(model))
     second = dpo(ours(started), words, tmp_path, build())
-    assert torch.equal(logged(run), logged(second))
-    assert logged(run)[0] == pytest.approx(math.log(2), rel=torch.finfo(torch.float32).eps)
+    eps = torch.finfo(torch.float32).eps
+    assert (logged(run) - logged(second)).norm() <= 8 * eps * logged(second).norm()
+    assert logged(run)[0] == pytest.approx(math.log(2), rel=eps)
     assert logged(run)[-1] < 0.98 * math.log(2)
     batch = next(iter(run.get_train_dataloader()))
     reference = torch.cat(run.compute_ref_log_probs(run.ref_model, batch))
-    assert torch.equal(reference, torch.cat(second.compute_ref_log_probs(second.ref_model, batch)))
+    other = torch.cat(second.compute_ref_log_probs(second.ref_model, batch))
+    assert (reference - other).norm() <= 8 * eps * other.norm()
     expected = log_probs(build(), batch)
     assert (reference - expected).norm() <= 1e-6 * expected.norm()
     assert (log_probs(model.eval(), batch) - expected).norm() >= 1e-2 * expected.norm()
