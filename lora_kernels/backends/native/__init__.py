@@ -23,6 +23,9 @@ from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Given, Need
 
+# Rows in 16 bits under a weight in fp32 (autocast): beyond, a copy of it is the faster factor.
+_MOST_WIDENED = 256
+
 _ops = torch.ops.lora_kernels
 
 
@@ -60,8 +63,10 @@ def _are_few(base: Base, rows: Tensor, backward: bool = False) -> bool:
         return False
     if base.weight.dtype not in (rows.dtype, torch.float32):
         return False
-    few = are_few(rows.shape[0], base.weight, best_isa(), backward)
-    return few and few_rows.fits(base.weight)
+    count, weight = rows.shape[0], base.weight
+    if weight.dtype != rows.dtype and count > _MOST_WIDENED:
+        return False
+    return are_few(count, weight, best_isa(), backward) and few_rows.fits(weight)
 
 
 def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
