@@ -4,6 +4,10 @@
 #include "checks.h"
 #include "passes.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace lora {
 namespace {
 
@@ -252,6 +256,17 @@ namespace {
 
 int64_t cpu_isa() { return best_isa(); }
 
+// Whether AMD made the processor, whose products of fp32 by torch are slower than others'.
+bool cpu_is_amd() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  constexpr unsigned kAuth = 0x68747541, kEnti = 0x69746e65, kCamd = 0x444d4163;
+  return __get_cpuid(0, &a, &b, &c, &d) != 0 && b == kAuth && d == kEnti && c == kCamd;
+#else
+  return false;
+#endif
+}
+
 // From one read of rows [M,C]: shrunk [M,r] = scale * drop(rows) matrix^T and
 // gradient [r,C] = gradient_scale * low^T drop(rows), each where its operand and output are given.
 void shrink_cpu(const Tensor rows, const std::optional<Tensor> matrix,
@@ -373,6 +388,7 @@ void drop_cpu(const Tensor rows, double scale, int64_t threshold, const std::opt
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&lora::cpu_isa));
+  m.impl("_cpu_is_amd", TORCH_BOX(&lora::cpu_is_amd));
   m.impl("_shrink_cpu", TORCH_BOX(&lora::shrink_cpu));
   m.impl("_expand_cpu", TORCH_BOX(&lora::expand_cpu));
   m.impl("_drop_cpu", TORCH_BOX(&lora::drop_cpu));

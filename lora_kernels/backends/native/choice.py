@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from lora_kernels.backends.native import extension
 from lora_kernels.backends.native.extension import ISA_NAMES
 
 ANY = 1 << 32  # rows
@@ -82,6 +83,14 @@ CHOICES = {
     "NEON": Choice("nothing", (_LEAST,) * 3, (_PASSES, None, None)),
     "NEON BF16": Choice("nothing", (_LEAST,) * 3, (_PASSES, None, None)),
 }
+# Of other makers than AMD, Intel's where tiles are not to be had: torch's products are faster.
+OTHER_MAKERS = {
+    "AVX-512 BF16": Choice(
+        "nothing: less than beside it, in fp32 as with tiles",
+        (Few(48, 48, 2, 48, 48), Few(16, 8, 1, 8, 8), Few(48, 48, 2, 48, 48)),
+        (_PASSES, _PAIRS, None),
+    ),
+}
 
 
 def few(dtype: torch.dtype, isa: int) -> Few:
@@ -96,7 +105,10 @@ def low_rank(dtype: torch.dtype, isa: int) -> LowRank | None:
 
 
 def of(isa: int) -> Choice:
-    return CHOICES[ISA_NAMES[isa]]
+    name = ISA_NAMES[isa]
+    if name in OTHER_MAKERS and not extension.is_amd():
+        return OTHER_MAKERS[name]
+    return CHOICES[name]
 
 
 def is_small(weight: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ _CODED = (  # a weight of few bits
 )
 _CPU_SCHEMAS = (
     "_cpu_isa() -> int",
+    "_cpu_is_amd() -> bool",
     "_shrink_cpu(Tensor rows, Tensor? matrix, Tensor? low, float scale, float gradient_scale,"
     " int threshold, Tensor? seed, int isa, Tensor(a!)? shrunk, Tensor(b!)? gradient) -> ()",
     "_expand_cpu(Tensor low, Tensor matrix, Tensor? bias, float scale, int threshold,"
@@ -115,3 +116,9 @@ def best_isa() -> int:
     """Index in ISA_NAMES of the newest instruction set of both the extension and this CPU."""
     isa: int = torch.ops.lora_kernels._cpu_isa()
     return isa
+
+
+@cache
+def is_amd() -> bool:
+    """Whether AMD made this CPU."""
+    return available() and bool(torch.ops.lora_kernels._cpu_is_amd())

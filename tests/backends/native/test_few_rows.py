@@ -687,6 +687,17 @@ def test_each_instruction_set_has_its_choices():
     assert choice.rows(7) == "up to 7 rows"
 
 
+def test_what_was_measured_on_amds_is_not_said_of_others(monkeypatch):
+    isa = extension.ISA_NAMES.index("AVX-512 BF16")
+    found = []
+    for amd in (True, False):
+        monkeypatch.setattr(extension, "is_amd", lambda amd=amd: amd)
+        found.append([few_rows.most_rows(dtype, isa) for dtype in DTYPES])
+        assert choice.of(0) is choice.CHOICES["plain C++"]
+    assert choice.ANY in found[0]
+    assert all(other < own for own, other in zip(*found, strict=True))
+
+
 def test_small_weights_have_more_rows_that_are_few():
     large, small = torch.empty(2048, 1024), torch.empty(1024, 1024)
     most = few_rows.most_rows(torch.float32, 2)
