@@ -1,10 +1,10 @@
 """The op in compiled CPU kernels; arguments and results as in `reference`.
 
-Few rows are one call (`few_rows`). Of more the base product stays with torch, and two kernels do the
-rest: one reads wide rows once and leaves rank-sized results (s; ds and dB; dA), the other writes a
-rank-sized product over a whole output. Calls that torch's own calls win are left to `reference`; so
-are 16-bit products that a CPU without instructions for them forms in fp32: there the branch is added
-before the one rounding. What is whose says `choice`.
+Few rows are one call (`few_rows`). Of more the base product stays with torch, and two kernels do
+the rest: one reads wide rows once and leaves rank-sized results (s; ds and dB; dA), the other
+writes a rank-sized product over a whole output. Calls that torch's own calls win are left to
+`reference`; so are 16-bit products that a CPU without instructions for them forms in fp32: there
+the branch is added before the one rounding. What is whose says `choice`.
 """
 
 from functools import cache
