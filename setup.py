@@ -231,7 +231,8 @@ def ninja_file(planned: list[Step], folder: Path) -> str:
 
 def run(command: list[str]) -> None:
     # In a variable: another number of threads is no reason to compile anew.
-    threads = f"--threads {max(1, jobs() // len(CUDA_SOURCES))}"
+    kernels = sum(source.endswith(".cu") for source in CUDA_SOURCES)
+    threads = f"--threads {max(1, jobs() // kernels)}"
     flags = f"{threads} {os.environ.get('NVCC_PREPEND_FLAGS', '')}"
     environment = os.environ | {"NVCC_PREPEND_FLAGS": flags}
     status = subprocess.run(command, env=environment, check=False).returncode

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import _dispatch, backends
+from lora_kernels import _checks, _dispatch, backends
 from lora_kernels.backends.native import ManyRows
 from lora_kernels.backends.native import quantized as native
 from lora_kernels.backends.native.extension import DTYPES
@@ -49,7 +49,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
         trains = torch.is_grad_enabled() and _dispatch.any_requires_grad(x, weight, a, b, bias)
         calls: FewRows | ManyRows = few
         if x.numel() > few.most(weight, trains) * weight.shape[-1]:
-            if a is None or b is None or not _fit(x, weight, bias, a, b):
+            if a is None or b is None or x.dtype not in DTYPES:
+                return None
+            if not _checks.are_sound(x, a, b, weight, bias, linear=True):
                 return None
             calls = _MANY
         if trains:
@@ -59,11 +61,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor
                 return None
             y = _apply(calls, x, weight, a, b, bias, scaling, p, draw_seed(x.device) if p else None)
             return y
-        if calls is _MANY:
+        if p or calls is _MANY:
             seed = draw_seed(x.device) if p else None
             return calls.forward(x, weight, bias, (a, b, scaling, p, seed), False)[0]
-        if p:
-            return few.forward(x, weight, bias, (a, b, scaling, p, draw_seed(x.device)), False)[0]
         y = few.linear(x, weight, a, b, bias, scaling, 1.0, 0, None, few.isa, None)
         return y
     except RuntimeError:  # the checks by name say more
@@ -93,25 +93,6 @@ def quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, pair: Pai
 def draw_seed(device: torch.device) -> Tensor:
     """From torch's generator of the device."""
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-
-
-def _fit(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
-    """Whether the arguments are what ATen's calls do not ask of them, beside which dtypes go
-    together."""
-    given = (x, weight, a, b) if bias is None else (x, weight, a, b, bias)
-    shapes = [tensor.shape for tensor in given[1:]]
-    if not x.shape or not weight.dim() == a.dim() == 2:
-        return False
-    (N, K), r, dtype = weight.shape, a.shape[0], x.dtype
-    return (
-        shapes == [(N, K), (r, K), (N, r), (N,)][: len(shapes)]
-        and x.shape[-1] == K
-        and r > 0 < N
-        and dtype in DTYPES
-        and all(t.dtype in (dtype, torch.float32) for t in (a, b))
-        and (bias is None or bias.dtype == dtype)
-        and all(t.is_cpu and t.layout is torch.strided and not t.is_nested for t in given)
-    )
 
 
 class _Linear(torch.autograd.Function):

@@ -14,8 +14,6 @@ from lora_kernels.branch import Branch, Dense
 from lora_kernels.norms import weight_norms
 from lora_kernels.weights import QuantizedTensor, QuantizedWeight
 
-_STRIDED = torch.strided
-
 
 def lora_linear(
     x: Tensor,
@@ -91,7 +89,7 @@ def lora_linear(
         y = direct.linear(x, weight, bias, (lora_a, lora_b, scaling, dropout_p))
         if y is not None:
             return y
-    if not _are_sound(x, lora_a, lora_b, weight, bias, linear=True):
+    if not _checks.are_sound(x, lora_a, lora_b, weight, bias, linear=True):
         if _is_jagged(x):
             y = lora_linear(
                 x.values(), weight, lora_a, lora_b, bias,
@@ -133,7 +131,7 @@ def _with_magnitude(
         weight = _record(weight, x)
     if isinstance(weight, QuantizedWeight):
         _check_quantized(x, weight, pair, bias)
-    elif not _are_sound(x, *pair, weight, bias, linear=True):
+    elif not _checks.are_sound(x, *pair, weight, bias, linear=True):
         _check_linear(x, weight, *pair, bias)
     N = weight.shape[0]
     if magnitude.shape != (N,):
@@ -339,7 +337,7 @@ def _prepare_add(
     seed: int | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float, Tensor | None]:
     """The tensors as the op takes them; scaling, dropout_p and seed as numbers and a tensor."""
-    if not _are_sound(x, lora_a, lora_b, base_out, None, linear=False):
+    if not _checks.are_sound(x, lora_a, lora_b, base_out, None, linear=False):
         base_out, x, lora_a, lora_b = _check_add(base_out, x, lora_a, lora_b)
     scaling, dropout_p, seed = check_values(scaling, dropout_p, seed, x.device)
     scaling, lora_b = _fold(scaling, lora_b)
@@ -356,30 +354,6 @@ def _fold(scaling: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
 
 
 # -------------------------------------------------------- checks: rank, shape, dtype, device, value
-
-
-def _are_sound(
-    x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor, bias: Tensor | None, linear: bool
-) -> bool:
-    """Whether the tensors are such as they nearly always are, told at one look: a tenth of the time
-    of the checks by name, which decide about all others."""
-    if not isinstance(x, Tensor):
-        return False
-    dtype, device = x.dtype, x.device
-    for tensor in (x, base, lora_a, lora_b) if bias is None else (x, base, lora_a, lora_b, bias):
-        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.device != device:
-            return False
-        if tensor.layout is not _STRIDED or tensor.is_nested:
-            return False
-    leading, a, b = x.shape, lora_a.shape, lora_b.shape
-    if len(leading) == 0 or len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
-        return False
-    (rank, K), N = a, b[0]
-    if leading[-1] != K or b[1] != rank or (bias is not None and bias.shape != (N,)):
-        return False
-    if base.shape != ((N, K) if linear else (*leading[:-1], N)):
-        return False
-    return dtype in DTYPES and (x.is_meta or not torch.is_autocast_enabled(device.type))
 
 
 def _check_linear(

@@ -100,6 +100,8 @@ def older_libraries(folder: Path) -> None:
     libraries = ("pthread", 0, "pthread_|sem_"), ("dl", 2, "dl"), ("rt", 1, "shm_")
     for library, number, names_of in libraries:
         names = [name for name in moved if name in older and re.match(names_of, name)]
+        if not names:
+            continue
         code, script = folder / f"{library}.c", folder / f"{library}.map"
         code.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
         nodes = [

@@ -3,6 +3,7 @@
 // Of fewer rows a tile is mostly empty.
 constexpr int kMultiplied = 2, kCombined = 5;
 constexpr int kRowsAtOnce = kSide;
+constexpr int64_t kDots = 0;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -118,44 +119,9 @@ void combine_steps(const BFloat16* left, const BFloat16* right, int64_t pitch, i
 // Sums of 16 rows and so many columns, of factors as `left_factors` and `interleave` lay them,
 // steps of the right ones `pitch` apart.
 inline void combine_some(int64_t columns, const BFloat16* left, const BFloat16* right,
-                         int64_t pitch, int64_t terms, const Sums& sums) {
-  if (columns > 2 * kSide)
-    combine_steps<4>(left, right, pitch, terms, sums);
-  else if (columns > kSide)
-    combine_steps<2>(left, right, pitch, terms, sums);
-  else
-    combine_steps<1>(left, right, pitch, terms, sums);
-}
+                         int64_t pitch, int64_t terms, const Sums& sums);
 
 // ------------------------------------------------------------------------------- the low-rank half
-
-void lay_out_ranks(const Factor& p, int64_t, BFloat16* to) {
-  lay_out(p, to, (p.terms + kStepTerms - 1) / kStepTerms * kSide * kStepTerms, kSide * kStepTerms);
-}
-
-void shrink(const BFloat16* rows, int64_t pitch, int64_t count, int64_t columns,
-            const BFloat16* pairs, int64_t ranks, float* out) {
-  const int64_t tiles = (ranks + kSide - 1) / kSide,
-                steps = (columns + kStepTerms - 1) / kStepTerms;
-  Product p = {};
-  p.matrix = rows;
-  p.matrix_pitch = pitch;
-  p.columns = columns;
-  alignas(64) float sums[kMostTiles][kSide][kSide];
-  const Tiles configured;
-  for (int64_t n = 0; n < count; n += kSide) {
-    const int64_t some = count - n < kSide ? count - n : kSide;
-    for (int64_t tile = 0; tile < tiles; tile += kMostTiles) {
-      const int here = tiles - tile < kMostTiles ? static_cast<int>(tiles - tile) : kMostTiles;
-      std::memset(sums, 0, sizeof sums);
-      multiply_some(here, p, n, some, pairs + tile * steps * kSide * kStepTerms, steps,
-                    &sums[0][0][0]);
-      for (int64_t i = 0; i < some; ++i)
-        for (int t = 0; t < here; ++t)
-          store(out + ((n + i) * tiles + tile + t) * kSide, load(sums[t][i]));
-    }
-  }
-}
 
 template <bool kWhole>
 inline void expand_block(const Expansion& p, const Block& block, const BFloat16* left,

@@ -235,3 +235,74 @@ void drop(const Rows& from, int64_t first, int64_t count, const Dropout& dropout
     }
   }
 }
+
+// ------------------------------------------------------------------------- sums of a row's own
+// pairs
+
+int64_t padded_terms(int64_t terms) { return (terms + kStepTerms - 1) / kStepTerms * kStepTerms; }
+
+// Ranks one after the other, each padded.
+template <typename T>
+void rows_of_ranks(const Factor& p, BFloat16* to) {
+  const T* const from = static_cast<const T*>(p.data);
+  const int64_t pitch = padded_terms(p.terms);
+  if (p.term_stride == 1) {
+    for (int64_t j = 0; j < p.columns; ++j)
+      for (int64_t t = 0; t < pitch; t += kStepTerms) {
+        const int64_t count = p.terms - t < kStepTerms ? p.terms - t : kStepTerms;
+        _mm512_store_si512(to + j * pitch + t,
+                           values(from + j * p.column_stride + t, static_cast<int>(count)));
+      }
+    return;
+  }
+  for (int64_t t = 0; t < pitch; ++t)
+    for (int64_t j = 0; j < p.columns; ++j)
+      to[j * pitch + t] = t < p.terms
+                              ? static_cast<BFloat16>(from[t * p.term_stride + j * p.column_stride])
+                              : BFloat16(0.f);
+}
+
+inline __m128 totals(V a, V b, V c, V d) {
+  const V ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  const V cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const V all = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xEE);
+  const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
+
+// Sums of kRows rows with four ranks.
+template <int kRows>
+inline void dot_ranks(const BFloat16* rows, int64_t pitch, int64_t columns, const BFloat16* matrix,
+                      int64_t matrix_pitch, int64_t out_pitch, float* out) {
+  V sum[kRows][4] = {};
+  for (int64_t k = 0; k < columns; k += kStepTerms) {
+    const __mmask32 mask =
+        columns - k < kStepTerms ? _bzhi_u32(~0u, static_cast<unsigned>(columns - k)) : ~0u;
+    __m512bh rank[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c)
+      rank[c] = (__m512bh)_mm512_load_si512(matrix + c * matrix_pitch + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(mask, rows + i * pitch + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) sum[i][c] = _mm512_dpbf16_ps(sum[i][c], row, rank[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+    _mm_storeu_ps(out + i * out_pitch, totals(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
+}
+
+// out [count, ranks], rows `out_pitch` apart.
+void shrink_by_dots(const BFloat16* rows, int64_t pitch, int64_t count, int64_t columns,
+                    const BFloat16* matrix, int64_t ranks, int64_t out_pitch, float* out) {
+  constexpr int kRows = 4;
+  const int64_t terms = padded_terms(columns);
+  for (int64_t m = 0; m < count; m += count - m >= kRows ? kRows : 1)
+    for (int64_t j = 0; j < ranks; j += 4) {
+      const auto dot = count - m >= kRows ? dot_ranks<kRows> : dot_ranks<1>;
+      dot(rows + m * pitch, pitch, columns, matrix + j * terms, terms, out_pitch,
+          out + m * out_pitch + j);
+    }
+}

@@ -32,8 +32,6 @@ struct Groups {
   }
 };
 
-size_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
-
 // A group's rows of a matrix whose columns are contiguous: where they lie, or a copy of them.
 struct Own {
   Own(const Groups& groups, int64_t g, const Tensor& t, const char* name)

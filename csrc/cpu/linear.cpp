@@ -289,7 +289,7 @@ void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
     torch::stable::parallel_for(0, kChunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Combination share = c;
-        const int64_t first = i * chunk, bytes = c.matrix_type == Type::kFloat ? 4 : 2;
+        const int64_t first = i * chunk, bytes = size_of(c.matrix_type);
         share.x += first * c.x_term;
         share.terms = std::clamp<int64_t>(c.terms - first, 0, chunk);
         share.matrix = static_cast<const char*>(c.matrix) + first * c.matrix_pitch * bytes;
@@ -344,7 +344,7 @@ struct Spread {
     (from.type == Type::kFloat ? kernels.spread : kernels.spread_bf16)(memory.data, from.rows,
                                                                        from.columns, from.columns);
   }
-  static int64_t bytes(const Matrix& m) { return m.columns * (m.type == Type::kFloat ? 4 : 2); }
+  static int64_t bytes(const Matrix& m) { return m.columns * size_of(m.type); }
   Scratch<4096> memory;
   Matrix matrix;
 };
@@ -406,15 +406,14 @@ int64_t rows_at_once(int64_t rows, int64_t columns, bool combined) {
 }
 
 Matrix rows_from(const Matrix& all, int64_t first, int64_t count) {
-  const int64_t size = all.type == Type::kFloat ? 4 : 2;
-  return {static_cast<const char*>(all.data) + first * all.pitch * size, all.type,
+  return {static_cast<const char*>(all.data) + first * all.pitch * size_of(all.type), all.type,
           std::min(count, all.rows - first), all.columns, all.pitch};
 }
 
 Output rows_from(const Output& all, int64_t first) {
-  const int64_t size = all.type == Type::kFloat ? 4 : 2;
   if (all.data == nullptr) return all;
-  return {static_cast<char*>(all.data) + first * all.pitch * size, all.type, all.pitch};
+  return {static_cast<char*>(all.data) + first * all.pitch * size_of(all.type), all.type,
+          all.pitch};
 }
 
 std::optional<Dropout> rows_from(std::optional<Dropout> all, int64_t first) {
@@ -595,7 +594,7 @@ void decode_cpu(const Tensor codes, const Tensor scales, const std::optional<Ten
   STD_TORCH_CHECK(!coded.four || (column % coded.block == 0 && columns % coded.block == 0),
                   "out: must begin and end with blocks of ", coded.block, " columns");
   const Output to = written(out, "out", count, columns, type_of(out, "out"));
-  const int64_t bytes = to.type == Type::kFloat ? 4 : 2;
+  const int64_t bytes = size_of(to.type);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     kernels.decode(coded, row + begin, row + end, column, column + columns,
@@ -605,8 +604,8 @@ void decode_cpu(const Tensor codes, const Tensor scales, const std::optional<Ten
 
 // (dx [..., K], dA, dB) of dy [..., N], each of size 0 where it is not asked for. With
 // ds = scaling * dy B: dx = dy W + drop'(ds A), dA = ds^T drop(x), dB = high * dy^T s; keep is the
-// factor of what dropout keeps. Where `into` [M,K] is given, dx is
-// put there, or where `adds` added to what is there, and not returned.
+// factor of what dropout keeps. Where `into` [M,K] is given, dx is put there, or where `adds` added
+// to what is there, and not returned.
 std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     const Tensor dy, const std::optional<Tensor> x, const Tensor weight, const Tensor lora_a,
     const Tensor lora_b, const std::optional<Tensor> s, double scaling, double high, double keep,

@@ -67,7 +67,7 @@ void lay_out(const Factor& all, int64_t width, const Lay& lay) {
   const int64_t shares = (all.columns + width - 1) / width;
   const int64_t grain = std::max<int64_t>(1, 32768 / (all.terms * width));
   torch::stable::parallel_for(0, shares, grain, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * width, bytes = all.type == Type::kFloat ? 4 : 2;
+    const int64_t first = begin * width, bytes = size_of(all.type);
     Factor part = all;
     part.data = static_cast<const char*>(all.data) + first * all.column_stride * bytes;
     part.columns = std::min(all.columns, end * width) - first;

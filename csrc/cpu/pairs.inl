@@ -3,14 +3,11 @@
 
 constexpr int kMultiplied = 32, kCombined = 5;
 constexpr int kRowsAtOnce = 4;
+constexpr int64_t kDots = 32;
 
 struct Tiles {
   Tiles() {}  // nothing is configured
 };
-
-inline __m512bh spread_pair(uint32_t both) {
-  return (__m512bh)_mm512_set1_epi32(static_cast<int>(both));
-}
 
 // Sums of kRows rows, `pitch` apart, with kTiles tiles of columns, so many pairs of terms.
 template <int kRows, int kTiles>
@@ -23,9 +20,9 @@ inline void add_pairs(const BFloat16* left, int64_t pitch, const BFloat16* right
       column[t] = (__m512bh)_mm512_load_si512(right + t * tile_pitch);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      uint32_t both;
+      int both;
       std::memcpy(&both, left + m * pitch, sizeof both);
-      const __m512bh row = spread_pair(both);
+      const __m512bh row = (__m512bh)_mm512_set1_epi32(both);
 #pragma GCC unroll 4
       for (int t = 0; t < kTiles; ++t) sum[m][t] = _mm512_dpbf16_ps(sum[m][t], row, column[t]);
     }
@@ -106,117 +103,7 @@ void combine_steps(const BFloat16* left, const BFloat16* right, int64_t pitch, i
   }
 }
 
-// Sums of 16 rows and so many columns, of factors as `left_factors` and `interleave` lay them,
-// steps of the right ones `pitch` apart.
-inline void combine_some(int64_t columns, const BFloat16* left, const BFloat16* right,
-                         int64_t pitch, int64_t terms, const Sums& sums) {
-  if (columns > 2 * kSide)
-    combine_steps<4>(left, right, pitch, terms, sums);
-  else if (columns > kSide)
-    combine_steps<2>(left, right, pitch, terms, sums);
-  else
-    combine_steps<1>(left, right, pitch, terms, sums);
-}
-
 // ------------------------------------------------------------------------------- the low-rank half
-
-// Up to so many ranks sums of a row's own pairs are the faster ones: no rank is computed in vain.
-constexpr int64_t kDots = 32;
-
-int64_t padded_terms(int64_t terms) { return (terms + kStepTerms - 1) / kStepTerms * kStepTerms; }
-
-template <typename T>
-void rows_of_ranks(const Factor& p, BFloat16* to) {
-  const T* const from = static_cast<const T*>(p.data);
-  const int64_t pitch = padded_terms(p.terms);
-  if (p.term_stride == 1) {
-    for (int64_t j = 0; j < p.columns; ++j)
-      for (int64_t t = 0; t < pitch; t += kStepTerms) {
-        const int64_t count = p.terms - t < kStepTerms ? p.terms - t : kStepTerms;
-        _mm512_store_si512(to + j * pitch + t,
-                           values(from + j * p.column_stride + t, static_cast<int>(count)));
-      }
-    return;
-  }
-  for (int64_t t = 0; t < pitch; ++t)
-    for (int64_t j = 0; j < p.columns; ++j)
-      to[j * pitch + t] = t < p.terms
-                              ? static_cast<BFloat16>(from[t * p.term_stride + j * p.column_stride])
-                              : BFloat16(0.f);
-}
-
-void lay_out_ranks(const Factor& p, int64_t ranks, BFloat16* to) {
-  if (ranks > kDots) return lay_out(p, to, padded_terms(p.terms) * kSide, kSide * kStepTerms);
-  if (p.type == Type::kFloat)
-    rows_of_ranks<float>(p, to);
-  else
-    rows_of_ranks<BFloat16>(p, to);
-}
-
-inline __m128 totals(V a, V b, V c, V d) {
-  const V ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
-  const V cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-  const V all = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xEE);
-  const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
-  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
-}
-
-// Sums of kRows rows with four ranks.
-template <int kRows>
-inline void dot_ranks(const BFloat16* rows, int64_t pitch, int64_t columns, const BFloat16* matrix,
-                      int64_t matrix_pitch, int64_t out_pitch, float* out) {
-  V sum[kRows][4] = {};
-  for (int64_t k = 0; k < columns; k += kStepTerms) {
-    const __mmask32 mask =
-        columns - k < kStepTerms ? _bzhi_u32(~0u, static_cast<unsigned>(columns - k)) : ~0u;
-    __m512bh rank[4];
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c)
-      rank[c] = (__m512bh)_mm512_load_si512(matrix + c * matrix_pitch + k);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(mask, rows + i * pitch + k);
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) sum[i][c] = _mm512_dpbf16_ps(sum[i][c], row, rank[c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-    _mm_storeu_ps(out + i * out_pitch, totals(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
-}
-
-void shrink(const BFloat16* rows, int64_t pitch, int64_t count, int64_t columns,
-            const BFloat16* matrix, int64_t ranks, float* out) {
-  const int64_t tiles = (ranks + kSide - 1) / kSide, terms = padded_terms(columns);
-  const int64_t out_pitch = tiles * kSide;
-  if (ranks <= kDots) {
-    constexpr int kRows = 4;
-    for (int64_t m = 0; m < count; m += count - m >= kRows ? kRows : 1)
-      for (int64_t j = 0; j < ranks; j += 4) {
-        const BFloat16* const from = rows + m * pitch;
-        const auto dot = count - m >= kRows ? dot_ranks<kRows> : dot_ranks<1>;
-        dot(from, pitch, columns, matrix + j * terms, terms, out_pitch, out + m * out_pitch + j);
-      }
-    return;
-  }
-  Product p = {};
-  p.matrix = rows;
-  p.matrix_pitch = pitch;
-  p.columns = columns;
-  alignas(64) float sums[kMostTiles][kSide][kSide];
-  for (int64_t n = 0; n < count; n += kSide) {
-    const int64_t some = count - n < kSide ? count - n : kSide;
-    for (int64_t tile = 0; tile < tiles; tile += kMostTiles) {
-      const int here = tiles - tile < kMostTiles ? static_cast<int>(tiles - tile) : kMostTiles;
-      std::memset(sums, 0, sizeof sums);
-      multiply_some(here, p, n, some, matrix + tile * kSide * terms, terms / kStepTerms,
-                    &sums[0][0][0]);
-      for (int64_t i = 0; i < some; ++i)
-        for (int t = 0; t < here; ++t)
-          store(out + (n + i) * out_pitch + (tile + t) * kSide, load(sums[t][i]));
-    }
-  }
-}
 
 template <bool kWhole>
 inline void expand_block(const Expansion& p, const Block& block, const BFloat16* left,

@@ -8,11 +8,12 @@ template <int kTiles>
 void branch_of(const Product& p, int64_t n, int count, const float* low, int64_t low_pitch,
                float* sums) {
   constexpr int kRows = 4;
+  const int64_t ranks = p.low != nullptr ? p.ranks : 0;
   alignas(64) float b[kRows][W];
   for (int i = 0; i < kSide; i += kRows) {
     V part[kRows][kTiles] = {};
-    for (int64_t j = 0; i < count && j < p.ranks; j += W) {
-      const int some = p.ranks - j < W ? static_cast<int>(p.ranks - j) : W;
+    for (int64_t j = 0; i < count && j < ranks; j += W) {
+      const int some = ranks - j < W ? static_cast<int>(ranks - j) : W;
       for (int q = 0; q < kRows; ++q)
         store(b[q], i + q < count ? load_b(p, n + i + q, j, some) : splat(0.f));
       for (int c = 0; c < some; ++c) {
@@ -34,6 +35,14 @@ void branch_of(const Product& p, int64_t n, int count, const float* low, int64_t
   }
 }
 
+inline void branch_some(int tiles, const Product& p, int64_t n, int count, const float* low,
+                        int64_t low_pitch, float* sums) {
+  if (tiles == 1) branch_of<1>(p, n, count, low, low_pitch, sums);
+  if (tiles == 2) branch_of<2>(p, n, count, low, low_pitch, sums);
+  if (tiles == 3) branch_of<3>(p, n, count, low, low_pitch, sums);
+  if (tiles == 4) branch_of<4>(p, n, count, low, low_pitch, sums);
+}
+
 void multiply_tiled(const Product& p, int64_t first, int64_t last) {
   const int64_t tiles = (p.count + kSide - 1) / kSide, rows = tiles * kSide;
   const int64_t steps = (p.columns + kStepTerms - 1) / kStepTerms;
@@ -53,11 +62,7 @@ void multiply_tiled(const Product& p, int64_t first, int64_t last) {
       // The branch first.
       const float* const of_tile = low.get() + tile * kSide;
       float* const to = &sums[0][0][0];
-      if (ranks == 0) std::memset(sums, 0, sizeof sums);
-      if (ranks > 0 && here == 1) branch_of<1>(p, n, count, of_tile, rows, to);
-      if (ranks > 0 && here == 2) branch_of<2>(p, n, count, of_tile, rows, to);
-      if (ranks > 0 && here == 3) branch_of<3>(p, n, count, of_tile, rows, to);
-      if (ranks > 0 && here == 4) branch_of<4>(p, n, count, of_tile, rows, to);
+      branch_some(here, p, n, count, of_tile, rows, to);
       const BFloat16* const from = p.tiles + tile * steps * kSide * kStepTerms;
       multiply_some(here, p, n, count, from, steps, to);
       for (int64_t m = tile * kSide; m < p.count && m < (tile + here) * kSide; ++m) {
@@ -72,6 +77,18 @@ void multiply_tiled(const Product& p, int64_t first, int64_t last) {
 }
 
 // --------------------------------------------------------------------------------------- combining
+
+// Sums of 16 rows and so many columns, of factors as `left_factors` and `interleave` lay them,
+// steps of the right ones `pitch` apart.
+inline void combine_some(int64_t columns, const BFloat16* left, const BFloat16* right,
+                         int64_t pitch, int64_t terms, const Sums& sums) {
+  if (columns > 2 * kSide)
+    combine_steps<4>(left, right, pitch, terms, sums);
+  else if (columns > kSide)
+    combine_steps<2>(left, right, pitch, terms, sums);
+  else
+    combine_steps<1>(left, right, pitch, terms, sums);
+}
 
 void combine_tiled(const Combination& p, int64_t row, int64_t last_row, int64_t first,
                    int64_t end) {
@@ -125,6 +142,41 @@ void combine_tiled(const Combination& p, int64_t row, int64_t last_row, int64_t 
 
 // ------------------------------------------------------------------------------- the low-rank half
 
+// Up to kDots ranks sums of a row's own pairs are the faster ones: no rank is computed in vain.
+void lay_out_ranks(const Factor& p, int64_t ranks, BFloat16* to) {
+  if (ranks > kDots) return lay_out(p, to, padded_terms(p.terms) * kSide, kSide * kStepTerms);
+  if (p.type == Type::kFloat)
+    rows_of_ranks<float>(p, to);
+  else
+    rows_of_ranks<BFloat16>(p, to);
+}
+
+void shrink_tiled(const BFloat16* rows, int64_t pitch, int64_t count, int64_t columns,
+                  const BFloat16* matrix, int64_t ranks, float* out) {
+  const int64_t tiles = (ranks + kSide - 1) / kSide, terms = padded_terms(columns);
+  const int64_t out_pitch = tiles * kSide;
+  if (ranks <= kDots)
+    return shrink_by_dots(rows, pitch, count, columns, matrix, ranks, out_pitch, out);
+  Product p = {};
+  p.matrix = rows;
+  p.matrix_pitch = pitch;
+  p.columns = columns;
+  alignas(64) float sums[kMostTiles][kSide][kSide];
+  const Tiles configured;
+  for (int64_t n = 0; n < count; n += kSide) {
+    const int64_t some = count - n < kSide ? count - n : kSide;
+    for (int64_t tile = 0; tile < tiles; tile += kMostTiles) {
+      const int here = tiles - tile < kMostTiles ? static_cast<int>(tiles - tile) : kMostTiles;
+      std::memset(sums, 0, sizeof sums);
+      multiply_some(here, p, n, some, matrix + tile * kSide * terms, terms / kStepTerms,
+                    &sums[0][0][0]);
+      for (int64_t i = 0; i < some; ++i)
+        for (int t = 0; t < here; ++t)
+          store(out + (n + i) * out_pitch + (tile + t) * kSide, load(sums[t][i]));
+    }
+  }
+}
+
 void expand_tiled(const Expansion& p, int64_t first, int64_t last) {
   const int64_t steps = (p.ranks + kStepTerms - 1) / kStepTerms;
   const Memory<BFloat16> left = memory_of<BFloat16>(steps * kSide * kStepTerms);
@@ -172,5 +224,5 @@ void combine_bf16(const Combination& p, int64_t row, int64_t last_row, int64_t f
                : combine(p, row, last_row, first, last);
 }
 
-constexpr Narrow kTiled = {kSide, kStepTerms,    kRowsAtOnce, kMultiplied, lay_out,
-                           drop,  lay_out_ranks, shrink,      expand_tiled};
+constexpr Narrow kTiled = {kSide, kStepTerms,    kRowsAtOnce,  kMultiplied, lay_out,
+                           drop,  lay_out_ranks, shrink_tiled, expand_tiled};

@@ -101,16 +101,16 @@ class _Linear(torch.autograd.Function):
             return (None,) * (4 + len(pairs))
         weight_of, bounds, values = ctx.others
         count, (_, need_x, need_weight, need_bias, *need) = len(pairs) // 2, ctx.needs_input_grad
-        rows = dy.new_empty(0) if x is None else x
         watched = torch.is_grad_enabled() or not _dispatch.is_unwatched(dy, weight, x, s, *pairs)
         compute = seen.lora_linear_grouped_backward if watched else ops.linear_backward
         dx, dw, dbias, d_a, d_b = compute(
-            dy, rows, weight, pairs[:count], pairs[count:], bias, s, weight_of, order, offsets,
-            bounds, *values, seeds, need_x, need_weight, need_bias, need[:count], need[count:],
+            dy, ops.whole(x, dy), weight, pairs[:count], pairs[count:], bias, s, weight_of, order,
+            offsets, bounds, *values, seeds, need_x, need_weight, need_bias, need[:count],
+            need[count:],
         )  # fmt: skip
         found = (dx, dw, dbias, *d_a, *d_b)
         wanted = (need_x, need_weight, need_bias, *need)
-        return None, *(one if need else None for one, need in zip(found, wanted, strict=True))
+        return None, *ops.given(wanted, found)
 
 
 _apply: Any = _Linear.apply

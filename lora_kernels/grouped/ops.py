@@ -78,13 +78,13 @@ def _base(weight: Tensor, bias: Tensor | None, weight_of: list[int] | None) -> D
     return Dense(weight, bias) if weight.dim() == 2 else Experts(weight, bias, weight_of or [])
 
 
-def _whole(tensor: Tensor | None, like: Tensor) -> Tensor:
+def whole(tensor: Tensor | None, like: Tensor) -> Tensor:
     """The tensor, or one of size 0."""
     return like.new_empty(0) if tensor is None else tensor
 
 
 def _all(tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
-    return [_whole(tensor, like) for tensor, like in zip(tensors, likes, strict=True)]
+    return [whole(tensor, like) for tensor, like in zip(tensors, likes, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -102,7 +102,7 @@ def linear(x: Tensor, weight: Tensor, a: Any, b: Any, bias: Any, weight_of: Any,
         y, s = composite.forward(
             _base(weight, bias, weight_of), x, call.adapters(), call.members(x), save_s
         )
-    return y, _whole(s, x)
+    return y, whole(s, x)
 
 
 def add(base_out: Tensor, x: Tensor, a: Any, b: Any, *rest: Any) -> Any:
@@ -110,7 +110,7 @@ def add(base_out: Tensor, x: Tensor, a: Any, b: Any, *rest: Any) -> Any:
     refuse_forward_mode((base_out, x, *a, *b))
     with _without_autocast(x.device):
         y, s = composite.forward(Given(base_out), x, call.adapters(), call.members(x), save_s)
-    return y, _whole(s, x)
+    return y, whole(s, x)
 
 
 def linear_backward(
@@ -122,8 +122,8 @@ def linear_backward(
         dx, dw, dbias, d_a, d_b = composite.backward(
             base, (dy, x, s), call.adapters(), call.members(dy), needs
         )
-    d_bias = _whole(dbias, weight if bias is None else bias)
-    return _whole(dx, dy), _whole(dw, weight), d_bias, _all(d_a, a), _all(d_b, b)
+    d_bias = whole(dbias, weight if bias is None else bias)
+    return whole(dx, dy), whole(dw, weight), d_bias, _all(d_a, a), _all(d_b, b)
 
 
 def _add_backward(dy: Tensor, x: Tensor, a: Any, b: Any, s: Tensor, *rest: Any) -> Any:
@@ -133,7 +133,7 @@ def _add_backward(dy: Tensor, x: Tensor, a: Any, b: Any, s: Tensor, *rest: Any) 
         dx, _, _, d_a, d_b = composite.backward(
             Given(None), (dy, x, s), call.adapters(), call.members(dy), needs
         )
-    return _whole(dx, dy), _all(d_a, a), _all(d_b, b)
+    return whole(dx, dy), _all(d_a, a), _all(d_b, b)
 
 
 # -------------------------------------------------------------------------------------------- fakes
@@ -214,7 +214,7 @@ def _save_add(ctx: Any, inputs: Any, output: Any) -> None:
     _save(ctx, x if reads_x else None, (None, None), Call(a, b, *rest[:-1]), output[1])
 
 
-def _given(needed: Sequence[bool], results: Sequence[Tensor]) -> list[Tensor | None]:
+def given(needed: Sequence[bool], results: Sequence[Tensor]) -> list[Tensor | None]:
     return [result if need else None for need, result in zip(needed, results, strict=True)]
 
 
@@ -226,11 +226,11 @@ def _linear_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[An
     x, weight, bias, s, call = _saved(ctx)
     a, b, *rest = call
     dx, dw, dbias, d_a, d_b = ops.lora_linear_grouped_backward(
-        dy, _whole(x, dy), weight, a, b, bias, s, ctx.weight_of, *rest,
+        dy, whole(x, dy), weight, a, b, bias, s, ctx.weight_of, *rest,
         need_x, need_weight, need_bias, need_a, need_b,
     )  # fmt: skip
-    wanted = _given((need_x, need_weight, need_bias), (dx, dw, dbias))
-    return (*wanted[:2], _given(need_a, d_a), _given(need_b, d_b), wanted[2], *nothing)
+    wanted = given((need_x, need_weight, need_bias), (dx, dw, dbias))
+    return (*wanted[:2], given(need_a, d_a), given(need_b, d_b), wanted[2], *nothing)
 
 
 def _add_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
@@ -241,10 +241,10 @@ def _add_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, 
     x, _, _, s, call = _saved(ctx)
     a, b, *rest = call
     d_x, d_a, d_b = ops.lora_add_grouped_backward(
-        dy, _whole(x, dy), a, b, s, *rest, need_x, need_a, need_b
+        dy, whole(x, dy), a, b, s, *rest, need_x, need_a, need_b
     )
     base = dy if need_base else None
-    return (base, d_x if need_x else None, _given(need_a, d_a), _given(need_b, d_b), *nothing)
+    return (base, d_x if need_x else None, given(need_a, d_a), given(need_b, d_b), *nothing)
 
 
 # -------------------------------------------------------------------------------------------- flops

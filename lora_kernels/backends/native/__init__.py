@@ -23,9 +23,6 @@ from lora_kernels.backends.reference import Gradients
 from lora_kernels.backends.scaling import split
 from lora_kernels.branch import Base, Branch, Dense, Given, Need
 
-# Rows in 16 bits under a weight in fp32 (autocast): beyond, a copy of it is the faster factor.
-_MOST_WIDENED = 256
-
 _ops = torch.ops.lora_kernels
 
 
@@ -64,7 +61,7 @@ def _are_few(base: Base, rows: Tensor, backward: bool = False) -> bool:
     if base.weight.dtype not in (rows.dtype, torch.float32):
         return False
     count, weight = rows.shape[0], base.weight
-    if weight.dtype != rows.dtype and count > _MOST_WIDENED:
+    if weight.dtype != rows.dtype and count > choice.MOST_WIDENED:
         return False
     return are_few(count, weight, best_isa(), backward) and few_rows.fits(weight)
 
@@ -235,7 +232,7 @@ def _few_forward(
 
 def frozen(base: Dense, x: Tensor) -> Tensor | None:
     """x W^T + bias by the kernels of few rows, None where they are not the ones for it."""
-    if lacks(x.device) is not None or refusal(x) is not None or not _are_few(base, x):
+    if not drops(x) or not _are_few(base, x):
         return None
     bias = None if base.bias is None else readable(base.bias.to(x.dtype))
     calls = _calls(best_isa())

@@ -22,6 +22,8 @@ from lora_kernels.backends.native import extension
 from lora_kernels.backends.native.extension import ISA_NAMES
 
 ANY = 1 << 32  # rows
+# Of 16 bits under a weight in fp32 (autocast): beyond, a copy of it is the faster factor.
+MOST_WIDENED = 256
 _SMALL = 1 << 20  # elements of a weight
 
 
@@ -50,7 +52,6 @@ class Choice(NamedTuple):
     """Of an instruction set, by the dtype of the weight (fp32, bf16, fp16), which may be fp32 under
     rows of 16 bits."""
 
-    measured: str  # on what
     few: tuple[Few, Few, Few]
     low_rank: tuple[LowRank | None, LowRank | None, LowRank | None]
 
@@ -59,34 +60,36 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NEVER, _LEAST = Few(0, 0, 1, 0, 0), Few(4, 4, 1, 4, 4)  # the latter where memory is waited for
 _PASSES, _PAIRS = LowRank(128, 64), LowRank(1, 64, any_on_given=True)
 CHOICES = {
-    "plain C++": Choice("nothing: torch's own loops are as good", (_NEVER,) * 3, (None,) * 3),
+    # torch's own loops are as good
+    "plain C++": Choice((_NEVER,) * 3, (None,) * 3),
+    # measured on an EPYC of AMD's
     "AVX2": Choice(
-        "an EPYC of AMD's",
         (Few(96, 128, 1, 16, 64), Few(192, 256, 1, 16, 64), Few(192, 256, 1, 16, 64)),
         (_PASSES, None, None),
     ),
+    # not measured: less than those beside it
     "AVX-512": Choice(
-        "nothing: less than those beside it",
         (Few(48, 48, 2, 48, 48), Few(16, 8, 1, 8, 8), Few(48, 48, 2, 48, 48)),
         (_PASSES, None, None),
     ),
+    # measured on an EPYC of AMD's
     "AVX-512 BF16": Choice(
-        "an EPYC of AMD's",
         (Few(ANY, ANY, 1, 256, 256), Few(64, 96, 1, 24, 24), Few(ANY, ANY, 1, 256, 256)),
         (_PASSES, _PAIRS, None),
     ),
+    # measured on a Xeon of Intel's; quantised weights on none
     "AMX": Choice(
-        "a Xeon of Intel's; quantised weights on none",
         (Few(48, 48, 2, 48, 48), Few(192, 128, 1, 8, 8), Few(48, 48, 2, 48, 48)),
         (_PASSES, _PAIRS, None),
     ),
-    "NEON": Choice("nothing", (_LEAST,) * 3, (_PASSES, None, None)),
-    "NEON BF16": Choice("nothing", (_LEAST,) * 3, (_PASSES, None, None)),
+    # not measured
+    "NEON": Choice((_LEAST,) * 3, (_PASSES, None, None)),
+    "NEON BF16": Choice((_LEAST,) * 3, (_PASSES, None, None)),
 }
 # Of other makers than AMD, Intel's where tiles are not to be had: torch's products are faster.
 OTHER_MAKERS = {
+    # not measured: less than beside it, in fp32 as with tiles
     "AVX-512 BF16": Choice(
-        "nothing: less than beside it, in fp32 as with tiles",
         (Few(48, 48, 2, 48, 48), Few(16, 8, 1, 8, 8), Few(48, 48, 2, 48, 48)),
         (_PASSES, _PAIRS, None),
     ),
