@@ -184,14 +184,13 @@ def latency(calls: int) -> dict[str, float]:
 def few(args: argparse.Namespace) -> None:
     """Ratios of a layer by one call and by torch's product, and where the first ceases to win."""
     isa = extension.best_isa()
-    sizes = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
     for dtype, mode in product(args.dtypes, ("inference", "training")):
         last = 0
-        for M in sizes:
+        for M in args.rows:
             gains = []
             for K, N in WIDTHS:
                 ratios = []
-                for most in (max(sizes), 0):
+                for most in (max(args.rows), 0):
                     with mock.patch.object(few_rows, "most_rows", return_value=most):
                         backends.forget()
                         row = cell(Case(M, K, N, 16, dtype), mode, args.seconds, args.rounds)

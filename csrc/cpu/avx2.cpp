@@ -15,7 +15,7 @@ namespace lora {
 namespace avx2 {
 
 constexpr int W = 8, kVectors = 2, kRows = 4, kPhilox = 4;
-constexpr int kFewRows = 4, kFewColumns = 3;
+constexpr int kFewRows = 4, kFewColumns = 3, kLeastRows = 8;
 typedef __m256 V;
 
 inline V load(const float* p) { return _mm256_loadu_ps(p); }
@@ -68,6 +68,34 @@ inline V keep(V v, uint32_t bits) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
   return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+}
+
+// Rows become columns.
+inline void transpose(V (&rows)[W]) {
+  V pairs[W], fours[W];
+  for (int i = 0; i < W; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < W; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xEE);
+    }
+  for (int i = 0; i < W / 2; ++i) {
+    rows[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+// Four columns of four rows, one column after the other.
+inline void transpose_tile(const float* rows, int64_t pitch, float* columns) {
+  __m128 a = _mm_loadu_ps(rows), b = _mm_loadu_ps(rows + pitch);
+  __m128 c = _mm_loadu_ps(rows + 2 * pitch), d = _mm_loadu_ps(rows + 3 * pitch);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(columns, a);
+  _mm_storeu_ps(columns + 4, b);
+  _mm_storeu_ps(columns + 8, c);
+  _mm_storeu_ps(columns + 12, d);
 }
 
 // Codes of 4 bits, in the low ones or the high ones of 8.
@@ -140,6 +168,7 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 }
 
 #include "few_rows.inl"
+#include "packed.inl"
 // Of both.
 #include "coded.inl"
 #include "gating.inl"
@@ -148,10 +177,10 @@ inline void philox_bits(const Dropout& d, uint32_t block, uint32_t m, uint8_t* o
 }  // namespace avx2
 
 extern const Kernels kAvx2 = {
-    avx2::kTile,    avx2::kRows,  avx2::W,      avx2::kFewColumns, false,
-    avx2::load_any, avx2::shrink, avx2::outer,  avx2::expand_any,  avx2::multiply_widened,
-    avx2::combine,  avx2::kTerms, avx2::decode, avx2::spread,      nullptr,
-    avx2::gate};
+    avx2::kTile,    avx2::kRows,  avx2::W,       avx2::kFewColumns, false,
+    avx2::load_any, avx2::shrink, avx2::outer,   avx2::expand_any,  avx2::multiply_widened,
+    avx2::combine,  avx2::kTerms, avx2::decode,  avx2::spread,      nullptr,
+    avx2::gate,     nullptr,      &avx2::kPacked};
 
 }  // namespace lora
 

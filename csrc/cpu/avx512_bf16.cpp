@@ -1,8 +1,4 @@
 // AVX-512 as in avx512.cpp, and its bf16 products; and where there are tiles of them, these too.
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "scalar.h"
 
 #if defined(__x86_64__)

@@ -8,20 +8,6 @@ constexpr int kMostTiles = 4;  // of sums at once
 constexpr int64_t kBlockTerms = 128, kBlockColumns = 512;
 constexpr int64_t kStripColumns = kMostTiles * kSide, kRowsAhead = 8;
 
-struct Freed {
-  void operator()(void* p) const { std::free(p); }
-};
-template <typename T>
-using Memory = std::unique_ptr<T[], Freed>;
-
-template <typename T>
-Memory<T> memory_of(int64_t count) {
-  const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  Memory<T> memory(static_cast<T*>(std::aligned_alloc(64, bytes > 0 ? bytes : 64)));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
 // 16 rows of 32 columns: where they lie, or a copy of those there are among zeros.
 struct Square {
   Square(const BFloat16* from, int64_t from_pitch, int64_t rows, int64_t columns) {
@@ -178,14 +164,6 @@ struct Block {
   int64_t m, rows, k;
   int columns;
 };
-
-template <typename T>
-void put_row(const Product& p, int64_t m, int64_t n, V v, int count) {
-  v = splat(p.scale) * v;
-  if (p.bias != nullptr) v = v + load_some(static_cast<const T*>(p.bias) + n, count);
-  if (p.sum != nullptr) v = v + load_some(p.sum + m * p.sum_pitch + n, count);
-  store_some(static_cast<T*>(p.out) + m * p.out_pitch + n, v, count);
-}
 
 // Row m of an expansion, columns k .. k + columns, from their sums, of which `kept` count.
 template <bool kWhole>

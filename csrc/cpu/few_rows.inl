@@ -1,6 +1,20 @@
 // Included after a set of vectors: products of few rows with all rows of a matrix, and with all its
 // columns; either reads the matrix once. Tiles: kFewRows x kFewColumns sums, all in registers.
 
+struct Freed {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Memory = std::unique_ptr<T[], Freed>;
+
+template <typename T>
+Memory<T> memory_of(int64_t count) {
+  const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  Memory<T> memory(static_cast<T*>(std::aligned_alloc(64, bytes > 0 ? bytes : 64)));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
 // ------------------------------------------------------------------------------------- multiplying
 
 // A sum of a long row is formed in shares of so many steps: its error is that of a short one.
@@ -209,6 +223,15 @@ inline void store_some(T* p, V v, int count) {
   std::memcpy(static_cast<void*>(p), values, count * sizeof(T));
 }
 
+// Adds what else the product has to sums of row m, columns n .. n + count, and puts them out.
+template <typename T>
+void put_row(const Product& p, int64_t m, int64_t n, V v, int count) {
+  v = splat(p.scale) * v;
+  if (p.bias != nullptr) v = v + load_some(static_cast<const T*>(p.bias) + n, count);
+  if (p.sum != nullptr) v = v + load_some(p.sum + m * p.sum_pitch + n, count);
+  store_some(static_cast<T*>(p.out) + m * p.out_pitch + n, v, count);
+}
+
 // What of the matrix is multiplied at a time: columns k .. k + kV * W (of the last vector `count`),
 // terms n .. last; where it lies, or packed.
 template <typename T>
@@ -218,10 +241,28 @@ struct Strip {
   int count;
 };
 
+// Columns k .. k + count of row m, from their products: to the sum, or where it `ends` to the
+// result.
+inline void end_sum(const Combination& p, int64_t m, int64_t k, bool adds, bool ends, V v,
+                    int count) {
+  float* const sum = p.sum + m * p.sum_pitch + k;
+  const int64_t at = m * p.out_pitch + k;
+  const V scale = splat(p.scale);
+  v = adds ? fma(scale, v, load_some(sum, count)) : scale * v;
+  if (!ends || p.out == nullptr)
+    store_some(sum, v, count);
+  else if (p.out_type == Type::kFloat)
+    store_some(static_cast<float*>(p.out) + at, v, count);
+  else if (p.out_type == Type::kBFloat16)
+    store_some(static_cast<BFloat16*>(p.out) + at, v, count);
+  else
+    store_some(static_cast<Half*>(p.out) + at, v, count);
+}
+
 // Rows i .. i + kX of the result.
 template <typename T, Type kType, int kX, int kV>
 inline void combine_tile(const Combination& p, int64_t i, const Strip<T>& strip) {
-  const int64_t k = strip.k, n = strip.n, last = strip.last;
+  const int64_t n = strip.n, last = strip.last;
   const int count = strip.count;
   V acc[kX][kV] = {};
   const T* row = strip.data;
@@ -255,25 +296,12 @@ inline void combine_tile(const Combination& p, int64_t i, const Strip<T>& strip)
       }
     }
   }
-  const bool adds = p.accumulate || n > 0, ends = last == p.terms && p.out != nullptr;
-  const V scale = splat(p.scale);
+  const bool adds = p.accumulate || n > 0;
 #pragma GCC unroll 8
   for (int m = 0; m < kX; ++m)
 #pragma GCC unroll 8
-    for (int c = 0; c < kV; ++c) {
-      const int here = kV == 1 ? count : W;
-      const int64_t in_sum = (i + m) * p.sum_pitch + k + c * W;
-      const int64_t at = (i + m) * p.out_pitch + k + c * W;
-      const V v = adds ? fma(scale, acc[m][c], load_some(p.sum + in_sum, here)) : scale * acc[m][c];
-      if (!ends)
-        store_some(p.sum + in_sum, v, here);
-      else if (p.out_type == Type::kFloat)
-        store_some(static_cast<float*>(p.out) + at, v, here);
-      else if (p.out_type == Type::kBFloat16)
-        store_some(static_cast<BFloat16*>(p.out) + at, v, here);
-      else
-        store_some(static_cast<Half*>(p.out) + at, v, here);
-    }
+    for (int c = 0; c < kV; ++c)
+      end_sum(p, i + m, strip.k + c * W, adds, last == p.terms, acc[m][c], kV == 1 ? count : W);
 }
 
 template <typename T, Type kType, int kV>

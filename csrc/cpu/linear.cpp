@@ -197,20 +197,53 @@ Product product_of(const Matrix& x, const Matrix& matrix, Type rounded, const Ou
   return p;
 }
 
-// Threads share out the rows of the matrix, N of them.
-void share(const Kernels& kernels, const Product& product, int64_t N) {
-  const int64_t width = kernels.few_columns, work = product.columns * product.count;
-  if (N * work < kSerial) return kernels.multiply(product, 0, N);
+// Threads share out the rows of the matrix, N of them, `width` at a time.
+template <typename Multiply>
+void share(const Multiply& multiply, int64_t width, const Product& product, int64_t N) {
+  const int64_t work = product.columns * product.count;
+  if (N * work < kSerial) return multiply(product, 0, N);
   const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
   torch::stable::parallel_for(0, (N + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
-    kernels.multiply(product, begin * width, std::min(N, end * width));
+    multiply(product, begin * width, std::min(N, end * width));
   });
 }
+
+void share(const Kernels& kernels, const Product& product, int64_t N) {
+  share(kernels.multiply, kernels.few_columns, product, N);
+}
+
+// Whether a product of so many rows and columns is worth laying out x in fp32.
+bool is_packed(const Kernels& kernels, int64_t rows, int64_t columns) {
+  return kernels.packed != nullptr && rows >= kernels.packed->least_rows &&
+         columns > kernels.packed->columns;
+}
+
+// x [count, columns] laid out.
+struct LaidOut {
+  LaidOut(const Packed& packed, const Rows& x, int64_t count)
+      : memory(up(count, packed.rows) * x.columns) {
+    const int64_t tiles = (count + packed.rows - 1) / packed.rows;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (packed.rows * x.columns + 1));
+    torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+      packed.lay_out(x, count, begin, end, memory.data);
+    });
+  }
+  Buffer memory;
+};
 
 }  // namespace
 
 void multiply(const Kernels& kernels, const Product& product, int64_t N) {
   const Narrow* const narrow = kernels.narrow;
+  if (product.type == Type::kFloat && product.coded == nullptr && product.columns > 0 &&
+      is_packed(kernels, product.count, N)) {
+    const Packed& packed = *kernels.packed;
+    const LaidOut x(packed, {product.x, Type::kFloat, product.columns, product.pitch, 1},
+                    product.count);
+    Product p = product;
+    p.tiles = x.memory.data;
+    return share(packed.multiply, packed.columns, p, N);
+  }
   if (narrow == nullptr || product.type != Type::kBFloat16 || product.count < narrow->least_rows ||
       product.coded != nullptr)
     return share(kernels, product, N);
@@ -276,11 +309,44 @@ void gather(const Combination& c, const float* part, int64_t chunks, int64_t col
   }
 }
 
+void combine(const Kernels& kernels, const Combination& c, int64_t columns);
+
+// The low-rank part first: a sum that the columns are added to.
+void combine_both(const Kernels& kernels, const Combination& c, int64_t columns) {
+  Combination low = c, other = c;
+  low.x = c.low;
+  low.narrow = false;
+  low.x_row = c.low_pitch;
+  low.x_term = 1;
+  low.terms = c.ranks;
+  low.matrix = c.b;
+  low.matrix_type = c.b_type;
+  low.matrix_pitch = c.b_pitch;
+  low.out = nullptr;
+  low.low = other.low = nullptr;
+  other.accumulate = true;
+  combine(kernels, low, columns);
+  combine(kernels, other, columns);
+}
+
 // Threads share out the columns; of a narrow result the rows; of few rows the terms, for each to
 // read its share of the matrix from one end to the other.
 void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
   const int64_t work = c.count * c.terms;
+  if (c.low != nullptr && (columns * work < kSerial || !is_packed(kernels, c.count, columns)))
+    return combine_both(kernels, c, columns);
   if (columns * work < kSerial) return kernels.combine(c, 0, c.count, 0, columns);
+  if (is_packed(kernels, c.count, columns)) {
+    const Packed& packed = *kernels.packed;
+    const LaidOut x(packed, {c.x, Type::kFloat, c.terms, c.x_row, c.x_term}, c.count);
+    Combination p = c;
+    p.tiles = x.memory.data;
+    const int64_t panel = packed.columns, grain = std::max<int64_t>(1, kGrain / (work * panel));
+    return torch::stable::parallel_for(
+        0, (columns + panel - 1) / panel, grain, [&](int64_t begin, int64_t end) {
+          packed.combine(p, begin * panel, std::min(columns, end * panel));
+        });
+  }
   const int64_t width = kernels.columns, strips = (columns + width - 1) / width;
   constexpr int64_t kFew = 2, kChunks = 8, kMany = 256;
   if (c.count <= kFew && c.terms >= kMany && strips > 4) {
@@ -392,15 +458,15 @@ namespace {
 
 // -------------------------------------------------------------------------------------------- ops
 
-// Rows that are computed at a time, where there are many: of x that are multiplied, so many as stay
-// in a core's own cache while rows of the weight pass by; of what is combined, that its strips are
-// worth packing. Shares are as even as can be.
-constexpr int64_t kMultipliedBytes = 768 << 10, kCombinedRows = 256;
+// Rows that are computed at a time, where there are many: of what is packed, that it is worth it;
+// of x that is multiplied as it lies, so many as stay in a core's own cache while rows of the
+// weight pass by. Shares are as even as can be.
+constexpr int64_t kMultipliedBytes = 768 << 10, kPackedRows = 256;
 
-int64_t rows_at_once(int64_t rows, int64_t columns, bool combined) {
-  const int64_t most =
-      combined ? kCombinedRows
-               : std::clamp<int64_t>(kMultipliedBytes / (4 * columns), 48, kCombinedRows);
+int64_t rows_at_once(const Kernels& kernels, int64_t rows, int64_t columns, bool combined) {
+  const int64_t most = combined || kernels.packed != nullptr
+                           ? kPackedRows
+                           : std::clamp<int64_t>(kMultipliedBytes / (4 * columns), 48, kPackedRows);
   const int64_t shares = std::max<int64_t>(1, (rows + most - 1) / most);
   return up((rows + shares - 1) / shares, 4);
 }
@@ -483,16 +549,18 @@ void layer_of_rows(const Kernels& kernels, const Matrix& rows, const Weight& W, 
   // The branch and the bias first: the sum that columns are added to.
   const int64_t pitch = apart(N, kernels);
   Scratch<4096> sum(M * pitch);
-  Scratch<2048> wide_bias(bias != nullptr ? pitch : 0);
-  if (bias != nullptr) kernels.load({bias, type, N, 0, 1}, 0, 1, nullptr, wide_bias.data, pitch);
-  Product p = product_of({low.data, Type::kFloat, M, r, ranks}, *of.B, type,
-                         {sum.data, Type::kFloat, pitch});
-  p.bias = bias != nullptr ? wide_bias.data : nullptr;
-  multiply(kernels, p, N);
+  if (branch || bias != nullptr) {
+    Scratch<2048> wide_bias(bias != nullptr ? pitch : 0);
+    if (bias != nullptr) kernels.load({bias, type, N, 0, 1}, 0, 1, nullptr, wide_bias.data, pitch);
+    Product p = product_of({low.data, Type::kFloat, M, r, ranks}, *of.B, type,
+                           {sum.data, Type::kFloat, pitch});
+    p.bias = bias != nullptr ? wide_bias.data : nullptr;
+    multiply(kernels, p, N);
+  }
   Combination c = combination_of(rows_of(wide_x ? plain.matrix : rows, true), W.held, type, 1.f);
   c.sum = sum.data;
   c.sum_pitch = pitch;
-  c.accumulate = true;
+  c.accumulate = branch || bias != nullptr;
   put_into(c, out);
   combine(kernels, c, N);
 }
@@ -534,7 +602,7 @@ Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const
                      static_cast<float>(1 / high)};
   const void* const offset = bias.has_value() ? bias->const_data_ptr() : nullptr;
   const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16;
-  const int64_t step = narrow ? M : rows_at_once(M, K, W.transposed);
+  const int64_t step = narrow ? M : rows_at_once(kernels, M, K, W.transposed);
   for (int64_t first = 0; first < M; first += step) {
     const std::optional<Dropout> here = rows_from(dropout, first);
     layer_of_rows(kernels, rows_from(rows, first, step), W, of, here.has_value() ? &*here : nullptr,
@@ -639,7 +707,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   const Output DB = {std::get<2>(results).mutable_data_ptr(), B.type, r};
   const bool low = need_x || need_a;
   const int64_t ranks = up(r, kernels.columns), pitch = apart(K, kernels);
-  const int64_t step = rows_at_once(M, K, true);
+  const int64_t step = rows_at_once(kernels, M, K, true);
   // Memory for the sums of as many terms as there are rows: none where they end in registers.
   const bool keeps_sums = M > kernels.terms;
   Scratch<2048> sum_b(need_b && keeps_sums ? N * ranks : 0);
@@ -681,13 +749,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     if (!need_x) continue;
     const Output out = rows_from(DX, first);
     Scratch<4096> sum(count * pitch);
-    Combination term = combination_of(rows_of(DS, false), A, type, 1.f);
-    term.sum = sum.data;
-    term.sum_pitch = pitch;
-    combine(kernels, term, K);
+    const bool onto = into.has_value() && adds, apart = drop != nullptr || onto || W.transposed;
+    if (apart) {
+      Combination term = combination_of(rows_of(DS, false), A, type, 1.f);
+      term.sum = sum.data;
+      term.sum_pitch = pitch;
+      combine(kernels, term, K);
+    }
     if (drop != nullptr)
       kernels.load({sum.data, Type::kFloat, K, pitch, 1}, 0, count, drop, sum.data, pitch);
-    if (into.has_value() && adds) add_rows(kernels, out, count, K, sum.data, pitch);
+    if (onto) add_rows(kernels, out, count, K, sum.data, pitch);
     if (W.transposed) {
       const bool narrow =
           kernels.takes_bf16 && type == Type::kBFloat16 && W.held.type == Type::kBFloat16;
@@ -697,9 +768,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
       multiply(kernels, p, K);
     } else {
       Combination c = combination_of(rows_of(wide.matrix, true), W.held, type, 1.f);
+      c.low = apart ? nullptr : ds.data;
+      c.low_pitch = ranks;
+      c.ranks = r;
+      c.b = A.data;
+      c.b_type = A.type;
+      c.b_pitch = A.pitch;
       c.sum = sum.data;
       c.sum_pitch = pitch;
-      c.accumulate = true;
+      c.accumulate = apart;
       put_into(c, out);
       combine(kernels, c, K);
     }

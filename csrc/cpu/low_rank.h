@@ -83,23 +83,30 @@ struct Product {
   void* out;
   Type out_type;
   int64_t out_pitch;
-  const BFloat16* tiles;  // x laid out, where the kernels multiply by tiles
-  const Coded* coded;     // the matrix, where it is of few bits; of 4 bits x is spread
+  const void* tiles;   // x laid out, where the kernels multiply by tiles
+  const Coded* coded;  // the matrix, where it is of few bits; of 4 bits x is spread
 };
 
-// out [count, columns] = scale * x matrix (+ sum), of x [count, terms] in fp32, of any strides, and
-// a matrix [terms, columns] whose values are rounded to `rounded`. Where it is `narrow`, rows of x
-// are contiguous and hold values of the matrix's type.
+// out [count, columns] = scale * (x matrix + low b) (+ sum), of x [count, terms] in fp32, of any
+// strides, and a matrix [terms, columns] whose values are rounded to `rounded`, as b's [ranks,
+// columns] are. Where it is `narrow`, rows of x are contiguous and hold values of the matrix's
+// type.
 struct Combination {
   const float* x;
   bool narrow;
   int64_t x_row, x_term;
+  const float* tiles;  // x laid out, where there are many rows
   int64_t count, terms;
   const void* matrix;
   Type matrix_type;
   int64_t matrix_pitch;
   Type rounded;
   float scale;
+  const float* low;  // padded; null without, as all kernels but the packed ones take it
+  int64_t low_pitch, ranks;
+  const void* b;
+  Type b_type;
+  int64_t b_pitch;
   float* sum;  // [count, columns], overwritten; may be null for up to `terms` terms of the kernels
   int64_t sum_pitch;
   bool accumulate;  // whether sum counts
@@ -158,6 +165,18 @@ struct Narrow {
                  const BFloat16* matrix, int64_t ranks, float* out);
 
   void (*expand)(const Expansion& expansion, int64_t first, int64_t last);
+};
+
+// Products of many rows in fp32. x is laid out by tiles of `rows` rows; `multiply` and `combine`
+// take `columns` columns at a time, from `least_rows` rows on.
+struct Packed {
+  int rows, columns, least_rows;
+
+  // Tiles first .. last of rows in fp32 [count, columns], of any strides.
+  void (*lay_out)(const Rows& x, int64_t count, int64_t first, int64_t last, float* out);
+
+  void (*multiply)(const Product& product, int64_t first, int64_t last);
+  void (*combine)(const Combination& combination, int64_t first, int64_t last);
 };
 
 // Of a gate; the numbers are those of extension.py.
@@ -225,6 +244,7 @@ struct Kernels {
   void (*gate)(const Gating& gating, int64_t first, int64_t last);
 
   const Narrow* narrow = nullptr;  // where there are such
+  const Packed* packed = nullptr;
 };
 
 extern const Kernels kBase;

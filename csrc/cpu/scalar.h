@@ -2,7 +2,10 @@
 // what is inline here must not be compiled for a newer CPU than the one it may run on.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "low_rank.h"
 

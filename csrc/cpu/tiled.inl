@@ -63,7 +63,8 @@ void multiply_tiled(const Product& p, int64_t first, int64_t last) {
       const float* const of_tile = low.get() + tile * kSide;
       float* const to = &sums[0][0][0];
       branch_some(here, p, n, count, of_tile, rows, to);
-      const BFloat16* const from = p.tiles + tile * steps * kSide * kStepTerms;
+      const BFloat16* const from =
+          static_cast<const BFloat16*>(p.tiles) + tile * steps * kSide * kStepTerms;
       multiply_some(here, p, n, count, from, steps, to);
       for (int64_t m = tile * kSide; m < p.count && m < (tile + here) * kSide; ++m) {
         const V v = _mm512_i32gather_ps(turned, &sums[m / kSide - tile][0][m % kSide], 4);

@@ -130,42 +130,54 @@ def test_values(data):
     assert (plain.double() - F.linear(*terms)).norm() <= allowed
 
 
+@pytest.mark.parametrize(("rows", "columns", "units"), [(3, 5, 4), (40, 50, 16)])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_long_rows_stay_exact(dtype, isa):
-    """A sum over 4096 columns in a few fp32 numbers, as torch's, is off by 96 of its units."""
+def test_sums_of_long_rows_stay_exact(dtype, isa, rows, columns, units):
+    """A sum over 4096 columns in a few fp32 numbers, as torch's, is off by 20 to 200 of its
+    units."""
     K = 1 << 12
-    x, w = torch.full((3, K), 1 / 3, dtype=dtype), torch.full((5, K), 1 / 3, dtype=dtype)
+    x, w = torch.full((rows, K), 1 / 3, dtype=dtype), torch.full((columns, K), 1 / 3, dtype=dtype)
     exact = K * float(x[0, 0]) * float(w[0, 0])
-    y = OPS._linear_cpu(x, w, None, None, None, 1.0, 1.0, 0, None, isa, None)
-    unit = max(torch.finfo(dtype).eps, 4 * 2.0**-23)
-    assert (y.double() / exact - 1).abs().max() <= unit
+    for weight, most in ((w, units), (w.t().contiguous().t(), 24)):
+        unit = max(torch.finfo(dtype).eps, most * 2.0**-23)
+        y = OPS._linear_cpu(x, weight, None, None, None, 1.0, 1.0, 0, None, isa, None)
+        assert (y.double() / exact - 1).abs().max() <= unit
 
 
-@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 1), (20, 1), (22, 60)])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("isa", ISAS)
-def test_masters_are_rounded_at_use(dtype, isa, rows):
+def test_masters_are_rounded_at_use(dtype, isa, rows, columns):
     """A difference that is lost in the rounding of the fp32 operand, or else all that is left."""
     lost = 1 + torch.finfo(dtype).eps / 4
-    ones, zero = torch.ones(rows, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    ones, zero = torch.ones(rows, 1, dtype=dtype), torch.zeros(columns, 1, dtype=dtype)
     pair, signs = torch.tensor([[lost, 1.0]]), torch.tensor([[1.0, -1.0]])
-    both = ones * signs.to(dtype)
-    options = (None, 1.0, 1.0, 0, None, isa)
-    of_a = OPS._linear_cpu(both, both[:1] * 0, pair, torch.ones(1, 1), *options, None)
-    of_b = OPS._linear_cpu(ones, zero, signs.t(), pair, *options, None)
-    of_w = OPS._linear_cpu(both, pair, None, None, *options, None)
-    gradients = OPS._linear_backward_cpu(
-        ones, None, zero, pair.t(), signs, None, 1.0, 1.0, 1.0, 0, None, isa, True, False, False
-    )
-    for out in (of_a, of_b, of_w, gradients[0]):
+    both, pairs = ones * signs.to(dtype), pair.repeat(columns, 1)
+    options, nothing = (None, 1.0, 1.0, 0, None, isa), zero.repeat(1, 2)
+    found = [
+        OPS._linear_cpu(both, nothing, pair, torch.ones(columns, 1), *options, None),
+        OPS._linear_cpu(ones, zero, signs.t(), pairs, *options, None),
+        OPS._linear_cpu(both, pairs, None, None, *options, None),
+        OPS._linear_cpu(both, pairs.t().contiguous().t(), None, None, *options, None),
+    ]
+    for dy, weight, a, b in (
+        (ones, zero.t(), pairs.t().contiguous(), signs),
+        (both, pairs.t().contiguous(), zero.t().float(), torch.zeros(2, 1)),
+    ):
+        found += OPS._linear_backward_cpu(
+            dy, None, weight, a, b, None, 1.0, 1.0, 1.0, 0, None, isa, True, False, False
+        )[:1]
+    for out in found:
         assert (out == 0).all()
 
 
+@pytest.mark.parametrize("rows", [7, 40])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_the_threads(dtype, isa):
-    x, w, a, b = (torch.randn(s).to(dtype) for s in ((7, 300), (1027, 300), (19, 300), (1027, 19)))
+def test_bits_do_not_depend_on_the_threads(dtype, isa, rows):
+    sizes = (rows, 300), (1027, 300), (19, 300), (1027, 19)
+    x, w, a, b = (torch.randn(size).to(dtype) for size in sizes)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
