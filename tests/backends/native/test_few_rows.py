@@ -172,6 +172,15 @@ def test_masters_are_rounded_at_use(dtype, isa, rows, columns):
         assert (out == 0).all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_past_the_last_are_not_read(isa):
+    """Of tiles that are not full (what is read beyond, AddressSanitizer says)."""
+    x, w, y = torch.randn(10, 30), torch.randn(30, 30), torch.zeros(11, 30)
+    OPS._linear_cpu(x, w, None, None, None, 1.0, 1.0, 0, None, isa, None, y[:10])
+    torch.testing.assert_close(y[:10], x @ w.t())
+    assert not y[10].any()
+
+
 @pytest.mark.parametrize("rows", [7, 40])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)

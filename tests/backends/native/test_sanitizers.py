@@ -6,7 +6,15 @@ import pytest
 import racecheck
 import sanitize
 
-TESTS = ("any_layout", "no_rows", "each_argument", "what_lies_beside", "wrong_arguments", "masters")
+TESTS = (
+    "any_layout",
+    "no_rows",
+    "each_argument",
+    "what_lies_beside",
+    "wrong_arguments",
+    "masters",
+    "past_the_last",
+)
 
 
 @pytest.mark.skipif(sanitize.compiler() is None, reason="no C++ compiler here")
