@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = [f"backends/native/test_{name}.py" for name in ("native", "native_safety", "few_rows")]
 FILES += ["grouped/test_native_grouped.py", "grouped/test_grouped.py"]
 FILES += ["quantized/test_native_quantized.py", "blocks/test_mlp.py", "blocks/test_packed.py"]
-SOURCES = ("low_rank", "linear", "grouped", "gating", "base", "avx2", "avx512", "avx512_bf16")
+SOURCES = (
+    "low_rank", "products", "linear", "coded", "grouped", "gating", "base", "avx2", "avx512",
+    "avx512_bf16",
+)  # fmt: skip
 FLAGS = (
     "-std=c++20", "-g1", "-fPIC", "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined", "-DTORCH_TARGET_VERSION=0x020b000000000000",

@@ -1,19 +1,9 @@
-// Of the products of few rows in linear.cpp what other ops share. They read the weight once, as it
-// lies.
+// Of the whole layer of few rows in linear.cpp what other ops share.
 #pragma once
 
-#include "checks.h"
+#include "products.h"
 
 namespace lora {
-
-constexpr int64_t kSerial = 65536;  // multiply-adds that are not worth a second thread
-
-// What a caller owns, or memory made for it.
-struct Matrix {
-  const void* data;
-  Type type;
-  int64_t rows, columns, pitch;
-};
 
 // x [..., K] as rows of one stride.
 Matrix read_rows(const Tensor& x, const char* name);
@@ -21,13 +11,30 @@ Matrix read_rows(const Tensor& x, const char* name);
 // [..., columns] for x [..., K].
 Tensor empty_rows(const Tensor& x, const char* name, int64_t columns);
 
-// The pitch of padded rows, none of which begin at the same place of a cache's sets.
-inline int64_t apart(int64_t columns, const Kernels& kernels) {
-  return up(columns, kernels.columns) + kernels.columns;
-}
+Output written(Tensor& t, const char* name, int64_t rows, int64_t columns, Type type);
 
-// N is the number of the matrix's rows.
-void multiply(const Kernels& kernels, const Product& product, int64_t N);
+// W [N,K], whose rows or whose columns are contiguous: then it is held as [K,N]; or whose values
+// are coded, of which the matrix has the shape alone.
+struct Weight {
+  Matrix held;
+  bool transposed;
+  const Coded* coded;
+};
+
+// What of a call is not its weight.
+struct Call {
+  const Tensor& x;
+  const std::optional<Tensor>&lora_a, &lora_b, &bias;
+  double scale, high;
+  int64_t threshold;
+  const std::optional<Tensor>& seed;
+  std::optional<Tensor>&s, &into;
+};
+
+// y [..., N] = x W^T + bias + scale * high * (drop(x) A^T) B^T of few rows x [..., K]; without A
+// and B the frozen layer. s [M,r], where it is given, is filled with scale * drop(x) A^T; where
+// `into` [M,N] is given, y is put there and what is returned has no elements.
+Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const Weight& W);
 
 // sum [M,N], whose pitch is that of `apart`, = rows W^T before any rounding, of a weight [N,K] that
 // is checked here.

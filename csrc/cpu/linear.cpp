@@ -1,15 +1,10 @@
 // The private CPU ops of a whole layer for few rows, forward and backward: checks, shapes and all
-// results in one call, so that a small layer costs one trip through the dispatcher. The weight is
-// read once, as it lies: rows of W are multiplied, columns combined. Tiles follow from the shapes
-// alone, so the bits of a result do not depend on the number of threads.
-#include <vector>
-
+// results in one call, so that a small layer costs one trip through the dispatcher.
 #include "few_rows.h"
 
 namespace lora {
 namespace {
 
-constexpr int64_t kGrain = kSerial / 2;  // of a thread, at least
 constexpr int64_t kMostDimensions = 16;
 
 // -------------------------------------------------------------------------------------- arguments
@@ -23,14 +18,6 @@ Matrix read(const Tensor& t, const char* name, int64_t rows, int64_t columns, Ty
   return {t.const_data_ptr(), type_of(t, name), rows, columns, t.stride(0)};
 }
 
-// W [N,K], whose rows or whose columns are contiguous: then it is held as [K,N]; or whose values
-// are coded, of which the matrix has the shape alone.
-struct Weight {
-  Matrix held;
-  bool transposed;
-  const Coded* coded;
-};
-
 Weight read_weight(const Tensor& t, int64_t N, int64_t K, Type type) {
   check_size(t, "weight", N, K);
   check_starts(t, "weight");
@@ -42,65 +29,6 @@ Weight read_weight(const Tensor& t, int64_t N, int64_t K, Type type) {
                   ", ", t.stride(1));
   if (rows) return {{t.const_data_ptr(), own, N, K, t.stride(0)}, false, nullptr};
   return {{t.const_data_ptr(), own, K, N, t.stride(1)}, true, nullptr};
-}
-
-// A weight of few bits as the ops take it; what is not given of 4 bits is so of int8.
-struct CodedTensors {
-  const Tensor &codes, &scales;
-  const std::optional<Tensor>&zero, &table, &outer_table, &outer_scale, &offset;
-  double factor;
-  const std::vector<int64_t>& sizes;
-};
-
-template <typename T>
-const T* read_all(const Tensor& t, const char* name, ScalarType type, int64_t count) {
-  check_tensor(t, name, t.dim());
-  check_starts(t, name);
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == count, name,
-                  ": must be contiguous, of its dtype, and have ", count, " elements");
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-const float* read_floats(const std::optional<Tensor>& t, const char* name, int64_t count) {
-  return t.has_value() ? read_all<float>(*t, name, ScalarType::Float, count) : nullptr;
-}
-
-Coded read_coded(const CodedTensors& given) {
-  constexpr int64_t kWhole = 64;  // columns that the kernels take at a time
-  const std::vector<int64_t>& sizes = given.sizes;
-  STD_TORCH_CHECK(sizes.size() == 4 && *std::min_element(sizes.begin(), sizes.end()) >= 1,
-                  "sizes: must be N, K, block and outer_block");
-  const int64_t N = sizes[0], K = sizes[1], block = sizes[2];
-  Coded c = {};
-  c.columns = K;
-  c.factor = static_cast<float>(given.factor);
-  c.four = given.table.has_value();
-  if (!c.four) {
-    c.codes = read_all<int8_t>(given.codes, "codes", ScalarType::Char, N * K);
-    c.block = K;
-    c.scale = read_all<float>(given.scales, "scale", ScalarType::Float, N);
-    c.zero = read_floats(given.zero, "zero", N);
-    return c;
-  }
-  STD_TORCH_CHECK(block % kWhole == 0 && K % block == 0,
-                  "codes: must have rows of whole blocks of a multiple of ", kWhole, " columns");
-  const int64_t blocks = N * (K / block);
-  c.codes = read_all<uint8_t>(given.codes, "codes", ScalarType::Byte, N * K / 2);
-  c.block = block;
-  c.outer_block = sizes[3];
-  c.table = read_floats(given.table, "table", 16);
-  c.zero = read_floats(given.zero, "zero", blocks);
-  if (!given.outer_table.has_value()) {
-    c.scale = read_all<float>(given.scales, "scale", ScalarType::Float, blocks);
-    return c;
-  }
-  STD_TORCH_CHECK(given.outer_scale.has_value() && given.offset.has_value(),
-                  "outer_table: must come with outer_scale and offset");
-  c.scale_codes = read_all<uint8_t>(given.scales, "scale", ScalarType::Byte, blocks);
-  c.outer_table = read_floats(given.outer_table, "outer_table", 256);
-  c.outer_scale = read_floats(given.outer_scale, "outer_scale", (blocks + sizes[3] - 1) / sizes[3]);
-  c.offset = *read_floats(given.offset, "offset", 1);
-  return c;
 }
 
 }  // namespace
@@ -162,12 +90,7 @@ Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, bool aske
   return asked ? empty(like, shape, 2) : empty(like, &none, 1);
 }
 
-// Memory for a result, whose columns are contiguous.
-struct Output {
-  void* data;
-  Type type;
-  int64_t pitch;
-};
+}  // namespace
 
 Output written(Tensor& t, const char* name, int64_t rows, int64_t columns, Type type) {
   check_size(t, name, rows, columns);
@@ -177,209 +100,7 @@ Output written(Tensor& t, const char* name, int64_t rows, int64_t columns, Type 
   return {t.mutable_data_ptr(), type, t.stride(0)};
 }
 
-// --------------------------------------------------------------------------------------- products
-
-Product product_of(const Matrix& x, const Matrix& matrix, Type rounded, const Output& out) {
-  Product p = {};
-  p.x = x.data;
-  p.type = x.type;
-  p.count = x.rows;
-  p.columns = x.columns;
-  p.pitch = x.pitch;
-  p.matrix = matrix.data;
-  p.matrix_type = matrix.type;
-  p.matrix_pitch = matrix.pitch;
-  p.rounded = rounded;
-  p.scale = 1.f;
-  p.out = out.data;
-  p.out_type = out.type;
-  p.out_pitch = out.pitch;
-  return p;
-}
-
-// Threads share out the rows of the matrix, N of them, `width` at a time.
-template <typename Multiply>
-void share(const Multiply& multiply, int64_t width, const Product& product, int64_t N) {
-  const int64_t work = product.columns * product.count;
-  if (N * work < kSerial) return multiply(product, 0, N);
-  const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
-  torch::stable::parallel_for(0, (N + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
-    multiply(product, begin * width, std::min(N, end * width));
-  });
-}
-
-void share(const Kernels& kernels, const Product& product, int64_t N) {
-  share(kernels.multiply, kernels.few_columns, product, N);
-}
-
-// Whether a product of so many rows and columns is worth laying out x in fp32.
-bool is_packed(const Kernels& kernels, int64_t rows, int64_t columns) {
-  return kernels.packed != nullptr && rows >= kernels.packed->least_rows &&
-         columns > kernels.packed->columns;
-}
-
-// x [count, columns] laid out.
-struct LaidOut {
-  LaidOut(const Packed& packed, const Rows& x, int64_t count)
-      : memory(up(count, packed.rows) * x.columns) {
-    const int64_t tiles = (count + packed.rows - 1) / packed.rows;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (packed.rows * x.columns + 1));
-    torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-      packed.lay_out(x, count, begin, end, memory.data);
-    });
-  }
-  Buffer memory;
-};
-
-}  // namespace
-
-void multiply(const Kernels& kernels, const Product& product, int64_t N) {
-  const Narrow* const narrow = kernels.narrow;
-  if (product.type == Type::kFloat && product.coded == nullptr && product.columns > 0 &&
-      is_packed(kernels, product.count, N)) {
-    const Packed& packed = *kernels.packed;
-    const LaidOut x(packed, {product.x, Type::kFloat, product.columns, product.pitch, 1},
-                    product.count);
-    Product p = product;
-    p.tiles = x.memory.data;
-    return share(packed.multiply, packed.columns, p, N);
-  }
-  if (narrow == nullptr || product.type != Type::kBFloat16 || product.count < narrow->least_rows ||
-      product.coded != nullptr)
-    return share(kernels, product, N);
-  const int64_t side = narrow->columns, tile = up(product.columns, narrow->terms) * side;
-  const int64_t tiles = (product.count + side - 1) / side;
-  const BFloat16* const x = static_cast<const BFloat16*>(product.x);
-  BufferOf<BFloat16> laid_out(tiles * tile);
-  torch::stable::parallel_for(
-      0, tiles, std::max<int64_t>(1, kGrain / tile), [&](int64_t begin, int64_t end) {
-        const int64_t m = begin * side, rows = std::min(product.count, end * side) - m;
-        narrow->lay_out(
-            {x + m * product.pitch, product.type, product.columns, rows, 1, product.pitch},
-            laid_out.data + begin * tile, tile, side * narrow->terms);
-      });
-  Product p = product;
-  p.tiles = laid_out.data;
-  share(kernels, p, N);
-}
-
 namespace {
-
-// x(i, t) of fp32 memory: its rows, or by swapped strides its columns; `narrow` rows hold values of
-// the call's dtype.
-struct Factors {
-  const float* data;
-  int64_t row, term;
-  int64_t count, terms;
-  bool narrow;
-};
-
-Combination combination_of(const Factors& x, const Matrix& matrix, Type rounded, float scale) {
-  Combination c = {};
-  c.x = x.data;
-  c.narrow = x.narrow && matrix.type == rounded;
-  c.x_row = x.row;
-  c.x_term = x.term;
-  c.count = x.count;
-  c.terms = x.terms;
-  c.matrix = matrix.data;
-  c.matrix_type = matrix.type;
-  c.matrix_pitch = matrix.pitch;
-  c.rounded = rounded;
-  c.scale = scale;
-  return c;
-}
-
-void put_into(Combination& c, const Output& out) {
-  c.out = out.data;
-  c.out_type = out.type;
-  c.out_pitch = out.pitch;
-}
-
-// The result from sums [chunks, count, columns] of shares of the terms, and what is there.
-void gather(const Combination& c, const float* part, int64_t chunks, int64_t columns) {
-  for (int64_t m = 0; m < c.count; ++m) {
-    float* const sum = c.sum + m * c.sum_pitch;
-    if (!c.accumulate) std::fill(sum, sum + columns, 0.f);
-    for (int64_t i = 0; i < chunks; ++i) {
-      const float* const more = part + (i * c.count + m) * columns;
-      for (int64_t k = 0; k < columns; ++k) sum[k] += more[k];
-    }
-    if (c.out != nullptr) write_any(sum, columns, 1.f, c.out, c.out_type, m * c.out_pitch, 1);
-  }
-}
-
-void combine(const Kernels& kernels, const Combination& c, int64_t columns);
-
-// The low-rank part first: a sum that the columns are added to.
-void combine_both(const Kernels& kernels, const Combination& c, int64_t columns) {
-  Combination low = c, other = c;
-  low.x = c.low;
-  low.narrow = false;
-  low.x_row = c.low_pitch;
-  low.x_term = 1;
-  low.terms = c.ranks;
-  low.matrix = c.b;
-  low.matrix_type = c.b_type;
-  low.matrix_pitch = c.b_pitch;
-  low.out = nullptr;
-  low.low = other.low = nullptr;
-  other.accumulate = true;
-  combine(kernels, low, columns);
-  combine(kernels, other, columns);
-}
-
-// Threads share out the columns; of a narrow result the rows; of few rows the terms, for each to
-// read its share of the matrix from one end to the other.
-void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
-  const int64_t work = c.count * c.terms;
-  if (c.low != nullptr && (columns * work < kSerial || !is_packed(kernels, c.count, columns)))
-    return combine_both(kernels, c, columns);
-  if (columns * work < kSerial) return kernels.combine(c, 0, c.count, 0, columns);
-  if (is_packed(kernels, c.count, columns)) {
-    const Packed& packed = *kernels.packed;
-    const LaidOut x(packed, {c.x, Type::kFloat, c.terms, c.x_row, c.x_term}, c.count);
-    Combination p = c;
-    p.tiles = x.memory.data;
-    const int64_t panel = packed.columns, grain = std::max<int64_t>(1, kGrain / (work * panel));
-    return torch::stable::parallel_for(
-        0, (columns + panel - 1) / panel, grain, [&](int64_t begin, int64_t end) {
-          packed.combine(p, begin * panel, std::min(columns, end * panel));
-        });
-  }
-  const int64_t width = kernels.columns, strips = (columns + width - 1) / width;
-  constexpr int64_t kFew = 2, kChunks = 8, kMany = 256;
-  if (c.count <= kFew && c.terms >= kMany && strips > 4) {
-    const int64_t chunk = (c.terms + kChunks - 1) / kChunks;
-    Buffer part(kChunks * c.count * columns);
-    torch::stable::parallel_for(0, kChunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        Combination share = c;
-        const int64_t first = i * chunk, bytes = size_of(c.matrix_type);
-        share.x += first * c.x_term;
-        share.terms = std::clamp<int64_t>(c.terms - first, 0, chunk);
-        share.matrix = static_cast<const char*>(c.matrix) + first * c.matrix_pitch * bytes;
-        share.sum = part.data + i * c.count * columns;
-        share.sum_pitch = columns;
-        share.accumulate = false;
-        share.out = nullptr;
-        kernels.combine(share, 0, c.count, 0, columns);
-      }
-    });
-    gather(c, part.data, kChunks, columns);
-  } else if (strips > 4) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
-    torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
-      kernels.combine(c, 0, c.count, begin * width, std::min(columns, end * width));
-    });
-  } else {
-    constexpr int64_t kRows = 16;
-    torch::stable::parallel_for(
-        0, (c.count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-          kernels.combine(c, begin * kRows, std::min(c.count, end * kRows), 0, columns);
-        });
-  }
-}
 
 // Rows in fp32, where they are not already.
 struct Widened {
@@ -427,13 +148,6 @@ void add_rows(const Kernels& kernels, const Output& there, int64_t rows, int64_t
       for (int64_t k = 0; k < columns; ++k) sum[m * pitch + k] += row.data[k];
     }
   });
-}
-
-Factors rows_of(const Matrix& m, bool narrow) {
-  return {static_cast<const float*>(m.data), m.pitch, 1, m.rows, m.columns, narrow};
-}
-Factors columns_of(const Matrix& m) {
-  return {static_cast<const float*>(m.data), 1, m.pitch, m.columns, m.rows, false};
 }
 
 }  // namespace
@@ -486,16 +200,6 @@ std::optional<Dropout> rows_from(std::optional<Dropout> all, int64_t first) {
   if (all.has_value()) all->row += static_cast<uint32_t>(first);
   return all;
 }
-
-// What of a call is not its weight.
-struct Call {
-  const Tensor& x;
-  const std::optional<Tensor>&lora_a, &lora_b, &bias;
-  double scale, high;
-  int64_t threshold;
-  const std::optional<Tensor>& seed;
-  std::optional<Tensor>&s, &into;
-};
 
 // Of a call's branch; its factors are those of s B^T and of what is kept of s.
 struct Branch {
@@ -565,9 +269,8 @@ void layer_of_rows(const Kernels& kernels, const Matrix& rows, const Weight& W, 
   combine(kernels, c, N);
 }
 
-// y [..., N] = x W^T + bias + scale * high * (drop(x) A^T) B^T of few rows x [..., K]; without A
-// and B the frozen layer. s [M,r], where it is given, is filled with scale * drop(x) A^T; where
-// `into` [M,N] is given, y is put there and what is returned has no elements.
+}  // namespace
+
 Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const Weight& W) {
   const auto& [x, lora_a, lora_b, bias, scale, high, threshold, seed, s, into] = call;
   const Type type = rows.type;
@@ -611,6 +314,8 @@ Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const
   return y;
 }
 
+namespace {
+
 Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tensor> lora_a,
                   const std::optional<Tensor> lora_b, const std::optional<Tensor> bias,
                   double scale, double high, int64_t threshold, const std::optional<Tensor> seed,
@@ -622,52 +327,6 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
   STD_TORCH_CHECK(N >= 1, "weight: must have rows");
   const Weight W = read_weight(weight, N, rows.columns, rows.type);
   return layer(kernels, {x, lora_a, lora_b, bias, scale, high, threshold, seed, s, into}, rows, W);
-}
-
-// The same of a weight of few bits, `sizes` N, K, columns of a block, blocks of an outer one.
-Tensor linear_coded_cpu(const Tensor x, const Tensor codes, const Tensor scales,
-                        const std::optional<Tensor> zero, const std::optional<Tensor> table,
-                        const std::optional<Tensor> outer_table,
-                        const std::optional<Tensor> outer_scale, const std::optional<Tensor> offset,
-                        double factor, std::vector<int64_t> sizes,
-                        const std::optional<Tensor> lora_a, const std::optional<Tensor> lora_b,
-                        const std::optional<Tensor> bias, double scale, double high,
-                        int64_t threshold, const std::optional<Tensor> seed, int64_t isa,
-                        std::optional<Tensor> s) {
-  const Kernels& kernels = kernels_of(isa);
-  const Matrix rows = read_rows(x, "x");
-  const Coded coded =
-      read_coded({codes, scales, zero, table, outer_table, outer_scale, offset, factor, sizes});
-  STD_TORCH_CHECK(coded.columns == rows.columns, "x: must have ", coded.columns, " columns");
-  STD_TORCH_CHECK(coded.four || coded.zero == nullptr, "zero: must not be given of int8");
-  const Weight W = {{nullptr, rows.type, sizes[0], sizes[1], sizes[1]}, false, &coded};
-  std::optional<Tensor> into;
-  return layer(kernels, {x, lora_a, lora_b, bias, scale, high, threshold, seed, s, into}, rows, W);
-}
-
-// Fills out with rows from `row` on and columns from `column` on, at ends of blocks.
-void decode_cpu(const Tensor codes, const Tensor scales, const std::optional<Tensor> zero,
-                const std::optional<Tensor> table, const std::optional<Tensor> outer_table,
-                const std::optional<Tensor> outer_scale, const std::optional<Tensor> offset,
-                double factor, std::vector<int64_t> sizes, int64_t row, int64_t column, int64_t isa,
-                Tensor out) {
-  const Kernels& kernels = kernels_of(isa);
-  const Coded coded =
-      read_coded({codes, scales, zero, table, outer_table, outer_scale, offset, factor, sizes});
-  check_matrix(out, "out");
-  const int64_t count = out.size(0), columns = out.size(1);
-  STD_TORCH_CHECK(
-      0 <= row && row + count <= sizes[0] && 0 <= column && column + columns <= sizes[1],
-      "out: must lie within the weight [", sizes[0], ", ", sizes[1], "]");
-  STD_TORCH_CHECK(!coded.four || (column % coded.block == 0 && columns % coded.block == 0),
-                  "out: must begin and end with blocks of ", coded.block, " columns");
-  const Output to = written(out, "out", count, columns, type_of(out, "out"));
-  const int64_t bytes = size_of(to.type);
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    kernels.decode(coded, row + begin, row + end, column, column + columns,
-                   static_cast<char*>(to.data) + begin * to.pitch * bytes, to.type, to.pitch);
-  });
 }
 
 // (dx [..., K], dA, dB) of dy [..., N], each of size 0 where it is not asked for. With
@@ -789,7 +448,5 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
   m.impl("_linear_cpu", TORCH_BOX(&lora::linear_cpu));
-  m.impl("_linear_coded_cpu", TORCH_BOX(&lora::linear_coded_cpu));
-  m.impl("_decode_cpu", TORCH_BOX(&lora::decode_cpu));
   m.impl("_linear_backward_cpu", TORCH_BOX(&lora::linear_backward_cpu));
 }

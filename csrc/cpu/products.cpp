@@ -1,0 +1,200 @@
+#include "products.h"
+
+namespace lora {
+
+Product product_of(const Matrix& x, const Matrix& matrix, Type rounded, const Output& out) {
+  Product p = {};
+  p.x = x.data;
+  p.type = x.type;
+  p.count = x.rows;
+  p.columns = x.columns;
+  p.pitch = x.pitch;
+  p.matrix = matrix.data;
+  p.matrix_type = matrix.type;
+  p.matrix_pitch = matrix.pitch;
+  p.rounded = rounded;
+  p.scale = 1.f;
+  p.out = out.data;
+  p.out_type = out.type;
+  p.out_pitch = out.pitch;
+  return p;
+}
+
+namespace {
+
+// Threads share out the rows of the matrix, N of them, `width` at a time.
+template <typename Multiply>
+void share(const Multiply& multiply, int64_t width, const Product& product, int64_t N) {
+  const int64_t work = product.columns * product.count;
+  if (N * work < kSerial) return multiply(product, 0, N);
+  const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
+  torch::stable::parallel_for(0, (N + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
+    multiply(product, begin * width, std::min(N, end * width));
+  });
+}
+
+void share(const Kernels& kernels, const Product& product, int64_t N) {
+  share(kernels.multiply, kernels.few_columns, product, N);
+}
+
+// Whether a product of so many rows and columns is worth laying out x in fp32.
+bool is_packed(const Kernels& kernels, int64_t rows, int64_t columns) {
+  return kernels.packed != nullptr && rows >= kernels.packed->least_rows &&
+         columns > kernels.packed->columns;
+}
+
+// x [count, columns] laid out.
+struct LaidOut {
+  LaidOut(const Packed& packed, const Rows& x, int64_t count)
+      : memory(up(count, packed.rows) * x.columns) {
+    const int64_t tiles = (count + packed.rows - 1) / packed.rows;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (packed.rows * x.columns + 1));
+    torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+      packed.lay_out(x, count, begin, end, memory.data);
+    });
+  }
+  Buffer memory;
+};
+
+}  // namespace
+
+void multiply(const Kernels& kernels, const Product& product, int64_t N) {
+  const Narrow* const narrow = kernels.narrow;
+  if (product.type == Type::kFloat && product.coded == nullptr && product.columns > 0 &&
+      is_packed(kernels, product.count, N)) {
+    const Packed& packed = *kernels.packed;
+    const LaidOut x(packed, {product.x, Type::kFloat, product.columns, product.pitch, 1},
+                    product.count);
+    Product p = product;
+    p.tiles = x.memory.data;
+    return share(packed.multiply, packed.columns, p, N);
+  }
+  if (narrow == nullptr || product.type != Type::kBFloat16 || product.count < narrow->least_rows ||
+      product.coded != nullptr)
+    return share(kernels, product, N);
+  const int64_t side = narrow->columns, tile = up(product.columns, narrow->terms) * side;
+  const int64_t tiles = (product.count + side - 1) / side;
+  const BFloat16* const x = static_cast<const BFloat16*>(product.x);
+  BufferOf<BFloat16> laid_out(tiles * tile);
+  torch::stable::parallel_for(
+      0, tiles, std::max<int64_t>(1, kGrain / tile), [&](int64_t begin, int64_t end) {
+        const int64_t m = begin * side, rows = std::min(product.count, end * side) - m;
+        narrow->lay_out(
+            {x + m * product.pitch, product.type, product.columns, rows, 1, product.pitch},
+            laid_out.data + begin * tile, tile, side * narrow->terms);
+      });
+  Product p = product;
+  p.tiles = laid_out.data;
+  share(kernels, p, N);
+}
+
+Combination combination_of(const Factors& x, const Matrix& matrix, Type rounded, float scale) {
+  Combination c = {};
+  c.x = x.data;
+  c.narrow = x.narrow && matrix.type == rounded;
+  c.x_row = x.row;
+  c.x_term = x.term;
+  c.count = x.count;
+  c.terms = x.terms;
+  c.matrix = matrix.data;
+  c.matrix_type = matrix.type;
+  c.matrix_pitch = matrix.pitch;
+  c.rounded = rounded;
+  c.scale = scale;
+  return c;
+}
+
+void put_into(Combination& c, const Output& out) {
+  c.out = out.data;
+  c.out_type = out.type;
+  c.out_pitch = out.pitch;
+}
+
+namespace {
+
+// The result from sums [chunks, count, columns] of shares of the terms, and what is there.
+void gather(const Combination& c, const float* part, int64_t chunks, int64_t columns) {
+  for (int64_t m = 0; m < c.count; ++m) {
+    float* const sum = c.sum + m * c.sum_pitch;
+    if (!c.accumulate) std::fill(sum, sum + columns, 0.f);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const float* const more = part + (i * c.count + m) * columns;
+      for (int64_t k = 0; k < columns; ++k) sum[k] += more[k];
+    }
+    if (c.out != nullptr) write_any(sum, columns, 1.f, c.out, c.out_type, m * c.out_pitch, 1);
+  }
+}
+
+// The low-rank part first: a sum that the columns are added to.
+void combine_both(const Kernels& kernels, const Combination& c, int64_t columns) {
+  Combination low = c, other = c;
+  low.x = c.low;
+  low.narrow = false;
+  low.x_row = c.low_pitch;
+  low.x_term = 1;
+  low.terms = c.ranks;
+  low.matrix = c.b;
+  low.matrix_type = c.b_type;
+  low.matrix_pitch = c.b_pitch;
+  low.out = nullptr;
+  low.low = other.low = nullptr;
+  other.accumulate = true;
+  combine(kernels, low, columns);
+  combine(kernels, other, columns);
+}
+
+}  // namespace
+
+// Threads share out the columns; of a narrow result the rows; of few rows the terms, for each to
+// read its share of the matrix from one end to the other.
+void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
+  const int64_t work = c.count * c.terms;
+  if (c.low != nullptr && (columns * work < kSerial || !is_packed(kernels, c.count, columns)))
+    return combine_both(kernels, c, columns);
+  if (columns * work < kSerial) return kernels.combine(c, 0, c.count, 0, columns);
+  if (is_packed(kernels, c.count, columns)) {
+    const Packed& packed = *kernels.packed;
+    const LaidOut x(packed, {c.x, Type::kFloat, c.terms, c.x_row, c.x_term}, c.count);
+    Combination p = c;
+    p.tiles = x.memory.data;
+    const int64_t panel = packed.columns, grain = std::max<int64_t>(1, kGrain / (work * panel));
+    return torch::stable::parallel_for(
+        0, (columns + panel - 1) / panel, grain, [&](int64_t begin, int64_t end) {
+          packed.combine(p, begin * panel, std::min(columns, end * panel));
+        });
+  }
+  const int64_t width = kernels.columns, strips = (columns + width - 1) / width;
+  constexpr int64_t kFew = 2, kChunks = 8, kMany = 256;
+  if (c.count <= kFew && c.terms >= kMany && strips > 4) {
+    const int64_t chunk = (c.terms + kChunks - 1) / kChunks;
+    Buffer part(kChunks * c.count * columns);
+    torch::stable::parallel_for(0, kChunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Combination share = c;
+        const int64_t first = i * chunk, bytes = size_of(c.matrix_type);
+        share.x += first * c.x_term;
+        share.terms = std::clamp<int64_t>(c.terms - first, 0, chunk);
+        share.matrix = static_cast<const char*>(c.matrix) + first * c.matrix_pitch * bytes;
+        share.sum = part.data + i * c.count * columns;
+        share.sum_pitch = columns;
+        share.accumulate = false;
+        share.out = nullptr;
+        kernels.combine(share, 0, c.count, 0, columns);
+      }
+    });
+    gather(c, part.data, kChunks, columns);
+  } else if (strips > 4) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / (work * width));
+    torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
+      kernels.combine(c, 0, c.count, begin * width, std::min(columns, end * width));
+    });
+  } else {
+    constexpr int64_t kRows = 16;
+    torch::stable::parallel_for(
+        0, (c.count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+          kernels.combine(c, begin * kRows, std::min(c.count, end * kRows), 0, columns);
+        });
+  }
+}
+
+}  // namespace lora

@@ -1,0 +1,60 @@
+// The products of the kernels, shared out over torch's threads. They read a matrix once, as it
+// lies: its rows are multiplied, its columns combined. Tiles follow from the shapes alone, so the
+// bits of a result do not depend on the number of threads.
+#pragma once
+
+#include "checks.h"
+
+namespace lora {
+
+constexpr int64_t kSerial = 65536;       // multiply-adds that are not worth a second thread
+constexpr int64_t kGrain = kSerial / 2;  // of a thread, at least
+
+// What a caller owns, or memory made for it.
+struct Matrix {
+  const void* data;
+  Type type;
+  int64_t rows, columns, pitch;
+};
+
+// Memory for a result, whose columns are contiguous.
+struct Output {
+  void* data;
+  Type type;
+  int64_t pitch;
+};
+
+// The pitch of padded rows, none of which begin at the same place of a cache's sets.
+inline int64_t apart(int64_t columns, const Kernels& kernels) {
+  return up(columns, kernels.columns) + kernels.columns;
+}
+
+// x matrix^T, whose values are rounded.
+Product product_of(const Matrix& x, const Matrix& matrix, Type rounded, const Output& out);
+
+// N is the number of the matrix's rows.
+void multiply(const Kernels& kernels, const Product& product, int64_t N);
+
+// x(i, t) of fp32 memory: its rows, or by swapped strides its columns; `narrow` rows hold values of
+// the call's dtype.
+struct Factors {
+  const float* data;
+  int64_t row, term;
+  int64_t count, terms;
+  bool narrow;
+};
+
+inline Factors rows_of(const Matrix& m, bool narrow) {
+  return {static_cast<const float*>(m.data), m.pitch, 1, m.rows, m.columns, narrow};
+}
+inline Factors columns_of(const Matrix& m) {
+  return {static_cast<const float*>(m.data), 1, m.pitch, m.columns, m.rows, false};
+}
+
+Combination combination_of(const Factors& x, const Matrix& matrix, Type rounded, float scale);
+
+void put_into(Combination& c, const Output& out);
+
+void combine(const Kernels& kernels, const Combination& c, int64_t columns);
+
+}  // namespace lora
