@@ -15,7 +15,7 @@ namespace lora {
 namespace avx2 {
 
 constexpr int W = 8, kVectors = 2, kRows = 4, kPhilox = 4;
-constexpr int kFewRows = 4, kFewColumns = 3, kLeastRows = 8;
+constexpr int kFewRows = 4, kFewColumns = 3, kLeastRows = 24;
 typedef __m256 V;
 
 inline V load(const float* p) { return _mm256_loadu_ps(p); }
