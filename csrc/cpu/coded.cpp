@@ -65,7 +65,7 @@ Coded read_coded(const CodedTensors& given) {
   return c;
 }
 
-// The same of a weight of few bits, `sizes` N, K, columns of a block, blocks of an outer one.
+// A layer of a weight of few bits, `sizes` N, K, columns of a block, blocks of an outer one.
 Tensor linear_coded_cpu(const Tensor x, const Tensor codes, const Tensor scales,
                         const std::optional<Tensor> zero, const std::optional<Tensor> table,
                         const std::optional<Tensor> outer_table,

@@ -231,6 +231,16 @@ void put_row(const Product& p, int64_t m, int64_t n, V v, int count) {
   if (p.sum != nullptr) v = v + load_some(p.sum + m * p.sum_pitch + n, count);
   store_some(static_cast<T*>(p.out) + m * p.out_pitch + n, v, count);
 }
+inline void put_any(const Product& p, int64_t m, int64_t n, V v, int count) {
+  switch (p.out_type) {
+    case Type::kFloat:
+      return put_row<float>(p, m, n, v, count);
+    case Type::kBFloat16:
+      return put_row<BFloat16>(p, m, n, v, count);
+    case Type::kHalf:
+      return put_row<Half>(p, m, n, v, count);
+  }
+}
 
 // What of the matrix is multiplied at a time: columns k .. k + kV * W (of the last vector `count`),
 // terms n .. last; where it lies, or packed.

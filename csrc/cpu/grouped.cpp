@@ -406,12 +406,8 @@ Tensor linear_grouped_cpu(const Tensor x, const Tensor weight, const std::vector
     p.out_pitch = ranks;
     multiply(kernels, p, r);
     Product second = {};
-    second.low = low.data;
-    second.low_pitch = ranks;
-    second.ranks = r;
-    second.b = b.data;
-    second.b_type = b.type;
-    second.b_pitch = b.row_stride;
+    add_low(second, {low.data, Type::kFloat, count, r, ranks},
+            {b.data, b.type, N, r, b.row_stride});
     put(groups.begin(g), count, second);
   };
   if (groups.begin(G) * most * (K + N) < kSerial) {

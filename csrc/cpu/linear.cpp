@@ -175,12 +175,12 @@ namespace {
 // Rows that are computed at a time, where there are many: of what is packed, that it is worth it;
 // of x that is multiplied as it lies, so many as stay in a core's own cache while rows of the
 // weight pass by. Shares are as even as can be.
-constexpr int64_t kMultipliedBytes = 768 << 10, kPackedRows = 256;
+constexpr int64_t kMultipliedBytes = 768 << 10, kMostRows = 256;
 
 int64_t rows_at_once(const Kernels& kernels, int64_t rows, int64_t columns, bool combined) {
   const int64_t most = combined || kernels.packed != nullptr
-                           ? kPackedRows
-                           : std::clamp<int64_t>(kMultipliedBytes / (4 * columns), 48, kPackedRows);
+                           ? kMostRows
+                           : std::clamp<int64_t>(kMultipliedBytes / (4 * columns), 48, kMostRows);
   const int64_t shares = std::max<int64_t>(1, (rows + most - 1) / most);
   return up((rows + shares - 1) / shares, 4);
 }
@@ -241,12 +241,7 @@ void layer_of_rows(const Kernels& kernels, const Matrix& rows, const Weight& W, 
   if (!W.transposed) {
     Product p = product_of(arranged.matrix, W.held, type, out);
     p.coded = W.coded;
-    p.low = branch ? low.data : nullptr;
-    p.low_pitch = ranks;
-    p.ranks = r;
-    p.b = of.B->data;
-    p.b_type = of.B->type;
-    p.b_pitch = of.B->pitch;
+    if (branch) add_low(p, {low.data, Type::kFloat, M, r, ranks}, *of.B);
     p.bias = bias;
     return multiply(kernels, p, N);
   }
@@ -408,8 +403,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     if (!need_x) continue;
     const Output out = rows_from(DX, first);
     Scratch<4096> sum(count * pitch);
-    const bool onto = into.has_value() && adds, apart = drop != nullptr || onto || W.transposed;
-    if (apart) {
+    const bool onto = into.has_value() && adds, before = drop != nullptr || onto || W.transposed;
+    if (before) {
       Combination term = combination_of(rows_of(DS, false), A, type, 1.f);
       term.sum = sum.data;
       term.sum_pitch = pitch;
@@ -427,15 +422,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
       multiply(kernels, p, K);
     } else {
       Combination c = combination_of(rows_of(wide.matrix, true), W.held, type, 1.f);
-      c.low = apart ? nullptr : ds.data;
-      c.low_pitch = ranks;
-      c.ranks = r;
-      c.b = A.data;
-      c.b_type = A.type;
-      c.b_pitch = A.pitch;
+      if (!before) add_low(c, DS, A);
       c.sum = sum.data;
       c.sum_pitch = pitch;
-      c.accumulate = apart;
+      c.accumulate = before;
       put_into(c, out);
       combine(kernels, c, K);
     }

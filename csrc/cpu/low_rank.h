@@ -25,6 +25,7 @@ using Half = torch::headeronly::Half;
 constexpr int kBlockRows = 64, kExpandRows = 32;
 
 enum class Type : int { kFloat, kBFloat16, kHalf };
+inline int64_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
 
 // The mask of rows whose first element is at (row, 8 * block) of the matrix that it is a mask of.
 struct Dropout {

@@ -69,10 +69,12 @@ inline Pack pack_of(Type type, Type to, bool rows) {
   return rows ? pack_rows<float, Type::kFloat> : pack_columns<float, Type::kFloat>;
 }
 
+inline int64_t tiles_of(int64_t rows) { return (rows + kFewRows - 1) / kFewRows; }
+
 // Tiles first .. last of rows in fp32 [count, columns] as [block of terms][tile][term][row]: zeros
 // past the last row.
 void lay_out_rows(const Rows& x, int64_t count, int64_t first, int64_t last, float* out) {
-  const int64_t tiles = (count + kFewRows - 1) / kFewRows;
+  const int64_t tiles = tiles_of(count);
   const float* const from = static_cast<const float*>(x.data);
   for (int64_t k = 0; k < x.columns; k += kPackedTerms) {
     const int64_t terms = x.columns - k < kPackedTerms ? x.columns - k : kPackedTerms;
@@ -141,7 +143,6 @@ void add_product(const Left& x, const Right& matrix, int64_t first, int64_t last
                  float* sums) {
   alignas(64) float panel[kPackedTerms * kPanel];
   const Pack pack = pack_of(matrix.type, matrix.rounded, matrix.by_rows);
-  const int64_t size = matrix.type == Type::kFloat ? 4 : 2;
   const int64_t of_column = matrix.by_rows ? matrix.pitch : 1;
   const int64_t of_term = matrix.by_rows ? 1 : matrix.pitch;
   for (int64_t k = 0; k < x.terms; k += kPackedTerms) {
@@ -151,7 +152,8 @@ void add_product(const Left& x, const Right& matrix, int64_t first, int64_t last
     float* to = sums;
     for (int64_t n = first; n < last; n += kPanel, to += x.rows * kPanel) {
       const int64_t columns = last - n < kPanel ? last - n : kPanel;
-      pack(static_cast<const char*>(matrix.data) + (n * of_column + k * of_term) * size,
+      pack(static_cast<const char*>(matrix.data) +
+               (n * of_column + k * of_term) * size_of(matrix.type),
            matrix.pitch, terms, columns, ahead, panel);
       add_terms(x.block(k), x.rows, terms, panel, adds || k > 0, to);
     }
@@ -162,7 +164,7 @@ void add_product(const Left& x, const Right& matrix, int64_t first, int64_t last
 // of a row from n on.
 template <class Add, class Put>
 inline void for_groups(int64_t count, int64_t first, int64_t last, const Add& add, const Put& put) {
-  const int64_t rows = (count + kFewRows - 1) / kFewRows * kFewRows;
+  const int64_t rows = tiles_of(count) * kFewRows;
   const Memory<float> sums = memory_of<float>(rows * kGroup * kPanel);
   for (int64_t from = first; from < last; from += kGroup * kPanel) {
     const int64_t to = last - from < kGroup * kPanel ? last : from + kGroup * kPanel;
@@ -181,11 +183,11 @@ struct Low {
   template <class P>
   Low(const P& p, bool by_rows)
       : ranks(p.low != nullptr ? p.ranks : 0),
-        low(memory_of<float>((p.count + kFewRows) * ranks)),
+        low(memory_of<float>(tiles_of(p.count) * kFewRows * ranks)),
         b{p.b, p.b_type, p.b_pitch, p.rounded, by_rows} {
     if (ranks > 0)
-      lay_out_rows({p.low, Type::kFloat, ranks, p.low_pitch, 1}, p.count, 0,
-                   (p.count + kFewRows - 1) / kFewRows, low.get());
+      lay_out_rows({p.low, Type::kFloat, ranks, p.low_pitch, 1}, p.count, 0, tiles_of(p.count),
+                   low.get());
   }
   void add(int64_t rows, int64_t from, int64_t to, float* sums) const {
     if (ranks > 0) add_product({low.get(), rows, ranks}, b, from, to, true, sums);
@@ -205,14 +207,7 @@ void multiply_packed(const Product& p, int64_t first, int64_t last) {
                     sums);
         low.add(rows, from, to, sums);
       },
-      [&](int64_t m, int64_t n, V v, int count) {
-        if (p.out_type == Type::kFloat)
-          put_row<float>(p, m, n, v, count);
-        else if (p.out_type == Type::kBFloat16)
-          put_row<BFloat16>(p, m, n, v, count);
-        else
-          put_row<Half>(p, m, n, v, count);
-      });
+      [&](int64_t m, int64_t n, V v, int count) { put_any(p, m, n, v, count); });
 }
 
 void combine_packed(const Combination& p, int64_t first, int64_t last) {

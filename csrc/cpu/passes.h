@@ -7,8 +7,6 @@
 
 namespace lora {
 
-inline int64_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
-
 struct Result {
   void* data;
   Type type;

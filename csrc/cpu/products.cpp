@@ -149,10 +149,11 @@ void combine_both(const Kernels& kernels, const Combination& c, int64_t columns)
 // read its share of the matrix from one end to the other.
 void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
   const int64_t work = c.count * c.terms;
-  if (c.low != nullptr && (columns * work < kSerial || !is_packed(kernels, c.count, columns)))
-    return combine_both(kernels, c, columns);
-  if (columns * work < kSerial) return kernels.combine(c, 0, c.count, 0, columns);
-  if (is_packed(kernels, c.count, columns)) {
+  const bool serial = columns * work < kSerial;
+  const bool packs = !serial && is_packed(kernels, c.count, columns);
+  if (c.low != nullptr && !packs) return combine_both(kernels, c, columns);
+  if (serial) return kernels.combine(c, 0, c.count, 0, columns);
+  if (packs) {
     const Packed& packed = *kernels.packed;
     const LaidOut x(packed, {c.x, Type::kFloat, c.terms, c.x_row, c.x_term}, c.count);
     Combination p = c;

@@ -1,6 +1,6 @@
-// The products of the kernels, shared out over torch's threads. They read a matrix once, as it
-// lies: its rows are multiplied, its columns combined. Tiles follow from the shapes alone, so the
-// bits of a result do not depend on the number of threads.
+// The products of the kernels, shared out over torch's threads. Of few rows they read a matrix
+// once, as it lies, of more it is packed: its rows are multiplied, its columns combined. Tiles
+// follow from the shapes alone, so the bits of a result do not depend on the number of threads.
 #pragma once
 
 #include "checks.h"
@@ -54,6 +54,18 @@ inline Factors columns_of(const Matrix& m) {
 Combination combination_of(const Factors& x, const Matrix& matrix, Type rounded, float scale);
 
 void put_into(Combination& c, const Output& out);
+
+// low [rows, ranks], padded, times b is added to a product with rows, or a combination of columns:
+// those of b are as many.
+template <class P>
+void add_low(P& p, const Matrix& low, const Matrix& b) {
+  p.low = static_cast<const float*>(low.data);
+  p.low_pitch = low.pitch;
+  p.ranks = low.columns;
+  p.b = b.data;
+  p.b_type = b.type;
+  p.b_pitch = b.pitch;
+}
 
 void combine(const Kernels& kernels, const Combination& c, int64_t columns);
 

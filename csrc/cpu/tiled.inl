@@ -68,10 +68,7 @@ void multiply_tiled(const Product& p, int64_t first, int64_t last) {
       multiply_some(here, p, n, count, from, steps, to);
       for (int64_t m = tile * kSide; m < p.count && m < (tile + here) * kSide; ++m) {
         const V v = _mm512_i32gather_ps(turned, &sums[m / kSide - tile][0][m % kSide], 4);
-        if (p.out_type == Type::kFloat)
-          put_row<float>(p, m, n, v, count);
-        else
-          put_row<BFloat16>(p, m, n, v, count);
+        put_any(p, m, n, v, count);
       }
     }
   }
@@ -97,7 +94,6 @@ void combine_tiled(const Combination& p, int64_t row, int64_t last_row, int64_t 
   const Memory<BFloat16> left = left_factors(p, row, last_row, steps);
   const Memory<BFloat16> right = memory_of<BFloat16>(kBlockTerms * kBlockColumns);
   alignas(64) float sums[kSide][kStripColumns];
-  const V scale = splat(p.scale);
   const Tiles configured;
   int64_t n = 0;
   do {
@@ -124,16 +120,7 @@ void combine_tiled(const Combination& p, int64_t row, int64_t last_row, int64_t 
           for (int64_t i = 0; i < rows; ++i)
             for (int64_t c = 0; c < columns; c += W) {
               const int some = columns - c < W ? static_cast<int>(columns - c) : W;
-              const int64_t in_sum = (m + i) * p.sum_pitch + k + c;
-              const int64_t at = (m + i) * p.out_pitch + k + c;
-              const V made = load(&sums[i][c]);
-              const V v = adds ? fma(scale, made, load_some(p.sum + in_sum, some)) : scale * made;
-              if (!ends)
-                store_some(p.sum + in_sum, v, some);
-              else if (p.out_type == Type::kFloat)
-                store_some(static_cast<float*>(p.out) + at, v, some);
-              else
-                store_some(static_cast<BFloat16*>(p.out) + at, v, some);
+              end_sum(p, m + i, k + c, adds, ends, load(&sums[i][c]), some);
             }
         }
     }
