@@ -87,10 +87,19 @@ inline void transpose(V (&rows)[W]) {
     rows[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
   }
 }
-// Four columns of four rows, one column after the other.
-inline void transpose_tile(const float* rows, int64_t pitch, float* columns) {
-  __m128 a = _mm_loadu_ps(rows), b = _mm_loadu_ps(rows + pitch);
-  __m128 c = _mm_loadu_ps(rows + 2 * pitch), d = _mm_loadu_ps(rows + 3 * pitch);
+inline __m128 load_four(const float* p) { return _mm_loadu_ps(p); }
+inline __m128 load_four(const BFloat16* p) {
+  const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
+}
+inline __m128 load_four(const Half* p) {
+  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+// Four columns of four rows, from column t on, one column after the other.
+template <typename T>
+inline void transpose_tile(const T* const (&rows)[4], int64_t t, float* columns) {
+  __m128 a = load_four(rows[0] + t), b = load_four(rows[1] + t);
+  __m128 c = load_four(rows[2] + t), d = load_four(rows[3] + t);
   _MM_TRANSPOSE4_PS(a, b, c, d);
   _mm_storeu_ps(columns, a);
   _mm_storeu_ps(columns + 4, b);

@@ -110,8 +110,11 @@ struct Widened {
     matrix.data = memory.data;
     matrix.type = Type::kFloat;
     matrix.pitch = apart(from.columns, kernels);
-    kernels.load({from.data, from.type, from.columns, from.pitch, 1}, 0, from.rows, dropout,
-                 memory.data, matrix.pitch);
+    const int64_t grain = std::max<int64_t>(1, kGrain / matrix.pitch);
+    torch::stable::parallel_for(0, from.rows, grain, [&](int64_t begin, int64_t end) {
+      kernels.load(view_of(from), begin, end - begin, dropout, memory.data + begin * matrix.pitch,
+                   matrix.pitch);
+    });
   }
   Scratch<2048> memory;
   Matrix matrix;
@@ -148,6 +151,20 @@ void add_rows(const Kernels& kernels, const Output& there, int64_t rows, int64_t
       for (int64_t k = 0; k < columns; ++k) sum[m * pitch + k] += row.data[k];
     }
   });
+}
+
+// out [columns, rows] = sum [rows, columns]^T.
+void put_columns(const float* sum, int64_t pitch, int64_t rows, int64_t columns,
+                 const Output& out) {
+  constexpr int64_t kWidth = 64;  // so many rows of `out` as a cache keeps while they are filled
+  torch::stable::parallel_for(
+      0, (columns + kWidth - 1) / kWidth, std::max<int64_t>(1, kGrain / (rows * kWidth)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin * kWidth; n < std::min(columns, end * kWidth); n += kWidth)
+          for (int64_t m = 0; m < rows; ++m)
+            write_any(sum + m * pitch + n, std::min(kWidth, columns - n), 1.f, out.data, out.type,
+                      n * out.pitch + m, out.pitch);
+      });
 }
 
 }  // namespace
@@ -221,9 +238,11 @@ void layer_of_rows(const Kernels& kernels, const Matrix& rows, const Weight& W, 
   const int64_t r = branch ? of.A->rows : 0;
   // bf16 is multiplied as it is, where there are instructions for it and both sides are in bf16.
   const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16, half = type != Type::kFloat;
-  const bool wide_x = half && (!narrow || W.transposed || W.held.type != type);
+  const bool packs = !narrow && W.coded == nullptr && is_packed(kernels, M, N);
+  const bool wide_x = half && !packs && (!narrow || W.transposed || W.held.type != type);
   const bool spread = W.coded != nullptr && W.coded->four;
-  const bool wide_a = branch && half && (!narrow || of.A->type != type);
+  const bool wide_a = branch && half && !packs && (!narrow || of.A->type != type);
+  const LaidOut laid(kernels, view_of(rows), packs ? M : 0);
   const Widened plain(kernels, rows, nullptr, wide_x || (wide_a && drop == nullptr));
   const Spread arranged(kernels, wide_x ? plain.matrix : rows, spread);
   const int64_t ranks = up(r, kernels.width);
@@ -234,34 +253,38 @@ void layer_of_rows(const Kernels& kernels, const Matrix& rows, const Weight& W, 
     std::fill(low.data, low.data + M * ranks, 0.f);
     Product p = product_of(seen, *of.A, type, {low.data, Type::kFloat, ranks});
     p.scale = of.scale;
-    multiply(kernels, p, r);
+    multiply(kernels, p, r, packs && drop == nullptr ? &laid.arranged : nullptr);
     for (int64_t m = 0; saved.data != nullptr && m < M; ++m)
       write_any(low.data + m * ranks, r, of.saved_scale, saved.data, type, m * saved.pitch, 1);
   }
+  const Matrix low_rows = {low.data, Type::kFloat, M, r, ranks};
+  // A part of what is packed; but columns are added to a sum that begins with branch and bias.
+  const bool part = branch && packs && (!W.transposed || bias == nullptr);
+  const WithLow all(kernels, laid, part ? low_rows : Matrix{}, *of.B, true);
+  const Arranged* const x = packs ? &all.arranged : nullptr;
   if (!W.transposed) {
     Product p = product_of(arranged.matrix, W.held, type, out);
     p.coded = W.coded;
-    if (branch) add_low(p, {low.data, Type::kFloat, M, r, ranks}, *of.B);
+    if (branch && !packs) add_low(p, low_rows, *of.B);
     p.bias = bias;
-    return multiply(kernels, p, N);
+    return multiply(kernels, p, N, x);
   }
-  // The branch and the bias first: the sum that columns are added to.
   const int64_t pitch = apart(N, kernels);
-  Scratch<4096> sum(M * pitch);
-  if (branch || bias != nullptr) {
+  const bool before = bias != nullptr || (branch && !part);
+  Scratch<4096> sum(before || !packs ? M * pitch : 0);
+  if (before) {
     Scratch<2048> wide_bias(bias != nullptr ? pitch : 0);
     if (bias != nullptr) kernels.load({bias, type, N, 0, 1}, 0, 1, nullptr, wide_bias.data, pitch);
-    Product p = product_of({low.data, Type::kFloat, M, r, ranks}, *of.B, type,
-                           {sum.data, Type::kFloat, pitch});
+    Product p = product_of(low_rows, *of.B, type, {sum.data, Type::kFloat, pitch});
     p.bias = bias != nullptr ? wide_bias.data : nullptr;
     multiply(kernels, p, N);
   }
   Combination c = combination_of(rows_of(wide_x ? plain.matrix : rows, true), W.held, type, 1.f);
   c.sum = sum.data;
   c.sum_pitch = pitch;
-  c.accumulate = branch || bias != nullptr;
+  c.accumulate = before;
   put_into(c, out);
-  combine(kernels, c, N);
+  combine(kernels, c, N, x);
 }
 
 }  // namespace
@@ -364,15 +387,18 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   const int64_t step = rows_at_once(kernels, M, K, true);
   // Memory for the sums of as many terms as there are rows: none where they end in registers.
   const bool keeps_sums = M > kernels.terms;
-  Scratch<2048> sum_b(need_b && keeps_sums ? N * ranks : 0);
+  // Of what is packed dB is formed by rows of s, which leaves dy where it lies.
+  const bool turned = is_packed(kernels, M, K);
+  const int64_t pitch_b = turned ? apart(N, kernels) : ranks;
+  Scratch<2048> sum_b(!need_b ? 0 : turned ? r * pitch_b : keeps_sums ? N * ranks : 0);
   Scratch<2048> sum_a(need_a && keeps_sums ? r * pitch : 0);
   // Adds the rows' part to a gradient, which the last ones give.
-  const auto add = [&](Combination c, float* sum, int64_t sum_pitch, const Output& out,
+  const auto add = [&](Combination c, float* sum, int64_t sum_pitch, const Output* out,
                        int64_t first, int64_t columns) {
-    c.sum = keeps_sums ? sum : nullptr;
+    c.sum = sum;
     c.sum_pitch = sum_pitch;
     c.accumulate = first > 0;
-    if (first + step >= M) put_into(c, out);
+    if (first + step >= M && out != nullptr) put_into(c, *out);
     combine(kernels, c, columns);
   };
   for (int64_t first = 0; first < M; first += step) {
@@ -380,7 +406,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     const int64_t count = dys.rows;
     const std::optional<Dropout> here = rows_from(dropout, first);
     const Dropout* const drop = here.has_value() ? &*here : nullptr;
-    const Widened wide(kernels, dys, nullptr, type != Type::kFloat || count > 4);
+    const bool packs = turned && is_packed(kernels, count, K);
+    const Widened wide(kernels, dys, nullptr, !packs && (type != Type::kFloat || count > 4));
+    const LaidOut laid(kernels, view_of(dys), packs ? count : 0);
+    const Arranged* const left = packs ? &laid.arranged : nullptr;
     Scratch<1024> ds(low ? count * ranks : 0);
     const Matrix DS = {ds.data, Type::kFloat, count, r, ranks};
     if (low) {
@@ -388,22 +417,29 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
           combination_of(rows_of(wide.matrix, true), B, type, static_cast<float>(scaling * keep));
       c.sum = ds.data;
       c.sum_pitch = ranks;
-      combine(kernels, c, r);
+      combine(kernels, c, r, left);
     }
     if (need_b) {
       const Matrix own = rows_from(S, first, step);
-      add(combination_of(columns_of(wide.matrix), own, type, static_cast<float>(high)), sum_b.data,
-          ranks, DB, first, r);
+      const Widened low(kernels, own, nullptr, turned && type != Type::kFloat);
+      const Factors x = columns_of(turned ? low.matrix : wide.matrix);
+      const Combination c = combination_of(x, turned ? dys : own, type, static_cast<float>(high));
+      if (turned)
+        add(c, sum_b.data, pitch_b, nullptr, first, N);
+      else
+        add(c, keeps_sums ? sum_b.data : nullptr, pitch_b, &DB, first, r);
     }
     if (need_a) {
       const Widened dropped(kernels, rows_from(X, first, step), drop, drop != nullptr);
-      add(combination_of(columns_of(DS), dropped.matrix, Type::kFloat, 1.f), sum_a.data, pitch, DA,
-          first, K);
+      add(combination_of(columns_of(DS), dropped.matrix, Type::kFloat, 1.f),
+          keeps_sums ? sum_a.data : nullptr, pitch, &DA, first, K);
     }
     if (!need_x) continue;
     const Output out = rows_from(DX, first);
-    Scratch<4096> sum(count * pitch);
-    const bool onto = into.has_value() && adds, before = drop != nullptr || onto || W.transposed;
+    const bool onto = into.has_value() && adds, before = drop != nullptr || onto || !packs;
+    Scratch<4096> sum(before ? count * pitch : 0);
+    const WithLow all(kernels, laid, before ? Matrix{} : DS, A, false);
+    const Arranged* const all_left = packs ? &all.arranged : nullptr;
     if (before) {
       Combination term = combination_of(rows_of(DS, false), A, type, 1.f);
       term.sum = sum.data;
@@ -417,19 +453,19 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
       const bool narrow =
           kernels.takes_bf16 && type == Type::kBFloat16 && W.held.type == Type::kBFloat16;
       Product p = product_of(narrow ? dys : wide.matrix, W.held, type, out);
-      p.sum = sum.data;
+      p.sum = before ? sum.data : nullptr;
       p.sum_pitch = pitch;
-      multiply(kernels, p, K);
+      multiply(kernels, p, K, all_left);
     } else {
       Combination c = combination_of(rows_of(wide.matrix, true), W.held, type, 1.f);
-      if (!before) add_low(c, DS, A);
       c.sum = sum.data;
       c.sum_pitch = pitch;
       c.accumulate = before;
       put_into(c, out);
-      combine(kernels, c, K);
+      combine(kernels, c, K, all_left);
     }
   }
+  if (need_b && turned) put_columns(sum_b.data, pitch_b, r, N, DB);
   return results;
 }
 

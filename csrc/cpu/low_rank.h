@@ -88,26 +88,19 @@ struct Product {
   const Coded* coded;  // the matrix, where it is of few bits; of 4 bits x is spread
 };
 
-// out [count, columns] = scale * (x matrix + low b) (+ sum), of x [count, terms] in fp32, of any
-// strides, and a matrix [terms, columns] whose values are rounded to `rounded`, as b's [ranks,
-// columns] are. Where it is `narrow`, rows of x are contiguous and hold values of the matrix's
-// type.
+// out [count, columns] = scale * x matrix (+ sum), of x [count, terms] in fp32, of any strides, and
+// a matrix [terms, columns] whose values are rounded to `rounded`. Where it is `narrow`, rows of x
+// are contiguous and hold values of the matrix's type.
 struct Combination {
   const float* x;
   bool narrow;
   int64_t x_row, x_term;
-  const float* tiles;  // x laid out, where there are many rows
   int64_t count, terms;
   const void* matrix;
   Type matrix_type;
   int64_t matrix_pitch;
   Type rounded;
   float scale;
-  const float* low;  // padded; null without, as all kernels but the packed ones take it
-  int64_t low_pitch, ranks;
-  const void* b;
-  Type b_type;
-  int64_t b_pitch;
   float* sum;  // [count, columns], overwritten; may be null for up to `terms` terms of the kernels
   int64_t sum_pitch;
   bool accumulate;  // whether sum counts
@@ -168,16 +161,47 @@ struct Narrow {
   void (*expand)(const Expansion& expansion, int64_t first, int64_t last);
 };
 
-// Products of many rows in fp32. x is laid out by tiles of `rows` rows; `multiply` and `combine`
-// take `columns` columns at a time, from `least_rows` rows on.
+// The low-rank part of some rows of a product or a combination: to rows first .. first + count low
+// [count, ranks], laid out, times b is added, whose rows are columns of the result, or where they
+// are not its columns. `first` begins a tile.
+struct Part {
+  int64_t first, count;
+  const float* low;
+  int64_t ranks;
+  const void* b;
+  Type b_type;
+  int64_t b_pitch;
+  bool by_rows;
+};
+
+// x of a product or a combination laid out: row m is row `places[m]` of x and of the result, or m
+// where there are no places; nobody's where that is negative.
+struct Arranged {
+  const float* tiles;
+  int64_t count;
+  const int64_t* places;
+  const Part* parts;
+  int64_t part_count;
+};
+
+// Tiles row .. last_row of rows, columns first .. last.
+struct Range {
+  int64_t row, last_row, first, last;
+};
+
+// Products of many rows in fp32. x is laid out by tiles of `rows` rows, and columns are taken
+// `columns` at a time; this pays from `least_rows` rows on. Neither x nor the low-rank part of what
+// is multiplied is read but as it is arranged.
 struct Packed {
   int rows, columns, least_rows;
 
-  // Tiles first .. last of rows in fp32 [count, columns], of any strides.
-  void (*lay_out)(const Rows& x, int64_t count, int64_t first, int64_t last, float* out);
+  // Tiles first .. last of rows [., columns] of any type and strides; the first of a tile is
+  // somebody's. `places` may be null.
+  void (*lay_out)(const Rows& x, const int64_t* places, int64_t count, int64_t first, int64_t last,
+                  float* out);
 
-  void (*multiply)(const Product& product, int64_t first, int64_t last);
-  void (*combine)(const Combination& combination, int64_t first, int64_t last);
+  void (*multiply)(const Product& product, const Arranged& x, const Range& range);
+  void (*combine)(const Combination& combination, const Arranged& x, const Range& range);
 };
 
 // Of a gate; the numbers are those of extension.py.

@@ -71,33 +71,52 @@ inline Pack pack_of(Type type, Type to, bool rows) {
 
 inline int64_t tiles_of(int64_t rows) { return (rows + kFewRows - 1) / kFewRows; }
 
-// Tiles first .. last of rows in fp32 [count, columns] as [block of terms][tile][term][row]: zeros
-// past the last row.
-void lay_out_rows(const Rows& x, int64_t count, int64_t first, int64_t last, float* out) {
-  const int64_t tiles = tiles_of(count);
-  const float* const from = static_cast<const float*>(x.data);
+// Tiles first .. last of rows [., columns] as [block of terms][tile][term][row]. Rows past the
+// last, and nobody's, are the one before.
+template <typename T>
+void lay_out_typed(const Rows& x, const int64_t* places, int64_t count, int64_t first, int64_t last,
+                   float* out) {
+  const int64_t all = tiles_of(count) * kFewRows;
   for (int64_t k = 0; k < x.columns; k += kPackedTerms) {
     const int64_t terms = x.columns - k < kPackedTerms ? x.columns - k : kPackedTerms;
+    const T* const from = static_cast<const T*>(x.data) + k * x.column_stride;
     for (int64_t tile = first; tile < last; ++tile) {
-      const int64_t m = tile * kFewRows, rows = count - m < kFewRows ? count - m : kFewRows;
-      const float* const at = from + m * x.row_stride + k * x.column_stride;
-      float* const to = out + (k * tiles + tile * terms) * kFewRows;
+      const int64_t begin = tile * kFewRows;
+      const T* rows[kFewRows];
+      for (int64_t i = 0; i < kFewRows; ++i) {
+        const int64_t m = begin + i;
+        const int64_t place = m >= count ? -1 : places != nullptr ? places[m] : m;
+        rows[i] = place < 0 ? rows[i - 1] : from + place * x.row_stride;
+      }
+      float* const to = out + k * all + begin * terms;
       int64_t t = 0;
-      if (rows == kFewRows && x.column_stride == 1)
-        for (; t + kFewRows <= terms; t += kFewRows)
-          transpose_tile(at + t, x.row_stride, to + t * kFewRows);
+      if (x.column_stride == 1)
+        for (; t + kFewRows <= terms; t += kFewRows) transpose_tile(rows, t, to + t * kFewRows);
       for (; t < terms; ++t)
+#pragma GCC unroll 4
         for (int64_t i = 0; i < kFewRows; ++i)
-          to[t * kFewRows + i] = i < rows ? at[i * x.row_stride + t * x.column_stride] : 0.f;
+          to[t * kFewRows + i] = static_cast<float>(rows[i][t * x.column_stride]);
     }
   }
 }
 
-// x laid out, from term k on: `rows` in whole tiles.
+void lay_out_rows(const Rows& x, const int64_t* places, int64_t count, int64_t first, int64_t last,
+                  float* out) {
+  switch (x.type) {
+    case Type::kFloat:
+      return lay_out_typed<float>(x, places, count, first, last, out);
+    case Type::kBFloat16:
+      return lay_out_typed<BFloat16>(x, places, count, first, last, out);
+    case Type::kHalf:
+      return lay_out_typed<Half>(x, places, count, first, last, out);
+  }
+}
+
+// Of `all` rows laid out some, from a tile's first on.
 struct Left {
   const float* data;
-  int64_t rows, terms;
-  const float* block(int64_t k) const { return data + k * rows; }
+  int64_t all, first, rows, terms;
+  const float* block(int64_t k, int64_t count) const { return data + k * all + first * count; }
 };
 
 // A matrix whose rows, or columns, are those of the result.
@@ -138,9 +157,10 @@ inline void add_terms(const float* x, int64_t rows, int64_t terms, const float* 
   }
 }
 
-// sums [panel][row][kPanel] (+)= x times columns first .. last of the result.
+// sums [panel][row][kPanel], panels `pitch` apart, (+)= x times columns first .. last of the
+// result.
 void add_product(const Left& x, const Right& matrix, int64_t first, int64_t last, bool adds,
-                 float* sums) {
+                 float* sums, int64_t pitch) {
   alignas(64) float panel[kPackedTerms * kPanel];
   const Pack pack = pack_of(matrix.type, matrix.rounded, matrix.by_rows);
   const int64_t of_column = matrix.by_rows ? matrix.pitch : 1;
@@ -150,78 +170,62 @@ void add_product(const Left& x, const Right& matrix, int64_t first, int64_t last
     const int64_t ahead =
         k + terms < x.terms ? kPackedTerms * of_term : kGroup * kPanel * of_column - k * of_term;
     float* to = sums;
-    for (int64_t n = first; n < last; n += kPanel, to += x.rows * kPanel) {
+    for (int64_t n = first; n < last; n += kPanel, to += pitch) {
       const int64_t columns = last - n < kPanel ? last - n : kPanel;
       pack(static_cast<const char*>(matrix.data) +
                (n * of_column + k * of_term) * size_of(matrix.type),
            matrix.pitch, terms, columns, ahead, panel);
-      add_terms(x.block(k), x.rows, terms, panel, adds || k > 0, to);
+      add_terms(x.block(k, terms), x.rows, terms, panel, adds || k > 0, to);
     }
   }
 }
 
-// Columns first .. last in groups: what adds the sums of one up, and what puts out `count` columns
-// of a row from n on.
-template <class Add, class Put>
-inline void for_groups(int64_t count, int64_t first, int64_t last, const Add& add, const Put& put) {
-  const int64_t rows = tiles_of(count) * kFewRows;
-  const Memory<float> sums = memory_of<float>(rows * kGroup * kPanel);
-  for (int64_t from = first; from < last; from += kGroup * kPanel) {
-    const int64_t to = last - from < kGroup * kPanel ? last : from + kGroup * kPanel;
-    add(rows, from, to, sums.get());
+// Sums of x times the matrix and of the parts; put(m, n, sum, count) takes `count` columns of row m
+// of the result from n on.
+template <class Put>
+inline void add_up(const Arranged& x, int64_t terms, const Right& matrix, const Range& range,
+                   const Put& put) {
+  const int64_t all = tiles_of(x.count) * kFewRows;
+  const int64_t row = range.row * kFewRows, last_row = range.last_row * kFewRows;
+  const int64_t rows = last_row - row, pitch = rows * kPanel;
+  const Memory<float> sums = memory_of<float>(kGroup * pitch);
+  for (int64_t from = range.first; from < range.last; from += kGroup * kPanel) {
+    const int64_t left = range.last - from;
+    const int64_t to = left < kGroup * kPanel ? range.last : from + kGroup * kPanel;
+    add_product({x.tiles, all, row, rows, terms}, matrix, from, to, false, sums.get(), pitch);
+    for (int64_t i = 0; i < x.part_count; ++i) {
+      const Part& part = x.parts[i];
+      const int64_t own = tiles_of(part.count) * kFewRows;
+      const int64_t begin = part.first > row ? part.first : row;
+      const int64_t end = part.first + own < last_row ? part.first + own : last_row;
+      if (begin < end)
+        add_product({part.low, own, begin - part.first, end - begin, part.ranks},
+                    {part.b, part.b_type, part.b_pitch, matrix.rounded, part.by_rows}, from, to,
+                    true, sums.get() + (begin - row) * kPanel, pitch);
+    }
     const float* sum = sums.get();
-    for (int64_t n = from; n < to; n += kPanel, sum += rows * kPanel)
-      for (int64_t m = 0; m < count; ++m)
+    const int64_t end = last_row < x.count ? last_row : x.count;
+    for (int64_t n = from; n < to; n += kPanel, sum += pitch)
+      for (int64_t m = row; m < end; ++m) {
+        const int64_t place = x.places != nullptr ? x.places[m] : m;
+        if (place < 0) continue;
         for (int64_t c = 0; c < kPanel && n + c < to; c += W)
-          put(m, n + c, load(sum + m * kPanel + c),
+          put(place, n + c, load(sum + (m - row) * kPanel + c),
               to - n - c < W ? static_cast<int>(to - n - c) : W);
+      }
   }
 }
 
-// What is added to the product: low [count, ranks], which it lays out, times b.
-struct Low {
-  template <class P>
-  Low(const P& p, bool by_rows)
-      : ranks(p.low != nullptr ? p.ranks : 0),
-        low(memory_of<float>(tiles_of(p.count) * kFewRows * ranks)),
-        b{p.b, p.b_type, p.b_pitch, p.rounded, by_rows} {
-    if (ranks > 0)
-      lay_out_rows({p.low, Type::kFloat, ranks, p.low_pitch, 1}, p.count, 0, tiles_of(p.count),
-                   low.get());
-  }
-  void add(int64_t rows, int64_t from, int64_t to, float* sums) const {
-    if (ranks > 0) add_product({low.get(), rows, ranks}, b, from, to, true, sums);
-  }
-  const int64_t ranks;
-  const Memory<float> low;
-  const Right b;
-};
-
-void multiply_packed(const Product& p, int64_t first, int64_t last) {
-  const Right matrix = {p.matrix, p.matrix_type, p.matrix_pitch, p.rounded, true};
-  const Low low(p, true);
-  for_groups(
-      p.count, first, last,
-      [&](int64_t rows, int64_t from, int64_t to, float* sums) {
-        add_product({static_cast<const float*>(p.tiles), rows, p.columns}, matrix, from, to, false,
-                    sums);
-        low.add(rows, from, to, sums);
-      },
-      [&](int64_t m, int64_t n, V v, int count) { put_any(p, m, n, v, count); });
+void multiply_packed(const Product& p, const Arranged& x, const Range& range) {
+  add_up(x, p.columns, {p.matrix, p.matrix_type, p.matrix_pitch, p.rounded, true}, range,
+         [&](int64_t m, int64_t n, V v, int count) { put_any(p, m, n, v, count); });
 }
 
-void combine_packed(const Combination& p, int64_t first, int64_t last) {
-  const Right matrix = {p.matrix, p.matrix_type, p.matrix_pitch, p.rounded, false};
-  const Low low(p, false);
-  for_groups(
-      p.count, first, last,
-      [&](int64_t rows, int64_t from, int64_t to, float* sums) {
-        add_product({p.tiles, rows, p.terms}, matrix, from, to, false, sums);
-        low.add(rows, from, to, sums);
-      },
-      [&](int64_t m, int64_t k, V v, int count) {
-        end_sum(p, m, k, p.accumulate, true, v, count);
-      });
+void combine_packed(const Combination& p, const Arranged& x, const Range& range) {
+  add_up(x, p.terms, {p.matrix, p.matrix_type, p.matrix_pitch, p.rounded, false}, range,
+         [&](int64_t m, int64_t k, V v, int count) {
+           end_sum(p, m, k, p.accumulate, true, v, count);
+         });
 }
 
 constexpr Packed kPacked = {kFewRows,     kPanel,          kLeastRows,

@@ -37,50 +37,85 @@ void share(const Kernels& kernels, const Product& product, int64_t N) {
   share(kernels.multiply, kernels.few_columns, product, N);
 }
 
-// Whether a product of so many rows and columns is worth laying out x in fp32.
+// Threads share out the columns; of few, the rows.
+template <class P>
+void share(const Kernels& kernels, void (*compute)(const P&, const Arranged&, const Range&),
+           const P& p, const Arranged& x, int64_t terms, int64_t columns) {
+  const Packed& packed = *kernels.packed;
+  constexpr int64_t kFew = 8;
+  const int64_t tiles = (x.count + packed.rows - 1) / packed.rows;
+  const int64_t panels = (columns + packed.columns - 1) / packed.columns;
+  const auto grain = [](int64_t work) { return std::max<int64_t>(1, kGrain / (work + 1)); };
+  if (panels < kFew)
+    return torch::stable::parallel_for(
+        0, tiles, grain(packed.rows * terms * columns),
+        [&](int64_t begin, int64_t end) { compute(p, x, {begin, end, 0, columns}); });
+  torch::stable::parallel_for(0, panels, grain(x.count * terms * packed.columns),
+                              [&](int64_t begin, int64_t end) {
+                                const int64_t last = std::min(columns, end * packed.columns);
+                                compute(p, x, {0, tiles, begin * packed.columns, last});
+                              });
+}
+
+}  // namespace
+
 bool is_packed(const Kernels& kernels, int64_t rows, int64_t columns) {
   return kernels.packed != nullptr && rows >= kernels.packed->least_rows &&
          columns > kernels.packed->columns;
 }
 
-// x [count, columns] laid out.
-struct LaidOut {
-  LaidOut(const Packed& packed, const Rows& x, int64_t count)
-      : memory(up(count, packed.rows) * x.columns) {
-    const int64_t tiles = (count + packed.rows - 1) / packed.rows;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (packed.rows * x.columns + 1));
-    torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-      packed.lay_out(x, count, begin, end, memory.data);
-    });
-  }
-  Buffer memory;
-};
+LaidOut::LaidOut(const Kernels& kernels, const Rows& x, int64_t count, const int64_t* places)
+    : memory(count > 0 ? up(count, kernels.packed->rows) * x.columns : 0),
+      arranged{memory.data, count, places, nullptr, 0} {
+  if (count == 0) return;
+  const Packed& packed = *kernels.packed;
+  const int64_t tiles = (count + packed.rows - 1) / packed.rows;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (packed.rows * x.columns + 1));
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    packed.lay_out(x, places, count, begin, end, memory.data);
+  });
+}
 
-}  // namespace
+WithLow::WithLow(const Kernels& kernels, const LaidOut& x, const Matrix& m, const Matrix& b,
+                 bool by_rows)
+    : low(kernels, view_of(m), m.rows),
+      part{0, m.rows, low.memory.data, m.columns, b.data, b.type, b.pitch, by_rows},
+      arranged(x.arranged) {
+  arranged.parts = &part;
+  arranged.part_count = m.rows > 0 ? 1 : 0;
+}
 
-void multiply(const Kernels& kernels, const Product& product, int64_t N) {
+void add_low(Product& p, const Matrix& low, const Matrix& b) {
+  p.low = static_cast<const float*>(low.data);
+  p.low_pitch = low.pitch;
+  p.ranks = low.columns;
+  p.b = b.data;
+  p.b_type = b.type;
+  p.b_pitch = b.pitch;
+}
+
+void multiply(const Kernels& kernels, const Product& product, int64_t N, const Arranged* x) {
   const Narrow* const narrow = kernels.narrow;
-  if (product.type == Type::kFloat && product.coded == nullptr && product.columns > 0 &&
+  if (x != nullptr)
+    return share(kernels, kernels.packed->multiply, product, *x, product.columns, N);
+  if (product.type == Type::kFloat && product.coded == nullptr && product.low == nullptr &&
       is_packed(kernels, product.count, N)) {
-    const Packed& packed = *kernels.packed;
-    const LaidOut x(packed, {product.x, Type::kFloat, product.columns, product.pitch, 1},
-                    product.count);
-    Product p = product;
-    p.tiles = x.memory.data;
-    return share(packed.multiply, packed.columns, p, N);
+    const LaidOut laid(kernels, {product.x, Type::kFloat, product.columns, product.pitch, 1},
+                       product.count);
+    return multiply(kernels, product, N, &laid.arranged);
   }
   if (narrow == nullptr || product.type != Type::kBFloat16 || product.count < narrow->least_rows ||
       product.coded != nullptr)
     return share(kernels, product, N);
   const int64_t side = narrow->columns, tile = up(product.columns, narrow->terms) * side;
   const int64_t tiles = (product.count + side - 1) / side;
-  const BFloat16* const x = static_cast<const BFloat16*>(product.x);
+  const BFloat16* const rows_of_x = static_cast<const BFloat16*>(product.x);
   BufferOf<BFloat16> laid_out(tiles * tile);
   torch::stable::parallel_for(
       0, tiles, std::max<int64_t>(1, kGrain / tile), [&](int64_t begin, int64_t end) {
         const int64_t m = begin * side, rows = std::min(product.count, end * side) - m;
         narrow->lay_out(
-            {x + m * product.pitch, product.type, product.columns, rows, 1, product.pitch},
+            {rows_of_x + m * product.pitch, product.type, product.columns, rows, 1, product.pitch},
             laid_out.data + begin * tile, tile, side * narrow->terms);
       });
   Product p = product;
@@ -125,45 +160,19 @@ void gather(const Combination& c, const float* part, int64_t chunks, int64_t col
   }
 }
 
-// The low-rank part first: a sum that the columns are added to.
-void combine_both(const Kernels& kernels, const Combination& c, int64_t columns) {
-  Combination low = c, other = c;
-  low.x = c.low;
-  low.narrow = false;
-  low.x_row = c.low_pitch;
-  low.x_term = 1;
-  low.terms = c.ranks;
-  low.matrix = c.b;
-  low.matrix_type = c.b_type;
-  low.matrix_pitch = c.b_pitch;
-  low.out = nullptr;
-  low.low = other.low = nullptr;
-  other.accumulate = true;
-  combine(kernels, low, columns);
-  combine(kernels, other, columns);
-}
-
 }  // namespace
 
 // Threads share out the columns; of a narrow result the rows; of few rows the terms, for each to
 // read its share of the matrix from one end to the other.
-void combine(const Kernels& kernels, const Combination& c, int64_t columns) {
+void combine(const Kernels& kernels, const Combination& c, int64_t columns, const Arranged* x) {
+  if (x != nullptr) return share(kernels, kernels.packed->combine, c, *x, c.terms, columns);
   const int64_t work = c.count * c.terms;
   const bool serial = columns * work < kSerial;
-  const bool packs = !serial && is_packed(kernels, c.count, columns);
-  if (c.low != nullptr && !packs) return combine_both(kernels, c, columns);
-  if (serial) return kernels.combine(c, 0, c.count, 0, columns);
-  if (packs) {
-    const Packed& packed = *kernels.packed;
-    const LaidOut x(packed, {c.x, Type::kFloat, c.terms, c.x_row, c.x_term}, c.count);
-    Combination p = c;
-    p.tiles = x.memory.data;
-    const int64_t panel = packed.columns, grain = std::max<int64_t>(1, kGrain / (work * panel));
-    return torch::stable::parallel_for(
-        0, (columns + panel - 1) / panel, grain, [&](int64_t begin, int64_t end) {
-          packed.combine(p, begin * panel, std::min(columns, end * panel));
-        });
+  if (!serial && is_packed(kernels, c.count, columns)) {
+    const LaidOut laid(kernels, {c.x, Type::kFloat, c.terms, c.x_row, c.x_term}, c.count);
+    return combine(kernels, c, columns, &laid.arranged);
   }
+  if (serial) return kernels.combine(c, 0, c.count, 0, columns);
   const int64_t width = kernels.columns, strips = (columns + width - 1) / width;
   constexpr int64_t kFew = 2, kChunks = 8, kMany = 256;
   if (c.count <= kFew && c.terms >= kMany && strips > 4) {

@@ -29,11 +29,31 @@ inline int64_t apart(int64_t columns, const Kernels& kernels) {
   return up(columns, kernels.columns) + kernels.columns;
 }
 
+// Whether products with so many rows of x and columns are packed.
+bool is_packed(const Kernels& kernels, int64_t rows, int64_t columns);
+
+// x laid out, for packed kernels: once for all products with it. Nothing of no rows.
+struct LaidOut {
+  LaidOut(const Kernels& kernels, const Rows& x, int64_t count, const int64_t* places = nullptr);
+  Buffer memory;
+  Arranged arranged;
+};
+
+// x laid out with the low-rank part of its rows: low [., ranks], of no rows without one, times b.
+struct WithLow {
+  WithLow(const Kernels& kernels, const LaidOut& x, const Matrix& low, const Matrix& b,
+          bool by_rows);
+  LaidOut low;
+  Part part;
+  Arranged arranged;
+};
+
 // x matrix^T, whose values are rounded.
 Product product_of(const Matrix& x, const Matrix& matrix, Type rounded, const Output& out);
 
-// N is the number of the matrix's rows.
-void multiply(const Kernels& kernels, const Product& product, int64_t N);
+// N is the number of the matrix's rows. x is read as it is arranged, where that is given.
+void multiply(const Kernels& kernels, const Product& product, int64_t N,
+              const Arranged* x = nullptr);
 
 // x(i, t) of fp32 memory: its rows, or by swapped strides its columns; `narrow` rows hold values of
 // the call's dtype.
@@ -43,6 +63,8 @@ struct Factors {
   int64_t count, terms;
   bool narrow;
 };
+
+inline Rows view_of(const Matrix& m) { return {m.data, m.type, m.columns, m.pitch, 1}; }
 
 inline Factors rows_of(const Matrix& m, bool narrow) {
   return {static_cast<const float*>(m.data), m.pitch, 1, m.rows, m.columns, narrow};
@@ -55,18 +77,10 @@ Combination combination_of(const Factors& x, const Matrix& matrix, Type rounded,
 
 void put_into(Combination& c, const Output& out);
 
-// low [rows, ranks], padded, times b is added to a product with rows, or a combination of columns:
-// those of b are as many.
-template <class P>
-void add_low(P& p, const Matrix& low, const Matrix& b) {
-  p.low = static_cast<const float*>(low.data);
-  p.low_pitch = low.pitch;
-  p.ranks = low.columns;
-  p.b = b.data;
-  p.b_type = b.type;
-  p.b_pitch = b.pitch;
-}
+// low [rows, ranks], padded, times b^T [ranks, N] is added.
+void add_low(Product& p, const Matrix& low, const Matrix& b);
 
-void combine(const Kernels& kernels, const Combination& c, int64_t columns);
+void combine(const Kernels& kernels, const Combination& c, int64_t columns,
+             const Arranged* x = nullptr);
 
 }  // namespace lora
