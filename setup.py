@@ -29,8 +29,8 @@ from setuptools.command.build_ext import build_ext
 CPU = "lora_kernels._native_cpu"
 CUDA = "lora_kernels._native_cuda"
 CPU_STEMS = (
-    "low_rank", "products", "linear", "coded", "grouped", "gating", "base", "avx2", "avx512",
-    "avx512_bf16", "neon", "neon_bf16", "single_threaded",
+    "low_rank", "products", "arguments", "linear", "coded", "grouped", "grouped_packed", "gating",
+    "base", "avx2", "avx512", "avx512_bf16", "neon", "neon_bf16", "single_threaded",
 )  # fmt: skip
 CPU_SOURCES = [f"csrc/cpu/{stem}.cpp" for stem in CPU_STEMS]
 CUDA_SOURCES = ["csrc/cuda/decode.cu", "csrc/cpu/single_threaded.cpp"]

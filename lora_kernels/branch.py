@@ -88,6 +88,19 @@ class Need(NamedTuple):
     b: bool
 
 
+class Needs(NamedTuple):
+    """The gradients that are asked for: of x, the weight, the bias, and of each group's pair."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    a: Sequence[bool]
+    b: Sequence[bool]
+
+    def of(self, group: int, weight: bool) -> Need:
+        return Need(self.x, weight and self.weight, self.a[group], self.b[group])
+
+
 # Of several layers of the same rows.
 
 

@@ -20,8 +20,8 @@ FILES = [f"backends/native/test_{name}.py" for name in ("native", "native_safety
 FILES += ["grouped/test_native_grouped.py", "grouped/test_grouped.py"]
 FILES += ["quantized/test_native_quantized.py", "blocks/test_mlp.py", "blocks/test_packed.py"]
 SOURCES = (
-    "low_rank", "products", "linear", "coded", "grouped", "gating", "base", "avx2", "avx512",
-    "avx512_bf16",
+    "low_rank", "products", "arguments", "linear", "coded", "grouped", "grouped_packed", "gating",
+    "base", "avx2", "avx512", "avx512_bf16",
 )  # fmt: skip
 FLAGS = (
     "-std=c++20", "-g1", "-fPIC", "-fsanitize=address,undefined",

@@ -124,8 +124,8 @@ while [ "$1" != -o ]; do shift; done
 echo library > "$2"
 """
 STEMS = (
-    "low_rank", "products", "linear", "coded", "grouped", "gating", "base", "avx2", "avx512",
-    "avx512_bf16", "neon", "neon_bf16", "single_threaded",
+    "low_rank", "products", "arguments", "linear", "coded", "grouped", "grouped_packed", "gating",
+    "base", "avx2", "avx512", "avx512_bf16", "neon", "neon_bf16", "single_threaded",
 )  # fmt: skip
 NVCC = """while [ $# -gt 0 ]; do
 case "$1" in -MF) dependencies=$2;; -o) output=$2;; esac

@@ -255,7 +255,7 @@ struct Strip {
 // result.
 inline void end_sum(const Combination& p, int64_t m, int64_t k, bool adds, bool ends, V v,
                     int count) {
-  float* const sum = p.sum + m * p.sum_pitch + k;
+  float* const sum = p.sum != nullptr ? p.sum + m * p.sum_pitch + k : nullptr;
   const int64_t at = m * p.out_pitch + k;
   const V scale = splat(p.scale);
   v = adds ? fma(scale, v, load_some(sum, count)) : scale * v;

@@ -1,87 +1,11 @@
-// The private CPU ops of many branches, each of its own rows: those of group g are the elements
-// bounds[g] .. bounds[g + 1] of `order`, or where there is none the rows of these numbers. Groups
-// of more than `most_rows` are left out. Threads share out the groups, or the rows of one where it
-// has most of them; a group's bits follow from its own rows alone.
-#include <cmath>
-#include <vector>
+// The private CPU ops of many branches, each of its own rows. Groups of more than `most_rows` are
+// left out. Threads share out the groups, or the rows of one where it has most of them; a group's
+// bits follow from its own rows alone.
+#include "grouped.h"
 
-#include "few_rows.h"
+#include <cmath>
 
 namespace lora {
-namespace {
-
-// What one call has of every group.
-struct Groups {
-  const Kernels& kernels;
-  Type type;
-  std::vector<int64_t> bounds;
-  int64_t most_rows;
-  const int64_t* order;  // may be null
-  double keep;
-  uint32_t threshold;
-  const int64_t* seeds;  // null without dropout
-
-  int64_t begin(int64_t g) const { return bounds[g]; }
-  int64_t count(int64_t g) const { return bounds[g + 1] - bounds[g]; }
-  bool takes(int64_t g) const { return 0 < count(g) && count(g) <= most_rows; }
-  std::optional<Dropout> dropout(int64_t g) const {
-    if (seeds == nullptr) return std::nullopt;
-    const uint64_t seed = static_cast<uint64_t>(seeds[g]);
-    return Dropout{
-        {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}, threshold, 0, 0};
-  }
-};
-
-// A group's rows of a matrix whose columns are contiguous: where they lie, or a copy of them.
-struct Own {
-  Own(const Groups& groups, int64_t g, const Tensor& t, const char* name)
-      : copy(groups.order != nullptr ? groups.count(g) * t.size(1) * size_of(groups.type) : 0) {
-    rows = view(t, name);
-    const int64_t bytes = rows.row_stride * size_of(groups.type);
-    const char* const from = static_cast<const char*>(rows.data);
-    if (groups.order == nullptr) {
-      rows.data = from + groups.begin(g) * bytes;
-      return;
-    }
-    const int64_t width = rows.columns * size_of(groups.type);
-    for (int64_t m = 0; m < groups.count(g); ++m)
-      std::memcpy(copy.data + m * width, from + groups.order[groups.begin(g) + m] * bytes, width);
-    rows.data = copy.data;
-    rows.row_stride = rows.columns;
-  }
-  // Writes the copy back.
-  void put(const Groups& groups, int64_t g, Tensor& t) const {
-    if (groups.order == nullptr) return;
-    const int64_t width = rows.columns * size_of(groups.type);
-    char* const to = static_cast<char*>(t.mutable_data_ptr());
-    for (int64_t m = 0; m < groups.count(g); ++m)
-      std::memcpy(to + groups.order[groups.begin(g) + m] * t.stride(0) * size_of(groups.type),
-                  copy.data + m * width, width);
-  }
-  Result result() const {
-    return {const_cast<void*>(rows.data), rows.type, rows.row_stride, rows.column_stride};
-  }
-  BufferOf<char> copy;
-  Rows rows;
-};
-
-// Calls of(g) for every group that is computed.
-template <typename Of>
-void for_each(const Groups& groups, const Of& of) {
-  const int64_t G = static_cast<int64_t>(groups.bounds.size()) - 2;
-  int64_t most = 0, all = 0;
-  for (int64_t g = 0; g < G; ++g) {
-    if (!groups.takes(g)) continue;
-    most = std::max(most, groups.count(g));
-    all += groups.count(g);
-  }
-  const auto some = [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g)
-      if (groups.takes(g)) of(g);
-  };
-  if (2 * most > all) return some(0, G);
-  torch::stable::parallel_for(0, G, 1, some);
-}
 
 void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns, Type type) {
   check_size(t, name, rows, columns);
@@ -120,7 +44,6 @@ Groups groups_of(const Kernels& kernels, Type type, int64_t rows, std::vector<in
   return groups;
 }
 
-// Of the adapters [r_g,K] and [N,r_g].
 void check_pairs(const std::vector<Tensor>& a, const std::vector<Tensor>& b, int64_t K, int64_t N,
                  Type type) {
   STD_TORCH_CHECK(a.size() == b.size(), "lora_a and lora_b: must be as many");
@@ -136,6 +59,8 @@ void check_pairs(const std::vector<Tensor>& a, const std::vector<Tensor>& b, int
     }
   }
 }
+
+namespace {
 
 Rows transposed(const Tensor& t, const char* name) {
   const Rows rows = view(t, name);
@@ -171,7 +96,7 @@ void add_grouped_cpu(Tensor y, const Tensor x, const std::vector<Tensor> lora_a,
   }
   for_each(groups, [&](int64_t g) {
     const int64_t count = groups.count(g), r = lora_a[g].size(0);
-    const Own own(groups, g, x, "x"), out(groups, g, y, "y");
+    const Own own(groups, g, view(x, "x")), out(groups, g, view(y, "y"));
     BufferOf<char> kept(s.has_value() ? 0 : count * r * size_of(type));
     const int64_t pitch = s.has_value() ? s->stride(0) : r;
     void* const low = s.has_value() ? static_cast<char*>(s->mutable_data_ptr()) +
@@ -248,7 +173,7 @@ void backward_grouped_cpu(std::optional<Tensor> dx, const Tensor dy, const std::
     BufferOf<char> ds(low ? count * r * size_of(type) : 0);
     const Rows own_ds = {ds.data, type, r, r, 1}, b = transposed(lora_b[g], "lora_b");
     {
-      const Own own(groups, g, dy, "dy");
+      const Own own(groups, g, view(dy, "dy"));
       Rows own_s = {};
       if (need_b) {
         own_s = view(*s, "s");
@@ -268,7 +193,7 @@ void backward_grouped_cpu(std::optional<Tensor> dx, const Tensor dy, const std::
     }
     const std::optional<Dropout> dropout = groups.dropout(g);
     if (need_a) {
-      const Own own(groups, g, *x, "x");
+      const Own own(groups, g, view(*x, "x"));
       Shrinking p = {own.rows, count, r, nullptr, &own_ds};
       p.gradient_scale = static_cast<float>(groups.keep);
       p.dropout = dropout.has_value() ? &*dropout : nullptr;
@@ -276,7 +201,7 @@ void backward_grouped_cpu(std::optional<Tensor> dx, const Tensor dy, const std::
       shrink(kernels, p);
     }
     if (dx.has_value()) {
-      const Own out(groups, g, *dx, "dx");
+      const Own out(groups, g, view(*dx, "dx"));
       Expanding p = {own_ds, view(lora_a[g], "lora_a"), count, r};
       p.scale = static_cast<float>(groups.keep);
       p.dropout = dropout.has_value() ? &*dropout : nullptr;
@@ -352,13 +277,7 @@ Tensor linear_grouped_cpu(const Tensor x, const Tensor weight, const std::vector
   STD_TORCH_CHECK(scaling.size() == lora_a.size(), "scaling: must be one of each group");
   for (const double factor : scaling)
     STD_TORCH_CHECK(std::isfinite(factor), "scaling: must be finite");
-  if (bias.has_value()) {
-    check_tensor(*bias, "bias", 1);
-    STD_TORCH_CHECK(bias->size(0) == N, "bias: must have ", N, " elements");
-    check_starts(*bias, "bias");
-    STD_TORCH_CHECK(N == 1 || bias->stride(0) == 1, "bias: must be contiguous");
-    check_type(*bias, "bias", type, false);
-  }
+  const void* const offset = read_bias(bias, N, type);
   Tensor y = empty_rows(x, "x", N);
   if (M == 0) return y;
   char* const out = static_cast<char*>(y.mutable_data_ptr());
@@ -372,7 +291,7 @@ Tensor linear_grouped_cpu(const Tensor x, const Tensor weight, const std::vector
     p.rounded = type;
     p.scale = 1.f;
     p.count = step;
-    p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+    p.bias = offset;
     p.sum_pitch = pitch;
     p.out_type = type;
     p.out_pitch = N;

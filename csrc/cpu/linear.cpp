@@ -3,122 +3,8 @@
 #include "few_rows.h"
 
 namespace lora {
-namespace {
-
-constexpr int64_t kMostDimensions = 16;
-
-// -------------------------------------------------------------------------------------- arguments
-
-Matrix read(const Tensor& t, const char* name, int64_t rows, int64_t columns, Type type,
-            bool or_float) {
-  check_size(t, name, rows, columns);
-  check_starts(t, name);
-  check_columns(t, name);
-  check_type(t, name, type, or_float);
-  return {t.const_data_ptr(), type_of(t, name), rows, columns, t.stride(0)};
-}
-
-Weight read_weight(const Tensor& t, int64_t N, int64_t K, Type type) {
-  check_size(t, "weight", N, K);
-  check_starts(t, "weight");
-  check_type(t, "weight", type, true);
-  const Type own = type_of(t, "weight");
-  const bool rows = K == 1 || t.stride(1) == 1;
-  STD_TORCH_CHECK(rows || N == 1 || t.stride(0) == 1,
-                  "weight: the rows or the columns must be contiguous, got strides ", t.stride(0),
-                  ", ", t.stride(1));
-  if (rows) return {{t.const_data_ptr(), own, N, K, t.stride(0)}, false, nullptr};
-  return {{t.const_data_ptr(), own, K, N, t.stride(1)}, true, nullptr};
-}
-
-}  // namespace
-
-Matrix read_rows(const Tensor& x, const char* name) {
-  const int64_t d = x.dim();
-  STD_TORCH_CHECK(d >= 1, name, ": must have a dimension");
-  check_tensor(x, name, d);
-  const Type type = type_of(x, name);
-  const int64_t K = x.size(d - 1);
-  STD_TORCH_CHECK(K >= 1, name, ": must have columns");
-  check_starts(x, name);
-  STD_TORCH_CHECK(K == 1 || x.stride(d - 1) == 1, name, ": the columns must be contiguous");
-  int64_t pitch = 0, rows = 1;
-  for (int64_t i = d - 2; i >= 0; --i) {
-    const int64_t size = x.size(i);
-    if (size == 1) continue;
-    if (rows == 1) pitch = x.stride(i);
-    STD_TORCH_CHECK(pitch >= 0 && (rows == 1 || x.stride(i) == rows * pitch), name,
-                    ": must view as one matrix");
-    rows *= size;
-  }
-  return {x.const_data_ptr(), type, rows, K, pitch};
-}
 
 namespace {
-
-// By the function itself, as the dispatcher would take longer.
-Tensor empty(const Tensor& like, const int64_t* shape, int64_t d) {
-  int64_t strides[kMostDimensions], pitch = 1;
-  for (int64_t i = d - 1; i >= 0; --i) {
-    strides[i] = pitch;
-    pitch *= std::max<int64_t>(1, shape[i]);
-  }
-  int32_t dtype;
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(d, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
-}
-
-}  // namespace
-
-Tensor empty_rows(const Tensor& x, const char* name, int64_t columns) {
-  const int64_t d = x.dim();
-  STD_TORCH_CHECK(d <= kMostDimensions, name, ": must have at most ", kMostDimensions,
-                  " dimensions");
-  int64_t shape[kMostDimensions];
-  for (int64_t i = 0; i < d; ++i) shape[i] = i == d - 1 ? columns : x.size(i);
-  return empty(x, shape, d);
-}
-
-namespace {
-
-// [rows, columns] in the dtype of `like`, of size 0 where it is not asked for.
-Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, bool asked) {
-  const int64_t shape[2] = {rows, columns}, none = 0;
-  return asked ? empty(like, shape, 2) : empty(like, &none, 1);
-}
-
-}  // namespace
-
-Output written(Tensor& t, const char* name, int64_t rows, int64_t columns, Type type) {
-  check_size(t, name, rows, columns);
-  check_type(t, name, type, false);
-  check_writable(t, name);
-  check_columns(t, name);
-  return {t.mutable_data_ptr(), type, t.stride(0)};
-}
-
-namespace {
-
-// Rows in fp32, where they are not already.
-struct Widened {
-  Widened(const Kernels& kernels, const Matrix& from, const Dropout* dropout, bool needed)
-      : memory(needed ? from.rows * apart(from.columns, kernels) : 0), matrix(from) {
-    if (!needed) return;
-    matrix.data = memory.data;
-    matrix.type = Type::kFloat;
-    matrix.pitch = apart(from.columns, kernels);
-    const int64_t grain = std::max<int64_t>(1, kGrain / matrix.pitch);
-    torch::stable::parallel_for(0, from.rows, grain, [&](int64_t begin, int64_t end) {
-      kernels.load(view_of(from), begin, end - begin, dropout, memory.data + begin * matrix.pitch,
-                   matrix.pitch);
-    });
-  }
-  Scratch<2048> memory;
-  Matrix matrix;
-};
 
 // Rows in the order in which codes of 4 bits are multiplied, where that is needed.
 struct Spread {
@@ -153,20 +39,6 @@ void add_rows(const Kernels& kernels, const Output& there, int64_t rows, int64_t
   });
 }
 
-// out [columns, rows] = sum [rows, columns]^T.
-void put_columns(const float* sum, int64_t pitch, int64_t rows, int64_t columns,
-                 const Output& out) {
-  constexpr int64_t kWidth = 64;  // so many rows of `out` as a cache keeps while they are filled
-  torch::stable::parallel_for(
-      0, (columns + kWidth - 1) / kWidth, std::max<int64_t>(1, kGrain / (rows * kWidth)),
-      [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin * kWidth; n < std::min(columns, end * kWidth); n += kWidth)
-          for (int64_t m = 0; m < rows; ++m)
-            write_any(sum + m * pitch + n, std::min(kWidth, columns - n), 1.f, out.data, out.type,
-                      n * out.pitch + m, out.pitch);
-      });
-}
-
 }  // namespace
 
 void sums_of(const Kernels& kernels, const Matrix& rows, const Tensor& weight, float* sum,
@@ -186,32 +58,6 @@ void sums_of(const Kernels& kernels, const Matrix& rows, const Tensor& weight, f
 }
 
 namespace {
-
-// -------------------------------------------------------------------------------------------- ops
-
-// Rows that are computed at a time, where there are many: of what is packed, that it is worth it;
-// of x that is multiplied as it lies, so many as stay in a core's own cache while rows of the
-// weight pass by. Shares are as even as can be.
-constexpr int64_t kMultipliedBytes = 768 << 10, kMostRows = 256;
-
-int64_t rows_at_once(const Kernels& kernels, int64_t rows, int64_t columns, bool combined) {
-  const int64_t most = combined || kernels.packed != nullptr
-                           ? kMostRows
-                           : std::clamp<int64_t>(kMultipliedBytes / (4 * columns), 48, kMostRows);
-  const int64_t shares = std::max<int64_t>(1, (rows + most - 1) / most);
-  return up((rows + shares - 1) / shares, 4);
-}
-
-Matrix rows_from(const Matrix& all, int64_t first, int64_t count) {
-  return {static_cast<const char*>(all.data) + first * all.pitch * size_of(all.type), all.type,
-          std::min(count, all.rows - first), all.columns, all.pitch};
-}
-
-Output rows_from(const Output& all, int64_t first) {
-  if (all.data == nullptr) return all;
-  return {static_cast<char*>(all.data) + first * all.pitch * size_of(all.type), all.type,
-          all.pitch};
-}
 
 std::optional<Dropout> rows_from(std::optional<Dropout> all, int64_t first) {
   if (all.has_value()) all->row += static_cast<uint32_t>(first);
@@ -305,23 +151,16 @@ Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const
     A = read(*lora_a, "lora_a", r, K, type, true);
     B = read(*lora_b, "lora_b", N, r, type, true);
   }
-  if (bias.has_value()) {
-    check_tensor(*bias, "bias", 1);
-    STD_TORCH_CHECK(bias->size(0) == N, "bias: must have ", N, " elements, got ", bias->size(0));
-    check_starts(*bias, "bias");
-    STD_TORCH_CHECK(N == 1 || bias->stride(0) == 1, "bias: must be contiguous");
-    check_type(*bias, "bias", type, false);
-  }
+  const void* const offset = read_bias(bias, N, type);
   const Output saved = s.has_value() ? written(*s, "s", M, r, type) : Output{};
   const std::optional<Dropout> dropout = dropout_of(threshold, seed, M);
 
   Tensor y = into.has_value() ? empty_matrix(x, 0, 0, false) : empty_rows(x, "x", N);
-  const Output out =
-      into.has_value() ? written(*into, "into", M, N, type) : Output{y.mutable_data_ptr(), type, N};
+  const Output out = into.has_value() ? written(*into, "into", M, N, type, true)
+                                      : Output{y.mutable_data_ptr(), type, N};
   if (M == 0) return y;
   const Branch of = {branch ? &A : nullptr, &B, static_cast<float>(scale * high),
                      static_cast<float>(1 / high)};
-  const void* const offset = bias.has_value() ? bias->const_data_ptr() : nullptr;
   const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16;
   const int64_t step = narrow ? M : rows_at_once(kernels, M, K, W.transposed);
   for (int64_t first = 0; first < M; first += step) {
@@ -349,8 +188,8 @@ Tensor linear_cpu(const Tensor x, const Tensor weight, const std::optional<Tenso
 
 // (dx [..., K], dA, dB) of dy [..., N], each of size 0 where it is not asked for. With
 // ds = scaling * dy B: dx = dy W + drop'(ds A), dA = ds^T drop(x), dB = high * dy^T s; keep is the
-// factor of what dropout keeps. Where `into` [M,K] is given, dx is put there, or where `adds` added
-// to what is there, and not returned.
+// factor of what dropout keeps. Where `into` [M,K] is given, in the dtype of dy or fp32, dx is put
+// there, or where `adds` added to what is there, and not returned.
 std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     const Tensor dy, const std::optional<Tensor> x, const Tensor weight, const Tensor lora_a,
     const Tensor lora_b, const std::optional<Tensor> s, double scaling, double high, double keep,
@@ -378,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   std::tuple<Tensor, Tensor, Tensor> results = {
       need_x && !into.has_value() ? empty_rows(dy, "dy", K) : empty_matrix(dy, 0, 0, false),
       empty_matrix(lora_a, r, K, need_a), empty_matrix(lora_b, N, r, need_b)};
-  const Output DX = into.has_value() ? written(*into, "into", M, K, type)
+  const Output DX = into.has_value() ? written(*into, "into", M, K, type, true)
                                      : Output{std::get<0>(results).mutable_data_ptr(), type, K};
   const Output DA = {std::get<1>(results).mutable_data_ptr(), A.type, K};
   const Output DB = {std::get<2>(results).mutable_data_ptr(), B.type, r};

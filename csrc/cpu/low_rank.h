@@ -161,9 +161,9 @@ struct Narrow {
   void (*expand)(const Expansion& expansion, int64_t first, int64_t last);
 };
 
-// The low-rank part of some rows of a product or a combination: to rows first .. first + count low
-// [count, ranks], laid out, times b is added, whose rows are columns of the result, or where they
-// are not its columns. `first` begins a tile.
+// The low-rank part of some rows of a product or a combination: to rows first .. first + count,
+// those of them that are computed, low [count, ranks], laid out, times b is added, whose rows are
+// columns of the result, or where they are not its columns.
 struct Part {
   int64_t first, count;
   const float* low;
@@ -174,8 +174,8 @@ struct Part {
   bool by_rows;
 };
 
-// x of a product or a combination laid out: row m is row `places[m]` of x and of the result, or m
-// where there are no places; nobody's where that is negative.
+// x of a product or a combination laid out, of whose result row m is row `places[m]`, or m where
+// there are no places.
 struct Arranged {
   const float* tiles;
   int64_t count;
@@ -184,7 +184,7 @@ struct Arranged {
   int64_t part_count;
 };
 
-// Tiles row .. last_row of rows, columns first .. last.
+// Rows row .. last_row of what is laid out, columns first .. last.
 struct Range {
   int64_t row, last_row, first, last;
 };
@@ -195,8 +195,7 @@ struct Range {
 struct Packed {
   int rows, columns, least_rows;
 
-  // Tiles first .. last of rows [., columns] of any type and strides; the first of a tile is
-  // somebody's. `places` may be null.
+  // Tiles first .. last of rows `places[m]`, or m, [count, columns] of any type and strides.
   void (*lay_out)(const Rows& x, const int64_t* places, int64_t count, int64_t first, int64_t last,
                   float* out);
 

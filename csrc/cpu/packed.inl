@@ -84,9 +84,8 @@ void lay_out_typed(const Rows& x, const int64_t* places, int64_t count, int64_t 
       const int64_t begin = tile * kFewRows;
       const T* rows[kFewRows];
       for (int64_t i = 0; i < kFewRows; ++i) {
-        const int64_t m = begin + i;
-        const int64_t place = m >= count ? -1 : places != nullptr ? places[m] : m;
-        rows[i] = place < 0 ? rows[i - 1] : from + place * x.row_stride;
+        const int64_t m = begin + i < count ? begin + i : count - 1;
+        rows[i] = from + (places != nullptr ? places[m] : m) * x.row_stride;
       }
       float* const to = out + k * all + begin * terms;
       int64_t t = 0;
@@ -112,11 +111,10 @@ void lay_out_rows(const Rows& x, const int64_t* places, int64_t count, int64_t f
   }
 }
 
-// Of `all` rows laid out some, from a tile's first on.
+// Rows first .. last of x [count, terms], which is laid out.
 struct Left {
   const float* data;
-  int64_t all, first, rows, terms;
-  const float* block(int64_t k, int64_t count) const { return data + k * all + first * count; }
+  int64_t count, first, last, terms;
 };
 
 // A matrix whose rows, or columns, are those of the result.
@@ -128,12 +126,12 @@ struct Right {
   bool by_rows;
 };
 
-// sums [row][kPanel] (+)= x [., terms] panel.
-inline void add_terms(const float* x, int64_t rows, int64_t terms, const float* panel, bool adds,
-                      float* sums) {
-  for (int64_t m = 0; m < rows; m += kFewRows, x += terms * kFewRows, sums += kFewRows * kPanel) {
+// sums [row][kPanel] of rows first .. last (+)= x [., terms] panel.
+inline void add_terms(const float* x, int64_t first, int64_t last, int64_t terms,
+                      const float* panel, bool adds, float* sums) {
+  for (int64_t m = first / kFewRows * kFewRows; m < last; m += kFewRows) {
     V sum[kFewRows][kFewColumns] = {};
-    const float* left = x;
+    const float* left = x + m * terms;
     const float* right = panel;
     for (int64_t t = 0; t < terms; ++t, left += kFewRows, right += kPanel) {
       V column[kFewColumns];
@@ -148,12 +146,13 @@ inline void add_terms(const float* x, int64_t rows, int64_t terms, const float* 
     }
     // A sum of a long row is formed in shares: its error is that of a short one.
 #pragma GCC unroll 8
-    for (int i = 0; i < kFewRows; ++i)
+    for (int i = 0; i < kFewRows; ++i) {
+      if (m + i < first || m + i >= last) continue;
+      float* const to = sums + (m + i - first) * kPanel;
 #pragma GCC unroll 8
-      for (int c = 0; c < kFewColumns; ++c) {
-        float* const to = sums + i * kPanel + c * W;
-        store(to, adds ? load(to) + sum[i][c] : sum[i][c]);
-      }
+      for (int c = 0; c < kFewColumns; ++c)
+        store(to + c * W, adds ? load(to + c * W) + sum[i][c] : sum[i][c]);
+    }
   }
 }
 
@@ -165,6 +164,7 @@ void add_product(const Left& x, const Right& matrix, int64_t first, int64_t last
   const Pack pack = pack_of(matrix.type, matrix.rounded, matrix.by_rows);
   const int64_t of_column = matrix.by_rows ? matrix.pitch : 1;
   const int64_t of_term = matrix.by_rows ? 1 : matrix.pitch;
+  const int64_t all = tiles_of(x.count) * kFewRows;
   for (int64_t k = 0; k < x.terms; k += kPackedTerms) {
     const int64_t terms = x.terms - k < kPackedTerms ? x.terms - k : kPackedTerms;
     const int64_t ahead =
@@ -175,7 +175,7 @@ void add_product(const Left& x, const Right& matrix, int64_t first, int64_t last
       pack(static_cast<const char*>(matrix.data) +
                (n * of_column + k * of_term) * size_of(matrix.type),
            matrix.pitch, terms, columns, ahead, panel);
-      add_terms(x.block(k, terms), x.rows, terms, panel, adds || k > 0, to);
+      add_terms(x.data + k * all, x.first, x.last, terms, panel, adds || k > 0, to);
     }
   }
 }
@@ -185,34 +185,28 @@ void add_product(const Left& x, const Right& matrix, int64_t first, int64_t last
 template <class Put>
 inline void add_up(const Arranged& x, int64_t terms, const Right& matrix, const Range& range,
                    const Put& put) {
-  const int64_t all = tiles_of(x.count) * kFewRows;
-  const int64_t row = range.row * kFewRows, last_row = range.last_row * kFewRows;
-  const int64_t rows = last_row - row, pitch = rows * kPanel;
+  const int64_t row = range.row, last_row = range.last_row, pitch = (last_row - row) * kPanel;
   const Memory<float> sums = memory_of<float>(kGroup * pitch);
   for (int64_t from = range.first; from < range.last; from += kGroup * kPanel) {
     const int64_t left = range.last - from;
     const int64_t to = left < kGroup * kPanel ? range.last : from + kGroup * kPanel;
-    add_product({x.tiles, all, row, rows, terms}, matrix, from, to, false, sums.get(), pitch);
+    add_product({x.tiles, x.count, row, last_row, terms}, matrix, from, to, false, sums.get(),
+                pitch);
     for (int64_t i = 0; i < x.part_count; ++i) {
       const Part& part = x.parts[i];
-      const int64_t own = tiles_of(part.count) * kFewRows;
       const int64_t begin = part.first > row ? part.first : row;
-      const int64_t end = part.first + own < last_row ? part.first + own : last_row;
+      const int64_t last = part.first + part.count, end = last < last_row ? last : last_row;
       if (begin < end)
-        add_product({part.low, own, begin - part.first, end - begin, part.ranks},
+        add_product({part.low, part.count, begin - part.first, end - part.first, part.ranks},
                     {part.b, part.b_type, part.b_pitch, matrix.rounded, part.by_rows}, from, to,
                     true, sums.get() + (begin - row) * kPanel, pitch);
     }
     const float* sum = sums.get();
-    const int64_t end = last_row < x.count ? last_row : x.count;
     for (int64_t n = from; n < to; n += kPanel, sum += pitch)
-      for (int64_t m = row; m < end; ++m) {
-        const int64_t place = x.places != nullptr ? x.places[m] : m;
-        if (place < 0) continue;
+      for (int64_t m = row; m < last_row; ++m)
         for (int64_t c = 0; c < kPanel && n + c < to; c += W)
-          put(place, n + c, load(sum + (m - row) * kPanel + c),
+          put(x.places != nullptr ? x.places[m] : m, n + c, load(sum + (m - row) * kPanel + c),
               to - n - c < W ? static_cast<int>(to - n - c) : W);
-      }
   }
 }
 

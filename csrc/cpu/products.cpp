@@ -47,13 +47,15 @@ void share(const Kernels& kernels, void (*compute)(const P&, const Arranged&, co
   const int64_t panels = (columns + packed.columns - 1) / packed.columns;
   const auto grain = [](int64_t work) { return std::max<int64_t>(1, kGrain / (work + 1)); };
   if (panels < kFew)
-    return torch::stable::parallel_for(
-        0, tiles, grain(packed.rows * terms * columns),
-        [&](int64_t begin, int64_t end) { compute(p, x, {begin, end, 0, columns}); });
+    return torch::stable::parallel_for(0, tiles, grain(packed.rows * terms * columns),
+                                       [&](int64_t begin, int64_t end) {
+                                         const int64_t last = std::min(x.count, end * packed.rows);
+                                         compute(p, x, {begin * packed.rows, last, 0, columns});
+                                       });
   torch::stable::parallel_for(0, panels, grain(x.count * terms * packed.columns),
                               [&](int64_t begin, int64_t end) {
                                 const int64_t last = std::min(columns, end * packed.columns);
-                                compute(p, x, {0, tiles, begin * packed.columns, last});
+                                compute(p, x, {0, x.count, begin * packed.columns, last});
                               });
 }
 
@@ -205,6 +207,31 @@ void combine(const Kernels& kernels, const Combination& c, int64_t columns, cons
           kernels.combine(c, begin * kRows, std::min(c.count, end * kRows), 0, columns);
         });
   }
+}
+
+namespace {
+constexpr int64_t kMultipliedBytes = 768 << 10, kMostRows = 256;
+}  // namespace
+
+int64_t rows_at_once(const Kernels& kernels, int64_t rows, int64_t columns, bool combined) {
+  const int64_t most = combined || kernels.packed != nullptr
+                           ? kMostRows
+                           : std::clamp<int64_t>(kMultipliedBytes / (4 * columns), 48, kMostRows);
+  const int64_t shares = std::max<int64_t>(1, (rows + most - 1) / most);
+  return up((rows + shares - 1) / shares, 4);
+}
+
+void put_columns(const float* sum, int64_t pitch, int64_t rows, int64_t columns,
+                 const Output& out) {
+  constexpr int64_t kWidth = 64;  // so many rows of `out` as a cache keeps while they are filled
+  torch::stable::parallel_for(
+      0, (columns + kWidth - 1) / kWidth, std::max<int64_t>(1, kGrain / (rows * kWidth)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin * kWidth; n < std::min(columns, end * kWidth); n += kWidth)
+          for (int64_t m = 0; m < rows; ++m)
+            write_any(sum + m * pitch + n, std::min(kWidth, columns - n), 1.f, out.data, out.type,
+                      n * out.pitch + m, out.pitch);
+      });
 }
 
 }  // namespace lora

@@ -17,6 +17,8 @@ struct Matrix {
   int64_t rows, columns, pitch;
 };
 
+inline Rows view_of(const Matrix& m) { return {m.data, m.type, m.columns, m.pitch, 1}; }
+
 // Memory for a result, whose columns are contiguous.
 struct Output {
   void* data;
@@ -28,6 +30,24 @@ struct Output {
 inline int64_t apart(int64_t columns, const Kernels& kernels) {
   return up(columns, kernels.columns) + kernels.columns;
 }
+
+// Rows in fp32, where they are not already.
+struct Widened {
+  Widened(const Kernels& kernels, const Matrix& from, const Dropout* dropout, bool needed)
+      : memory(needed ? from.rows * apart(from.columns, kernels) : 0), matrix(from) {
+    if (!needed) return;
+    matrix.data = memory.data;
+    matrix.type = Type::kFloat;
+    matrix.pitch = apart(from.columns, kernels);
+    const int64_t grain = std::max<int64_t>(1, kGrain / matrix.pitch);
+    torch::stable::parallel_for(0, from.rows, grain, [&](int64_t begin, int64_t end) {
+      kernels.load(view_of(from), begin, end - begin, dropout, memory.data + begin * matrix.pitch,
+                   matrix.pitch);
+    });
+  }
+  Scratch<2048> memory;
+  Matrix matrix;
+};
 
 // Whether products with so many rows of x and columns are packed.
 bool is_packed(const Kernels& kernels, int64_t rows, int64_t columns);
@@ -64,7 +84,16 @@ struct Factors {
   bool narrow;
 };
 
-inline Rows view_of(const Matrix& m) { return {m.data, m.type, m.columns, m.pitch, 1}; }
+// Rows first .. first + count, or to the last.
+inline Matrix rows_from(const Matrix& all, int64_t first, int64_t count) {
+  return {static_cast<const char*>(all.data) + first * all.pitch * size_of(all.type), all.type,
+          std::min(count, all.rows - first), all.columns, all.pitch};
+}
+inline Output rows_from(const Output& all, int64_t first) {
+  if (all.data == nullptr) return all;
+  return {static_cast<char*>(all.data) + first * all.pitch * size_of(all.type), all.type,
+          all.pitch};
+}
 
 inline Factors rows_of(const Matrix& m, bool narrow) {
   return {static_cast<const float*>(m.data), m.pitch, 1, m.rows, m.columns, narrow};
@@ -79,6 +108,14 @@ void put_into(Combination& c, const Output& out);
 
 // low [rows, ranks], padded, times b^T [ranks, N] is added.
 void add_low(Product& p, const Matrix& low, const Matrix& b);
+
+// Rows that are computed at a time, where there are many: of what is packed, that it is worth it;
+// of x that is multiplied as it lies, so many as stay in a core's own cache while rows of the
+// weight pass by. Shares are as even as can be.
+int64_t rows_at_once(const Kernels& kernels, int64_t rows, int64_t columns, bool combined);
+
+// out [columns, rows] = sum [rows, columns]^T.
+void put_columns(const float* sum, int64_t pitch, int64_t rows, int64_t columns, const Output& out);
 
 void combine(const Kernels& kernels, const Combination& c, int64_t columns,
              const Arranged* x = nullptr);

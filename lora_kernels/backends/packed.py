@@ -227,25 +227,40 @@ def _one_by_one(
 def _backward_one_by_one(
     rows: Rows, layers: Sequence[Layer], asked: Asked
 ) -> tuple[Tensor | None, Pairs]:
-    dx, pairs, empty = None, [], rows.first.new_empty(0)
+    dx, pairs, like = None, [], rows.first
+    empty = like.new_empty(0)
     x = empty if rows.x is None else rows.x
+    # Native calls leave their parts of a sum in fp32, for it to be rounded once.
+    wide = len(layers) > 1 and like.dtype in (torch.bfloat16, torch.float16)
     for dy, s, (base, branch), (a, b) in zip(rows.given, rows.kept, layers, asked.of, strict=True):
         part = d_a = d_b = None
         if branch is None:
-            weight = base.weight.to(dy.dtype)
             if asked.x:
-                part = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                part = _through_frozen(dy, base, wide)
         elif asked.x or a or b:
             backend = serving(base, dy, branch)
             given = base, dy, x, empty if s is None else s, branch, Need(asked.x, False, a, b)
             if backend is native:
-                part, _, d_a, d_b = native.backward(*given, onto=dx)
+                part, _, d_a, d_b = native.backward(*given, onto=dx, wide=wide)
             else:
                 part, _, d_a, d_b = backend.backward(*given)
         if part is not None and part is not dx:
-            dx = part if dx is None else dx.add_(part)
+            dx = part if dx is None else _sum(dx, part)
         pairs.append((d_a, d_b))
-    return dx, pairs
+    return None if dx is None else dx.to(like.dtype), pairs
+
+
+def _through_frozen(dy: Tensor, base: Dense, wide: bool) -> Tensor:
+    """dy W, where it is to be `wide` in fp32 if that costs nothing."""
+    shape = len(dy), base.weight.shape[1]
+    into = dy.new_empty(shape, dtype=torch.float32) if wide and dy.is_cpu else None
+    found = native.frozen(Dense(base.weight.t(), into=into), dy)
+    return dy @ base.weight.to(dy.dtype) if found is None else found
+
+
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    """In the memory of the wider."""
+    return one.add_(other) if one.itemsize >= other.itemsize else other.add_(one)
 
 
 def _backward_together(

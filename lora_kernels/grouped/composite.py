@@ -19,7 +19,7 @@ from lora_kernels import backends, direct
 from lora_kernels.backends import blocked
 from lora_kernels.backends.cuda import many as triton
 from lora_kernels.backends.native import grouped as native
-from lora_kernels.branch import Branch, Branches, Dense, Experts, Given, Need
+from lora_kernels.branch import Branch, Branches, Dense, Experts, Given, Needs
 
 
 class Members(NamedTuple):
@@ -87,19 +87,6 @@ class Adapters(NamedTuple):
         return Branch(a, b, self.scaling[group], self.dropout_p, seed)
 
 
-class Needs(NamedTuple):
-    """The gradients that are asked for: of x, the weight, the bias, and of each group's pair."""
-
-    x: bool
-    weight: bool
-    bias: bool
-    a: Sequence[bool]
-    b: Sequence[bool]
-
-    def of(self, group: int, weight: bool) -> Need:
-        return Need(self.x, weight and self.weight, self.a[group], self.b[group])
-
-
 Gradients = tuple[
     Tensor | None, Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]
 ]
@@ -121,8 +108,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y [M,N], s)."""
     s = _rows_of_s(adapters, x, members) if save_s else None
-    y = _base(base, x, members)
     branches = Branches(*adapters, *members)
+    if isinstance(base, Dense) and native.serves_layer(base, x, branches):
+        return _frozen_for_nobody(native.layer(base, x, branches, s), base, x, members), s
+    y = _base(base, x, members)
     if isinstance(base, Experts) and triton.serves_experts(x, base, branches):
         triton.experts(y, x, base, branches, s)
         return y, s
@@ -158,9 +147,11 @@ def backward(
     K = adapters.lora_a[0].shape[1]
     served = members.served
     dx = dweight = dbias = None
-    if needs.x and isinstance(base, Dense):
+    branches = Branches(*adapters, *members)
+    whole = isinstance(base, Dense) and native.serves_layer(base, dy, branches, backward=True)
+    if needs.x and isinstance(base, Dense) and not whole:
         dx = _without_strangers(_product(dy, base.weight.t(), None), members)
-    elif needs.x:
+    elif needs.x and not whole:
         dx = _to_fill(dy, K, isinstance(base, Experts) and members.are_all(dy))
     if isinstance(base, Dense):
         if needs.weight:
@@ -171,9 +162,11 @@ def backward(
         dweight = torch.zeros_like(base.weight) if needs.weight else None
         if needs.bias and base.bias is not None:
             dbias = torch.zeros_like(base.bias)
+    if isinstance(base, Dense) and whole:
+        dx, d_as, d_bs = native.layer_backward(base, rows, branches, needs)
+        return dx, dweight, dbias, d_as, d_bs
     d_as = _to_fill_of_groups(adapters.lora_a, needs.a, members)
     d_bs = _to_fill_of_groups(adapters.lora_b, needs.b, members)
-    branches = Branches(*adapters, *members)
     if isinstance(base, Experts) and triton.serves_experts(dy, base, branches):
         triton.backward(dx, rows, branches, (d_as, d_bs), base)
         if dweight is None and dbias is None:
@@ -224,12 +217,18 @@ def _base(base: Dense | Experts | Given, x: Tensor, members: Members) -> Tensor:
     y = _fast_product(x, base.weight, base.bias)
     if y is None:
         y = _torch_product(x, base.weight, base.bias)
-    elif members.bounds[-2] < members.bounds[-1]:
-        # Rows of no group have the bits of torch's own layer; those of groups keep what they have
-        # without such neighbours.
+    else:
+        _frozen_for_nobody(y, base, x, members)
+    return _without_strangers(y, members)
+
+
+def _frozen_for_nobody(y: Tensor, base: Dense, x: Tensor, members: Members) -> Tensor:
+    """Gives rows of no group the bits of torch's own layer; those of groups keep what they have
+    without such neighbours."""
+    if members.bounds[-2] < members.bounds[-1]:
         frozen, nobody = _torch_product(x, base.weight, base.bias), members.of_nobody()
         members.put(y, nobody, members.take(frozen, nobody))
-    return _without_strangers(y, members)
+    return y
 
 
 def _to_fill(rows: Tensor, columns: int, whole: bool) -> Tensor:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from lora_kernels import _dispatch, backends
 from lora_kernels._namespace import ops as seen
+from lora_kernels.backends.native import grouped as native
+from lora_kernels.backends.native.choice import ANY
 from lora_kernels.grouped import ops
 from lora_kernels.grouped.groups import Groups
 
@@ -46,15 +48,22 @@ def linear(
         few = backends.few_rows()
         if few is None:
             return None
-        if x.numel() > min(few.most(weight, False), _MOST_ROWS) * weight.shape[1]:
+        N, K = weight.shape
+        packs = native.packs(x.numel() // K, N) and (bias is None or weight.stride(1) == 1)
+        if x.numel() > min(few.most(weight, False), ANY if packs else _MOST_ROWS) * K:
             return None
-        if groups.rows is not None and groups.rows * weight.shape[1] != x.numel():
+        if groups.rows is not None and groups.rows * K != x.numel():
             return None
         factors = [scaling] * groups.count if type(scaling) in _NUMBERS else scaling
         if not _NUMBERS.issuperset(map(type, factors)):  # type: ignore[arg-type]  # iterable now
             return None
         order = None if groups.in_order else groups.order
-        y: Tensor = few.grouped(x, weight, a, b, order, groups.bounds, bias, factors, few.isa)
+        given = x, weight, a, b, order, groups.bounds, bias, factors
+        y: Tensor
+        if packs:
+            y = few.packed(*given, [1.0] * groups.count, few.isa, None)
+        else:
+            y = few.grouped(*given, few.isa)
         if groups.bounds[-2] < groups.bounds[-1]:
             _freeze_rows(y, x, weight, bias, groups)
     except (RuntimeError, TypeError):  # the checks by name say more

@@ -16,9 +16,9 @@ from torch import Tensor
 from lora_kernels import _dispatch
 from lora_kernels._dispatch import refuse_forward_mode
 from lora_kernels._namespace import ops
-from lora_kernels.branch import Dense, Experts, Given
+from lora_kernels.branch import Dense, Experts, Given, Needs
 from lora_kernels.grouped import composite
-from lora_kernels.grouped.composite import Adapters, Members, Needs
+from lora_kernels.grouped.composite import Adapters, Members
 from lora_kernels.rules import flops
 
 _ADAPTERS = "Tensor[] lora_a, Tensor[] lora_b"

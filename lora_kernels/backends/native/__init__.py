@@ -58,12 +58,8 @@ def _are_few(base: Base, rows: Tensor, backward: bool = False) -> bool:
     """Whether a call has so few rows, x or dy, that one call of `few_rows` serves it."""
     if not isinstance(base, Dense) or rows.numel() == 0:
         return False
-    if base.weight.dtype not in (rows.dtype, torch.float32):
-        return False
-    count, weight = rows.shape[0], base.weight
-    if weight.dtype != rows.dtype and count > choice.MOST_WIDENED:
-        return False
-    return are_few(count, weight, best_isa(), backward) and few_rows.fits(weight)
+    few = are_few(rows.shape[0], base.weight, best_isa(), backward, rows.dtype)
+    return few and few_rows.fits(base.weight)
 
 
 def _left(base: Base, rows: Tensor, branch: Branch) -> str | None:
@@ -231,15 +227,16 @@ def _few_forward(
 
 
 def frozen(base: Dense, x: Tensor) -> Tensor | None:
-    """x W^T + bias by the kernels of few rows, None where they are not the ones for it."""
+    """x W^T + bias by the kernels of few rows, into fp32 too; None where they are not the ones for
+    it."""
     if not drops(x) or not _are_few(base, x):
         return None
     bias = None if base.bias is None else readable(base.bias.to(x.dtype))
     calls = _calls(best_isa())
     y: Tensor = calls.linear(
-        readable(x), base.weight, None, None, bias, 1.0, 1.0, 0, None, calls.isa, None
+        readable(x), base.weight, None, None, bias, 1.0, 1.0, 0, None, calls.isa, None, base.into
     )
-    return y
+    return y if base.into is None else base.into
 
 
 def _readable(branch: Branch) -> Branch:
@@ -260,9 +257,10 @@ def add_(base_out: Tensor, x: Tensor, branch: Branch) -> Tensor:
 
 def backward(
     base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need,
-    onto: Tensor | None = None,
+    onto: Tensor | None = None, wide: bool = False,
 ) -> Gradients:  # fmt: skip
-    """As in `reference`; dx may be `onto` [M,K], with itself added."""
+    """As in `reference`; dx may be `onto` [M,K], in fp32 too, with itself added; where it is to be
+    `wide` it may be in fp32."""
     few = _are_few(base, dy, backward=True)
     if not few and _left(base, dy, branch) is not None:
         return reference.backward(base, dy, x, s, branch, need)
@@ -273,6 +271,8 @@ def backward(
         assert isinstance(base, Dense)
         rows = Rows(dy, readable(x) if need.a else None, readable(s) if need.b else None)
         into = base.into if onto is None else onto
+        if into is None and wide and need.x:
+            into = dy.new_empty(len(dy), base.weight.shape[1], dtype=torch.float32)
         given = rows, _readable(branch), need, into, onto is not None
         results = _calls(best_isa()).backward(base.weight, *given)
     else:

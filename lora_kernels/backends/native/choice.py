@@ -22,8 +22,9 @@ from lora_kernels.backends.native import extension
 from lora_kernels.backends.native.extension import ISA_NAMES
 
 ANY = 1 << 32  # rows
-# Of 16 bits under a weight in fp32 (autocast): beyond, a copy of it is the faster factor.
-MOST_WIDENED = 256
+# Of 16 bits under a weight in fp32 (autocast): beyond, a copy of it is the faster factor, but for
+# those that pack it, which round what they copy.
+_MOST_WIDENED = 256
 _SMALL = 1 << 20  # elements of a weight
 
 
@@ -50,10 +51,11 @@ class LowRank(NamedTuple):
 
 class Choice(NamedTuple):
     """Of an instruction set, by the dtype of the weight (fp32, bf16, fp16), which may be fp32 under
-    rows of 16 bits."""
+    rows of 16 bits; and whether products of many rows are packed."""
 
     few: tuple[Few, Few, Few]
     low_rank: tuple[LowRank | None, LowRank | None, LowRank | None]
+    packs: bool = False
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,11 +64,11 @@ _PASSES, _PAIRS = LowRank(128, 64), LowRank(1, 64, any_on_given=True)
 CHOICES = {
     # torch's own loops are as good
     "plain C++": Choice((_NEVER,) * 3, (None,) * 3),
-    # measured on an EPYC of AMD's; in 16 bits more rows would be faster, but layers that share x
-    # then round dx once for each of them, and masters that are widened round otherwise
+    # measured on an EPYC of AMD's
     "AVX2": Choice(
-        (Few(1024, 512, 1, 16, 64), Few(192, 256, 1, 16, 64), Few(192, 256, 1, 16, 64)),
+        (Few(1024, 512, 1, 16, 64), Few(ANY, ANY, 1, 16, 64), Few(ANY, ANY, 1, 16, 64)),
         (_PASSES, None, None),
+        packs=True,
     ),
     # not measured: less than those beside it
     "AVX-512": Choice(
@@ -95,6 +97,14 @@ OTHER_MAKERS = {
         (_PASSES, _PAIRS, None),
     ),
 }
+
+
+def widened(rows: int, dtype: torch.dtype, isa: int) -> torch.dtype | None:
+    """The dtype whose choice is that of so many rows of a dtype under a weight in fp32; None where
+    that is to be copied."""
+    if of(isa).packs:
+        return dtype
+    return torch.float32 if rows <= _MOST_WIDENED else None
 
 
 def few(dtype: torch.dtype, isa: int) -> Few:

@@ -37,6 +37,12 @@ _CPU_SCHEMAS = (
     " bool adds=False) -> (Tensor, Tensor, Tensor)",
     "_linear_grouped_cpu(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor? order,"
     " int[] bounds, Tensor? bias, float[] scaling, int isa) -> Tensor",
+    "_cpu_packed(int isa) -> (int, int)",
+    "_linear_packed_cpu(Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor? order,"
+    " int[] bounds, Tensor? bias, float[] scale, float[] high, int isa, Tensor(a!)? s) -> Tensor",
+    "_linear_packed_backward_cpu(Tensor dy, Tensor? x, Tensor weight, Tensor[] lora_a,"
+    " Tensor[] lora_b, Tensor? s, Tensor? order, int[] bounds, float[] scaling, float[] high,"
+    " int isa, bool need_x, bool[] need_a, bool[] need_b) -> (Tensor, Tensor[], Tensor[])",
     "_add_grouped_cpu(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor? order,"
     " int[] bounds, int most_rows, float[] scale, float[] high, int threshold, Tensor? seeds,"
     " int isa, Tensor(b!)? s) -> ()",
@@ -116,6 +122,14 @@ def best_isa() -> int:
     """Index in ISA_NAMES of the newest instruction set of both the extension and this CPU."""
     isa: int = torch.ops.lora_kernels._cpu_isa()
     return isa
+
+
+@cache
+def packed_from() -> tuple[int, int]:
+    """From how many rows on, and beyond how many columns, products are packed here; 0 and 0 where
+    they never are."""
+    least: tuple[int, int] = torch.ops.lora_kernels._cpu_packed(best_isa())
+    return least
 
 
 @cache

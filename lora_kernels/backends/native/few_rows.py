@@ -39,9 +39,16 @@ class FewRows:
         # What the overloads call, if they still have it: their own part takes half a microsecond.
         self.grouped: Any
         """_linear_grouped_cpu, of many adapters, which infers."""
-        self.linear, self._backward, self.grouped = (
+        self.packed: Any
+        """_linear_packed_cpu, of so many rows of many adapters that they are packed."""
+        self.linear, self._backward, self.grouped, self.packed = (
             getattr(op.default, "_op", op.default)
-            for op in (ops._linear_cpu, ops._linear_backward_cpu, ops._linear_grouped_cpu)
+            for op in (
+                ops._linear_cpu,
+                ops._linear_backward_cpu,
+                ops._linear_grouped_cpu,
+                ops._linear_packed_cpu,
+            )
         )
 
     def most(self, weight: Tensor, trains: bool) -> int:
@@ -102,11 +109,19 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def are_few(rows: int, weight: Tensor, isa: int, backward: bool = False) -> bool:
-    """Whether so many rows are few for a weight."""
-    most = most_rows(weight.dtype, isa, backward)
+def are_few(
+    rows: int, weight: Tensor, isa: int, backward: bool = False, dtype: torch.dtype | None = None
+) -> bool:
+    """Whether so many rows are few for a weight of their dtype, or one of fp32."""
+    own = weight.dtype
+    if dtype is not None and dtype != own:
+        found = choice.widened(rows, dtype, isa) if own == torch.float32 else None
+        if found is None:
+            return False
+        own = found
+    most = most_rows(own, isa, backward)
     if most and choice.is_small(weight):
-        most *= choice.few(weight.dtype, isa).of_small
+        most *= choice.few(own, isa).of_small
     return rows <= most
 
 

@@ -1,9 +1,11 @@
-"""The branches of many groups in one native call, forward or backward, each of its own rows.
+"""The branches of many groups in one native call, forward or backward, each of its own rows; where
+products are packed, whole layers of them.
 
 Tensors are matrices, lora_a and lora_b sequences, one of each group; order and bounds are those of
 the rows, as in `lora_kernels.grouped`.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -11,10 +13,10 @@ from torch import Tensor
 
 from lora_kernels.backends import forced
 from lora_kernels.backends.dropout import keep_scale, threshold
-from lora_kernels.backends.native import extension
+from lora_kernels.backends.native import extension, few_rows
 from lora_kernels.backends.native.few_rows import readable
 from lora_kernels.backends.scaling import split
-from lora_kernels.branch import Branches
+from lora_kernels.branch import Branches, Dense, Needs
 
 # A group of more rows is better served by a call of its own: by all threads, and without dropout by
 # torch's own products. Asked of each group alone, so that its bits do not follow from others.
@@ -33,6 +35,58 @@ def serves(rows: Tensor, branches: Branches) -> bool:
 def takes(rows: int) -> bool:
     """Whether a group of so many rows is computed with others."""
     return rows <= _MOST_ROWS
+
+
+def packs(rows: int, columns: int) -> bool:
+    """Whether products of so many rows and columns of a result are packed."""
+    least, beyond = extension.packed_from()
+    return 0 < least <= rows and columns > beyond
+
+
+def serves_layer(base: Dense, rows: Tensor, branches: Branches, backward: bool = False) -> bool:
+    """Whether one call computes the whole layer for these rows, x or dy: as one adapter's, where
+    the branches are parts of what is packed. How many rows there are counts, whose they are does
+    not."""
+    weight = base.weight
+    if not rows.is_cpu or rows.dtype not in extension.DTYPES or not extension.available():
+        return False
+    if branches.dropout_p or (forced.now is not None and forced.now.backend != "native"):
+        return False
+    if not packs(len(rows), weight.shape[1 if backward else 0]):
+        return False
+    if base.bias is not None and not backward and weight.stride(1) != 1:
+        return False
+    few = few_rows.are_few(len(rows), weight, extension.best_isa(), backward, rows.dtype)
+    return few and few_rows.fits(weight)
+
+
+def layer(base: Dense, x: Tensor, branches: Branches, s: Tensor | None) -> Tensor:
+    """y [M,N] of `serves_layer`, zeros past the served rows; fills s [M, the largest rank]."""
+    splits = [split(scaling, x.dtype) for scaling in branches.scaling]
+    y: Tensor = torch.ops.lora_kernels._linear_packed_cpu(
+        readable(x), base.weight, *_given(branches), branches.order, list(branches.bounds),
+        None if base.bias is None else readable(base.bias), [low for low, _ in splits],
+        [high for _, high in splits], extension.best_isa(), s,
+    )  # fmt: skip
+    return y
+
+
+def layer_backward(
+    base: Dense, rows: tuple[Tensor, Tensor, Tensor], branches: Branches, needs: Needs
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """(dx, dA of each, dB of each) of rows (dy, x, s), None where not needed."""
+    dy, x, s = rows
+    highs = [split(scaling, dy.dtype)[1] for scaling in branches.scaling]
+    dx, d_a, d_b = torch.ops.lora_kernels._linear_packed_backward_cpu(
+        readable(dy), readable(x) if any(needs.a) else None, base.weight, *_given(branches),
+        s if any(needs.b) else None, branches.order, list(branches.bounds),
+        list(branches.scaling), highs, extension.best_isa(), needs.x, list(needs.a), list(needs.b),
+    )  # fmt: skip
+    return dx if needs.x else None, _asked(d_a, needs.a), _asked(d_b, needs.b)
+
+
+def _asked(found: list[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [one if need else None for one, need in zip(found, needed, strict=True)]
 
 
 def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
@@ -72,13 +126,9 @@ def backward(
 
 def _given(branches: Branches) -> tuple[list[Tensor], list[Tensor]]:
     """The adapters where the kernels can read them."""
-    return [_aligned(t) for t in branches.lora_a], [_aligned(t) for t in branches.lora_b]
+    return [readable(t) for t in branches.lora_a], [readable(t) for t in branches.lora_b]
 
 
 def _mask(branches: Branches) -> tuple[int, Tensor | None, int]:
     p = branches.dropout_p
     return threshold(p), branches.seeds if p else None, extension.best_isa()
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor

@@ -1,0 +1,307 @@
+// The private CPU ops of many rows of many adapters on one weight, forward and backward, where
+// products are packed: rows are laid out in the order of their groups, for all products with them,
+// and the branch of a group is a part of the product of its rows. Without dropout. A row's bits
+// follow from itself and its group's tensors alone.
+#include <algorithm>
+#include <cmath>
+
+#include "grouped.h"
+
+namespace lora {
+namespace {
+
+// Rows of a group that a thread takes at a time.
+constexpr int64_t kPieceRows = 64;
+
+struct Piece {
+  int64_t group, first, last;
+};
+
+// What both ops have of their groups.
+struct Many {
+  const Kernels& kernels;
+  const Groups& groups;
+  std::vector<Matrix> a, b;
+  int64_t pitch;  // of the low-rank results of all rows
+
+  int64_t count() const { return static_cast<int64_t>(a.size()); }
+  int64_t served() const { return groups.bounds.back(); }
+  int64_t step(int64_t columns) const { return rows_at_once(kernels, served(), columns, true); }
+  const int64_t* places(int64_t first) const {
+    return groups.order != nullptr ? groups.order + first : nullptr;
+  }
+  // A matrix, or a result, from row `first` of the order on, as `places` count its rows.
+  Matrix from(const Matrix& all, int64_t first) const {
+    return groups.order != nullptr ? all : rows_from(all, first, all.rows);
+  }
+  Output from(const Output& all, int64_t first) const {
+    return groups.order != nullptr ? all : rows_from(all, first);
+  }
+};
+
+Many many_of(const Kernels& kernels, const Groups& groups, const std::vector<Tensor>& lora_a,
+             const std::vector<Tensor>& lora_b, int64_t K, int64_t N) {
+  Many many = {kernels, groups, {}, {}, 0};
+  for (size_t g = 0; g < lora_a.size(); ++g) {
+    const int64_t r = lora_a[g].size(0);
+    many.a.push_back(read(lora_a[g], "lora_a", r, K, groups.type, true));
+    many.b.push_back(read(lora_b[g], "lora_b", N, r, groups.type, true));
+    many.pitch = std::max(many.pitch, up(r, kernels.width));
+  }
+  return many;
+}
+
+void check_packed(const Kernels& kernels, Type type, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(
+      is_packed(kernels, rows, columns) && !(kernels.takes_bf16 && type == Type::kBFloat16),
+      "rows: products of [", rows, ", ", columns, "] are not packed");
+}
+
+// Calls of(piece) for the rows first .. last of the order that have groups.
+template <class Of>
+void for_pieces(const Many& many, int64_t first, int64_t last, int64_t columns, const Of& of) {
+  std::vector<Piece> pieces;
+  for (int64_t g = 0; g < many.count(); ++g) {
+    const int64_t end = std::min(last, many.groups.bounds[g + 1]);
+    for (int64_t m = std::max(first, many.groups.begin(g)); m < end; m += kPieceRows)
+      pieces.push_back({g, m, std::min(end, m + kPieceRows)});
+  }
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  const int64_t work = (last - first) * columns * many.pitch / std::max<int64_t>(1, count);
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / (work + 1)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) of(pieces[i]);
+                              });
+}
+
+// The branches of rows that are laid out, from `first` of the order on, as parts of their product:
+// low [count, pitch] times b of each group.
+struct Parts {
+  Parts(const Many& many, const LaidOut& x, int64_t first, const float* low,
+        const std::vector<Matrix>& b, bool by_rows)
+      : arranged(x.arranged), memory(up(arranged.count + 4 * many.count(), 4) * many.pitch) {
+    float* to = memory.data;
+    for (int64_t g = 0; g < many.count(); ++g) {
+      const int64_t begin = std::max(first, many.groups.begin(g)), r = many.a[g].rows;
+      const int64_t count = std::min(first + arranged.count, many.groups.bounds[g + 1]) - begin;
+      if (count <= 0) continue;
+      const Packed& packed = *many.kernels.packed;
+      const int64_t tiles = (count + packed.rows - 1) / packed.rows;
+      packed.lay_out({low + (begin - first) * many.pitch, Type::kFloat, r, many.pitch, 1}, nullptr,
+                     count, 0, tiles, to);
+      parts.push_back({begin - first, count, to, r, b[g].data, b[g].type, b[g].pitch, by_rows});
+      to += tiles * packed.rows * r;
+    }
+    arranged.parts = parts.data();
+    arranged.part_count = static_cast<int64_t>(parts.size());
+  }
+  Arranged arranged;
+  Buffer memory;
+  std::vector<Part> parts;
+};
+
+// Rows that have no place.
+void put_zeros(const Output& out, int64_t first, int64_t rows, int64_t columns) {
+  const int64_t size = size_of(out.type);
+  for (int64_t m = first; m < rows; ++m)
+    std::memset(static_cast<char*>(out.data) + m * out.pitch * size, 0, columns * size);
+}
+
+// y [..., N] = x W^T + bias + scale_g * high_g * (x A_g^T) B_g^T, of rows past the last segment
+// zero; fills s [M,r], where it is given, with scale_g * x A_g^T in the order of the groups.
+Tensor linear_packed_cpu(const Tensor x, const Tensor weight, const std::vector<Tensor> lora_a,
+                         const std::vector<Tensor> lora_b, const std::optional<Tensor> order,
+                         const std::vector<int64_t> bounds, const std::optional<Tensor> bias,
+                         const std::vector<double> scale, const std::vector<double> high,
+                         int64_t isa, std::optional<Tensor> s) {
+  const Kernels& kernels = kernels_of(isa);
+  const Matrix rows = read_rows(x, "x");
+  const Type type = rows.type;
+  const int64_t M = rows.rows, K = rows.columns;
+  check_tensor(weight, "weight", 2);
+  const int64_t N = weight.size(0);
+  check_packed(kernels, type, M, N);
+  const Weight W = read_weight(weight, N, K, type);
+  STD_TORCH_CHECK(!W.transposed || !bias.has_value(),
+                  "weight: its rows must be contiguous where there is a bias");
+  check_pairs(lora_a, lora_b, K, N, type);
+  const Groups groups =
+      groups_of(kernels, type, M, bounds, M, order, lora_a.size(), 1., 0, std::nullopt);
+  const Many many = many_of(kernels, groups, lora_a, lora_b, K, N);
+  STD_TORCH_CHECK(scale.size() == lora_a.size() && high.size() == lora_a.size(),
+                  "scale, high: must be one of each group");
+  for (size_t g = 0; g < scale.size(); ++g)
+    STD_TORCH_CHECK(std::isfinite(scale[g] * high[g]), "scale, high: must be finite");
+  const void* const offset = read_bias(bias, N, type);
+  Output saved = {};
+  if (s.has_value()) {
+    saved = written(*s, "s", M, s->size(1), type);
+    for (const Matrix& a : many.a)
+      STD_TORCH_CHECK(a.rows <= s->size(1), "s: must have the columns of every rank");
+  }
+  Tensor y = empty_rows(x, "x", N);
+  const Output out = {y.mutable_data_ptr(), type, N};
+  const int64_t served = many.served(), step = many.step(K);
+  for (int64_t first = 0; first < served; first += step) {
+    const int64_t count = std::min(step, served - first);
+    const LaidOut laid(kernels, view_of(many.from(rows, first)), count, many.places(first));
+    Arranged plain = laid.arranged;
+    plain.places = nullptr;
+    Buffer low(count * many.pitch);
+    for_pieces(many, first, first + count, K, [&](const Piece& piece) {
+      const Matrix& a = many.a[piece.group];
+      Product p = product_of({nullptr, Type::kFloat, count, K, K}, a, type,
+                             {low.data, Type::kFloat, many.pitch});
+      p.scale = static_cast<float>(scale[piece.group] * high[piece.group]);
+      kernels.packed->multiply(p, plain, {piece.first - first, piece.last - first, 0, a.rows});
+      for (int64_t m = piece.first; saved.data != nullptr && m < piece.last; ++m)
+        write_any(low.data + (m - first) * many.pitch, a.rows,
+                  static_cast<float>(1 / high[piece.group]), saved.data, type, m * saved.pitch, 1);
+    });
+    const Parts parts(many, laid, first, low.data, many.b, true);
+    const Output to = many.from(out, first);
+    if (W.transposed) {
+      Combination c = combination_of({nullptr, 0, 0, count, K, false}, W.held, type, 1.f);
+      put_into(c, to);
+      combine(kernels, c, N, &parts.arranged);
+    } else {
+      Product p = product_of({nullptr, Type::kFloat, count, K, K}, W.held, type, to);
+      p.bias = offset;
+      multiply(kernels, p, N, &parts.arranged);
+    }
+  }
+  put_zeros(out, served, M, N);
+  return y;
+}
+
+// (dx [..., K], dA and dB of each group), each of size 0 where it is not asked for. With
+// ds_g = scaling_g * dy B_g: dx = dy W + ds_g A_g, dA_g = ds_g^T x, dB_g = high_g * dy^T s; zero of
+// rows past the last segment and of groups without rows.
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> linear_packed_backward_cpu(
+    const Tensor dy, const std::optional<Tensor> x, const Tensor weight,
+    const std::vector<Tensor> lora_a, const std::vector<Tensor> lora_b,
+    const std::optional<Tensor> s, const std::optional<Tensor> order,
+    const std::vector<int64_t> bounds, const std::vector<double> scaling,
+    const std::vector<double> high, int64_t isa, bool need_x, const std::vector<bool> need_a,
+    const std::vector<bool> need_b) {
+  const Kernels& kernels = kernels_of(isa);
+  const Matrix DY = read_rows(dy, "dy");
+  const Type type = DY.type;
+  const int64_t M = DY.rows, N = DY.columns;
+  check_tensor(weight, "weight", 2);
+  const int64_t K = weight.size(1);
+  check_packed(kernels, type, M, K);
+  const Weight W = read_weight(weight, N, K, type);
+  check_pairs(lora_a, lora_b, K, N, type);
+  const size_t G = lora_a.size();
+  const Groups groups = groups_of(kernels, type, M, bounds, M, order, G, 1., 0, std::nullopt);
+  const Many many = many_of(kernels, groups, lora_a, lora_b, K, N);
+  STD_TORCH_CHECK(
+      scaling.size() == G && high.size() == G && need_a.size() == G && need_b.size() == G,
+      "scaling, high, need_a, need_b: must be one of each group");
+  const bool any_a = std::find(need_a.begin(), need_a.end(), true) != need_a.end();
+  const bool any_b = std::find(need_b.begin(), need_b.end(), true) != need_b.end();
+  STD_TORCH_CHECK(!any_a || x.has_value(), "x: must be given for dA");
+  STD_TORCH_CHECK(!any_b || s.has_value(), "s: must be given for dB");
+  const Matrix X = any_a ? read_rows(*x, "x") : Matrix{};
+  STD_TORCH_CHECK(!any_a || (X.rows == M && X.columns == K && X.type == type), "x: must be [", M,
+                  ", ", K, "] in the dtype of dy");
+  Matrix S = {};
+  if (any_b) {
+    check_tensor(*s, "s", 2);
+    S = read(*s, "s", M, s->size(1), type, false);
+  }
+  std::vector<Tensor> d_a, d_b;
+  for (size_t g = 0; g < G; ++g) {
+    STD_TORCH_CHECK(!need_b[g] || many.a[g].rows <= S.columns,
+                    "s: must have the columns of every rank");
+    d_a.push_back(empty_matrix(lora_a[g], many.a[g].rows, K, need_a[g]));
+    d_b.push_back(empty_matrix(lora_b[g], N, many.a[g].rows, need_b[g]));
+  }
+  Tensor dx = need_x ? empty_rows(dy, "dy", K) : empty_matrix(dy, 0, 0, false);
+  const Output DX = {dx.mutable_data_ptr(), type, K};
+
+  const int64_t served = many.served(), step = many.step(K);
+  const bool lows = need_x || any_a;
+  Buffer ds(lows ? served * many.pitch : 0);
+  for (int64_t first = 0; lows && first < served; first += step) {
+    const int64_t count = std::min(step, served - first);
+    const LaidOut laid(kernels, view_of(many.from(DY, first)), count, many.places(first));
+    Arranged plain = laid.arranged;
+    plain.places = nullptr;
+    float* const low = ds.data + first * many.pitch;
+    for_pieces(many, first, first + count, N, [&](const Piece& piece) {
+      Combination c = combination_of({nullptr, 0, 0, count, N, false}, many.b[piece.group], type,
+                                     static_cast<float>(scaling[piece.group]));
+      put_into(c, {low, Type::kFloat, many.pitch});
+      kernels.packed->combine(
+          c, plain, {piece.first - first, piece.last - first, 0, many.a[piece.group].rows});
+    });
+    if (!need_x) continue;
+    const Parts parts(many, laid, first, low, many.a, false);
+    const Output to = many.from(DX, first);
+    if (W.transposed) {
+      multiply(kernels, product_of({nullptr, Type::kFloat, count, N, N}, W.held, type, to), K,
+               &parts.arranged);
+    } else {
+      Combination c = combination_of({nullptr, 0, 0, count, N, false}, W.held, type, 1.f);
+      put_into(c, to);
+      combine(kernels, c, K, &parts.arranged);
+    }
+  }
+  if (need_x) put_zeros(DX, served, M, K);
+
+  for_each(groups, [&](int64_t g) {
+    const int64_t count = groups.count(g), r = many.a[g].rows, first = groups.begin(g);
+    const auto own_rows = [&](const Own& own) {
+      return Matrix{own.rows.data, type, count, own.rows.columns, own.rows.row_stride};
+    };
+    // sum [r, columns] = low^T rows.
+    const auto combined = [&](const Matrix& low, const Matrix& all, Type rounded, float scale,
+                              const Buffer& sum, const Output& out) {
+      const Own own(groups, g, view_of(all));
+      Combination c = combination_of(columns_of(low), own_rows(own), rounded, scale);
+      c.sum = sum.data;
+      c.sum_pitch = apart(all.columns, kernels);
+      put_into(c, out);
+      combine(kernels, c, all.columns);
+    };
+    if (need_b[g]) {
+      const Buffer sum(r * apart(N, kernels));
+      Matrix own_s = rows_from(S, first, count);
+      own_s.columns = r;
+      const Widened low(kernels, own_s, nullptr, type != Type::kFloat);
+      combined(low.matrix, DY, type, static_cast<float>(high[g]), sum, {});
+      put_columns(sum.data, apart(N, kernels), r, N,
+                  {d_b[g].mutable_data_ptr(), many.b[g].type, r});
+    }
+    if (need_a[g]) {
+      const Buffer sum(r * apart(K, kernels));
+      combined({ds.data + first * many.pitch, Type::kFloat, count, r, many.pitch}, X, Type::kFloat,
+               1.f, sum, {d_a[g].mutable_data_ptr(), many.a[g].type, K});
+    }
+  });
+  for (size_t g = 0; g < G; ++g) {
+    if (groups.count(g) > 0) continue;
+    for (Tensor* t : {&d_a[g], &d_b[g]})
+      std::memset(t->mutable_data_ptr(), 0, t->numel() * t->element_size());
+  }
+  return {dx, d_a, d_b};
+}
+
+// From how many rows on, and beyond how many columns, products are packed; 0 and 0 where they never
+// are.
+std::tuple<int64_t, int64_t> cpu_packed(int64_t isa) {
+  const Packed* const packed = kernels_of(isa).packed;
+  return packed == nullptr ? std::tuple<int64_t, int64_t>{0, 0}
+                           : std::tuple<int64_t, int64_t>{packed->least_rows, packed->columns};
+}
+
+}  // namespace
+}  // namespace lora
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_packed", TORCH_BOX(&lora::cpu_packed));
+  m.impl("_linear_packed_cpu", TORCH_BOX(&lora::linear_packed_cpu));
+  m.impl("_linear_packed_backward_cpu", TORCH_BOX(&lora::linear_packed_backward_cpu));
+}
