@@ -101,7 +101,7 @@ void multiply(const Kernels& kernels, const Product& product, int64_t N, const A
   if (x != nullptr)
     return share(kernels, kernels.packed->multiply, product, *x, product.columns, N);
   if (product.type == Type::kFloat && product.coded == nullptr && product.low == nullptr &&
-      is_packed(kernels, product.count, N)) {
+      product.columns > 0 && is_packed(kernels, product.count, N)) {
     const LaidOut laid(kernels, {product.x, Type::kFloat, product.columns, product.pitch, 1},
                        product.count);
     return multiply(kernels, product, N, &laid.arranged);

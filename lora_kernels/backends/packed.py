@@ -227,40 +227,63 @@ def _one_by_one(
 def _backward_one_by_one(
     rows: Rows, layers: Sequence[Layer], asked: Asked
 ) -> tuple[Tensor | None, Pairs]:
-    dx, pairs, like = None, [], rows.first
-    empty = like.new_empty(0)
+    wide = asked.x and len(layers) > 1 and _leaves_sums(rows, layers)
+    dx = _dx_in_blocks(rows, layers) if wide else None
+    pairs, empty = [], rows.first.new_empty(0)
     x = empty if rows.x is None else rows.x
-    # Native calls leave their parts of a sum in fp32, for it to be rounded once.
-    wide = len(layers) > 1 and like.dtype in (torch.bfloat16, torch.float16)
     for dy, s, (base, branch), (a, b) in zip(rows.given, rows.kept, layers, asked.of, strict=True):
         part = d_a = d_b = None
+        need = Need(asked.x and not wide, False, a, b)
         if branch is None:
-            if asked.x:
-                part = _through_frozen(dy, base, wide)
-        elif asked.x or a or b:
+            weight = base.weight.to(dy.dtype)
+            if need.x:
+                part = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        elif any(need):
             backend = serving(base, dy, branch)
-            given = base, dy, x, empty if s is None else s, branch, Need(asked.x, False, a, b)
+            given = base, dy, x, empty if s is None else s, branch, need
             if backend is native:
-                part, _, d_a, d_b = native.backward(*given, onto=dx, wide=wide)
+                part, _, d_a, d_b = native.backward(*given, onto=dx)
             else:
                 part, _, d_a, d_b = backend.backward(*given)
         if part is not None and part is not dx:
-            dx = part if dx is None else _sum(dx, part)
+            dx = part if dx is None else dx.add_(part)
         pairs.append((d_a, d_b))
-    return None if dx is None else dx.to(like.dtype), pairs
+    return dx, pairs
 
 
-def _through_frozen(dy: Tensor, base: Dense, wide: bool) -> Tensor:
-    """dy W, where it is to be `wide` in fp32 if that costs nothing."""
-    shape = len(dy), base.weight.shape[1]
-    into = dy.new_empty(shape, dtype=torch.float32) if wide and dy.is_cpu else None
-    found = native.frozen(Dense(base.weight.t(), into=into), dy)
-    return dy @ base.weight.to(dy.dtype) if found is None else found
+def _leaves_sums(rows: Rows, layers: Sequence[Layer]) -> bool:
+    """Whether there are native calls whose parts of dx would be rounded to 16 bits."""
+    if rows.first.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return any(
+        serving(base, dy, branch) is native and not native.has_many_rows(base, dy)
+        for dy, (base, branch) in zip(rows.given, layers, strict=True)
+        if branch is not None
+    )
 
 
-def _sum(one: Tensor, other: Tensor) -> Tensor:
-    """In the memory of the wider."""
-    return one.add_(other) if one.itemsize >= other.itemsize else other.add_(one)
+def _dx_in_blocks(rows: Rows, layers: Sequence[Layer]) -> Tensor:
+    """dx [M,K] of layers one after the other, summed in fp32."""
+    like, K = rows.first, layers[0].base.weight.shape[1]
+    dx, empty = like.new_empty(len(like), K), like.new_empty(0)
+    for block in _blocks(dx):
+        total = like.new_zeros(block.stop - block.start, K, dtype=torch.float32)
+        for dy, (base, branch) in zip(rows.given, layers, strict=True):
+            some = dy[block]
+            if branch is None:
+                part = native.frozen(Dense(base.weight.t(), into=torch.empty_like(total)), some)
+                total += some @ base.weight.to(some.dtype) if part is None else part
+                continue
+            own = branch._replace(seed=native.dropped(branch).after(block.start).seed)
+            given = base, some, empty, empty, own, Need(True, False, False, False)
+            if serving(base, some, own) is native:
+                found, *_ = native.backward(*given, onto=total)
+            else:
+                found, *_ = serving(base, some, own).backward(*given)
+            if found is not None and found is not total:
+                total += found
+        dx[block] = total
+    return dx
 
 
 def _backward_together(

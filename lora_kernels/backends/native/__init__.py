@@ -257,10 +257,9 @@ def add_(base_out: Tensor, x: Tensor, branch: Branch) -> Tensor:
 
 def backward(
     base: Base, dy: Tensor, x: Tensor, s: Tensor, branch: Branch, need: Need,
-    onto: Tensor | None = None, wide: bool = False,
+    onto: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
-    """As in `reference`; dx may be `onto` [M,K], in fp32 too, with itself added; where it is to be
-    `wide` it may be in fp32."""
+    """As in `reference`; dx may be `onto` [M,K], in fp32 too, with itself added."""
     few = _are_few(base, dy, backward=True)
     if not few and _left(base, dy, branch) is not None:
         return reference.backward(base, dy, x, s, branch, need)
@@ -271,8 +270,6 @@ def backward(
         assert isinstance(base, Dense)
         rows = Rows(dy, readable(x) if need.a else None, readable(s) if need.b else None)
         into = base.into if onto is None else onto
-        if into is None and wide and need.x:
-            into = dy.new_empty(len(dy), base.weight.shape[1], dtype=torch.float32)
         given = rows, _readable(branch), need, into, onto is not None
         results = _calls(best_isa()).backward(base.weight, *given)
     else:
