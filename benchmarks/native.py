@@ -5,7 +5,8 @@
 
 Every cell of M x widths x dtypes x (inference, training, training with dropout); ranks go round.
 Layers are rotated, so that their weights come from memory as in a model. Peers take turns;
-a ratio is the median over the rounds. `better` is the faster of PEFT and unfused torch.
+a ratio is the median over the rounds. `better` is the faster of PEFT and unfused torch. A cell that
+seems slower than it by over 5 % is measured again, longer, and that is what counts.
 """
 
 import argparse
@@ -37,6 +38,8 @@ MODES = {"inference": None, "training": 0.0, "training, dropout": 0.1}
 NAMES = (FROZEN, UNFUSED, PEFT, OURS)
 _COLD_BYTES = 96 << 20  # more than the last cache of most CPUs
 _MOST_COPIES = 8
+_NOISE = 1.05
+_LONGER = 8  # times, where it is exceeded
 
 
 def turn_of(peers: list[Peer], p: Problem, trains: bool) -> Turn:
@@ -108,7 +111,7 @@ def figure(rows: list[dict]) -> dict:
         "better": round(geometric_mean(map(better, rows)), 3),
         "worst": round(better(worst), 3),
         "worst_case": str(Case(*(worst[name] for name in Case._fields))),
-        "slower": sum(better(row) > 1.05 for row in rows),
+        "slower": sum(better(row) > _NOISE for row in rows),
         "frozen": round(geometric_mean(row[OURS]["ratio"] for row in rows), 3),
     }
 
@@ -129,11 +132,19 @@ def grid(args: argparse.Namespace) -> list[dict]:
                 left += 1
                 continue
             r = RANKS[(M + K + N) // 64 % len(RANKS)]
-            row = cell(Case(M, K, N, r, dtype, MODES[mode] or 0.0), mode, args.seconds, args.rounds)
+            case = Case(M, K, N, r, dtype, MODES[mode] or 0.0)
+            row = cell(case, mode, args.seconds, args.rounds)
+            if better(row) > _NOISE:
+                again = cell(case, mode, _LONGER * args.seconds, args.rounds)
+                row = again | {"first": round(better(row), 3)}
             rows.append(row)
             times = "  ".join(f"{name} {row[name]['ms']:.3f}" for name in NAMES)
-            case = f"{dtype} ({M},{K},{N},r={r}) {mode}"
-            print(f"{case}: {times} ms, {better(row):.2f} of the better", flush=True)
+            first = f", at first {row['first']:.2f}" if "first" in row else ""
+            print(
+                f"{dtype} ({M},{K},{N},r={r}) {mode}: {times} ms, {better(row):.2f} of the"
+                f" better{first}",
+                flush=True,
+            )
             if sum(row[name]["ms"] for name in NAMES) > args.longest * 1e3:
                 print(f"{dtype} ({K},{N}) {mode}: more rows take too long here", flush=True)
                 break
