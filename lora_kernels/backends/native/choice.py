@@ -66,7 +66,7 @@ CHOICES = {
     "plain C++": Choice((_NEVER,) * 3, (None,) * 3),
     # measured on an EPYC of AMD's
     "AVX2": Choice(
-        (Few(1024, 512, 1, 16, 64), Few(ANY, ANY, 1, 16, 64), Few(ANY, ANY, 1, 16, 64)),
+        (Few(1024, 1024, 1, 16, 64), Few(ANY, ANY, 1, 16, 64), Few(ANY, ANY, 1, 16, 64)),
         (_PASSES, None, None),
         packs=True,
     ),
