@@ -5,8 +5,8 @@
 constexpr int kPanel = kFewColumns * W;
 constexpr int kGroup = 4;  // panels that a block of x is read for, while the second cache has it
 
-// `columns` <= kPanel columns of so many terms of a matrix, zeros past them, as [term][kPanel];
-// what is `ahead` elements from each will be the next.
+// `columns` <= kPanel columns of so many terms of a matrix, zeros past them in the last vector, as
+// [term][kPanel]; what is `ahead` elements from each will be the next.
 typedef void (*Pack)(const void* matrix, int64_t pitch, int64_t terms, int64_t columns,
                      int64_t ahead, float* panel);
 
@@ -15,7 +15,7 @@ template <typename T, Type kType>
 void pack_rows(const void* matrix, int64_t pitch, int64_t terms, int64_t columns, int64_t ahead,
                float* panel) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t c = 0; c < kPanel; c += W)
+  for (int64_t c = 0; c < columns; c += W)
     for (int64_t t = 0; t < terms; t += W) {
       const T* const from = static_cast<const T*>(matrix) + c * pitch + t;
       V square[W];
@@ -49,9 +49,9 @@ void pack_columns(const void* matrix, int64_t pitch, int64_t terms, int64_t colu
       }
       continue;
     }
-    for (int64_t c = 0; c < kPanel; c += W) {
-      const int64_t left = columns - c < 0 ? 0 : columns - c;
-      store(panel + c, rounded<kType>(load_some(row + c, static_cast<int>(left < W ? left : W))));
+    for (int64_t c = 0; c < columns; c += W) {
+      const int count = columns - c < W ? static_cast<int>(columns - c) : W;
+      store(panel + c, rounded<kType>(load_some(row + c, count)));
     }
   }
 }
@@ -126,61 +126,105 @@ struct Right {
   bool by_rows;
 };
 
-// sums [row][kPanel] of rows first .. last (+)= x [., terms] panel.
-inline void add_terms(const float* x, int64_t first, int64_t last, int64_t terms,
-                      const float* panel, bool adds, float* sums) {
-  for (int64_t m = first / kFewRows * kFewRows; m < last; m += kFewRows) {
-    V sum[kFewRows][kFewColumns] = {};
-    const float* left = x + m * terms;
-    const float* right = panel;
-    for (int64_t t = 0; t < terms; ++t, left += kFewRows, right += kPanel) {
-      V column[kFewColumns];
+// Terms of rows first .. last of x, which is laid out.
+struct Terms {
+  const float* x;
+  int64_t first, last, count;
+};
+
+// What takes a product's sums: nobody while they are formed.
+struct Nobody {};
+
+// sums [row][kPanel] of kTiles tiles of rows from m on (+)= x panel, of which kVectors count; the
+// last ones go to put(row, vector, sum).
+template <int kTiles, int kVectors, class Put>
+inline void add_tiles(const Terms& of, int64_t m, const float* panel, bool adds, float* sums,
+                      const Put& put) {
+  constexpr int kRows = kTiles * kFewRows;
+  V sum[kRows][kVectors] = {};
+  const float* left = of.x + m * of.count;
+  const float* right = panel;
+  for (int64_t t = 0; t < of.count; ++t, left += kFewRows, right += kPanel) {
+    V column[kVectors];
 #pragma GCC unroll 8
-      for (int c = 0; c < kFewColumns; ++c) column[c] = load(right + c * W);
+    for (int c = 0; c < kVectors; ++c) column[c] = load(right + c * W);
 #pragma GCC unroll 8
-      for (int i = 0; i < kFewRows; ++i) {
-        const V factor = splat(left[i]);
+    for (int i = 0; i < kRows; ++i) {
+      const V factor = splat(left[i / kFewRows * kFewRows * of.count + i % kFewRows]);
 #pragma GCC unroll 8
-        for (int c = 0; c < kFewColumns; ++c) sum[i][c] = fma(factor, column[c], sum[i][c]);
-      }
+      for (int c = 0; c < kVectors; ++c) sum[i][c] = fma(factor, column[c], sum[i][c]);
     }
-    // A sum of a long row is formed in shares: its error is that of a short one.
+  }
+  // A sum of a long row is formed in shares: its error is that of a short one.
 #pragma GCC unroll 8
-    for (int i = 0; i < kFewRows; ++i) {
-      if (m + i < first || m + i >= last) continue;
-      float* const to = sums + (m + i - first) * kPanel;
+  for (int i = 0; i < kRows; ++i) {
+    if (m + i < of.first || m + i >= of.last) continue;
+    float* const to = sums + (m + i - of.first) * kPanel;
 #pragma GCC unroll 8
-      for (int c = 0; c < kFewColumns; ++c)
-        store(to + c * W, adds ? load(to + c * W) + sum[i][c] : sum[i][c]);
+    for (int c = 0; c < kVectors; ++c) {
+      const V v = adds ? load(to + c * W) + sum[i][c] : sum[i][c];
+      if constexpr (std::is_same_v<Put, Nobody>)
+        store(to + c * W, v);
+      else
+        put(m + i, c, v);
     }
   }
 }
 
+// As many tiles at a time as give the sums that are in flight at once.
+template <int kVectors, class Put>
+inline void add_terms(const Terms& of, const float* panel, bool adds, float* sums, const Put& put) {
+  constexpr int kTiles = kVectors == 1 ? 2 : 1;
+  int64_t m = of.first / kFewRows * kFewRows;
+  for (; m + kTiles * kFewRows <= of.last; m += kTiles * kFewRows)
+    add_tiles<kTiles, kVectors>(of, m, panel, adds, sums, put);
+  for (; m < of.last; m += kFewRows) add_tiles<1, kVectors>(of, m, panel, adds, sums, put);
+}
+
+template <class Put>
+inline void add_panel(const Terms& of, int64_t columns, const float* panel, bool adds, float* sums,
+                      const Put& put) {
+  if (columns <= W) return add_terms<1>(of, panel, adds, sums, put);
+  if (columns <= 2 * W) return add_terms<2>(of, panel, adds, sums, put);
+  add_terms<kFewColumns>(of, panel, adds, sums, put);
+}
+
 // sums [panel][row][kPanel], panels `pitch` apart, (+)= x times columns first .. last of the
-// result.
+// result; the last ones go to put(row, column, sum, count), which takes so many columns.
+template <class Put>
 void add_product(const Left& x, const Right& matrix, int64_t first, int64_t last, bool adds,
-                 float* sums, int64_t pitch) {
+                 float* sums, int64_t pitch, const Put& put) {
   alignas(64) float panel[kPackedTerms * kPanel];
   const Pack pack = pack_of(matrix.type, matrix.rounded, matrix.by_rows);
   const int64_t of_column = matrix.by_rows ? matrix.pitch : 1;
   const int64_t of_term = matrix.by_rows ? 1 : matrix.pitch;
   const int64_t all = tiles_of(x.count) * kFewRows;
   for (int64_t k = 0; k < x.terms; k += kPackedTerms) {
-    const int64_t terms = x.terms - k < kPackedTerms ? x.terms - k : kPackedTerms;
-    const int64_t ahead =
-        k + terms < x.terms ? kPackedTerms * of_term : kGroup * kPanel * of_column - k * of_term;
+    const bool ends = x.terms - k <= kPackedTerms;
+    const int64_t terms = ends ? x.terms - k : kPackedTerms;
+    const int64_t ahead = ends ? kGroup * kPanel * of_column - k * of_term : kPackedTerms * of_term;
     float* to = sums;
     for (int64_t n = first; n < last; n += kPanel, to += pitch) {
       const int64_t columns = last - n < kPanel ? last - n : kPanel;
       pack(static_cast<const char*>(matrix.data) +
                (n * of_column + k * of_term) * size_of(matrix.type),
            matrix.pitch, terms, columns, ahead, panel);
-      add_terms(x.data + k * all, x.first, x.last, terms, panel, adds || k > 0, to);
+      const Terms part = {x.data + k * all, x.first, x.last, terms};
+      if constexpr (!std::is_same_v<Put, Nobody>) {
+        if (ends) {
+          add_panel(part, columns, panel, adds || k > 0, to, [&](int64_t m, int c, V v) {
+            const int64_t left = columns - c * W;
+            if (left > 0) put(m, n + c * W, v, left < W ? static_cast<int>(left) : W);
+          });
+          continue;
+        }
+      }
+      add_panel(part, columns, panel, adds || k > 0, to, Nobody());
     }
   }
 }
 
-// Sums of x times the matrix and of the parts; put(m, n, sum, count) takes `count` columns of row m
+// Sums of the parts and of x times the matrix; put(m, n, sum, count) takes `count` columns of row m
 // of the result from n on.
 template <class Put>
 inline void add_up(const Arranged& x, int64_t terms, const Right& matrix, const Range& range,
@@ -190,8 +234,7 @@ inline void add_up(const Arranged& x, int64_t terms, const Right& matrix, const 
   for (int64_t from = range.first; from < range.last; from += kGroup * kPanel) {
     const int64_t left = range.last - from;
     const int64_t to = left < kGroup * kPanel ? range.last : from + kGroup * kPanel;
-    add_product({x.tiles, x.count, row, last_row, terms}, matrix, from, to, false, sums.get(),
-                pitch);
+    if (x.part_count > 0) std::memset(sums.get(), 0, kGroup * pitch * sizeof(float));
     for (int64_t i = 0; i < x.part_count; ++i) {
       const Part& part = x.parts[i];
       const int64_t begin = part.first > row ? part.first : row;
@@ -199,14 +242,12 @@ inline void add_up(const Arranged& x, int64_t terms, const Right& matrix, const 
       if (begin < end)
         add_product({part.low, part.count, begin - part.first, end - part.first, part.ranks},
                     {part.b, part.b_type, part.b_pitch, matrix.rounded, part.by_rows}, from, to,
-                    true, sums.get() + (begin - row) * kPanel, pitch);
+                    true, sums.get() + (begin - row) * kPanel, pitch, Nobody());
     }
-    const float* sum = sums.get();
-    for (int64_t n = from; n < to; n += kPanel, sum += pitch)
-      for (int64_t m = row; m < last_row; ++m)
-        for (int64_t c = 0; c < kPanel && n + c < to; c += W)
-          put(x.places != nullptr ? x.places[m] : m, n + c, load(sum + (m - row) * kPanel + c),
-              to - n - c < W ? static_cast<int>(to - n - c) : W);
+    add_product({x.tiles, x.count, row, last_row, terms}, matrix, from, to, x.part_count > 0,
+                sums.get(), pitch, [&](int64_t m, int64_t n, V v, int count) {
+                  put(x.places != nullptr ? x.places[m] : m, n, v, count);
+                });
   }
 }
 

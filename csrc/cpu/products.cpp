@@ -1,5 +1,7 @@
 #include "products.h"
 
+#include <atomic>
+
 namespace lora {
 
 Product product_of(const Matrix& x, const Matrix& matrix, Type rounded, const Output& out) {
@@ -52,11 +54,18 @@ void share(const Kernels& kernels, void (*compute)(const P&, const Arranged&, co
                                          const int64_t last = std::min(x.count, end * packed.rows);
                                          compute(p, x, {begin * packed.rows, last, 0, columns});
                                        });
-  torch::stable::parallel_for(0, panels, grain(x.count * terms * packed.columns),
-                              [&](int64_t begin, int64_t end) {
-                                const int64_t last = std::min(columns, end * packed.columns);
-                                compute(p, x, {0, x.count, begin * packed.columns, last});
-                              });
+  // Threads take a few at a time as they are ready: a core may be slower than others, or busy.
+  constexpr int64_t kTaken = 2;
+  const int64_t work = x.count * terms * packed.columns, turns = (panels + kTaken - 1) / kTaken;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), turns);
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, threads, grain(work * turns / threads), [&](int64_t, int64_t) {
+    for (int64_t turn = next++; turn < turns; turn = next++) {
+      const int64_t first = turn * kTaken * packed.columns;
+      const int64_t last = std::min(columns, first + kTaken * packed.columns);
+      compute(p, x, {0, x.count, first, last});
+    }
+  });
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
-"""The ways past the op: one native call of few rows of many adapters, without gradients; and with
-them a node of autograd that takes tensors one by one, where torch.library walks through lists for
-longer than the branches take.
+"""The ways past the op: one native call of few rows of many adapters, without gradients, or of more
+where they are packed; and with gradients a node of autograd that takes tensors one by one, where
+torch.library walks through lists for longer than the branches take.
 
-What the first is told of each group is checked in that call; here nothing is done for each. A call
-that it does not take, or that somebody might see, gets the op, whose checks name what is wrong.
+What native calls are told of each group is checked in them; here little is done for each. A call
+that they do not take, or that somebody might see, gets the op, whose checks name what is wrong.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from lora_kernels import _dispatch, backends
 from lora_kernels._namespace import ops as seen
 from lora_kernels.backends.native import grouped as native
 from lora_kernels.backends.native.choice import ANY
+from lora_kernels.backends.native.few_rows import fits
 from lora_kernels.grouped import ops
 from lora_kernels.grouped.groups import Groups
 
@@ -41,16 +42,15 @@ def linear(
         a, b = (each.unbind(0) if isinstance(each, Tensor) else each for each in pair)
         if not _dispatch.is_unwatched(x, weight, bias, *a, *b) or not groups.offsets.is_cpu:
             return None
-        if torch.is_grad_enabled() and _dispatch.any_requires_grad(x, weight, bias, *a, *b):
-            return None
         if not x.is_cpu or x.dtype != weight.dtype or weight.dim() != 2:
             return None
         few = backends.few_rows()
         if few is None:
             return None
-        N, K = weight.shape
+        (N, K), trains = weight.shape, torch.is_grad_enabled()
+        trains = trains and _dispatch.any_requires_grad(x, weight, bias, *a, *b)
         packs = native.packs(x.numel() // K, N) and (bias is None or weight.stride(1) == 1)
-        if x.numel() > min(few.most(weight, False), ANY if packs else _MOST_ROWS) * K:
+        if x.numel() > min(few.most(weight, trains), ANY if packs else _MOST_ROWS) * K:
             return None
         if groups.rows is not None and groups.rows * K != x.numel():
             return None
@@ -58,17 +58,36 @@ def linear(
         if not _NUMBERS.issuperset(map(type, factors)):  # type: ignore[arg-type]  # iterable now
             return None
         order = None if groups.in_order else groups.order
-        given = x, weight, a, b, order, groups.bounds, bias, factors
         y: Tensor
+        if trains:
+            if not packs or not fits(weight) or not len(a) == len(b) == groups.count:
+                return None
+            if not isinstance(pair[0], Tensor):
+                a, b = with_rows(a, groups.bounds), with_rows(b, groups.bounds)
+            saves = any(each.requires_grad for each in b)
+            rest = order, groups.offsets, groups.bounds, factors, 0.0, None, saves
+            flat = x.dim() == 2
+            y = trained((x if flat else x.reshape(-1, K), weight, a, b, bias, None, *rest))
+            return y if flat else y.view(*x.shape[:-1], N)
+        given = x, weight, a, b, order, groups.bounds, bias, factors
         if packs:
             y = few.packed(*given, [1.0] * groups.count, few.isa, None)
         else:
             y = few.grouped(*given, few.isa)
         if groups.bounds[-2] < groups.bounds[-1]:
             _freeze_rows(y, x, weight, bias, groups)
-    except (RuntimeError, TypeError):  # the checks by name say more
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # the checks by name say more
         return None
     return y
+
+
+def with_rows(tensors: Sequence[Tensor], bounds: Sequence[int]) -> list[Tensor]:
+    """Without a gradient where a group has no rows: an optimizer leaves a parameter alone whose
+    gradient is None."""
+    return [
+        t if bounds[i] < bounds[i + 1] or not t.requires_grad else t.detach()
+        for i, t in enumerate(tensors)
+    ]
 
 
 def _freeze_rows(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> None:

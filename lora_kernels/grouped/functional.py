@@ -179,7 +179,7 @@ def _call(
         bounds = groups.bounds
         order = None if groups.in_order else order
     if bounds is not None and not isinstance(pairs[0], _Unbound):
-        pairs = _with_rows(pairs[0], bounds), _with_rows(pairs[1], bounds)
+        pairs = direct.with_rows(pairs[0], bounds), direct.with_rows(pairs[1], bounds)
     known = None if bounds is None else list(bounds)
     rest = (order, groups.offsets, known, factors, float(dropout_p), seeds)
     return _Call((list(pairs[0]), list(pairs[1])), rest)
@@ -217,15 +217,6 @@ def _require_tensors(given: dict[str, Tensor]) -> None:
                 " compute with; give each rank its own rows and whole adapters (to_local,"
                 " full_tensor)"
             )
-
-
-def _with_rows(tensors: list[Tensor], bounds: Sequence[int]) -> list[Tensor]:
-    """Without a gradient where a group has no rows: an optimizer leaves a parameter alone whose
-    gradient is None."""
-    return [
-        t if bounds[i] < bounds[i + 1] or not t.requires_grad else t.detach()
-        for i, t in enumerate(tensors)
-    ]
 
 
 def _saves(call: _Call) -> bool:

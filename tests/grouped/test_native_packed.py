@@ -12,7 +12,8 @@ from lora_kernels.grouped import composite, direct
 
 OPS = torch.ops.lora_kernels
 pytestmark = pytest.mark.skipif(
-    not extension.available() or extension.packed_from() == (0, 0), reason="nothing is packed here"
+    not extension.available() or extension.packed_from(extension.best_isa()) == extension.NEVER,
+    reason="nothing is packed here",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 K, N, RANKS = 150, 70, (3, 8, 33, 5)

@@ -51,11 +51,10 @@ class LowRank(NamedTuple):
 
 class Choice(NamedTuple):
     """Of an instruction set, by the dtype of the weight (fp32, bf16, fp16), which may be fp32 under
-    rows of 16 bits; and whether products of many rows are packed."""
+    rows of 16 bits."""
 
     few: tuple[Few, Few, Few]
     low_rank: tuple[LowRank | None, LowRank | None, LowRank | None]
-    packs: bool = False
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +67,6 @@ CHOICES = {
     "AVX2": Choice(
         (Few(1024, 1024, 1, 16, 64), Few(ANY, ANY, 1, 16, 64), Few(ANY, ANY, 1, 16, 64)),
         (_PASSES, None, None),
-        packs=True,
     ),
     # not measured: less than those beside it
     "AVX-512": Choice(
@@ -102,7 +100,7 @@ OTHER_MAKERS = {
 def widened(rows: int, dtype: torch.dtype, isa: int) -> torch.dtype | None:
     """The dtype whose choice is that of so many rows of a dtype under a weight in fp32; None where
     that is to be copied."""
-    if of(isa).packs:
+    if extension.packed_from(isa) != extension.NEVER:
         return dtype
     return torch.float32 if rows <= _MOST_WIDENED else None
 

@@ -56,6 +56,7 @@ _CUDA_SCHEMAS = (
     " -> ()",
 )
 ISA_NAMES = ("plain C++", "AVX2", "AVX-512", "AVX-512 BF16", "AMX", "NEON", "NEON BF16")
+NEVER = (0, 0)  # are products packed
 ACTIVATIONS = ("silu", "gelu_tanh", "relu", "relu2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of rows, on the CPU
 
@@ -125,10 +126,9 @@ def best_isa() -> int:
 
 
 @cache
-def packed_from() -> tuple[int, int]:
-    """From how many rows on, and beyond how many columns, products are packed here; 0 and 0 where
-    they never are."""
-    least: tuple[int, int] = torch.ops.lora_kernels._cpu_packed(best_isa())
+def packed_from(isa: int) -> tuple[int, int]:
+    """From how many rows on, and beyond how many columns, products are packed; or NEVER."""
+    least: tuple[int, int] = torch.ops.lora_kernels._cpu_packed(isa) if available() else NEVER
     return least
 
 

@@ -39,7 +39,7 @@ def takes(rows: int) -> bool:
 
 def packs(rows: int, columns: int) -> bool:
     """Whether products of so many rows and columns of a result are packed."""
-    least, beyond = extension.packed_from()
+    least, beyond = extension.packed_from(extension.best_isa())
     return 0 < least <= rows and columns > beyond
 
 
@@ -65,7 +65,7 @@ def layer(base: Dense, x: Tensor, branches: Branches, s: Tensor | None) -> Tenso
     splits = [split(scaling, x.dtype) for scaling in branches.scaling]
     y: Tensor = torch.ops.lora_kernels._linear_packed_cpu(
         readable(x), base.weight, *_given(branches), branches.order, list(branches.bounds),
-        None if base.bias is None else readable(base.bias), [low for low, _ in splits],
+        None if base.bias is None else readable(base.bias.to(x.dtype)), [low for low, _ in splits],
         [high for _, high in splits], extension.best_isa(), s,
     )  # fmt: skip
     return y
