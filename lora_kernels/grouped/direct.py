@@ -6,24 +6,36 @@ What native calls are told of each group is checked in them; here little is done
 that they do not take, or that somebody might see, gets the op, whose checks name what is wrong.
 """
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels import _dispatch, backends
+from lora_kernels._contract import DTYPES
 from lora_kernels._namespace import ops as seen
 from lora_kernels.backends.native import grouped as native
 from lora_kernels.backends.native.choice import ANY
-from lora_kernels.backends.native.few_rows import fits
 from lora_kernels.grouped import ops
 from lora_kernels.grouped.groups import Groups
 
 _NUMBERS = frozenset((float, int))
+_LARGEST = sys.float_info.max
 _MOST_ROWS = 256  # whose sums are kept in fp32 for the branches
 Stack = Tensor | Sequence[Tensor]
+
+
+class _Given(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    bias: Tensor | None
+    groups: Groups
+    factors: Any
 
 
 def linear(
@@ -44,41 +56,74 @@ def linear(
             return None
         if not x.is_cpu or x.dtype != weight.dtype or weight.dim() != 2:
             return None
-        few = backends.few_rows()
-        if few is None:
-            return None
-        (N, K), trains = weight.shape, torch.is_grad_enabled()
-        trains = trains and _dispatch.any_requires_grad(x, weight, bias, *a, *b)
-        packs = native.packs(x.numel() // K, N) and (bias is None or weight.stride(1) == 1)
-        if x.numel() > min(few.most(weight, trains), ANY if packs else _MOST_ROWS) * K:
-            return None
-        if groups.rows is not None and groups.rows * K != x.numel():
+        if groups.rows is not None and groups.rows * weight.shape[1] != x.numel():
             return None
         factors = [scaling] * groups.count if type(scaling) in _NUMBERS else scaling
         if not _NUMBERS.issuperset(map(type, factors)):  # type: ignore[arg-type]  # iterable now
             return None
-        order = None if groups.in_order else groups.order
-        y: Tensor
-        if trains:
-            if not packs or not fits(weight) or not len(a) == len(b) == groups.count:
-                return None
-            if not isinstance(pair[0], Tensor):
-                a, b = with_rows(a, groups.bounds), with_rows(b, groups.bounds)
-            saves = any(each.requires_grad for each in b)
-            rest = order, groups.offsets, groups.bounds, factors, 0.0, None, saves
-            flat = x.dim() == 2
-            y = trained((x if flat else x.reshape(-1, K), weight, a, b, bias, None, *rest))
-            return y if flat else y.view(*x.shape[:-1], N)
-        given = x, weight, a, b, order, groups.bounds, bias, factors
-        if packs:
-            y = few.packed(*given, [1.0] * groups.count, few.isa, None)
-        else:
-            y = few.grouped(*given, few.isa)
-        if groups.bounds[-2] < groups.bounds[-1]:
-            _freeze_rows(y, x, weight, bias, groups)
+        given = _Given(x, weight, a, b, bias, groups, factors)
+        if not torch.is_grad_enabled() or not _dispatch.any_requires_grad(x, weight, bias, *a, *b):
+            return _inferred(given)
+        return _trained(given, isinstance(pair[0], Tensor)) if _are_sound(given) else None
     except (RuntimeError, TypeError, ValueError, AttributeError):  # the checks by name say more
         return None
+
+
+def _inferred(given: _Given) -> Tensor | None:
+    """By a native call, which checks what it is given."""
+    x, weight, a, b, bias, groups, factors = given
+    few, (N, K) = backends.few_rows(), weight.shape
+    if few is None:
+        return None
+    packs = native.packs(x.numel() // max(K, 1), N) and (bias is None or weight.stride(1) == 1)
+    if x.numel() > min(few.most(weight, False), ANY if packs else _MOST_ROWS) * K:
+        return None
+    order, bounds = None if groups.in_order else groups.order, groups.bounds
+    arguments = x, weight, a, b, order, bounds, bias, factors
+    y: Tensor
+    if packs:
+        y = few.packed(*arguments, [1.0] * groups.count, few.isa, None)
+    else:
+        y = few.grouped(*arguments, few.isa)
+    if bounds[-2] < bounds[-1]:  # type: ignore[index]  # known, as the caller has seen
+        _freeze_rows(y, x, weight, bias, groups)
     return y
+
+
+def _are_sound(given: _Given) -> bool:
+    """Whether the arguments are such as they nearly always are, told at one look."""
+    x, weight, a, b, bias, groups, factors = given
+    (N, K), dtype = weight.shape, x.dtype
+    if not len(a) == len(b) == len(factors) == groups.count or x.shape[-1] != K or x.numel() == 0:
+        return False
+    if dtype not in DTYPES or (bias is not None and (bias.shape, bias.dtype) != ((N,), dtype)):
+        return False
+    if not all(abs(factor) <= _LARGEST for factor in factors):
+        return False
+    types = (dtype,) if dtype is torch.float64 else (dtype, torch.float32)
+    for one, other in zip(a, b, strict=True):
+        rank, columns = one.shape
+        if columns != K or rank == 0 or other.shape != (N, rank):
+            return False
+        if one.dtype not in types or other.dtype not in types:
+            return False
+    return all(
+        t is None or (t.is_cpu and t.layout is torch.strided and not t.is_nested)
+        for t in (x, weight, bias, *a, *b)
+    )
+
+
+def _trained(given: _Given, stacked: bool) -> Tensor:
+    """By autograd's node, past the op; the parts of a stack are parts of one gradient."""
+    x, weight, a, b, bias, groups, factors = given
+    order, bounds = None if groups.in_order else groups.order, groups.bounds
+    assert bounds is not None  # as the caller has seen
+    if not stacked:
+        a, b = with_rows(a, bounds), with_rows(b, bounds)
+    saves, flat = any(each.requires_grad for each in b), x.dim() == 2
+    rest = None, order, groups.offsets, bounds, factors, 0.0, None, saves
+    y = trained((x if flat else x.reshape(-1, x.shape[-1]), weight, a, b, bias, *rest))
+    return y if flat else y.view(*x.shape[:-1], y.shape[1])
 
 
 def with_rows(tensors: Sequence[Tensor], bounds: Sequence[int]) -> list[Tensor]:

@@ -254,16 +254,23 @@ def test_what_few_rows_leave_to_the_op():
                  "scaling": SCALING, **changes}  # fmt: skip
         return direct.linear(*given.values())
 
-    assert call() is not None  # nothing requires a gradient
-    assert call(pair=([t.requires_grad_() for t in map(torch.clone, a)], b)) is None
-    for changes in (
+    refused = (
         {"x": x.double()}, {"x": x[:5]}, {"weight": weight.half()}, {"bias": bias[1:]},
         {"pair": (a[:2], b)}, {"pair": (a, [None] * 3)}, {"scaling": [1.0]}, {"scaling": None},
         {"scaling": [1.0, float("nan"), 1.0]}, {"scaling": [True] * 3}, {"groups": None},
         {"groups": Groups.from_segments([4, 2, 4])}, {"weight": torch.stack([weight] * 3)},
         {"groups": Groups.from_rows([0], 3)}, {"pair": (a, [t[:, :-1] for t in b])},
-    ):  # fmt: skip
+        {"pair": ([t.double() for t in a], b)}, {"pair": ([t[:, 1:] for t in a], b)},
+        {"x": randn(9, 0), "weight": randn(50, 0)}, {"bias": bias.double()},
+    )  # fmt: skip
+    assert call() is not None  # nothing requires a gradient
+    for changes in refused:
         assert call(**changes) is None
+    weight = weight.clone().requires_grad_()  # now something does, where it is not what is changed
+    assert call().requires_grad
+    for changes in refused:
+        assert call(**changes) is None
+    weight = weight.detach()
     with use_backend("native"):
         assert call() is None
 
