@@ -124,9 +124,18 @@ def backward(
     )  # fmt: skip
 
 
-def _given(branches: Branches) -> tuple[list[Tensor], list[Tensor]]:
+def _given(branches: Branches) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The adapters where the kernels can read them."""
-    return [readable(t) for t in branches.lora_a], [readable(t) for t in branches.lora_b]
+    return _readable(branches.lora_a), _readable(branches.lora_b)
+
+
+def _readable(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`readable` of each, at one look where all lie as they nearly always do."""
+    if all(map(Tensor.is_contiguous, tensors)) and not any(
+        t.data_ptr() % t.element_size() for t in tensors
+    ):
+        return tensors
+    return [readable(t) for t in tensors]
 
 
 def _mask(branches: Branches) -> tuple[int, Tensor | None, int]:
