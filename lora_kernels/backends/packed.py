@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from lora_kernels.backends import blocked, native, reference, serving
 from lora_kernels.backends.cuda import packed as launches
 from lora_kernels.backends.scaling import split
-from lora_kernels.branch import Asked, Branch, Dense, Layer, Need, Pairs, Rows
+from lora_kernels.branch import Asked, Branch, Dense, Layer, Need, Pairs, Rows, Wanted
 
 # Of rows that are read, or written, for one layer after the other: what a last cache holds, and so
 # many that every thread has some.
@@ -171,9 +171,10 @@ class _Together(NamedTuple):
         return [d_a.to(b.lora_a.dtype) for b, d_a in zip(self.branches, sums, strict=True)]
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Of rows that are read or written for several layers."""
-    return blocked.blocks(len(rows), max(1, _BLOCK_BYTES // (rows.shape[1] * rows.itemsize)))
+def _blocks(rows: Tensor, itemsize: int = 0) -> Iterator[slice]:
+    """Of rows that are read or written for several layers, in elements of another size if given."""
+    row = rows.shape[1] * (itemsize or rows.itemsize)
+    return blocked.blocks(len(rows), max(1, _BLOCK_BYTES // row))
 
 
 def _together(rows: Tensor, layers: Sequence[Layer]) -> _Together | None:
@@ -227,20 +228,43 @@ def _one_by_one(
 def _backward_one_by_one(
     rows: Rows, layers: Sequence[Layer], asked: Asked
 ) -> tuple[Tensor | None, Pairs]:
-    wide = asked.x and len(layers) > 1 and _leaves_sums(rows, layers)
-    dx = _dx_in_blocks(rows, layers) if wide else None
-    pairs, empty = [], rows.first.new_empty(0)
+    if not (asked.x and len(layers) > 1 and _leaves_sums(rows, layers)):
+        return _each(rows, layers, asked, None)
+    # A sum in fp32, of some rows at a time, rounded once.
+    like, K = rows.first, layers[0].base.weight.shape[1]
+    dx = like.new_empty(len(like), K)
+    blocks = [*_blocks(dx, torch.float32.itemsize)]
+    pairs: Pairs = []
+    for block in blocks:
+        total = torch.zeros_like(dx[block], dtype=torch.float32)
+        if len(blocks) == 1:
+            _, pairs = _each(rows, layers, asked, total)
+        else:
+            nothing = [Wanted(False, False)] * len(layers)
+            some = Rows([dy[block] for dy in rows.given], None, [None] * len(layers))
+            _each(
+                some, [_after(layer, block.start) for layer in layers], Asked(nothing, True), total
+            )
+        dx[block] = total
+    if len(blocks) > 1:
+        _, pairs = _each(rows, layers, Asked(asked.of, False), None)
+    return dx, pairs
+
+
+def _each(
+    rows: Rows, layers: Sequence[Layer], asked: Asked, onto: Tensor | None
+) -> tuple[Tensor | None, Pairs]:
+    """One after the other; dx is added to `onto` [M,K] in fp32, where that is given."""
+    dx, pairs, empty = onto, [], rows.first.new_empty(0)
     x = empty if rows.x is None else rows.x
     for dy, s, (base, branch), (a, b) in zip(rows.given, rows.kept, layers, asked.of, strict=True):
         part = d_a = d_b = None
-        need = Need(asked.x and not wide, False, a, b)
         if branch is None:
-            weight = base.weight.to(dy.dtype)
-            if need.x:
-                part = dy @ weight if dx is None else dx.addmm_(dy, weight)
-        elif any(need):
+            if asked.x:
+                part = _through_frozen(dy, base, dx)
+        elif asked.x or a or b:
             backend = serving(base, dy, branch)
-            given = base, dy, x, empty if s is None else s, branch, need
+            given = base, dy, x, empty if s is None else s, branch, Need(asked.x, False, a, b)
             if backend is native:
                 part, _, d_a, d_b = native.backward(*given, onto=dx)
             else:
@@ -249,6 +273,17 @@ def _backward_one_by_one(
             dx = part if dx is None else dx.add_(part)
         pairs.append((d_a, d_b))
     return dx, pairs
+
+
+def _through_frozen(dy: Tensor, base: Dense, onto: Tensor | None) -> Tensor:
+    """dy W, on top of what is there or to be added to it."""
+    weight = base.weight.to(dy.dtype)
+    if onto is None:
+        return dy @ weight
+    if onto.dtype == dy.dtype:
+        return onto.addmm_(dy, weight)
+    found = native.frozen(Dense(base.weight.t(), into=torch.empty_like(onto)), dy)
+    return dy @ weight if found is None else found
 
 
 def _leaves_sums(rows: Rows, layers: Sequence[Layer]) -> bool:
@@ -262,28 +297,12 @@ def _leaves_sums(rows: Rows, layers: Sequence[Layer]) -> bool:
     )
 
 
-def _dx_in_blocks(rows: Rows, layers: Sequence[Layer]) -> Tensor:
-    """dx [M,K] of layers one after the other, summed in fp32."""
-    like, K = rows.first, layers[0].base.weight.shape[1]
-    dx, empty = like.new_empty(len(like), K), like.new_empty(0)
-    for block in _blocks(dx):
-        total = like.new_zeros(block.stop - block.start, K, dtype=torch.float32)
-        for dy, (base, branch) in zip(rows.given, layers, strict=True):
-            some = dy[block]
-            if branch is None:
-                part = native.frozen(Dense(base.weight.t(), into=torch.empty_like(total)), some)
-                total += some @ base.weight.to(some.dtype) if part is None else part
-                continue
-            own = branch._replace(seed=native.dropped(branch).after(block.start).seed)
-            given = base, some, empty, empty, own, Need(True, False, False, False)
-            if serving(base, some, own) is native:
-                found, *_ = native.backward(*given, onto=total)
-            else:
-                found, *_ = serving(base, some, own).backward(*given)
-            if found is not None and found is not total:
-                total += found
-        dx[block] = total
-    return dx
+def _after(layer: Layer, rows: int) -> Layer:
+    """The layer for what follows so many rows: its mask is theirs."""
+    branch = layer.branch
+    if branch is None:
+        return layer
+    return layer._replace(branch=branch._replace(seed=native.dropped(branch).after(rows).seed))
 
 
 def _backward_together(
