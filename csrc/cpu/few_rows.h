@@ -47,8 +47,8 @@ struct Call {
 
 // y [..., N] = x W^T + bias + scale * high * (drop(x) A^T) B^T of few rows x [..., K]; without A
 // and B the frozen layer. s [M,r], where it is given, is filled with scale * drop(x) A^T; where
-// `into` [M,N] is given, in the dtype of x or fp32, y is put there and what is returned has no
-// elements.
+// `into` [M,N] is given, in the dtype of x or without a bias in fp32, y is put there and what is
+// returned has no elements.
 Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const Weight& W);
 
 // sum [M,N], whose pitch is that of `apart`, = rows W^T before any rounding, of a weight [N,K] that

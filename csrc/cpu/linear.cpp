@@ -158,6 +158,8 @@ Tensor layer(const Kernels& kernels, const Call& call, const Matrix& rows, const
   Tensor y = into.has_value() ? empty_matrix(x, 0, 0, false) : empty_rows(x, "x", N);
   const Output out = into.has_value() ? written(*into, "into", M, N, type, true)
                                       : Output{y.mutable_data_ptr(), type, N};
+  STD_TORCH_CHECK(out.type == type || offset == nullptr,
+                  "into: must have the dtype of x where there is a bias");
   if (M == 0) return y;
   const Branch of = {branch ? &A : nullptr, &B, static_cast<float>(scale * high),
                      static_cast<float>(1 / high)};

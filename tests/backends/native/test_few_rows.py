@@ -85,6 +85,31 @@ def test_many_rows_some_at_a_time(isa, dtype, p, turned):
     assert (again.double() - 2 * dx).norm() <= 4 * eps * dx.norm()
     own = calls.backward(weight, rows, branch, need)[0]
     assert (own.double() - dx).norm() <= 2 * eps * dx.norm()
+    wide = torch.zeros(M, K)  # a sum that is rounded once
+    calls.backward(weight, rows, branch, need, wide)
+    calls.backward(weight, rows, branch, need, wide, True)
+    assert (wide.double() - 2 * dx).norm() <= 1e-5 * dx.norm()
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("M", [3, 30, 300])
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: extension.ISA_NAMES[isa])
+def test_a_frozen_layer(isa, M, turned):
+    """Also with a bias, and of columns; in any dtype, without a bias into fp32."""
+    for dtype in DTYPES:
+        x, bias = torch.randn(M, 75).to(dtype), torch.randn(70).to(dtype)
+        weight = (torch.randn(75, 70).t() if turned else torch.randn(70, 75)).to(dtype)
+        for offset in (None, bias):
+            right = F.linear(x.double(), weight.double(), None if offset is None else bias.double())
+            given = x, weight, None, None, offset, 1.0, 1.0, 0, None, isa, None
+            y, wide = OPS._linear_cpu(*given), torch.empty(M, 70)
+            assert (y.double() - right).norm() <= torch.finfo(dtype).eps * 4 * right.norm()
+            if offset is None or dtype == torch.float32:
+                OPS._linear_cpu(*given, wide)
+                assert (wide - right).norm() <= 1e-6 * right.norm()
+            else:
+                with pytest.raises(RuntimeError, match="into: must have the dtype of x"):
+                    OPS._linear_cpu(*given, wide)
 
 
 @settings(max_examples=200)
