@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [f"backends/native/test_{name}.py" for name in ("native", "native_safety", "few_rows")]
-FILES += ["grouped/test_native_grouped.py", "grouped/test_grouped.py"]
+FILES += [f"grouped/test_{name}.py" for name in ("native_grouped", "native_packed", "grouped")]
 FILES += ["quantized/test_native_quantized.py", "blocks/test_mlp.py", "blocks/test_packed.py"]
 SOURCES = (
     "low_rank", "products", "arguments", "linear", "coded", "grouped", "grouped_packed", "gating",

@@ -26,7 +26,6 @@ struct Many {
 
   int64_t count() const { return static_cast<int64_t>(a.size()); }
   int64_t served() const { return groups.bounds.back(); }
-  int64_t step(int64_t columns) const { return rows_at_once(kernels, served(), columns, true); }
   const int64_t* places(int64_t first) const {
     return groups.order != nullptr ? groups.order + first : nullptr;
   }
@@ -79,13 +78,14 @@ void for_pieces(const Many& many, int64_t first, int64_t last, int64_t columns, 
 struct Parts {
   Parts(const Many& many, const LaidOut& x, int64_t first, const float* low,
         const std::vector<Matrix>& b, bool by_rows)
-      : arranged(x.arranged), memory(up(arranged.count + 4 * many.count(), 4) * many.pitch) {
+      : arranged(x.arranged),
+        memory((arranged.count + many.kernels.packed->rows * many.count()) * many.pitch) {
+    const Packed& packed = *many.kernels.packed;
     float* to = memory.data;
     for (int64_t g = 0; g < many.count(); ++g) {
       const int64_t begin = std::max(first, many.groups.begin(g)), r = many.a[g].rows;
       const int64_t count = std::min(first + arranged.count, many.groups.bounds[g + 1]) - begin;
       if (count <= 0) continue;
-      const Packed& packed = *many.kernels.packed;
       const int64_t tiles = (count + packed.rows - 1) / packed.rows;
       packed.lay_out({low + (begin - first) * many.pitch, Type::kFloat, r, many.pitch, 1}, nullptr,
                      count, 0, tiles, to);
@@ -100,11 +100,65 @@ struct Parts {
   std::vector<Part> parts;
 };
 
-// Rows that have no place.
-void put_zeros(const Output& out, int64_t first, int64_t rows, int64_t columns) {
+// A pass of rows x through the weight and the branches, each `first` and then `second`. Rows of
+// these matrices are columns of what they give, or where not `by_rows` their columns.
+struct Pass {
+  const Matrix& x;
+  const std::vector<Matrix>&first, &second;
+  std::vector<float> scale;
+  bool by_rows;
+  Output out;  // [M, columns]; without memory where the first results alone are asked for
+  int64_t columns;
+  const void* bias;
+};
+
+// low [served, pitch] = scale_g * x first_g and out = x W + low second_g + bias, of rows past the
+// last segment zero.
+void compute(const Many& many, const Weight& W, const Pass& pass, float* low) {
+  const Kernels& kernels = many.kernels;
+  const Packed& packed = *kernels.packed;
+  const Type type = many.groups.type;
+  const int64_t terms = pass.x.columns, served = many.served();
+  const int64_t step = rows_at_once(kernels, served, terms, true);
+  for (int64_t first = 0; first < served; first += step) {
+    const int64_t count = std::min(step, served - first);
+    const auto product = [&](const Matrix& m, float scale, const Output& to) {
+      Product p = product_of({nullptr, Type::kFloat, count, terms, terms}, m, type, to);
+      p.scale = scale;
+      return p;
+    };
+    const auto combination = [&](const Matrix& m, float scale, const Output& to) {
+      Combination c = combination_of({nullptr, 0, 0, count, terms, false}, m, type, scale);
+      put_into(c, to);
+      return c;
+    };
+    const LaidOut laid(kernels, view_of(many.from(pass.x, first)), count, many.places(first));
+    Arranged plain = laid.arranged;
+    plain.places = nullptr;
+    const Output lows = {low + first * many.pitch, Type::kFloat, many.pitch};
+    for_pieces(many, first, first + count, terms, [&](const Piece& piece) {
+      const int64_t g = piece.group;
+      const Range range = {piece.first - first, piece.last - first, 0, many.a[g].rows};
+      if (pass.by_rows)
+        packed.multiply(product(pass.first[g], pass.scale[g], lows), plain, range);
+      else
+        packed.combine(combination(pass.first[g], pass.scale[g], lows), plain, range);
+    });
+    if (pass.out.data == nullptr) continue;
+    const Parts parts(many, laid, first, low + first * many.pitch, pass.second, pass.by_rows);
+    const Output to = many.from(pass.out, first);
+    if (pass.by_rows != W.transposed) {
+      Product p = product(W.held, 1.f, to);
+      p.bias = pass.bias;
+      multiply(kernels, p, pass.columns, &parts.arranged);
+    } else {
+      combine(kernels, combination(W.held, 1.f, to), pass.columns, &parts.arranged);
+    }
+  }
+  const Output& out = pass.out;
   const int64_t size = size_of(out.type);
-  for (int64_t m = first; m < rows; ++m)
-    std::memset(static_cast<char*>(out.data) + m * out.pitch * size, 0, columns * size);
+  for (int64_t m = served; out.data != nullptr && m < pass.x.rows; ++m)
+    std::memset(static_cast<char*>(out.data) + m * out.pitch * size, 0, pass.columns * size);
 }
 
 // y [..., N] = x W^T + bias + scale_g * high_g * (x A_g^T) B_g^T, of rows past the last segment
@@ -140,37 +194,19 @@ Tensor linear_packed_cpu(const Tensor x, const Tensor weight, const std::vector<
       STD_TORCH_CHECK(a.rows <= s->size(1), "s: must have the columns of every rank");
   }
   Tensor y = empty_rows(x, "x", N);
-  const Output out = {y.mutable_data_ptr(), type, N};
-  const int64_t served = many.served(), step = many.step(K);
-  for (int64_t first = 0; first < served; first += step) {
-    const int64_t count = std::min(step, served - first);
-    const LaidOut laid(kernels, view_of(many.from(rows, first)), count, many.places(first));
-    Arranged plain = laid.arranged;
-    plain.places = nullptr;
-    Buffer low(count * many.pitch);
-    for_pieces(many, first, first + count, K, [&](const Piece& piece) {
-      const Matrix& a = many.a[piece.group];
-      Product p = product_of({nullptr, Type::kFloat, count, K, K}, a, type,
-                             {low.data, Type::kFloat, many.pitch});
-      p.scale = static_cast<float>(scale[piece.group] * high[piece.group]);
-      kernels.packed->multiply(p, plain, {piece.first - first, piece.last - first, 0, a.rows});
-      for (int64_t m = piece.first; saved.data != nullptr && m < piece.last; ++m)
-        write_any(low.data + (m - first) * many.pitch, a.rows,
-                  static_cast<float>(1 / high[piece.group]), saved.data, type, m * saved.pitch, 1);
-    });
-    const Parts parts(many, laid, first, low.data, many.b, true);
-    const Output to = many.from(out, first);
-    if (W.transposed) {
-      Combination c = combination_of({nullptr, 0, 0, count, K, false}, W.held, type, 1.f);
-      put_into(c, to);
-      combine(kernels, c, N, &parts.arranged);
-    } else {
-      Product p = product_of({nullptr, Type::kFloat, count, K, K}, W.held, type, to);
-      p.bias = offset;
-      multiply(kernels, p, N, &parts.arranged);
-    }
-  }
-  put_zeros(out, served, M, N);
+  std::vector<float> factors;
+  for (size_t g = 0; g < scale.size(); ++g)
+    factors.push_back(static_cast<float>(scale[g] * high[g]));
+  Buffer low(many.served() * many.pitch);
+  compute(many, W,
+          {rows, many.a, many.b, factors, true, {y.mutable_data_ptr(), type, N}, N, offset},
+          low.data);
+  if (saved.data == nullptr) return y;
+  for_pieces(many, 0, many.served(), 1, [&](const Piece& piece) {
+    for (int64_t m = piece.first; m < piece.last; ++m)
+      write_any(low.data + m * many.pitch, many.a[piece.group].rows,
+                static_cast<float>(1 / high[piece.group]), saved.data, type, m * saved.pitch, 1);
+  });
   return y;
 }
 
@@ -219,37 +255,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> linear_packed_backw
     d_b.push_back(empty_matrix(lora_b[g], N, many.a[g].rows, need_b[g]));
   }
   Tensor dx = need_x ? empty_rows(dy, "dy", K) : empty_matrix(dy, 0, 0, false);
-  const Output DX = {dx.mutable_data_ptr(), type, K};
-
-  const int64_t served = many.served(), step = many.step(K);
+  const Output DX = {need_x ? dx.mutable_data_ptr() : nullptr, type, K};
   const bool lows = need_x || any_a;
-  Buffer ds(lows ? served * many.pitch : 0);
-  for (int64_t first = 0; lows && first < served; first += step) {
-    const int64_t count = std::min(step, served - first);
-    const LaidOut laid(kernels, view_of(many.from(DY, first)), count, many.places(first));
-    Arranged plain = laid.arranged;
-    plain.places = nullptr;
-    float* const low = ds.data + first * many.pitch;
-    for_pieces(many, first, first + count, N, [&](const Piece& piece) {
-      Combination c = combination_of({nullptr, 0, 0, count, N, false}, many.b[piece.group], type,
-                                     static_cast<float>(scaling[piece.group]));
-      put_into(c, {low, Type::kFloat, many.pitch});
-      kernels.packed->combine(
-          c, plain, {piece.first - first, piece.last - first, 0, many.a[piece.group].rows});
-    });
-    if (!need_x) continue;
-    const Parts parts(many, laid, first, low, many.a, false);
-    const Output to = many.from(DX, first);
-    if (W.transposed) {
-      multiply(kernels, product_of({nullptr, Type::kFloat, count, N, N}, W.held, type, to), K,
-               &parts.arranged);
-    } else {
-      Combination c = combination_of({nullptr, 0, 0, count, N, false}, W.held, type, 1.f);
-      put_into(c, to);
-      combine(kernels, c, K, &parts.arranged);
-    }
-  }
-  if (need_x) put_zeros(DX, served, M, K);
+  Buffer ds(lows ? many.served() * many.pitch : 0);
+  if (lows)
+    compute(many, W, {DY, many.b, many.a, {scaling.begin(), scaling.end()}, false, DX, K, nullptr},
+            ds.data);
 
   for_each(groups, [&](int64_t g) {
     const int64_t count = groups.count(g), r = many.a[g].rows, first = groups.begin(g);

@@ -277,13 +277,11 @@ def _each(
 
 def _through_frozen(dy: Tensor, base: Dense, onto: Tensor | None) -> Tensor:
     """dy W, on top of what is there or to be added to it."""
+    if onto is not None and onto.dtype != dy.dtype:
+        found = native.frozen(Dense(base.weight.t(), into=torch.empty_like(onto)), dy)
+        return dy @ base.weight.to(dy.dtype) if found is None else found
     weight = base.weight.to(dy.dtype)
-    if onto is None:
-        return dy @ weight
-    if onto.dtype == dy.dtype:
-        return onto.addmm_(dy, weight)
-    found = native.frozen(Dense(base.weight.t(), into=torch.empty_like(onto)), dy)
-    return dy @ weight if found is None else found
+    return dy @ weight if onto is None else onto.addmm_(dy, weight)
 
 
 def _leaves_sums(rows: Rows, layers: Sequence[Layer]) -> bool:

@@ -110,7 +110,7 @@ def forward(
     s = _rows_of_s(adapters, x, members) if save_s else None
     branches = Branches(*adapters, *members)
     if isinstance(base, Dense) and native.serves_layer(base, x, branches):
-        return _frozen_for_nobody(native.layer(base, x, branches, s), base, x, members), s
+        return frozen_for_nobody(native.layer(base, x, branches, s), base, x, members), s
     y = _base(base, x, members)
     if isinstance(base, Experts) and triton.serves_experts(x, base, branches):
         triton.experts(y, x, base, branches, s)
@@ -148,23 +148,22 @@ def backward(
     served = members.served
     dx = dweight = dbias = None
     branches = Branches(*adapters, *members)
-    whole = isinstance(base, Dense) and native.serves_layer(base, dy, branches, backward=True)
-    if needs.x and isinstance(base, Dense) and not whole:
-        dx = _without_strangers(_product(dy, base.weight.t(), None), members)
-    elif needs.x and not whole:
-        dx = _to_fill(dy, K, isinstance(base, Experts) and members.are_all(dy))
     if isinstance(base, Dense):
         if needs.weight:
             dweight = _weight_gradient(dy[:served], x[:served], base.weight)
         if needs.bias and base.bias is not None:
             dbias = dy[:served].sum(0).to(base.bias.dtype)
-    elif isinstance(base, Experts):
+        if native.serves_layer(base, dy, branches, backward=True):
+            dx, d_as, d_bs = native.layer_backward(base, rows, branches, needs)
+            return dx, dweight, dbias, d_as, d_bs
+        if needs.x:
+            dx = _without_strangers(_product(dy, base.weight.t(), None), members)
+    elif needs.x:
+        dx = _to_fill(dy, K, isinstance(base, Experts) and members.are_all(dy))
+    if isinstance(base, Experts):
         dweight = torch.zeros_like(base.weight) if needs.weight else None
         if needs.bias and base.bias is not None:
             dbias = torch.zeros_like(base.bias)
-    if isinstance(base, Dense) and whole:
-        dx, d_as, d_bs = native.layer_backward(base, rows, branches, needs)
-        return dx, dweight, dbias, d_as, d_bs
     d_as = _to_fill_of_groups(adapters.lora_a, needs.a, members)
     d_bs = _to_fill_of_groups(adapters.lora_b, needs.b, members)
     if isinstance(base, Experts) and triton.serves_experts(dy, base, branches):
@@ -218,13 +217,13 @@ def _base(base: Dense | Experts | Given, x: Tensor, members: Members) -> Tensor:
     if y is None:
         y = _torch_product(x, base.weight, base.bias)
     else:
-        _frozen_for_nobody(y, base, x, members)
+        frozen_for_nobody(y, base, x, members)
     return _without_strangers(y, members)
 
 
-def _frozen_for_nobody(y: Tensor, base: Dense, x: Tensor, members: Members) -> Tensor:
-    """Gives rows of no group the bits of torch's own layer; those of groups keep what they have
-    without such neighbours."""
+def frozen_for_nobody(y: Tensor, base: Dense, x: Tensor, members: Members) -> Tensor:
+    """Gives rows of no group of y [M,N] the bits of torch's own layer of x [M,K]; those of groups
+    keep what they have without such neighbours."""
     if members.bounds[-2] < members.bounds[-1]:
         frozen, nobody = _torch_product(x, base.weight, base.bias), members.of_nobody()
         members.put(y, nobody, members.take(frozen, nobody))

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lora_kernels import _dispatch, backends
 from lora_kernels._contract import DTYPES
 from lora_kernels._namespace import ops as seen
 from lora_kernels.backends.native import grouped as native
 from lora_kernels.backends.native.choice import ANY
-from lora_kernels.grouped import ops
+from lora_kernels.branch import Dense
+from lora_kernels.grouped import composite, ops
 from lora_kernels.grouped.groups import Groups
 
 _NUMBERS = frozenset((float, int))
@@ -79,14 +79,17 @@ def _inferred(given: _Given) -> Tensor | None:
     if x.numel() > min(few.most(weight, False), ANY if packs else _MOST_ROWS) * K:
         return None
     order, bounds = None if groups.in_order else groups.order, groups.bounds
+    assert bounds is not None  # as the caller has seen
     arguments = x, weight, a, b, order, bounds, bias, factors
     y: Tensor
     if packs:
         y = few.packed(*arguments, [1.0] * groups.count, few.isa, None)
     else:
         y = few.grouped(*arguments, few.isa)
-    if bounds[-2] < bounds[-1]:  # type: ignore[index]  # known, as the caller has seen
-        _freeze_rows(y, x, weight, bias, groups)
+    if bounds[-2] < bounds[-1]:
+        members = composite.Members(order, bounds, groups.offsets)
+        rows = y.view(-1, N), Dense(weight, bias), x.reshape(-1, K)
+        composite.frozen_for_nobody(*rows, members)
     return y
 
 
@@ -133,14 +136,6 @@ def with_rows(tensors: Sequence[Tensor], bounds: Sequence[int]) -> list[Tensor]:
         t if bounds[i] < bounds[i + 1] or not t.requires_grad else t.detach()
         for i, t in enumerate(tensors)
     ]
-
-
-def _freeze_rows(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> None:
-    """Gives the rows of no group the bits of torch's own layer."""
-    begin, end = groups.bounds[-2:]  # type: ignore[index]  # known, as the caller has seen
-    rows = slice(begin, end) if groups.order is None else groups.order[begin:end]
-    N, K = weight.shape
-    y.view(-1, N)[rows] = F.linear(x.reshape(-1, K), weight, bias)[rows]
 
 
 def trained(arguments: tuple[Any, ...]) -> Tensor:
