@@ -101,6 +101,11 @@ class Needs(NamedTuple):
         return Need(self.x, weight and self.weight, self.a[group], self.b[group])
 
 
+def only(needed: Sequence[bool], results: Sequence[Tensor]) -> list[Tensor | None]:
+    """The results that are needed, None for others."""
+    return [result if need else None for need, result in zip(needed, results, strict=True)]
+
+
 # Of several layers of the same rows.
 
 

@@ -38,22 +38,26 @@ struct Many {
   }
 };
 
+// Of a pair that has been checked.
+Matrix matrix_of(const Tensor& t, const char* name) {
+  check_columns(t, name);
+  return {t.const_data_ptr(), type_of(t, name), t.size(0), t.size(1), t.stride(0)};
+}
+
 Many many_of(const Kernels& kernels, const Groups& groups, const std::vector<Tensor>& lora_a,
-             const std::vector<Tensor>& lora_b, int64_t K, int64_t N) {
+             const std::vector<Tensor>& lora_b) {
   Many many = {kernels, groups, {}, {}, 0};
   for (size_t g = 0; g < lora_a.size(); ++g) {
-    const int64_t r = lora_a[g].size(0);
-    many.a.push_back(read(lora_a[g], "lora_a", r, K, groups.type, true));
-    many.b.push_back(read(lora_b[g], "lora_b", N, r, groups.type, true));
-    many.pitch = std::max(many.pitch, up(r, kernels.width));
+    many.a.push_back(matrix_of(lora_a[g], "lora_a"));
+    many.b.push_back(matrix_of(lora_b[g], "lora_b"));
+    many.pitch = std::max(many.pitch, up(many.a[g].rows, kernels.width));
   }
   return many;
 }
 
 void check_packed(const Kernels& kernels, Type type, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(
-      is_packed(kernels, rows, columns) && !(kernels.takes_bf16 && type == Type::kBFloat16),
-      "rows: products of [", rows, ", ", columns, "] are not packed");
+  STD_TORCH_CHECK(is_packed(kernels, type, rows, columns), "rows: products of [", rows, ", ",
+                  columns, "] are not packed");
 }
 
 // Calls of(piece) for the rows first .. last of the order that have groups.
@@ -181,7 +185,7 @@ Tensor linear_packed_cpu(const Tensor x, const Tensor weight, const std::vector<
   check_pairs(lora_a, lora_b, K, N, type);
   const Groups groups =
       groups_of(kernels, type, M, bounds, M, order, lora_a.size(), 1., 0, std::nullopt);
-  const Many many = many_of(kernels, groups, lora_a, lora_b, K, N);
+  const Many many = many_of(kernels, groups, lora_a, lora_b);
   STD_TORCH_CHECK(scale.size() == lora_a.size() && high.size() == lora_a.size(),
                   "scale, high: must be one of each group");
   for (size_t g = 0; g < scale.size(); ++g)
@@ -231,7 +235,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> linear_packed_backw
   check_pairs(lora_a, lora_b, K, N, type);
   const size_t G = lora_a.size();
   const Groups groups = groups_of(kernels, type, M, bounds, M, order, G, 1., 0, std::nullopt);
-  const Many many = many_of(kernels, groups, lora_a, lora_b, K, N);
+  const Many many = many_of(kernels, groups, lora_a, lora_b);
   STD_TORCH_CHECK(
       scaling.size() == G && high.size() == G && need_a.size() == G && need_b.size() == G,
       "scaling, high, need_a, need_b: must be one of each group");

@@ -3,7 +3,6 @@
 #include "few_rows.h"
 
 namespace lora {
-
 namespace {
 
 // Rows in the order in which codes of 4 bits are multiplied, where that is needed.
@@ -84,7 +83,7 @@ void layer_of_rows(const Kernels& kernels, const Matrix& rows, const Weight& W, 
   const int64_t r = branch ? of.A->rows : 0;
   // bf16 is multiplied as it is, where there are instructions for it and both sides are in bf16.
   const bool narrow = kernels.takes_bf16 && type == Type::kBFloat16, half = type != Type::kFloat;
-  const bool packs = !narrow && W.coded == nullptr && is_packed(kernels, M, N);
+  const bool packs = W.coded == nullptr && is_packed(kernels, type, M, N);
   const bool wide_x = half && !packs && (!narrow || W.transposed || W.held.type != type);
   const bool spread = W.coded != nullptr && W.coded->four;
   const bool wide_a = branch && half && !packs && (!narrow || of.A->type != type);
@@ -229,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   // Memory for the sums of as many terms as there are rows: none where they end in registers.
   const bool keeps_sums = M > kernels.terms;
   // Of what is packed dB is formed by rows of s, which leaves dy where it lies.
-  const bool turned = is_packed(kernels, M, K);
+  const bool turned = is_packed(kernels, type, M, K);
   const int64_t pitch_b = turned ? apart(N, kernels) : ranks;
   Scratch<2048> sum_b(!need_b ? 0 : turned ? r * pitch_b : keeps_sums ? N * ranks : 0);
   Scratch<2048> sum_a(need_a && keeps_sums ? r * pitch : 0);
@@ -247,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     const int64_t count = dys.rows;
     const std::optional<Dropout> here = rows_from(dropout, first);
     const Dropout* const drop = here.has_value() ? &*here : nullptr;
-    const bool packs = turned && is_packed(kernels, count, K);
+    const bool packs = turned && is_packed(kernels, type, count, K);
     const Widened wide(kernels, dys, nullptr, !packs && (type != Type::kFloat || count > 4));
     const LaidOut laid(kernels, view_of(dys), packs ? count : 0);
     const Arranged* const left = packs ? &laid.arranged : nullptr;

@@ -70,7 +70,8 @@ void share(const Kernels& kernels, void (*compute)(const P&, const Arranged&, co
 
 }  // namespace
 
-bool is_packed(const Kernels& kernels, int64_t rows, int64_t columns) {
+bool is_packed(const Kernels& kernels, Type type, int64_t rows, int64_t columns) {
+  if (kernels.takes_bf16 && type == Type::kBFloat16) return false;
   return kernels.packed != nullptr && rows >= kernels.packed->least_rows &&
          columns > kernels.packed->columns;
 }
@@ -110,7 +111,7 @@ void multiply(const Kernels& kernels, const Product& product, int64_t N, const A
   if (x != nullptr)
     return share(kernels, kernels.packed->multiply, product, *x, product.columns, N);
   if (product.type == Type::kFloat && product.coded == nullptr && product.low == nullptr &&
-      product.columns > 0 && is_packed(kernels, product.count, N)) {
+      product.columns > 0 && is_packed(kernels, Type::kFloat, product.count, N)) {
     const LaidOut laid(kernels, {product.x, Type::kFloat, product.columns, product.pitch, 1},
                        product.count);
     return multiply(kernels, product, N, &laid.arranged);
@@ -179,7 +180,7 @@ void combine(const Kernels& kernels, const Combination& c, int64_t columns, cons
   if (x != nullptr) return share(kernels, kernels.packed->combine, c, *x, c.terms, columns);
   const int64_t work = c.count * c.terms;
   const bool serial = columns * work < kSerial;
-  if (!serial && is_packed(kernels, c.count, columns)) {
+  if (!serial && is_packed(kernels, Type::kFloat, c.count, columns)) {
     const LaidOut laid(kernels, {c.x, Type::kFloat, c.terms, c.x_row, c.x_term}, c.count);
     return combine(kernels, c, columns, &laid.arranged);
   }

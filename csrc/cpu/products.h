@@ -49,8 +49,9 @@ struct Widened {
   Matrix matrix;
 };
 
-// Whether products with so many rows of x and columns are packed.
-bool is_packed(const Kernels& kernels, int64_t rows, int64_t columns);
+// Whether products with so many rows of x and columns are packed, of x in bf16 where it is not
+// multiplied as it is.
+bool is_packed(const Kernels& kernels, Type type, int64_t rows, int64_t columns);
 
 // x laid out, for packed kernels: once for all products with it. Nothing of no rows.
 struct LaidOut {

@@ -18,7 +18,7 @@ from lora_kernels._contract import DTYPES
 from lora_kernels._namespace import ops as seen
 from lora_kernels.backends.native import grouped as native
 from lora_kernels.backends.native.choice import ANY
-from lora_kernels.branch import Dense
+from lora_kernels.branch import Dense, only
 from lora_kernels.grouped import composite, ops
 from lora_kernels.grouped.groups import Groups
 
@@ -178,7 +178,7 @@ class _Linear(torch.autograd.Function):
         )  # fmt: skip
         found = (dx, dw, dbias, *d_a, *d_b)
         wanted = (need_x, need_weight, need_bias, *need)
-        return None, *ops.given(wanted, found)
+        return None, *only(wanted, found)
 
 
 _apply: Any = _Linear.apply

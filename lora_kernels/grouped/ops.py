@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_kernels import _dispatch
 from lora_kernels._dispatch import refuse_forward_mode
 from lora_kernels._namespace import ops
-from lora_kernels.branch import Dense, Experts, Given, Needs
+from lora_kernels.branch import Dense, Experts, Given, Needs, only
 from lora_kernels.grouped import composite
 from lora_kernels.grouped.composite import Adapters, Members
 from lora_kernels.rules import flops
@@ -214,10 +214,6 @@ def _save_add(ctx: Any, inputs: Any, output: Any) -> None:
     _save(ctx, x if reads_x else None, (None, None), Call(a, b, *rest[:-1]), output[1])
 
 
-def given(needed: Sequence[bool], results: Sequence[Tensor]) -> list[Tensor | None]:
-    return [result if need else None for need, result in zip(needed, results, strict=True)]
-
-
 def _linear_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     need_x, need_weight, need_a, need_b, need_bias, *_rest = ctx.needs_input_grad
     nothing = (None,) * 8
@@ -229,8 +225,8 @@ def _linear_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[An
         dy, whole(x, dy), weight, a, b, bias, s, ctx.weight_of, *rest,
         need_x, need_weight, need_bias, need_a, need_b,
     )  # fmt: skip
-    wanted = given((need_x, need_weight, need_bias), (dx, dw, dbias))
-    return (*wanted[:2], given(need_a, d_a), given(need_b, d_b), wanted[2], *nothing)
+    wanted = only((need_x, need_weight, need_bias), (dx, dw, dbias))
+    return (*wanted[:2], only(need_a, d_a), only(need_b, d_b), wanted[2], *nothing)
 
 
 def _add_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
@@ -244,7 +240,7 @@ def _add_gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, 
         dy, whole(x, dy), a, b, s, *rest, need_x, need_a, need_b
     )
     base = dy if need_base else None
-    return (base, d_x if need_x else None, given(need_a, d_a), given(need_b, d_b), *nothing)
+    return (base, d_x if need_x else None, only(need_a, d_a), only(need_b, d_b), *nothing)
 
 
 # -------------------------------------------------------------------------------------------- flops

@@ -16,7 +16,7 @@ from lora_kernels.backends.dropout import keep_scale, threshold
 from lora_kernels.backends.native import extension, few_rows
 from lora_kernels.backends.native.few_rows import readable
 from lora_kernels.backends.scaling import split
-from lora_kernels.branch import Branches, Dense, Needs
+from lora_kernels.branch import Branches, Dense, Needs, only
 
 # A group of more rows is better served by a call of its own: by all threads, and without dropout by
 # torch's own products. Asked of each group alone, so that its bits do not follow from others.
@@ -82,11 +82,7 @@ def layer_backward(
         s if any(needs.b) else None, branches.order, list(branches.bounds),
         list(branches.scaling), highs, extension.best_isa(), needs.x, list(needs.a), list(needs.b),
     )  # fmt: skip
-    return dx if needs.x else None, _asked(d_a, needs.a), _asked(d_b, needs.b)
-
-
-def _asked(found: list[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [one if need else None for one, need in zip(found, needed, strict=True)]
+    return dx if needs.x else None, only(needs.a, d_a), only(needs.b, d_b)
 
 
 def add_(y: Tensor, x: Tensor, branches: Branches, s: Tensor | None) -> None:
