@@ -299,7 +299,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> linear_packed_backw
   for (size_t g = 0; g < G; ++g) {
     if (groups.count(g) > 0) continue;
     for (Tensor* t : {&d_a[g], &d_b[g]})
-      std::memset(t->mutable_data_ptr(), 0, t->numel() * t->element_size());
+      if (t->numel() > 0) std::memset(t->mutable_data_ptr(), 0, t->numel() * t->element_size());
   }
   return {dx, d_a, d_b};
 }
